@@ -1,0 +1,47 @@
+"""Writes one CSV row per optimizer step, and now and then a line for the terminal."""
+
+import csv
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+COLUMNS = ("step", "loss", "lr", "tokens_per_second")
+
+
+class StepLog(Callback):
+    """`loss` is the mean over all sequences of the step, on all ranks. A resumed run drops the rows past its checkpoint."""
+
+    def __init__(self, path: Path, lines: int, all_sum: Callable[[Tensor], Tensor], say: Callable[[str], None]) -> None:
+        self.path, self.lines, self.all_sum, self.say = path, lines, all_sum, say
+        self.losses: list[Tensor] = []
+        self.tokens = 0
+
+    def on_train_start(self, trainer, module) -> None:
+        self.started = time.perf_counter()
+        self.step = trainer.global_step
+        if trainer.is_global_zero:
+            rows = list(csv.reader(self.path.open()))[1:] if self.path.exists() else []
+            with self.path.open("w", newline="") as file:
+                csv.writer(file).writerows([COLUMNS, *(row for row in rows if int(row[0]) <= self.step)])
+
+    def on_train_batch_end(self, trainer, module, outputs, batch: Tensor, index: int) -> None:
+        self.losses.append(outputs["loss"].detach())
+        self.tokens += batch.numel() * trainer.world_size
+        if trainer.global_step == self.step:
+            return  # still accumulating
+        self.step = trainer.global_step
+        # Lightning hands over each loss divided by the number of accumulated batches
+        loss = self.all_sum(torch.stack(self.losses).sum().double()).item() / trainer.world_size
+        seconds = time.perf_counter() - self.started
+        lr = trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0]
+        if trainer.is_global_zero:
+            with self.path.open("a", newline="") as file:
+                csv.writer(file).writerow([self.step, f"{loss:.6f}", f"{lr:.3e}", f"{self.tokens / seconds:.0f}"])
+        every = max(1, trainer.max_steps // self.lines)
+        if self.step % every == 0 or self.step == trainer.max_steps:
+            self.say(f"  step {self.step}/{trainer.max_steps}: loss {loss:.4f}, {self.tokens / seconds:,.0f} tokens/s")
+        self.losses, self.tokens, self.started = [], 0, time.perf_counter()

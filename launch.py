@@ -1,0 +1,27 @@
+"""The one command: `accelerate launch launch.py recipe=NAME [key=value ...]`."""
+
+import os
+import sys
+
+from pipeline import recipe
+from pipeline.errors import UserError
+
+
+def main() -> int:
+    debug = "debug=true" in sys.argv
+    try:
+        settings = recipe.load(sys.argv[1:])
+        from pipeline import stages  # torch and its friends load only once the recipe is sound
+
+        stages.run(settings)
+    except UserError as error:
+        if debug:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"espalier: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Owns a Hugging Face decoder's insides: its layers, how each is called, and which of its matrices are pruned.
+
+Nothing is known by model name. The layers are the one module list as long as the configuration says; how a layer is
+called is recorded from the model's own forward and replayed whole.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.errors import UserError
+
+
+@dataclass
+class Call:
+    """The arguments of one decoder layer but for the hidden states."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    named: bool  # the hidden states came as `hidden_states=`
+
+
+@dataclass
+class Decoder:
+    """A causal LM whose decoder layers can be called one at a time."""
+
+    model: nn.Module
+    prefix: str = field(init=False)  # such as "model.layers"
+    layers: nn.ModuleList = field(init=False)
+    calls: dict[tuple[int, torch.Size], Call] = field(default_factory=dict)  # by layer and shape of the batch
+
+    def __post_init__(self) -> None:
+        self.prefix, self.layers = find_layers(self.model)
+
+    @torch.no_grad()
+    def embed(self, batch_BT: Tensor) -> Tensor:
+        """Hidden states (B, T, D) at the entry of layer 0; records how the model calls each layer for this shape.
+
+        The model's own forward runs with each layer replaced by a recorder that hands its input on, so masks, positions
+        and whatever differs by layer (sliding and full attention) are the model's, not ours.
+        """
+        base = getattr(self.model, self.model.base_model_prefix, self.model)
+        entry: list[Tensor] = []
+        tuple_out = False
+
+        def recorder(index: int, layer: nn.Module):
+            forward = layer.forward  # bound before it is shadowed
+
+            def record(*args, **kwargs):
+                nonlocal tuple_out
+                named = not args
+                hidden = kwargs.pop("hidden_states") if named else args[0]
+                kwargs = kwargs | {name: False for name in ("use_cache",) if name in kwargs}
+                self.calls.setdefault((index, batch_BT.shape), Call(args[1:], kwargs, named))
+                if index == 0:
+                    entry.append(hidden)
+                    # some families return a tuple and some a tensor; only a real call tells
+                    tuple_out = isinstance(forward(hidden, *args[1:], **kwargs), tuple)
+                return (hidden,) if tuple_out else hidden
+
+            return record
+
+        for index, layer in enumerate(self.layers):
+            layer.forward = recorder(index, layer)
+        try:
+            base(input_ids=batch_BT, use_cache=False)
+        finally:
+            for layer in self.layers:
+                del layer.forward
+        return entry[0]
+
+    def run(self, index: int, layer: nn.Module, hidden_BTD: Tensor) -> Tensor:
+        """`layer` called as the model calls its layer `index`; (B, T, D) -> (B, T, D)."""
+        call = self.calls[index, hidden_BTD.shape[:2]]
+        if call.named:
+            out = layer(*call.args, hidden_states=hidden_BTD, **call.kwargs)
+        else:
+            out = layer(hidden_BTD, *call.args, **call.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def parameter_name(self, index: int, matrix: str) -> str:
+        return f"{self.prefix}.{index}.{matrix}.weight"
+
+
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and module list of the decoder layers."""
+    config = model.config.get_text_config()
+    count = config.num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and matrices(module[0])
+    ]
+    outermost = [(n, m) for n, m in found if not any(n.startswith(other + ".") for other, _ in found)]
+    if len(outermost) != 1:
+        raise UserError(
+            f"{type(model).__name__} is not understood: looked for one list of {count} decoder layers with Linear or Conv1D "
+            f"matrices, found {', '.join(n for n, _ in outermost) or 'none'}"
+        )
+    return outermost[0]
+
+
+def matrices(layer: nn.Module) -> dict[str, nn.Module]:
+    """The prunable matrices of a decoder layer, by their name in it."""
+    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """True where the weight is stored (in, out)."""
+    return isinstance(module, Conv1D)
+
+
+def weight_OI(module: nn.Module) -> Tensor:
+    """The weight as (out, in), a view."""
+    return module.weight.data.T if is_transposed(module) else module.weight.data

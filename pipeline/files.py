@@ -1,0 +1,55 @@
+"""Owns the way files are written and recognised: whole or not at all, and by their content."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+BLOCK = 1 << 20  # bytes
+BLOCKS = 64  # read of a large file
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; flushed and renamed at the end, so that `path` is never half a file."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    yield beside
+    with open(beside, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with whole(path) as beside:
+        beside.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict | None:
+    """None where there is no such file, or no whole one."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """A hash of names, sizes and contents. Of a file over 64 MiB, 64 blocks spread over it are read: a 70B model takes
+    seconds, and a model trained further differs in every block."""
+    total = hashlib.sha256()
+    for path in sorted(paths):
+        size = path.stat().st_size
+        total.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            starts = range(0, size, BLOCK) if size <= BLOCK * BLOCKS else [i * (size - BLOCK) // (BLOCKS - 1) for i in range(BLOCKS)]
+            for start in starts:
+                file.seek(start)
+                total.update(file.read(BLOCK))
+    return total.hexdigest()[:16]

@@ -1,0 +1,120 @@
+"""Owns model folders: where a model is, what it is known by, how it and its tokenizer load, what is copied beside new weights."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline import files
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+
+WEIGHTS = ("*.safetensors", "*.bin")
+BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")  # configuration, tokenizer, remote code
+
+
+def dense_folder(recipe: Recipe, inputs: dict[str, Path]) -> Path:
+    """The folder of the dense model: what a pretrain stage made, a local folder, or a hub id's snapshot."""
+    if "pretrain" in inputs:
+        return inputs["pretrain"] / "model"
+    return locate(recipe.model, recipe.revision)
+
+
+def locate(model: str, revision: str | None) -> Path:
+    """A local folder as it is; a hub id is downloaded once (rank by rank from the cache)."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model={model} is not a model folder: it has no config.json")
+        if not any(found for pattern in WEIGHTS for found in folder.glob(pattern)):
+            raise UserError(f"model={model} has no weights: *.safetensors or *.bin are needed")
+        return folder
+    if model.startswith((".", "/", "~")):
+        raise UserError(f"model={model}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        found = Path(snapshot_download(model, revision=revision, allow_patterns=[*BESIDE, "*.safetensors"]))
+        if not any(found.glob("*.safetensors")):
+            found = Path(snapshot_download(model, revision=revision, allow_patterns=[*BESIDE, "*.bin"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"cannot fetch model={model}: {str(error).splitlines()[0]} (a local folder works too: model=./folder)") from error
+    return found
+
+
+def identity(folder: Path) -> str:
+    paths = [path for pattern in (*WEIGHTS, "config.json", "tokenizer*") for path in folder.glob(pattern)]
+    return files.fingerprint(paths)
+
+
+def tokenizer(folder: Path, recipe: Recipe):
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def load(folder: Path, recipe: Recipe) -> nn.Module:
+    """The model on the CPU in evaluation mode. In the file's own dtype its weights are a lazy view of the files, which
+    the ranks of a node share."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
+            attn_implementation=recipe.attn_implementation,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"cannot load the model in {folder}: {' '.join(str(error).split())[:300]}") from error
+    model.config.use_cache = False
+    return model.eval()
+
+
+def check_length(config, key: str, seq_len: int) -> None:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and seq_len > positions:
+        raise UserError(f"{key}={seq_len} exceeds the model's {positions} positions: type {key}={positions}")
+
+
+def check_vocabulary(config, ids: Tensor, source) -> None:
+    """Rows of ready `input_ids` may come from another tokenizer."""
+    vocabulary = config.get_text_config().vocab_size
+    if int(ids.max()) >= vocabulary:
+        raise UserError(f"{source} holds token {int(ids.max())}, the model knows {vocabulary}: was it tokenised for another model?")
+
+
+def copy_beside(origin: Path, target: Path, dtype: str = "auto") -> None:
+    """Copies all but the weights, so that the new folder loads as the old one did."""
+    for pattern in BESIDE:
+        for path in origin.glob(pattern):
+            if not path.name.endswith(".index.json"):
+                shutil.copyfile(path, target / path.name)
+    if dtype != "auto":
+        config = json.loads((target / "config.json").read_text())
+        config.pop("torch_dtype", None)
+        files.write_json(target / "config.json", {**config, "dtype": dtype})
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of each weight in a folder of safetensors, one at a time."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+
+
+def write_index(folder: Path) -> None:
+    """`model.safetensors.index.json` over the shards of a folder."""
+    sizes, where = 0, {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                where[name] = path.name
+        sizes += path.stat().st_size
+    files.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": sizes}, "weight_map": where})

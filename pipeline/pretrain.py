@@ -1,0 +1,39 @@
+"""The pretrain stage of toy recipes: a small Llama, really trained from scratch on the generated world."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pipeline import data, processes, world
+from pipeline.recipe import Recipe
+from pipeline.training import Schedule, fit
+
+
+def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
+    """Writes `model/` and `metrics.csv`."""
+    settings = recipe.pretrain
+    tokenizer = world.tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        max_position_embeddings=settings.max_positions,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(recipe.seed)
+    model = LlamaForCausalLM(config)
+    schedule = Schedule(settings.steps, settings.batch_size, 1, settings.lr, 0.1, 0.01, 1.0, seed=recipe.seed)
+    windows_NT = data.packed(data.source("world"), tokenizer, settings.seq_len, schedule.max_steps * schedule.sequences, recipe.seed)
+    fit(model, windows_NT, schedule, folder)
+    if processes.is_main():
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)

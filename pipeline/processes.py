@@ -1,0 +1,126 @@
+"""Owns the processes: what the launcher started, the process group, and what the Trainer is told of them."""
+
+import logging
+import os
+import sys
+import warnings
+from datetime import timedelta
+from typing import Any
+
+import datasets
+import torch
+import torch.distributed as dist
+import transformers
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+
+from pipeline.errors import UserError
+
+TIMEOUT = timedelta(minutes=30)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def device() -> torch.device:
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def start() -> None:
+    """Joins the processes of the launcher into one group; refuses a launch that is not what was asked for."""
+    if "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
+        # without a GPU, `accelerate launch [--cpu] --num_processes 2` quietly starts a single process
+        raise UserError(
+            "several processes were asked for and the launcher started one: on a host without GPUs type "
+            "`accelerate launch --multi_gpu --num_processes N launch.py ...` (without --cpu)"
+        )
+    if torch.cuda.is_available():
+        if local_world_size() > torch.cuda.device_count():
+            raise UserError(
+                f"{local_world_size()} processes were started and this machine has {torch.cuda.device_count()} GPUs: "
+                f"type --num_processes {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(device())
+    else:
+        # the launchers set OMP_NUM_THREADS=1, which would leave the other cores idle
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def say(text: str) -> None:
+    if is_main():
+        print(text, flush=True)
+
+
+def on_terminal() -> bool:
+    """Whether somebody watches: elsewhere a progress bar is one long line."""
+    return is_main() and sys.stdout.isatty()
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """Sums `tensor` over the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's `value`, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def quiet_libraries() -> None:
+    """Leaves the terminal to what the user asked for; errors and real warnings of the libraries still show."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    for name in ("lightning.pytorch", "lightning.fabric", "lm_eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+
+
+def trainer_arguments() -> dict[str, Any]:
+    """What a Lightning Trainer must be told to use exactly the processes that are here.
+
+    With devices="auto" each rank of a CPU launch would train alone.
+    """
+    return {
+        "accelerator": "gpu" if torch.cuda.is_available() else "cpu",
+        "devices": local_world_size(),
+        "num_nodes": int(os.environ.get("GROUP_WORLD_SIZE", 1)),
+        "strategy": DDPStrategy(timeout=TIMEOUT) if world_size() > 1 else "auto",
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
+    }

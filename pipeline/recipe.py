@@ -1,0 +1,221 @@
+"""Owns the names, defaults and ranges of all settings: the schema, and how a recipe file becomes a `Recipe`.
+
+defaults < `extends:` chain < recipe file < `key=value` on the command line. Imports nothing heavy, so that
+a mistake is answered at once.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.errors import UserError
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+STAGES = ("pretrain", "prune", "finetune", "evaluate", "report")
+
+
+def setting(default: Any, low: float | None = None, high: float | None = None, choices: tuple | None = None) -> Any:
+    """A field with its range (both ends allowed) or its choices, checked by `_check`."""
+    metadata = {"low": low, "high": high, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Pretrain:
+    """Toy recipes only: the small Llama that is trained from scratch on the generated world."""
+
+    hidden_size: int = setting(128, low=8)
+    layers: int = setting(4, low=1)
+    heads: int = setting(4, low=1)
+    kv_heads: int = setting(2, low=1)
+    intermediate_size: int = setting(352, low=8)
+    max_positions: int = setting(256, low=8)
+    seq_len: int = setting(128, low=8)
+    steps: int = setting(400, low=1)
+    batch_size: int = setting(32, low=1)
+    lr: float = setting(3e-3, low=0)
+
+
+@dataclass
+class Calibration:
+    dataset: str = "c4"
+    config: str | None = None
+    split: str = "train"
+    samples: int = setting(128, low=1)
+    seq_len: int = setting(2048, low=1)
+    batch_size: int = setting(1, low=1)  # samples per forward pass
+
+
+@dataclass
+class Prune:
+    method: str = setting("wanda", choices=("wanda", "magnitude"))
+    sparsity: Any = "2of4"  # a ratio, or N kept of each M; see pipeline/patterns.py
+
+
+@dataclass
+class Finetune:
+    method: str = setting("lora", choices=("lora",))
+    dataset: str = "c4"
+    config: str | None = None
+    split: str = "train"
+    seq_len: int = setting(1024, low=2)
+    max_steps: int = setting(1000, low=1)  # optimizer steps
+    batch_size: int = setting(8, low=1)  # sequences per forward pass
+    accumulate: int = setting(1, low=1)  # forward passes per step; batch_size * accumulate holds for any number of processes
+    lr: float = setting(1e-4, low=0)
+    warmup: float = setting(0.03, low=0, high=1)  # share of max_steps
+    weight_decay: float = setting(0.0, low=0)
+    clip: float = setting(1.0, low=0)  # gradient norm; 0 is off
+    rank: int = setting(8, low=1)
+    alpha: float = setting(16.0, low=0)
+    dropout: float = setting(0.0, low=0, high=0.99)
+    targets: list[str] = setting(["all"])  # last parts of module names, such as q_proj; all = every pruned matrix
+    precision: str = setting("auto", choices=("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"))
+    checkpoint_every: int = setting(50, low=1)  # optimizer steps
+
+
+@dataclass
+class Evaluate:
+    perplexity: list[str] = setting(["wikitext2"])  # dataset[:config][@split]
+    tasks: list[str] = setting(["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"])
+    seq_len: int = setting(2048, low=2)
+    batch_size: int = setting(8, low=1)
+    limit: int | None = setting(None, low=1)  # questions per task
+    fewshot: int = setting(0, low=0)
+
+
+@dataclass
+class Recipe:
+    model: str | None = None  # hub id or path; null where a pretrain stage makes it
+    revision: str | None = None
+    dtype: str = setting("auto", choices=("auto", "float32", "bfloat16", "float16"))
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    run_dir: str | None = None  # runs/<recipe>
+    seed: int = setting(0, low=0)
+    stages: list[str] = setting(["prune", "finetune", "evaluate", "report"], choices=STAGES)
+    mirror: str | None = None  # a folder laid out as the hub, read instead of it
+    debug: bool = False  # tracebacks
+
+    pretrain: Pretrain = field(default_factory=Pretrain)
+    calibration: Calibration = field(default_factory=Calibration)
+    prune: Prune = field(default_factory=Prune)
+    finetune: Finetune = field(default_factory=Finetune)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+
+def load(argv: list[str]) -> Recipe:
+    """`["recipe=NAME", "key=value", ...]` -> Recipe; without `recipe=`, the recipe is `tiny`."""
+    for argument in argv:
+        if "=" not in argument:
+            raise UserError(f"cannot read argument '{argument}': settings are written key=value, such as recipe=tiny")
+    given = [argument for argument in argv if not argument.startswith("recipe=")]
+    names = [argument.removeprefix("recipe=") for argument in argv if argument.startswith("recipe=")] or ["tiny"]
+    layers = [*_files(names[-1]), _from_dotlist(given)]
+    for layer in layers:
+        _refuse_unknown(layer, Recipe, "")
+    merged = OmegaConf.structured(Recipe)
+    for layer in layers:
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    recipe = OmegaConf.to_object(merged)
+    recipe.run_dir = recipe.run_dir or f"runs/{Path(names[-1]).stem}"
+    _check(recipe, "")
+    _check_stages(recipe)
+    return recipe
+
+
+def section(recipe: Recipe, key: str) -> Any:
+    """The plain data (dict, list, number) of one top-level key."""
+    return OmegaConf.to_container(OmegaConf.structured(recipe))[key]
+
+
+def available() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _files(name: str) -> list[dict]:
+    """The recipe file and all that it extends, the base first. `name` is a recipe's name or a path to a .yaml."""
+    layers: list[dict] = []
+    seen: list[Path] = []
+    folder = RECIPES
+    while name:
+        candidates = [folder / f"{name}.yaml", RECIPES / f"{name}.yaml", Path(name)]
+        path = next((c.resolve() for c in candidates if c.suffix == ".yaml" and c.is_file()), None)
+        if path is None:
+            raise UserError(f"no recipe '{name}'{_did_you_mean(name, available())}: `ls recipes` lists what there is")
+        if path in seen:
+            raise UserError(f"recipe '{name}' extends itself: {' -> '.join(p.stem for p in [*seen, path])}")
+        seen.append(path)
+        try:
+            layer = OmegaConf.to_container(OmegaConf.load(path))
+        except Exception as error:  # yaml's own errors share no base class with omegaconf's
+            raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(layer, dict):
+            raise UserError(f"{path} is not a recipe: it should hold key: value lines")
+        name, folder = layer.pop("extends", None), path.parent
+        layers.insert(0, layer)
+    return layers
+
+
+def _from_dotlist(arguments: list[str]) -> dict:
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(arguments))
+    except Exception as error:
+        raise UserError(f"cannot read {' '.join(arguments)}: {' '.join(str(error).split())}") from None
+
+
+def _refuse_unknown(layer: dict, schema: type, prefix: str) -> None:
+    known = {f.name: f for f in dataclasses.fields(schema)}
+    for key, value in layer.items():
+        if key not in known:
+            raise UserError(f"unknown key '{prefix}{key}'{_did_you_mean(str(key), list(known), prefix)}")
+        if dataclasses.is_dataclass(known[key].type):
+            if not isinstance(value, dict):
+                raise UserError(f"{prefix}{key}={value}: this is a section; set one of its keys, {prefix}{key}.<{'|'.join(f.name for f in dataclasses.fields(known[key].type))}>")
+            _refuse_unknown(value, known[key].type, f"{prefix}{key}.")
+
+
+def _did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean '{prefix}{close[0]}'?" if close else f" (known: {', '.join(prefix + k for k in known)})"
+
+
+def _check(section: Any, prefix: str) -> None:
+    for f in dataclasses.fields(section):
+        key, value = prefix + f.name, getattr(section, f.name)
+        if dataclasses.is_dataclass(value):
+            _check(value, f"{key}.")
+            continue
+        low, high, choices = (f.metadata.get(name) for name in ("low", "high", "choices"))
+        for item in value if isinstance(value, list) else [value]:
+            if choices and item not in choices:
+                close = difflib.get_close_matches(str(item), choices, n=1)
+                raise UserError(f"{key}={item} is not one of {', '.join(choices)}" + (f": did you mean '{close[0]}'?" if close else ""))
+            if isinstance(item, float) and not abs(item) < float("inf"):
+                raise UserError(f"{key}={item} is not a finite number")
+            if low is not None and item is not None and not low <= item <= (high if high is not None else float("inf")):
+                raise UserError(f"{key}={item} is out of range: it lies " + (f"between {low} and {high}" if high is not None else f"at {low} or above"))
+
+
+def _check_stages(recipe: Recipe) -> None:
+    from pipeline import patterns
+
+    patterns.parse(recipe.prune.sparsity)
+    if recipe.model is None and "pretrain" not in recipe.stages:
+        raise UserError("no model: type model=<hub id or folder>, such as model=huggyllama/llama-7b")
+    if recipe.model is not None and "pretrain" in recipe.stages:
+        raise UserError(f"model={recipe.model} and a pretrain stage exclude each other: leave one out (stages=[prune,finetune,evaluate,report])")
+    if "finetune" in recipe.stages and "prune" not in recipe.stages:
+        raise UserError("finetune needs prune in stages (a finished stage is not run again): stages=[prune,finetune,...]")
+    if "report" in recipe.stages and "evaluate" not in recipe.stages:
+        raise UserError("report needs evaluate in stages (a finished stage is not run again)")
