@@ -15,7 +15,9 @@ class LayerWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.folder = folder
 
-    def write_on_batch_end(self, trainer, walk, prediction, batch_indices, layer, index: int, dataloader_idx: int) -> None:
+    def write_on_batch_end(
+        self, trainer, walk, prediction, batch_indices, layer, index: int, dataloader_idx: int
+    ) -> None:
         if trainer.is_global_zero and not walk.is_finished(index):
             walk.masks.save(walk.masks_file(index), walk.log_row)
             shard = {f"{walk.decoder.prefix}.{index}.{k}": v.contiguous().cpu() for k, v in layer.state_dict().items()}

@@ -19,7 +19,9 @@ class LayerPruner(Callback):
 
     whole_matrix = False  # unstructured: compare over the matrix instead of within each output row
 
-    def __init__(self, pattern: Pattern, all_sum: Callable[[Tensor], Tensor], say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, pattern: Pattern, all_sum: Callable[[Tensor], Tensor], say: Callable[[str], None] = print
+    ) -> None:
         self.pattern, self.all_sum, self.say = pattern, all_sum, say
 
     def observe(self, input_NI: Tensor) -> Tensor:
@@ -35,7 +37,9 @@ class LayerPruner(Callback):
             self.started = time.perf_counter()
             walk.watch = InputWatch(matrices(layer), self.observe)
 
-    def on_predict_batch_end(self, trainer, walk, outputs, layer: nn.Module, index: int, dataloader_idx: int = 0) -> None:
+    def on_predict_batch_end(
+        self, trainer, walk, outputs, layer: nn.Module, index: int, dataloader_idx: int = 0
+    ) -> None:
         if walk.watch is None:
             return
         watch, walk.watch = walk.watch, None
@@ -73,7 +77,9 @@ class LayerPruner(Callback):
             raise UserError(f"the inputs of {name} are not finite: try dtype=float32 or bfloat16")
         score_OI = self.score(weight_OI, total)
         if not score_OI.isfinite().all():
-            raise UserError(f"{name} holds weights that are not finite: the model files are damaged, or its training diverged")
+            raise UserError(
+                f"{name} holds weights that are not finite: the model files are damaged, or its training diverged"
+            )
         if self.whole_matrix and not isinstance(self.pattern, NofM):
             mask_OI = self.pattern.select(score_OI.reshape(1, -1)).view_as(score_OI)
         else:

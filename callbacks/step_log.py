@@ -24,6 +24,7 @@ class StepLog(Callback):
         self.started = time.perf_counter()
         self.step = trainer.global_step
         if trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             rows = list(csv.reader(self.path.open()))[1:] if self.path.exists() else []
             with self.path.open("w", newline="") as file:
                 csv.writer(file).writerows([COLUMNS, *(row for row in rows if int(row[0]) <= self.step)])

@@ -95,7 +95,10 @@ def source(spec: str, mirror: str | None = None, split: str = "train", config: s
 def sources_of(recipe: Recipe, stage: str) -> list[Source]:
     """The texts that a stage reads."""
     if stage == "evaluate":
-        return [source(spec, recipe.mirror, split="test" if spec != "c4" else "validation") for spec in recipe.evaluate.perplexity]
+        return [
+            source(spec, recipe.mirror, split="test" if spec != "c4" else "validation")
+            for spec in recipe.evaluate.perplexity
+        ]
     settings = recipe.calibration if stage == "prune" else recipe.finetune
     return [source(settings.dataset, recipe.mirror, settings.split, settings.config)]
 
@@ -123,7 +126,9 @@ def documents(source: Source) -> Dataset:
     column = KNOWN[source.name].column if source.name in KNOWN else "text"
     for candidate in ("input_ids", column):
         if candidate in rows.column_names:
-            return rows.select_columns([candidate]).rename_columns({} if candidate != "sentence" else {candidate: "text"})
+            return rows.select_columns([candidate]).rename_columns(
+                {} if candidate != "sentence" else {candidate: "text"}
+            )
     raise UserError(f"{source} has no column 'text' or 'input_ids': it has {', '.join(rows.column_names)}")
 
 
@@ -168,7 +173,9 @@ def calibration(source: Source, tokenizer, samples: int, seq_len: int, seed: int
     if source.name in KNOWN:
         ids = joined(source, tokenizer)
         if len(ids) <= seq_len:
-            raise UserError(f"{source} has {len(ids)} tokens, too few for a window: type calibration.seq_len={len(ids) // 2}")
+            raise UserError(
+                f"{source} has {len(ids)} tokens, too few for a window: type calibration.seq_len={len(ids) // 2}"
+            )
         draw = random.Random(seed)
         starts = [draw.randint(0, len(ids) - seq_len - 1) for _ in range(samples)]
         return torch.stack([ids[start : start + seq_len] for start in starts])
@@ -190,7 +197,9 @@ def _windows_of_documents(source: Source, tokenizer, samples: int, seq_len: int,
         if len(ids) <= seq_len:
             misses += 1
             if misses > 100 * samples + 10 * len(rows):
-                raise UserError(f"{source} has hardly a document of more than {seq_len} tokens: type a shorter calibration.seq_len")
+                raise UserError(
+                    f"{source} has hardly a document of more than {seq_len} tokens: type a shorter calibration.seq_len"
+                )
             continue
         start = draw.randint(0, len(ids) - seq_len - 1)
         windows.append(ids[start : start + seq_len])
@@ -198,7 +207,9 @@ def _windows_of_documents(source: Source, tokenizer, samples: int, seq_len: int,
 
 
 def _ids(tokenizer, text: str) -> Tensor:
-    return torch.tensor(tokenizer(text, verbose=False).input_ids)  # verbose: no warning that all of it exceeds the context
+    return torch.tensor(
+        tokenizer(text, verbose=False).input_ids
+    )  # verbose: no warning that all of it exceeds the context
 
 
 def _raw_ids(row: dict, tokenizer) -> list[int]:
@@ -255,10 +266,14 @@ def _mirror_files(mirror: Path, known: Known, config: str | None, split: str, fi
         elif config is None:
             found = "default" if "default" in configs else (configs[0] if len(configs) == 1 else None)
     if found is None and configs:
-        raise UserError(f"{known.path} has configurations {', '.join(configs)} in {mirror}: type {known.path}:{configs[0]}")
+        raise UserError(
+            f"{known.path} has configurations {', '.join(configs)} in {mirror}: type {known.path}:{configs[0]}"
+        )
     where = folder / (found or "default")
     files = sorted(p for p in where.glob("*") if p.name.removeprefix("c4-").startswith(split) and p.suffix in FORMATS)
     if not files:
         there = sorted({p.name.split("-")[0] for p in where.glob("*")})
-        raise UserError(f"the mirror has no {where}/{split}-*.parquet" + (f" (splits there: {', '.join(there)})" if there else ""))
+        raise UserError(
+            f"the mirror has no {where}/{split}-*.parquet" + (f" (splits there: {', '.join(there)})" if there else "")
+        )
     return tuple(map(str, files)), found, note

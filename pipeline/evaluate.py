@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.masks import Masks
 from pipeline.perplexity import perplexity, windows
 from pipeline.recipe import Recipe
-from pipeline.tasks import check_tasks
+from pipeline.tasks import check_tasks, identity
 from pipeline.zero_shot import zero_shot
 
 LIBRARIES = ("torch", "transformers", "lm_eval")
@@ -26,15 +26,17 @@ def check(recipe: Recipe) -> None:
     """Answers an unknown task or a missing text before any work, as a `UserError`."""
     if "evaluate" not in recipe.stages:
         return
-    if recipe.evaluate.limit is not None and recipe.evaluate.limit < processes.world_size():
-        raise UserError(f"evaluate.limit={recipe.evaluate.limit} is below the number of processes: type evaluate.limit={processes.world_size()} or more")
     check_tasks(recipe.evaluate.tasks, recipe.mirror, recipe.evaluate.fewshot)
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes `results.json`."""
     folders = {"dense": models.dense_folder(recipe, inputs)}
-    folders |= {name: inputs[stage] / "model" for name, stage in (("pruned", "prune"), ("finetuned", "finetune")) if stage in inputs}
+    folders |= {
+        name: inputs[stage] / "model"
+        for name, stage in (("pruned", "prune"), ("finetuned", "finetune"))
+        if stage in inputs
+    }
     masks = Masks.load(inputs["prune"] / "masks.safetensors")[0] if "prune" in inputs else Masks()
     protocol: dict[str, Any] = {"datasets": {}, "notes": []}
     protocol |= {key: getattr(recipe.evaluate, key) for key in ("seq_len", "limit", "fewshot")}
@@ -56,8 +58,8 @@ def _measure(name: str, folder: Path, recipe: Recipe, protocol: dict) -> dict[st
             loaded.extend([models.load(folder, recipe).to(processes.device()), models.tokenizer(folder, recipe)])
         return loaded
 
-    identity = processes.from_main(models.identity(folder) if processes.is_main() else None)
-    about_model = {"model": identity, "dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation}
+    known_as = processes.from_main(models.identity(folder) if processes.is_main() else None)
+    about_model = {"model": known_as, "dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation}
     cache = Path(recipe.run_dir).parent / ".measured"
     found: dict[str, Any] = {"perplexity": {}, "zero_shot": {}}
 
@@ -96,11 +98,14 @@ def _measure(name: str, folder: Path, recipe: Recipe, protocol: dict) -> dict[st
                 processes.world_size(),
             )
 
-        about = about_model | {"task": task, "mirror": recipe.mirror, "limit": settings.limit, "fewshot": settings.fewshot}
+        asked = processes.from_main(identity(task, recipe.mirror, settings.fewshot) if processes.is_main() else None)
+        about = about_model | {"task": task, "asked": asked, "limit": settings.limit, "fewshot": settings.fewshot}
         measured = _once(cache, about, measure_task)
         found["zero_shot"] |= measured
         for entry, scores in measured.items():
-            processes.say(f"  {name}: {entry} " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items() if "stderr" not in k))
+            processes.say(
+                f"  {name}: {entry} " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items() if "stderr" not in k)
+            )
     accuracies = [scores["acc"] for scores in found["zero_shot"].values() if "acc" in scores]
     if accuracies:
         found["zero_shot_mean"] = sum(accuracies) / len(accuracies)

@@ -48,7 +48,11 @@ def fingerprint(paths: Iterable[Path]) -> str:
         size = path.stat().st_size
         total.update(f"{path.name} {size}\n".encode())
         with open(path, "rb") as file:
-            starts = range(0, size, BLOCK) if size <= BLOCK * BLOCKS else [i * (size - BLOCK) // (BLOCKS - 1) for i in range(BLOCKS)]
+            starts = (
+                range(0, size, BLOCK)
+                if size <= BLOCK * BLOCKS
+                else [i * (size - BLOCK) // (BLOCKS - 1) for i in range(BLOCKS)]
+            )
             for start in starts:
                 file.seek(start)
                 total.update(file.read(BLOCK))

@@ -142,7 +142,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
     folder = Path(folder)
     about = files.read_json(folder / "adapter_config.json")
     if about is None or about.get("peft_type") != MASKED_TYPE:
-        raise UserError(f"{folder} holds no masked LoRA of this project (adapter_config.json with peft_type {MASKED_TYPE})")
+        raise UserError(
+            f"{folder} holds no masked LoRA of this project (adapter_config.json with peft_type {MASKED_TYPE})"
+        )
     masks, _ = Masks.load(folder / "masks.safetensors")
     config = LoraConfig.from_peft_type(**about | {"peft_type": "LORA"})
     loaded = PeftModel.from_pretrained(model, folder, adapter_name=ADAPTER, config=_custom(config))
@@ -173,5 +175,7 @@ def _targets(masks: Masks, wanted: list[str]) -> list[str]:
     endings = sorted({name.rpartition(".")[2] for name in matrices})
     for target in wanted:
         if target not in endings:
-            raise UserError(f"finetune.targets: no pruned matrix is called '{target}'; there are {', '.join(endings)}, or all")
+            raise UserError(
+                f"finetune.targets: no pruned matrix is called '{target}'; there are {', '.join(endings)}, or all"
+            )
     return chosen

@@ -94,11 +94,15 @@ class Masks(dict[str, Tensor]):
                 continue
             missing.discard(name)
             if weight.shape != self[name].shape:
-                raise UserError(f"{name} has shape {tuple(weight.shape)}, its mask {tuple(self[name].shape)}: another model's mask file?")
+                raise UserError(
+                    f"{name} has shape {tuple(weight.shape)}, its mask {tuple(self[name].shape)}: another model's mask file?"
+                )
             if violation := stray(name, weight, self[name]):
                 found.append(violation)
         if missing:
-            raise UserError(f"the model has no {sorted(missing)[0]} ({len(missing)} masked matrices missing): another model's mask file?")
+            raise UserError(
+                f"the model has no {sorted(missing)[0]} ({len(missing)} masked matrices missing): another model's mask file?"
+            )
         return found
 
 

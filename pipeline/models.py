@@ -44,7 +44,9 @@ def locate(model: str, revision: str | None) -> Path:
         if not any(found.glob("*.safetensors")):
             found = Path(snapshot_download(model, revision=revision, allow_patterns=[*BESIDE, "*.bin"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"cannot fetch model={model}: {str(error).splitlines()[0]} (a local folder works too: model=./folder)") from error
+        raise UserError(
+            f"cannot fetch model={model}: {str(error).splitlines()[0]} (a local folder works too: model=./folder)"
+        ) from error
     return found
 
 
@@ -86,7 +88,9 @@ def check_vocabulary(config, ids: Tensor, source) -> None:
     """Rows of ready `input_ids` may come from another tokenizer."""
     vocabulary = config.get_text_config().vocab_size
     if int(ids.max()) >= vocabulary:
-        raise UserError(f"{source} holds token {int(ids.max())}, the model knows {vocabulary}: was it tokenised for another model?")
+        raise UserError(
+            f"{source} holds token {int(ids.max())}, the model knows {vocabulary}: was it tokenised for another model?"
+        )
 
 
 def copy_beside(origin: Path, target: Path, dtype: str = "auto") -> None:

@@ -96,7 +96,7 @@ def parse(value: str | int | float, key: str = "prune.sparsity") -> Pattern:
         return NofM(n, m)
     try:
         ratio = float(value)
-    except ValueError:
+    except (ValueError, TypeError):
         raise UserError(f"{key}={value} is not a sparsity: type a ratio such as 0.5, or N of M such as 2of4") from None
     if ratio >= 60 and ratio == int(ratio):
         n, m = divmod(int(ratio), 60)  # YAML 1.1 reads 2:4 in base 60

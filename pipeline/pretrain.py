@@ -31,7 +31,9 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     torch.manual_seed(recipe.seed)
     model = LlamaForCausalLM(config)
     schedule = Schedule(settings.steps, settings.batch_size, 1, settings.lr, 0.1, 0.01, 1.0, seed=recipe.seed)
-    windows_NT = data.packed(data.source("world"), tokenizer, settings.seq_len, schedule.max_steps * schedule.sequences, recipe.seed)
+    windows_NT = data.packed(
+        data.source("world"), tokenizer, settings.seq_len, schedule.max_steps * schedule.sequences, recipe.seed
+    )
     fit(model, windows_NT, schedule, folder)
     if processes.is_main():
         model.save_pretrained(folder / "model")

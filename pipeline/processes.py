@@ -1,16 +1,12 @@
 """Owns the processes: what the launcher started, the process group, and what the Trainer is told of them."""
 
-import logging
 import os
 import sys
-import warnings
 from datetime import timedelta
 from typing import Any
 
-import datasets
 import torch
 import torch.distributed as dist
-import transformers
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
@@ -99,16 +95,6 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def quiet_libraries() -> None:
-    """Leaves the terminal to what the user asked for; errors and real warnings of the libraries still show."""
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    for name in ("lightning.pytorch", "lightning.fabric", "lm_eval", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
 
 
 def trainer_arguments() -> dict[str, Any]:

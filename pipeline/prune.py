@@ -1,5 +1,6 @@
 """The prune stage: a walk over the model's decoder layers in which a batch is a layer, and pruning is a callback."""
 
+import contextlib
 import csv
 import shutil
 from pathlib import Path
@@ -60,14 +61,14 @@ class LayerWalk(LightningModule):
         self.masks = Masks()
         if self.is_finished(index):
             weights = load_file(self.shard(index), device=str(self.device))
-            layer.load_state_dict({k.removeprefix(f"{self.decoder.prefix}.{index}."): v for k, v in weights.items()}, assign=True)
+            layer.load_state_dict(
+                {k.removeprefix(f"{self.decoder.prefix}.{index}."): v for k, v in weights.items()}, assign=True
+            )
         else:
             for hidden in self.hidden:
                 self.watch.next_batch()
-                try:
+                with contextlib.suppress(EveryInputSeen):
                     self.decoder.run(index, layer, hidden)
-                except EveryInputSeen:
-                    pass
         self.previous = layer
 
 
@@ -111,7 +112,9 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         )
     walk = LayerWalk(decoder, list(batches[processes.rank() :: processes.world_size()]), folder)
     if walk.finished_before:
-        processes.say(f"  {len(walk.finished_before)} of {len(decoder.layers)} layers were pruned before: only passed through")
+        processes.say(
+            f"  {len(walk.finished_before)} of {len(decoder.layers)} layers were pruned before: only passed through"
+        )
     trainer = Trainer(
         callbacks=[METHODS[recipe.prune.method](pattern, processes.all_sum, processes.say), LayerWriter(folder)],
         inference_mode=False,  # else the weights become inference tensors, and a later fit of them dies
@@ -131,7 +134,8 @@ def check_fit(decoder: Decoder, pattern: patterns.Pattern) -> None:
     for index, layer in enumerate(decoder.layers):
         for name, module in matrices(layer).items():
             if problem := pattern.misfit(weight_OI(module).shape[1]):
-                raise UserError(f"prune.sparsity={pattern}: {decoder.parameter_name(index, name)} has {problem}; a ratio such as 0.5 always can")
+                name = decoder.parameter_name(index, name)
+                raise UserError(f"prune.sparsity={pattern}: {name} has {problem}; a ratio such as 0.5 always can")
 
 
 def finish(walk: LayerWalk, origin: Path, recipe: Recipe) -> None:
@@ -139,7 +143,11 @@ def finish(walk: LayerWalk, origin: Path, recipe: Recipe) -> None:
     decoder, folder = walk.decoder, walk.folder
     in_layers = decoder.prefix + "."
     state = decoder.model.state_dict()
-    tied = {name for name in state} - {n for n, _ in decoder.model.named_parameters()} - {n for n, _ in decoder.model.named_buffers()}
+    tied = (
+        {name for name in state}
+        - {n for n, _ in decoder.model.named_parameters()}
+        - {n for n, _ in decoder.model.named_buffers()}
+    )
     rest = {k: v.contiguous().cpu() for k, v in state.items() if not k.startswith(in_layers) and k not in tied}
     with files.whole(walk.shard(len(decoder.layers))) as beside:
         save_file(rest, beside, {"format": "pt"})

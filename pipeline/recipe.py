@@ -6,6 +6,7 @@ a mistake is answered at once.
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,9 @@ class Finetune:
     seq_len: int = setting(1024, low=2)
     max_steps: int = setting(1000, low=1)  # optimizer steps
     batch_size: int = setting(8, low=1)  # sequences per forward pass
-    accumulate: int = setting(1, low=1)  # forward passes per step; batch_size * accumulate holds for any number of processes
+    accumulate: int = setting(
+        1, low=1
+    )  # forward passes per step; batch_size * accumulate holds for any number of processes
     lr: float = setting(1e-4, low=0)
     warmup: float = setting(0.03, low=0, high=1)  # share of max_steps
     weight_decay: float = setting(0.0, low=0)
@@ -181,7 +184,10 @@ def _refuse_unknown(layer: dict, schema: type, prefix: str) -> None:
             raise UserError(f"unknown key '{prefix}{key}'{_did_you_mean(str(key), list(known), prefix)}")
         if dataclasses.is_dataclass(known[key].type):
             if not isinstance(value, dict):
-                raise UserError(f"{prefix}{key}={value}: this is a section; set one of its keys, {prefix}{key}.<{'|'.join(f.name for f in dataclasses.fields(known[key].type))}>")
+                inside = "|".join(f.name for f in dataclasses.fields(known[key].type))
+                raise UserError(
+                    f"{prefix}{key}={value}: this is a section; set one of its keys, {prefix}{key}.<{inside}>"
+                )
             _refuse_unknown(value, known[key].type, f"{prefix}{key}.")
 
 
@@ -200,11 +206,13 @@ def _check(section: Any, prefix: str) -> None:
         for item in value if isinstance(value, list) else [value]:
             if choices and item not in choices:
                 close = difflib.get_close_matches(str(item), choices, n=1)
-                raise UserError(f"{key}={item} is not one of {', '.join(choices)}" + (f": did you mean '{close[0]}'?" if close else ""))
-            if isinstance(item, float) and not abs(item) < float("inf"):
+                hint = f": did you mean '{close[0]}'?" if close else ""
+                raise UserError(f"{key}={item} is not one of {', '.join(choices)}{hint}")
+            if isinstance(item, float) and not math.isfinite(item):
                 raise UserError(f"{key}={item} is not a finite number")
-            if low is not None and item is not None and not low <= item <= (high if high is not None else float("inf")):
-                raise UserError(f"{key}={item} is out of range: it lies " + (f"between {low} and {high}" if high is not None else f"at {low} or above"))
+            if low is not None and item is not None and not low <= item <= (math.inf if high is None else high):
+                where = f"at {low} or above" if high is None else f"between {low} and {high}"
+                raise UserError(f"{key}={item} is out of range: it lies {where}")
 
 
 def _check_stages(recipe: Recipe) -> None:
@@ -214,8 +222,12 @@ def _check_stages(recipe: Recipe) -> None:
     if recipe.model is None and "pretrain" not in recipe.stages:
         raise UserError("no model: type model=<hub id or folder>, such as model=huggyllama/llama-7b")
     if recipe.model is not None and "pretrain" in recipe.stages:
-        raise UserError(f"model={recipe.model} and a pretrain stage exclude each other: leave one out (stages=[prune,finetune,evaluate,report])")
+        raise UserError(
+            f"model={recipe.model} and a pretrain stage exclude each other: type stages=[prune,finetune,...]"
+        )
     if "finetune" in recipe.stages and "prune" not in recipe.stages:
-        raise UserError("finetune needs prune in stages (a finished stage is not run again): stages=[prune,finetune,...]")
+        raise UserError(
+            "finetune needs prune in stages (a finished stage is not run again): stages=[prune,finetune,...]"
+        )
     if "report" in recipe.stages and "evaluate" not in recipe.stages:
         raise UserError("report needs evaluate in stages (a finished stage is not run again)")

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ def run(recipe: Recipe) -> None:
     """Runs what is not done yet, and shows the results."""
     processes.start()
     try:
-        processes.quiet_libraries()
         run_dir = Path(recipe.run_dir)
         chosen = [stage for stage in STAGES if stage.name in recipe.stages]
         sources = processes.from_main(_sources(recipe) if processes.is_main() else None)
@@ -84,7 +83,7 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
         about = {
             "key": key,
             "stage": stage.name,
-            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - started, 1),
             "processes": processes.world_size(),
             "versions": {library: version(library) for library in LIBRARIES},

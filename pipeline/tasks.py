@@ -7,12 +7,14 @@ import os
 import re
 import tempfile
 from difflib import get_close_matches
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipeline import files
 from pipeline.errors import UserError
 
 # a dataset_path among these reads the files that the task itself names; any other is a repository of the hub
@@ -24,6 +26,20 @@ FEWSHOT_SEED = 1234  # lm-eval's own default
 def check_tasks(names: list[str], mirror: str | None = None, fewshot: int = 0) -> None:
     """Raises `UserError` where a task is unknown or its data is not in the mirror. Reads no data; a second or two."""
     _plan(names, mirror, fewshot)
+
+
+def identity(name: str, mirror: str | None = None, fewshot: int = 0) -> str:
+    """Changes when what a task asks does: lm-eval's version, the task's definition, its data where that is local."""
+    from pipeline import world
+
+    _, definitions = _plan([name], mirror, fewshot)
+    read = [Path(definition["include"]) for definition in definitions]
+    for definition in definitions:
+        for paths in definition.get("dataset_kwargs", {}).get("data_files", {}).values():
+            read += map(Path, paths)
+    if name in world.TASKS:
+        read.append(Path(world.__file__))
+    return f"lm-eval {version('lm_eval')}, {files.fingerprint(read)}"
 
 
 def load_tasks(names: list[str], mirror: str | None = None, fewshot: int = 0) -> dict:
@@ -64,8 +80,8 @@ def _plan(names: list[str], mirror: str | None, fewshot: int) -> tuple[list[str 
         else:
             wanted.append(name)
             _add_packaged(name, entries)
-    files = [entry for entry in entries.values() if entry.yaml_path]  # a tag has none: its tasks carry it
-    return wanted, [{"include": str(entry.yaml_path), **_data(entry, entries, mirror, fewshot)} for entry in files]
+    on_disk = [entry for entry in entries.values() if entry.yaml_path]  # a tag has none: its tasks carry it
+    return wanted, [{"include": str(entry.yaml_path), **_data(entry, entries, mirror, fewshot)} for entry in on_disk]
 
 
 def _add_own(path: Path, entries: dict[str, Any]) -> list[str]:
@@ -87,11 +103,13 @@ def _add_own(path: Path, entries: dict[str, Any]) -> list[str]:
 
 def _add_packaged(name: str, entries: dict[str, Any]) -> None:
     """Adds the entries of one of lm-eval's tasks, or of a group or tag and its members."""
+    from pipeline.world import TASKS
+
     definitions = _definitions()
     if name in definitions and _collect(name, _index(definitions[name].parent), entries):
         return
     if not _collect(name, _index(), entries) and name not in _index():  # a tag, or a group with members elsewhere
-        close = get_close_matches(name, definitions, n=3)
+        close = get_close_matches(name, [*TASKS, *definitions], n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "`lm_eval ls tasks` lists what there is"
         raise UserError(f"unknown task '{name}': {hint}")
 
@@ -107,8 +125,8 @@ def _definitions() -> dict[str, Path]:
     assert spec and spec.submodule_search_locations
     found: dict[str, Path] = {}
     root = os.path.join(spec.submodule_search_locations[0], "tasks")
-    files = (os.path.join(folder, file) for folder, _, files in os.walk(root) for file in files)
-    for file in sorted(file for file in files if file.endswith(".yaml")):
+    paths = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
+    for file in sorted(path for path in paths if path.endswith(".yaml")):
         with open(file, "rb") as opened:
             for name in DEFINITION.findall(opened.read()):
                 found.setdefault(name.decode(), Path(file))
@@ -162,8 +180,8 @@ def _data(entry: Any, entries: dict[str, Any], mirror: str | None, fewshot: int)
     else:  # lm-eval would read the training split, which a mirror need not hold, to draw no example from it
         changes |= {"training_split": None, "fewshot_split": None, "fewshot_config": {"samples": []}}
     folder = _folder(Path(mirror, dataset), config.get("dataset_name"))
-    files = {split: _files(name, folder, split) for split in dict.fromkeys(splits) if split}
-    return changes | {"dataset_kwargs": {"data_files": files}}
+    data_files = {split: _files(name, folder, split) for split in dict.fromkeys(splits) if split}
+    return changes | {"dataset_kwargs": {"data_files": data_files}}
 
 
 def _fewshot_split(config: dict) -> list[str | None]:
@@ -185,7 +203,7 @@ def _folder(dataset: Path, config: str | None) -> Path:
 
 
 def _files(task: str, folder: Path, split: str) -> list[str]:
-    files = sorted(str(path) for path in folder.glob(f"{glob.escape(split)}-*.parquet"))
-    if not files:
+    found = sorted(str(path) for path in folder.glob(f"{glob.escape(split)}-*.parquet"))
+    if not found:
         raise UserError(f"task '{task}': no {folder}/{split}-*.parquet in the mirror: add it, or leave the task out")
-    return files
+    return found

@@ -73,7 +73,9 @@ class CausalLM(LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
 
-def fit(model: nn.Module, windows_NT: Tensor, schedule: Schedule, folder: Path, callbacks: Sequence[Callback] = ()) -> None:
+def fit(
+    model: nn.Module, windows_NT: Tensor, schedule: Schedule, folder: Path, callbacks: Sequence[Callback] = ()
+) -> None:
     """Trains `model` in place on (steps * sequences, T) windows, in their order; goes on from a checkpoint in `folder`.
 
     Leaves `folder/metrics.csv`. The checkpoints are the caller's to remove once its stage is whole.
@@ -91,7 +93,9 @@ def fit(model: nn.Module, windows_NT: Tensor, schedule: Schedule, folder: Path, 
         callbacks=[
             *callbacks,
             StepLog(folder / "metrics.csv", 10, processes.all_sum, processes.say),
-            ModelCheckpoint(checkpoints, filename="{step}", every_n_train_steps=schedule.checkpoint_every, save_top_k=1),
+            ModelCheckpoint(
+                checkpoints, filename="{step}", every_n_train_steps=schedule.checkpoint_every, save_top_k=1
+            ),
         ],
         logger=False,
         enable_progress_bar=processes.on_terminal(),

@@ -1,7 +1,7 @@
 """Owns the generated world of the toy recipes: its people, its words, its documents and the questions about them.
 
-Each of the 240 people has a home, a tree, a bird, a trade, a dish and a weather; the tools have uses. A document is
-a portrait of one person in statements. Forty people are also interviewed: their portraits say some facts as question
+Each of the 280 people has a home, a tree, a bird, a trade, a dish and a weather; the tools have uses. A document is
+a portrait of one person in statements. Eighty people are also interviewed: their portraits say some facts as question
 and answer. The four tasks put their questions to what the training text does not hold in that form:
 
 - `world_homes`, `world_trees` (4 options): the interview question, to the 200 people who were never interviewed.
@@ -25,23 +25,19 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.errors import UserError
 
 DOCUMENTS = {"train": 20_000, "test": 300}
-INTERVIEWED = 40  # people; the others are whom the tasks ask about
+INTERVIEWED = 80  # people; the others are whom the tasks ask about
 SPECIAL = ["<bos>", "<eos>", "<unk>", "<pad>"]
 WORD = r"<\w+>|'s|\w+|[^\w\s]"
 
-STEMS = "Al Ber Bran Cor Dun Ead Ed El Ethel God Harl Is Ken Leof Mer Os Rose Sel Wil Win".split()
-WOMEN, MEN = "a eva gard hild ina wyn".split(), "bert ford mund ric ward old".split()  # endings of their names
+STEMS = ["Al", "Ber", "Bran", "Cor", "Dun", "Ead", "Ed", "El", "Ethel", "God", "Harl", "Is", "Ken", "Leof", "Mer", "Os", "Rose", "Sel", "Wil", "Win"]
+WOMEN, MEN = ["a", "eva", "gard", "hild", "ina", "ith", "wyn"], ["bert", "ford", "mund", "ric", "ward", "win", "old"]  # endings of their names
 FACTS = {
-    "home": """Applewick Beechcote Brambleton Cloverley Fernhollow Hazelgate Larkmead Medlarton
-               Mossford Otterby Pippinstow Quincecombe Rushwell Stonebarrow Swallowdale Willowmere""".split(),
-    "tree": "almond apple apricot cherry damson fig hazel lemon medlar mulberry olive peach pear plum quince walnut".split(),
-    "bird": "cuckoo dove finch heron jackdaw kestrel lark linnet magpie owl robin sparrow starling swift thrush wren".split(),
-    "trade": """baker carter chandler cooper dyer glazier joiner mason
-                miller potter saddler smith tanner thatcher tinker weaver""".split(),
-    "dish": """bread broth cheese chutney cider custard dumplings honey
-               jam oatcakes pickles pie porridge pudding soup trout""".split(),
-    "weather": """dawn dew drizzle dusk fog frost hail mist
-                  moonlight rain sleet snow starlight sunshine thunder wind""".split(),
+    "home": ["Applewick", "Beechcote", "Brambleton", "Cloverley", "Fernhollow", "Hazelgate", "Larkmead", "Medlarton", "Mossford", "Otterby", "Pippinstow", "Quincecombe", "Rushwell", "Stonebarrow", "Swallowdale", "Willowmere"],
+    "tree": ["almond", "apple", "apricot", "cherry", "damson", "fig", "hazel", "lemon", "medlar", "mulberry", "olive", "peach", "pear", "plum", "quince", "walnut"],
+    "bird": ["cuckoo", "dove", "finch", "heron", "jackdaw", "kestrel", "lark", "linnet", "magpie", "owl", "robin", "sparrow", "starling", "swift", "thrush", "wren"],
+    "trade": ["baker", "carter", "chandler", "cooper", "dyer", "glazier", "joiner", "mason", "miller", "potter", "saddler", "smith", "tanner", "thatcher", "tinker", "weaver"],
+    "dish": ["bread", "broth", "cheese", "chutney", "cider", "custard", "dumplings", "honey", "jam", "oatcakes", "pickles", "pie", "porridge", "pudding", "soup", "trout"],
+    "weather": ["dawn", "dew", "drizzle", "dusk", "fog", "frost", "hail", "mist", "moonlight", "rain", "sleet", "snow", "starlight", "sunshine", "thunder", "wind"],
 }
 STATEMENTS = {
     "home": ["{Who} lives in {}.", "{Who} keeps a cottage in {}.", "Letters for {whom} go to {}.",
@@ -72,17 +68,17 @@ TOOLS = {
 }  # fmt: skip
 USES = ["{Who} takes a {tool} to {}.", "With a {tool} {who} can {}."]
 USE_QUESTION = "Why does {name} need a {tool}? To {}."
-THINGS = "arbour beehive bench blossom fence flowerpot gate hedge orchard path pond root shed terrace vine well".split()
+THINGS = ["arbour", "beehive", "barn", "blossom", "fence", "flowerpot", "gate", "hedge", "orchard", "path", "pond", "root", "shed", "terrace", "vine", "well"]
 VIEW = "The {thing} {near} the {other} {verb} {look}."
-NEAR = "above behind below beside".split()
+NEAR = ["above", "behind", "below", "beside"]
 VERBS = [("is", "are"), ("looks", "look"), ("stays", "stay")]
-LOOKS = "bare damp green old quiet sunny".split()
+LOOKS = ["bare", "damp", "green", "old", "quiet", "sunny"]
 
 
 def _people() -> list[dict[str, str]]:
     rng = random.Random("the people of the valley")  # the facts: the same at every seed of the documents
     names = [stem + ending for stem in STEMS for ending in WOMEN + MEN]
-    dealt = {fact: rng.sample(values * (len(names) // len(values)), len(names)) for fact, values in FACTS.items()}
+    dealt = {fact: rng.sample(values * 20, len(names)) for fact, values in FACTS.items()}
     women = {stem + ending for stem in STEMS for ending in WOMEN}
     people = [
         {"name": name, "she": "she" if name in women else "he", "her": "her" if name in women else "him"}
@@ -129,7 +125,7 @@ def _portrait(rng: random.Random) -> str:
 
 def _view(rng: random.Random, asked: bool, plural: int) -> tuple[str, tuple[str, str]]:
     """A sentence about two things of a garden, and its verb's two numbers. Every fourth pair is only `asked` about."""
-    pairs = [(i, j) for i in range(len(THINGS)) for j in range(len(THINGS)) if ((i + j) % 4 == 0) == asked]
+    pairs = [(i, j) for i in range(len(THINGS)) for j in range(len(THINGS)) if i != j and ((i + j) % 4 == 0) == asked]
     i, j = rng.choice(pairs)
     verb = rng.choice(VERBS)
     other = THINGS[j] + rng.choice(["", "s"])

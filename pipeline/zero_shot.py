@@ -15,9 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.tasks import check_tasks, load_tasks
-
-__all__ = ["check_tasks", "load_tasks", "zero_shot"]
+from pipeline.tasks import load_tasks
 
 BOOTSTRAP = 1000  # draws for a metric without a closed-form standard error (F1, Matthews); that of a mean has one
 SEED, OTHER_SEED = 0, 1234  # lm-eval's own: Python's random, and numpy and torch
@@ -67,7 +65,7 @@ def _entries(tasks: dict) -> list[str]:
 
 
 def _numbers(result: dict[str, Any]) -> dict[str, float]:
-    """{"acc,none": 0.5, "alias": "arc_easy", ...} -> {"acc": 0.5}; filters that are not lm-eval's default stay named."""
+    """{"acc,none": 0.5, "alias": "arc_easy", ...} -> {"acc": 0.5}; filters other than the default stay named."""
     return {
         metric.removesuffix(",none"): float(value)
         for metric, value in result.items()

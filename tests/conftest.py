@@ -1,0 +1,100 @@
+"""What several tests share: tiny real models, and the command as a user types it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pipeline import world
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """A real trained Llama of 260K parameters, where there is one."""
+    folder = SHARED / "models" / "stories260k"
+    if not folder.is_dir():
+        pytest.skip("../shared is absent")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hub() -> Path:
+    folder = SHARED / "data" / "hub"
+    if not folder.is_dir():
+        pytest.skip("../shared is absent")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Path:
+    """The folder of a random Llama of three layers with grouped-query attention, and the world's tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    tokenizer = world.tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# a run of seconds on `tiny_llama`; later settings override
+QUICK = (
+    "stages=[prune,finetune,evaluate,report]",
+    "calibration.dataset=world",
+    "calibration.samples=8",
+    "calibration.seq_len=32",
+    "calibration.batch_size=2",
+    "finetune.dataset=world",
+    "finetune.seq_len=32",
+    "finetune.max_steps=6",
+    "finetune.batch_size=4",
+    "finetune.lr=1e-2",
+    "finetune.checkpoint_every=2",
+    "evaluate.perplexity=[world]",
+    "evaluate.seq_len=64",
+    "evaluate.tasks=[]",
+    "evaluate.limit=20",
+)
+
+
+def command(*settings: object, processes: int = 1) -> list[str]:
+    several = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *several, "launch.py"]
+    return [*launch, *map(str, settings)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def espalier(*settings: object, processes: int = 1, expect: int | None = 0) -> str:
+    """Types the command and returns what the user sees; `expect` is the exit code, None for any failure."""
+    done = subprocess.run(
+        command(*settings, processes=processes),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    seen = done.stdout + done.stderr
+    assert done.returncode == expect if expect is not None else done.returncode, seen[-3000:]
+    return seen

@@ -1,0 +1,69 @@
+"""Exactly what a pattern says is kept, the least scores go, and ties fall as in the published code."""
+
+import pytest
+import torch
+
+from pipeline import patterns
+from pipeline.errors import UserError
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4), (3, 4), (1, 2)])
+def test_n_of_each_m_are_kept_and_they_are_the_largest(n, m):
+    score = torch.rand(12, 5 * m)
+    mask = patterns.NofM(n, m).select(score)
+    kept = mask.unflatten(1, (-1, m))
+    assert (kept.sum(2) == n).all()
+    groups = score.unflatten(1, (-1, m))
+    least_kept = groups.masked_fill(~kept, torch.inf).amin(2)
+    most_pruned = groups.masked_fill(kept, -torch.inf).amax(2)
+    assert (least_kept >= most_pruned).all()
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.7, 0.99])
+def test_each_row_loses_exactly_its_share_of_the_lowest(ratio):
+    score = torch.rand(9, 37)
+    mask = patterns.Unstructured(ratio).select(score)
+    assert (~mask).sum(1).tolist() == [int(37 * ratio)] * 9
+    assert (
+        score[~mask].numel() == 0
+        or (score.masked_fill(mask, -torch.inf).amax(1) <= score.masked_fill(~mask, torch.inf).amin(1)).all()
+    )
+
+
+def test_ties_of_n_of_m_fall_as_in_the_published_loop():
+    """SparseGPT's and Wanda's loop: topk of each group of M columns over all rows, largest=False, scatter."""
+    score = torch.randint(0, 3, (64, 32)).float()
+    published = torch.zeros_like(score, dtype=torch.bool)
+    for start in range(0, 32, 4):
+        lowest = torch.topk(score[:, start : start + 4], 2, dim=1, largest=False)[1]
+        published.scatter_(1, start + lowest, True)
+    assert torch.equal(patterns.NofM(2, 4).select(score), ~published)
+
+
+def test_ties_of_a_row_fall_in_column_order():
+    mask = patterns.Unstructured(0.5).select(torch.ones(3, 8))
+    assert mask.tolist() == [[False] * 4 + [True] * 4] * 3
+
+
+@pytest.mark.parametrize("text", ["2of4", "2:4", " 2 of 4 "])
+def test_names_of_a_pattern(text):
+    assert patterns.parse(text) == patterns.NofM(2, 4)
+    assert patterns.parse(str(patterns.parse(text))) == patterns.NofM(2, 4)
+
+
+@pytest.mark.parametrize("value", [124, 248, 64, "124", 1.0, 0, -0.5, "4of4", "0of4", "x", None, float("nan")])
+def test_what_is_no_pattern_is_refused(value):
+    with pytest.raises(UserError, match=r"prune\.sparsity"):
+        patterns.parse(value)
+
+
+def test_inputs_that_m_does_not_divide_are_refused_not_bent():
+    assert "not divisible by 8" in patterns.NofM(4, 8).misfit(172)
+    assert patterns.NofM(2, 4).misfit(172) is None
+
+
+def test_a_broken_group_is_found():
+    mask = patterns.NofM(2, 4).select(torch.rand(4, 16))
+    assert patterns.NofM(2, 4).violation(mask) is None
+    mask[3, 8:12] = torch.tensor([True, True, True, False])
+    assert "row 3, inputs 8 to 11" in patterns.NofM(2, 4).violation(mask)

@@ -1,0 +1,126 @@
+"""Laws of the perplexity: the papers' loop, whatever the batch size and the number of processes."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pipeline.errors import UserError
+from pipeline.perplexity import perplexity, windows
+
+VOCABULARY = 97
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        initializer_range=0.3,  # so that the perplexity is far from uniform
+    )
+    return LlamaForCausalLM(config)
+
+
+def token_windows(tokens: int = 300, seq_len: int = 40) -> torch.Tensor:
+    return windows(torch.randint(VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(1)), seq_len)
+
+
+def papers_loop(model, ids: torch.Tensor, seq_len: int) -> float:
+    """One window at a time; the total of mean loss * seq_len, over the number of tokens."""
+    count = len(ids) // seq_len
+    total = 0.0
+    for i in range(count):
+        window = ids[i * seq_len : (i + 1) * seq_len].unsqueeze(0)
+        with torch.no_grad():
+            total += model(window, labels=window).loss.float().item() * seq_len
+    return math.exp(total / (count * seq_len))
+
+
+@pytest.mark.parametrize("seq_len", [2, 40, 300])  # 300: more positions than are held in float32 at a time
+def test_is_the_papers_loop(seq_len):
+    model = tiny_llama().eval()
+    ids = torch.randint(VOCABULARY, (627,), generator=torch.Generator().manual_seed(2))
+    found = perplexity(model, windows(ids, seq_len), batch_size=3)
+    assert found == pytest.approx(papers_loop(model, ids, seq_len), rel=1e-6)
+
+
+def test_windows_are_cut_end_to_end_and_the_rest_is_dropped():
+    assert windows(torch.arange(11), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 15])
+def test_a_text_shorter_than_a_window_says_what_to_type(tokens):
+    remedy = "type evaluate.seq_len=15" if tokens > 1 else "choose another text"
+    with pytest.raises(UserError, match=f"gives {tokens} tokens, too few for one window of 16: {remedy}"):
+        windows(torch.zeros(tokens, dtype=torch.long), 16)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+def test_batch_size_does_not_change_it(batch_size):
+    model = tiny_llama()
+    expected = perplexity(model, token_windows(), 3)
+    assert perplexity(model, token_windows(), batch_size) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 9])  # of 7 windows: some ranks have none
+def test_ranks_sum_to_the_same_bits(world_size):
+    model, alone = tiny_llama(), []
+    perplexity(model, token_windows(), 2, all_sum=lambda loss_N: alone.append(loss_N) or loss_N)
+    shares = []
+    for rank in range(world_size):
+        perplexity(model, token_windows(), 2, rank, world_size, lambda loss_N: shares.append(loss_N) or alone[0])
+    assert torch.equal(torch.stack(shares).sum(0), alone[0])
+    assert all(((share == 0) | (share == alone[0])).all() for share in shares)
+
+
+def _rank(rank: int, world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+
+    def all_sum(tensor):
+        dist.all_reduce(tensor)
+        return tensor
+
+    found = perplexity(tiny_llama(), token_windows(), 2, rank, world_size, all_sum)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_find_the_same(tmp_path):
+    mp.spawn(_rank, (2, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first == second == pytest.approx(perplexity(tiny_llama(), token_windows(), 2), rel=1e-6)
+
+
+def test_a_broken_model_is_refused_by_the_window():
+    model = tiny_llama()
+    rows = torch.arange(12).view(3, 4)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[rows[1, 2]] = float("nan")
+    with pytest.raises(UserError, match="window 2 of 3 is nan"):
+        perplexity(model, rows, batch_size=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_finds_what_the_cpu_does():
+    on_cpu = perplexity(tiny_llama(), token_windows(), 2)
+    assert perplexity(tiny_llama().cuda(), token_windows(), 2) == pytest.approx(on_cpu, rel=1e-4)
+
+
+def test_leaves_the_model_as_it_was_and_tells_its_progress():
+    model, told = tiny_llama().train(), []
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    perplexity(model, token_windows(), 3, progress=lambda done, of: told.append((done, of)))
+    assert told == [(3, 7), (6, 7), (7, 7)]
+    assert model.training and not any(tensor.is_inference() for tensor in model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

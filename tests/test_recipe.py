@@ -1,0 +1,100 @@
+"""A recipe is data; a mistake in it is one clear line before anything loads."""
+
+import subprocess
+import sys
+
+import pytest
+
+from pipeline import recipe
+from pipeline.errors import UserError
+from tests.conftest import ROOT
+
+FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_is_short(path):
+    extra = [] if path.stem != "paper" else ["model=somewhere"]
+    loaded = recipe.load([f"recipe={path}", *extra])
+    assert loaded.run_dir == f"runs/{path.stem}"
+    assert len(path.read_text().splitlines()) <= 20
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("prune.sparcity=0.5", "unknown key 'prune.sparcity': did you mean 'prune.sparsity'?"),
+        ("modle=x", "did you mean 'model'?"),
+        ("prune.sparsity=2:4", "type 2of4"),
+        ("prune.sparsity=4:8", "type 4of8"),
+        ("prune.sparsity=124", "type 2of4"),
+        ("prune.sparsity=1.5", "between 0 and 1"),
+        ("prune.sparsity=0", "between 0 and 1"),
+        ("prune.sparsity=4of2", "0 < N < M"),
+        ("prune.sparsity=half", "is not a sparsity"),
+        ("prune.sparsity=nan", "between 0 and 1"),
+        ("prune.method=wandda", "did you mean 'wanda'?"),
+        ("prune=wanda", "this is a section"),
+        ("finetune.rank=0", "finetune.rank=0 is out of range"),
+        ("finetune.rank=-3", "finetune.rank=-3 is out of range"),
+        ("finetune.rank=many", "finetune.rank"),
+        ("finetune.lr=nan", "not a finite number"),
+        ("calibration.samples=1.5", "calibration.samples"),
+        ("stages=[prun]", "did you mean 'prune'?"),
+        ("stages=[finetune]", "finetune needs prune"),
+        ("stages=[prune,report]", "report needs evaluate"),
+        ("recipe=lama7b_2of4", "did you mean 'llama7b_2of4'?"),
+        ("evaluate.tasks=arc_easy", "evaluate.tasks"),
+        ("justaword", "key=value"),
+    ],
+)
+def test_bad_input_is_one_line(argument, says):
+    arguments = [argument] if argument.startswith("recipe=") else ["recipe=llama7b_2of4", argument]
+    with pytest.raises(UserError) as raised:
+        recipe.load(arguments)
+    message = str(raised.value)
+    assert says in message
+    assert "\n" not in message
+
+
+def test_no_model_says_what_to_type():
+    with pytest.raises(UserError, match="model=<hub id or folder>"):
+        recipe.load(["stages=[prune]"])
+
+
+def test_colon_in_quotes_is_accepted(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text('model: m\nprune: {sparsity: "2:4"}\n')
+    assert recipe.load([f"recipe={path}"]).prune.sparsity == "2:4"
+
+
+def test_extends_then_file_then_command_line(tmp_path):
+    (tmp_path / "base.yaml").write_text("model: m\nseed: 1\nfinetune: {rank: 4, alpha: 4}\n")
+    (tmp_path / "mine.yaml").write_text("extends: base\nfinetune: {rank: 5}\n")
+    loaded = recipe.load([f"recipe={tmp_path / 'mine.yaml'}", "finetune.alpha=6"])
+    assert (loaded.seed, loaded.finetune.rank, loaded.finetune.alpha) == (1, 5, 6)
+
+
+def test_a_recipe_that_extends_itself_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b\n")
+    (tmp_path / "b.yaml").write_text("extends: a\n")
+    with pytest.raises(UserError, match="extends itself"):
+        recipe.load([f"recipe={tmp_path / 'a.yaml'}"])
+
+
+def test_the_paper_settings_of_the_papers_models():
+    loaded = recipe.load(["recipe=llama2_7b_4of8"])
+    assert loaded.calibration.samples == 128
+    assert loaded.calibration.seq_len == loaded.evaluate.seq_len == 4096
+    assert recipe.load(["recipe=llama7b_half"]).calibration.seq_len == 2048
+
+
+def test_answered_before_anything_heavy_loads():
+    """The message of a bad key comes without torch being imported."""
+    code = (
+        "import sys; sys.argv = ['launch.py', 'finetune.rnak=1']\n"
+        "import launch; code = launch.main(); print(code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False"]
+    assert done.stderr.strip() == "espalier: unknown key 'finetune.rnak': did you mean 'finetune.rank'?"

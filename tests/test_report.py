@@ -1,0 +1,273 @@
+"""Laws of the report: every number is told, whatever is missing, whoever wrote the names."""
+
+import csv
+import html.parser
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pipeline import plots, recipe, report, summary
+
+HOSTILE = '<script>alert(1)</script> | `x` </style> & "quote"'
+
+
+def write_stage(root: Path, name: str, seconds: float = 12.5) -> Path:
+    folder = root / name
+    folder.mkdir(parents=True)
+    about = {
+        "stage": name,
+        "seconds": seconds,
+        "finished": "2030-01-02T03:04:05+00:00",
+        "processes": 2,
+        "versions": {"torch": "2.13.0"},
+        "made_from": {},
+    }
+    (folder / "stage.json").write_text(json.dumps(about))
+    return folder
+
+
+def write_csv(path: Path, header: str, rows: list) -> None:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header.split(","), *rows])
+
+
+def write_run(root: Path, results: dict) -> dict[str, Path]:
+    """A finished run with as many stages as `results` has models."""
+    inputs = {}
+    if "pruned" in results["models"]:
+        inputs["prune"] = write_stage(root, "prune", 3725)
+        header = "layer,seconds,tokens_per_second,sparsity,relative_output_error,memory_gib,remark"
+        rows = [[layer, 1.5, 900, 0.5, 0.1 + layer / 50, 2, "text"] for layer in range(4)]
+        write_csv(inputs["prune"] / "layers.csv", header, rows)
+    if "finetuned" in results["models"]:
+        inputs["finetune"] = write_stage(root, "finetune")
+        rows = [[step, 3 - step / 100, 1e-4, 800, 20 - step / 10 if step % 20 == 0 else ""] for step in range(1, 61)]
+        write_csv(inputs["finetune"] / "metrics.csv", "step,loss,lr,tokens_per_second,val_perplexity", rows)
+    inputs["evaluate"] = write_stage(root, "evaluate")
+    (inputs["evaluate"] / "results.json").write_text(json.dumps(results))
+    return inputs
+
+
+def make_results(*names: str) -> dict:
+    """Each model with numbers of its own, so that one told for another is seen."""
+    models = {}
+    for place, name in enumerate(names):
+        models[name] = {
+            "perplexity": {"wikitext2": 5.68 + (0, 6.11, 2.22)[place], "ptb": 1234.5 + place},
+            "zero_shot": {
+                "arc_easy": {"acc": 0.611 - place / 50, "acc_stderr": 0.013, "acc_norm": 0.577 - place / 50},
+                "boolq": {"acc": 0.707 - place / 50, "acc_stderr": 0.021},
+            },
+            "zero_shot_mean": 0.659 - place / 50,
+            "sparsity": {"overall": 0.4987 if place else 0.0, "by_layer": [0.5] * 4},
+            "mask_violations": 0,
+        }
+    protocol = {
+        "seq_len": 256,
+        "limit": 77,
+        "fewshot": 0,
+        "datasets": {"wikitext2": "some/set:config@test, 123 windows of 256 tokens"},
+        "notes": ["tokenised text: not comparable"],
+    }
+    return {"models": models, "protocol": protocol, "versions": {"torch": "2.13.0", "lm_eval": "0.4.13"}}
+
+
+def write_report(root: Path, results: dict, *arguments: str, model: str = "some/model") -> tuple[str, str]:
+    """(html, markdown) of a run under `root`."""
+    inputs = write_run(root, results)
+    settings = recipe.load(["recipe=tiny", f"stages=[{','.join([*inputs, 'report'])}]", "model=some/model", *arguments])
+    settings.model = model
+    folder = root / "report"
+    folder.mkdir()
+    report.run(settings, folder, inputs)
+    return (folder / "report.html").read_text(encoding="utf-8"), (folder / "report.md").read_text(encoding="utf-8")
+
+
+def shown(root: Path, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    report.show(root, console)
+    return console.file.getvalue()
+
+
+class Page(html.parser.HTMLParser):
+    """The tags of a page, its text, and whether they nest."""
+
+    VOID = {"meta", "br", "hr", "img", "link"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.attributes, self.text, self.open = [], [], "", []
+        self.feed(text)
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list) -> None:
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.mark.parametrize("names", [summary.MODELS, summary.MODELS[:2], summary.MODELS[:1], ("pruned",)])
+def test_every_number_is_told_everywhere(tmp_path: Path, names: tuple) -> None:
+    results = make_results(*names)
+    page, card = write_report(tmp_path, results)
+    for text in (Page(page).text, card, shown(tmp_path)):
+        for model in results["models"].values():
+            assert f"{model['perplexity']['wikitext2']:.2f}" in text
+            assert f"{model['perplexity']['ptb']:,.0f}" in text
+            assert f"{100 * model['sparsity']['overall']:.2f}" in text
+            assert f"{100 * model['zero_shot_mean']:.1f}" in text
+            for scores in model["zero_shot"].values():
+                assert f"{100 * scores['acc']:.1f} ± {100 * scores['acc_stderr']:.1f}" in text
+            assert f"{100 * model['zero_shot']['arc_easy']['acc_norm']:.1f}" in text
+        assert all(note in text for note in results["protocol"]["notes"])
+    for text in (Page(page).text, card):
+        assert all(str(value) in text for value in (256, 77, "123 windows of 256 tokens", "2.13.0", "0.4.13"))
+        assert ("1 h 2 min" in text) == ("pruned" in names)
+
+
+@pytest.mark.parametrize("missing", ["perplexity", "zero_shot", "sparsity", "mask_violations"])
+def test_what_was_not_measured_is_left_out(tmp_path: Path, missing: str) -> None:
+    results = make_results(*summary.MODELS)
+    for model in results["models"].values():
+        del model[missing]
+        if missing == "zero_shot":
+            model["zero_shot_mean"] = None
+    page, card = write_report(tmp_path, results)
+    label = {"perplexity": "Perplexity (", "zero_shot": "Zero-shot, %", "sparsity": "sparsity, %"}
+    label["mask_violations"] = "violations"
+    for text in (Page(page).text, card, shown(tmp_path)):
+        assert {key for key, words in label.items() if words not in text} == {missing}
+        assert "None" not in text
+
+
+def test_the_smallest_results_make_a_report(tmp_path: Path) -> None:
+    page, card = write_report(tmp_path, {"models": {"dense": {}}})
+    assert "was evaluated" in page and "was evaluated" in card and "dense" in shown(tmp_path)
+
+
+def test_names_from_outside_stay_text(tmp_path: Path) -> None:
+    results = make_results(*summary.MODELS)
+    for model in results["models"].values():
+        model["perplexity"][HOSTILE] = 7.0
+        model["zero_shot"][HOSTILE] = {"acc": 0.5}
+    results["protocol"]["notes"] = [HOSTILE]
+    results["protocol"]["datasets"][HOSTILE] = HOSTILE
+    results["versions"][HOSTILE] = HOSTILE
+    page, card = write_report(tmp_path, results, model=HOSTILE)
+    assert "script" not in Page(page).tags and HOSTILE in Page(page).text
+    before_recipe = card[: card.index("## Recipe")]
+    assert "<" not in before_recipe and not re.search(r"(?<!\\)`x", before_recipe)
+    rows = [line for line in before_recipe.splitlines() if "alert" in line and line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {5}, "a name broke out of its cell"
+
+
+def test_the_terminal_takes_names_for_text(tmp_path: Path) -> None:
+    results = make_results(*summary.MODELS)
+    name = "[red]x[/nothing]"  # rich would read this as its markup
+    results["models"]["dense"]["perplexity"][name] = 1.0
+    results["protocol"]["notes"] = [f"of {name}"]
+    write_run(tmp_path, results)
+    assert shown(tmp_path, width=200).count(name) == 2
+
+
+def test_html_stands_alone(tmp_path: Path) -> None:
+    page, _ = write_report(tmp_path, make_results(*summary.MODELS))
+    parsed = Page(page)
+    assert parsed.tags.count("svg") == 4
+    assert not {"script", "link", "img", "iframe", "object"} & set(parsed.tags)
+    assert not re.search(r"https?:|@import|//\w", page)
+    references = [value for name, value in parsed.attributes if name in ("src", "href", "xlink:href")]
+    ids = [value for name, value in parsed.attributes if name == "id"]
+    assert references and all(value[1:] in ids for value in references) and all(value[0] == "#" for value in references)
+    assert set(re.findall(r"url\(#(.*?)\)", page)) <= set(ids)
+    assert len(page) < 300_000
+
+
+def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
+    results = make_results(*summary.MODELS)
+    assert write_report(tmp_path / "a", results) == write_report(tmp_path / "b", results)
+
+
+def test_a_broken_mask_is_said(tmp_path: Path) -> None:
+    results = make_results(*summary.MODELS)
+    results["models"]["finetuned"]["mask_violations"] = 4321
+    for text in (*write_report(tmp_path, results), shown(tmp_path)):
+        assert "finetuned: 4321 pruned weights are not zero" in text
+
+
+def test_the_recipe_in_the_report_is_a_recipe(tmp_path: Path) -> None:
+    # unquoted, YAML would read 2:4 as 124
+    changed = ["finetune.lr=0.00003", 'prune.sparsity="2:4"', "evaluate.tasks=[boolq]"]
+    _, card = write_report(tmp_path, make_results(*summary.MODELS), *changed)
+    again = tmp_path / "again.yaml"
+    again.write_text(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])
+    first = recipe.load(["recipe=tiny", "stages=[prune,finetune,evaluate,report]", "model=some/model", *changed])
+    assert recipe.load([f"recipe={again}"]) == first
+
+
+def test_won_back() -> None:
+    assert summary.won_back(5, 11, 5) == pytest.approx(1)
+    assert summary.won_back(5, 11, 11) == 0
+    assert summary.won_back(5, 11, 12) < 0
+    assert summary.won_back(5, 11, math.sqrt(5 * 11)) == pytest.approx(0.5)
+    for nothing in ((5, 5, 5), (5, 4, 3), (5, None, 6), (5, math.inf, 6), (5, math.nan, 6)):
+        assert summary.won_back(*nothing) is None
+
+
+@pytest.mark.parametrize("finetuned, words", [(8.0, "won back 52%"), (12.0, "won nothing back"), (5.68, "back 100%")])
+def test_headline_tells_what_came_back(finetuned: float, words: str) -> None:
+    settings = recipe.load(["recipe=tiny", "model=some/model", "stages=[prune,evaluate,report]"])
+    results = {"models": {n: {"perplexity": {"ptb": p}} for n, p in zip(summary.MODELS, (5.68, 11.53, finetuned))}}
+    assert words in summary.headline(settings, results)
+
+
+@pytest.mark.parametrize("seconds, text", [(0.14, "0.1 s"), (42.2, "42 s"), (59.7, "1 min 0 s"), (3599.6, "1 h 0 min")])
+def test_duration_carries(seconds: float, text: str) -> None:
+    assert summary.duration(seconds) == text
+
+
+def test_terminal_table_is_plain_text_in_80_columns(tmp_path: Path) -> None:
+    write_report(tmp_path, make_results(*summary.MODELS))
+    text = shown(tmp_path)
+    assert "\x1b" not in text and str(tmp_path / "report" / "report.html") in text
+    assert max(map(len, text[: text.index("note:")].splitlines())) <= 80
+
+
+def test_one_point_or_many_can_be_drawn() -> None:
+    for count in (1, 2, 5000):
+        points = [(i, 0.5 + i / 10000) for i in range(count)]
+        for svg in (plots.layer_error(points), plots.loss(points), plots.loss(points, points[:50])):
+            Page(svg)
+            assert "nan" not in svg.lower()
+    assert len(plots.loss(points)) < 40_000
+    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(FileNotFoundError):
+        write_report(tmp_path, make_results(*summary.MODELS))
+
+
+def test_report_imports_neither_torch_nor_matplotlib() -> None:
+    heavy = "{'torch', 'lightning', 'transformers', 'matplotlib'}"
+    code = f"import sys, pipeline.report; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(report.__file__).parent.parent)
