@@ -2,12 +2,13 @@
 
 import csv
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
+
+from pipeline import processes
 
 COLUMNS = ("step", "loss", "lr", "tokens_per_second")
 
@@ -15,8 +16,8 @@ COLUMNS = ("step", "loss", "lr", "tokens_per_second")
 class StepLog(Callback):
     """`loss` is the mean over all sequences of the step, on all ranks. A resumed run drops the rows past its checkpoint."""
 
-    def __init__(self, path: Path, lines: int, all_sum: Callable[[Tensor], Tensor], say: Callable[[str], None]) -> None:
-        self.path, self.lines, self.all_sum, self.say = path, lines, all_sum, say
+    def __init__(self, path: Path, lines: int = 10) -> None:
+        self.path, self.lines = path, lines
         self.losses: list[Tensor] = []
         self.tokens = 0
 
@@ -36,7 +37,7 @@ class StepLog(Callback):
             return  # still accumulating
         self.step = trainer.global_step
         # Lightning hands over each loss divided by the number of accumulated batches
-        loss = self.all_sum(torch.stack(self.losses).sum().double()).item() / trainer.world_size
+        loss = processes.all_sum(torch.stack(self.losses).sum().double()).item() / trainer.world_size
         seconds = time.perf_counter() - self.started
         lr = trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0]
         if trainer.is_global_zero:
@@ -44,5 +45,5 @@ class StepLog(Callback):
                 csv.writer(file).writerow([self.step, f"{loss:.6f}", f"{lr:.3e}", f"{self.tokens / seconds:.0f}"])
         every = max(1, trainer.max_steps // self.lines)
         if self.step % every == 0 or self.step == trainer.max_steps:
-            self.say(f"  step {self.step}/{trainer.max_steps}: loss {loss:.4f}, {self.tokens / seconds:,.0f} tokens/s")
+            processes.say(f"  step {self.step}/{trainer.max_steps}: loss {loss:.4f}, {self.tokens / seconds:,.0f} tokens/s")
         self.losses, self.tokens, self.started = [], 0, time.perf_counter()

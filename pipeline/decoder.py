@@ -35,6 +35,14 @@ class Decoder:
     def __post_init__(self) -> None:
         self.prefix, self.layers = find_layers(self.model)
 
+    def place(self, device: torch.device) -> None:
+        """Moves what is not a decoder layer (embeddings, positions), and layer 0, which `embed` calls once."""
+        in_layers = {id(module) for layer in self.layers[1:] for module in layer.modules()}
+        for module in self.model.modules():
+            if id(module) not in in_layers:
+                for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                    tensor.data = tensor.data.to(device)
+
     @torch.no_grad()
     def embed(self, batch_BT: Tensor) -> Tensor:
         """Hidden states (B, T, D) at the entry of layer 0; records how the model calls each layer for this shape.

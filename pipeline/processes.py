@@ -88,6 +88,28 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def share_of(count: int) -> slice:
+    """This rank's part of `count` rows: equal parts, the first ones a row longer."""
+    each, more = divmod(count, world_size())
+    start = rank() * each + min(rank(), more)
+    return slice(start, start + each + (rank() < more))
+
+
+def gather_rows(mine: Tensor) -> Tensor:
+    """All ranks' rows, end to end, on every rank; each brings those of its `share_of`."""
+    if world_size() == 1:
+        return mine
+    if mine.dtype == torch.bool:  # which not every backend gathers
+        return gather_rows(mine.to(torch.uint8)).bool()
+    lengths = [0] * world_size()
+    dist.all_gather_object(lengths, len(mine))
+    padded = torch.zeros((max(lengths), *mine.shape[1:]), dtype=mine.dtype, device=mine.device)
+    padded[: len(mine)] = mine
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths)])
+
+
 def from_main(value: Any) -> Any:
     """Rank 0's `value`, on every rank."""
     if world_size() == 1:

@@ -1,122 +1,90 @@
-"""The prune stage: a walk over the model's decoder layers in which a batch is a layer, and pruning is a callback."""
+"""The prune stage: dense model and calibration text in, pruned model and masks out."""
 
-import contextlib
 import csv
 import shutil
 from pathlib import Path
 
 import torch
-from lightning import LightningModule, Trainer
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from lightning import Trainer
+from lightning.pytorch import Callback
+from safetensors.torch import save_file
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks.layer_writer import LayerWriter
-from callbacks.pruner import METHODS
-from pipeline import data, files, models, patterns, processes
-from pipeline.decoder import Decoder, matrices, weight_OI
+from callbacks.methods import pruner
+from callbacks.outliers import OutlierShares
+from pipeline import data, files, memory, models, processes
+from pipeline.allocation import allocate
+from pipeline.decoder import Decoder
 from pipeline.errors import UserError
 from pipeline.masks import Masks
 from pipeline.recipe import Recipe
-from pipeline.watch import EveryInputSeen, InputWatch
-
-
-class LayerWalk(LightningModule):
-    """Owns this rank's hidden states and carries them from layer to layer.
-
-    A step forwards them through the layer just pruned, so that each layer sees what the pruned model will give it, and
-    then shows them to the next layer, whose watched matrices decide what goes.
-    """
-
-    def __init__(self, decoder: Decoder, batches: list[Tensor], folder: Path) -> None:
-        super().__init__()
-        object.__setattr__(self, "decoder", decoder)  # out of _modules: Lightning must not move, wrap or save the model
-        self.batches, self.folder = batches, folder
-        self.tokens = sum(batch.numel() for batch in batches)
-        self.hidden: list[Tensor] = []
-        self.previous: nn.Module | None = None
-        self.watch: InputWatch | None = None
-        self.masks = Masks()  # of the layer at hand
-        self.log_row: dict = {}
-        self.finished_before = frozenset(i for i in range(len(decoder.layers)) if self.shard(i).exists())
-
-    def is_finished(self, index: int) -> bool:
-        return index in self.finished_before
-
-    def shard(self, index: int) -> Path:
-        count = len(self.decoder.layers) + 1
-        return self.folder / "model" / f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-
-    def masks_file(self, index: int) -> Path:
-        return self.folder / "masks" / f"{index:05d}.safetensors"
-
-    def on_predict_start(self) -> None:
-        place(self.decoder, self.device)
-        self.hidden = [self.decoder.embed(batch.to(self.device)) for batch in self.batches]
-
-    def predict_step(self, layer: nn.Module, index: int) -> None:
-        if self.previous is not None:
-            self.hidden = [self.decoder.run(index - 1, self.previous, hidden) for hidden in self.hidden]
-            release(self.previous)
-        self.masks = Masks()
-        if self.is_finished(index):
-            weights = load_file(self.shard(index), device=str(self.device))
-            layer.load_state_dict(
-                {k.removeprefix(f"{self.decoder.prefix}.{index}."): v for k, v in weights.items()}, assign=True
-            )
-        else:
-            for hidden in self.hidden:
-                self.watch.next_batch()
-                with contextlib.suppress(EveryInputSeen):
-                    self.decoder.run(index, layer, hidden)
-        self.previous = layer
-
-
-def place(decoder: Decoder, device: torch.device) -> None:
-    """Moves what is not a decoder layer (embeddings, positions), and layer 0, which is called once to learn its output."""
-    outside = {id(module) for layer in decoder.layers for module in layer.modules()}
-    for module in decoder.model.modules():
-        if id(module) not in outside:
-            for tensors in (module._parameters, module._buffers):
-                for tensor in tensors.values():
-                    if tensor is not None:
-                        tensor.data = tensor.data.to(device)
-    decoder.layers[0].to(device)
-
-
-def release(layer: nn.Module) -> None:
-    """Lets go of a layer's memory: it is on disk."""
-    for parameter in layer.parameters():
-        parameter.data = torch.empty(0)
+from pipeline.walk import LayerWalk
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes `model/`, `masks.safetensors` and `layers.csv`."""
     origin = models.dense_folder(recipe, inputs)
-    settings = recipe.calibration
-    tokenizer = models.tokenizer(origin, recipe)
-    model = models.load(origin, recipe)
-    models.check_length(model.config, "calibration.seq_len", settings.seq_len)
-    pattern = patterns.parse(recipe.prune.sparsity)
-    decoder = Decoder(model)
-    check_fit(decoder, pattern)
+    decoder = Decoder(models.load(origin, recipe))
+    settings = recipe.prune
+    allocate(decoder, settings)  # refuses what cannot hold before any text is read
+    batches = calibration_batches(recipe, origin, decoder)
+    store = plan_memory(decoder, batches, settings.hidden_states)
+    shares = None
+    if settings.allocation == "owl":
+        shares = outlier_shares(Decoder(models.load(origin, recipe)), batches, store, recipe, folder)
+    walk = LayerWalk(decoder, batches, folder, store)
+    if walk.finished_before:
+        processes.say(f"  {len(walk.finished_before)} of {len(decoder.layers)} layers were pruned before: passed through")
+    processes.barrier()  # a rank late to look for finished shards must not see new ones
+    tour(walk, [pruner(settings, allocate(decoder, settings, shares)), LayerWriter(folder)])
+    processes.say(f"  memory: at most {memory.peak_gib(processes.device()):.2f} GiB")
+    if processes.is_main():
+        finish(walk, origin, recipe)
 
+
+def calibration_batches(recipe: Recipe, origin: Path, decoder: Decoder) -> list[Tensor]:
+    """This rank's batches of calibration tokens, each (batch_size, seq_len)."""
+    settings, config = recipe.calibration, decoder.model.config
+    models.check_length(config, "calibration.seq_len", settings.seq_len)
     source = data.source(settings.dataset, recipe.mirror, settings.split, settings.config)
+    tokenizer = models.tokenizer(origin, recipe)
     windows_NT = data.calibration(source, tokenizer, settings.samples, settings.seq_len, recipe.seed)
-    models.check_vocabulary(model.config, windows_NT, source)
+    models.check_vocabulary(config, windows_NT, source)
+    # batches are cut before they are shared out: a batch is computed the same on any number of processes
     batches = windows_NT.split(settings.batch_size)
     if len(batches) < processes.world_size():
         raise UserError(
             f"{len(batches)} batches of calibration samples cannot be shared by {processes.world_size()} processes: "
             f"type calibration.samples={settings.batch_size * processes.world_size()} or more"
         )
-    walk = LayerWalk(decoder, list(batches[processes.rank() :: processes.world_size()]), folder)
-    if walk.finished_before:
-        processes.say(
-            f"  {len(walk.finished_before)} of {len(decoder.layers)} layers were pruned before: only passed through"
-        )
+    return list(batches[processes.rank() :: processes.world_size()])
+
+
+def plan_memory(decoder: Decoder, batches: list[Tensor], where: str) -> torch.device:
+    """Says what will be needed and what is free, and chooses where the hidden states wait between layers."""
+    device = processes.device()
+    layers = 2 * max(memory.size_gib(layer) for layer in decoder.layers)
+    outside = memory.size_gib(decoder.model) - sum(memory.size_gib(layer) for layer in decoder.layers)
+    width = decoder.model.config.get_text_config().hidden_size * decoder.model.dtype.itemsize
+    hidden = sum(batch.numel() for batch in batches) * width / memory.GIB
+    free = memory.free_gib(device)
+    fits = layers + outside + 2 * hidden < 0.8 * free
+    store = device if device.type == "cpu" or where == "gpu" or (where == "auto" and fits) else torch.device("cpu")
+    processes.say(
+        f"  memory: {layers:.2f} GiB for two layers, {outside:.2f} outside the layers, {hidden:.2f} of hidden states on "
+        f"the {'GPU' if store.type == 'cuda' else 'host'}; {free:.1f} GiB free"
+    )
+    if layers + outside + (hidden if store == device else 0) > free:
+        processes.say("  memory: that may not fit: a smaller calibration.batch_size or fewer calibration.samples need less")
+    return store
+
+
+def tour(walk: LayerWalk, callbacks: list[Callback]) -> None:
+    """Walks all layers with the callbacks."""
     trainer = Trainer(
-        callbacks=[METHODS[recipe.prune.method](pattern, processes.all_sum, processes.say), LayerWriter(folder)],
+        callbacks=callbacks,
         inference_mode=False,  # else the weights become inference tensors, and a later fit of them dies
         logger=False,
         enable_checkpointing=False,
@@ -124,31 +92,30 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         **processes.trainer_arguments(),
     )
     assert trainer.world_size == processes.world_size()
-    processes.barrier()  # a rank late to look for finished shards must not see new ones
-    trainer.predict(walk, DataLoader(decoder.layers, batch_size=None), return_predictions=False)
+    trainer.predict(walk, DataLoader(walk.decoder.layers, batch_size=None), return_predictions=False)
+
+
+def outlier_shares(decoder: Decoder, batches: list, store: torch.device, recipe: Recipe, folder: Path) -> list[float]:
+    """The shares for OWL by layer, from a walk through the dense model; kept in `owl.json` for a resumed run."""
+    path = folder / "owl.json"
+    before = processes.from_main(files.read_json(path))
+    if before is not None:
+        return before["outlier_shares"]
+    measure = OutlierShares(recipe.prune.owl_outliers)
+    tour(LayerWalk(decoder, batches, None, store), [measure])
     if processes.is_main():
-        finish(walk, origin, recipe)
-
-
-def check_fit(decoder: Decoder, pattern: patterns.Pattern) -> None:
-    for index, layer in enumerate(decoder.layers):
-        for name, module in matrices(layer).items():
-            if problem := pattern.misfit(weight_OI(module).shape[1]):
-                name = decoder.parameter_name(index, name)
-                raise UserError(f"prune.sparsity={pattern}: {name} has {problem}; a ratio such as 0.5 always can")
+        files.write_json(path, {"outlier_shares": measure.shares})
+    return measure.shares
 
 
 def finish(walk: LayerWalk, origin: Path, recipe: Recipe) -> None:
     """The rest of the model folder, all masks in one file, all rows in one table."""
     decoder, folder = walk.decoder, walk.folder
     in_layers = decoder.prefix + "."
-    state = decoder.model.state_dict()
-    tied = (
-        {name for name in state}
-        - {n for n, _ in decoder.model.named_parameters()}
-        - {n for n, _ in decoder.model.named_buffers()}
-    )
-    rest = {k: v.contiguous().cpu() for k, v in state.items() if not k.startswith(in_layers) and k not in tied}
+    model = decoder.model
+    once = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    state = model.state_dict()  # holds tied weights twice, which a file must not
+    rest = {k: v.contiguous().cpu() for k, v in state.items() if k in once and not k.startswith(in_layers)}
     with files.whole(walk.shard(len(decoder.layers))) as beside:
         save_file(rest, beside, {"format": "pt"})
     models.write_index(folder / "model")

@@ -54,10 +54,22 @@ class Calibration:
     batch_size: int = setting(1, low=1)  # samples per forward pass
 
 
+METHODS = (
+    *("wanda", "wanda_variant", "magnitude", "sparsegpt", "ria", "dsnot"),
+    *("magnitude_seq", "magnitude_iter", "wanda_seq", "wanda_iter"),
+)
+
+
 @dataclass
 class Prune:
-    method: str = setting("wanda", choices=("wanda", "magnitude"))
+    method: str = "wanda"  # one of METHODS, or a .py file with a LayerPruner of one's own
     sparsity: Any = "2of4"  # a ratio, or N kept of each M; see pipeline/patterns.py
+    allocation: str = setting("uniform", choices=("uniform", "owl"))  # of a ratio, over the layers
+    owl_outliers: float = setting(5.0, low=0)  # M: an outlier is above M times its layer's mean score
+    owl_spread: float = setting(0.08, low=0, high=1)  # lambda: layers differ by at most twice this
+    overrides: dict[str, Any] = field(default_factory=dict)  # glob of parameter names -> a sparsity, or dense
+    damp: float = setting(0.01, low=0)  # of the mean of the Hessian's diagonal; sparsegpt, *_seq and *_iter
+    hidden_states: str = setting("auto", choices=("auto", "gpu", "cpu"))  # where they wait between layers
 
 
 @dataclass
@@ -216,9 +228,6 @@ def _check(section: Any, prefix: str) -> None:
 
 
 def _check_stages(recipe: Recipe) -> None:
-    from pipeline import patterns
-
-    patterns.parse(recipe.prune.sparsity)
     if recipe.model is None and "pretrain" not in recipe.stages:
         raise UserError("no model: type model=<hub id or folder>, such as model=huggyllama/llama-7b")
     if recipe.model is not None and "pretrain" in recipe.stages:
@@ -231,3 +240,9 @@ def _check_stages(recipe: Recipe) -> None:
         )
     if "report" in recipe.stages and "evaluate" not in recipe.stages:
         raise UserError("report needs evaluate in stages (a finished stage is not run again)")
+    method = recipe.prune.method
+    if method not in METHODS and not method.endswith(".py"):
+        raise UserError(f"prune.method={method} is not a method{_did_you_mean(method, list(METHODS))}")
+    from pipeline import allocation  # loads torch, so it comes last
+
+    allocation.check(recipe.prune)

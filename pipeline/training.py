@@ -92,7 +92,7 @@ def fit(
         precision=_precision(schedule.precision),
         callbacks=[
             *callbacks,
-            StepLog(folder / "metrics.csv", 10, processes.all_sum, processes.say),
+            StepLog(folder / "metrics.csv"),
             ModelCheckpoint(
                 checkpoints, filename="{step}", every_n_train_steps=schedule.checkpoint_every, save_top_k=1
             ),

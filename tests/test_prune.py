@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from callbacks.pruner import METHODS, WandaPruner
+from callbacks.methods import METHODS, WandaPruner
 from pipeline import data, models, patterns, prune, recipe
 from pipeline.decoder import Decoder, matrices
 from pipeline.errors import UserError

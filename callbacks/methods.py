@@ -1,0 +1,179 @@
+"""The published pruning methods, each a `LayerPruner`; `prune.method` names one of them, or a file with one's own."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from callbacks.pruner import LayerPruner
+from pipeline import masks, obs, processes, scores
+from pipeline.errors import UserError
+from pipeline.patterns import NofM, Pattern, Unstructured, subclass_in
+from pipeline.recipe import Prune
+
+
+class MagnitudePruner(LayerPruner):
+    """The weight alone; a ratio is compared over the whole matrix (Han et al. 2015)."""
+
+    whole_matrix = True
+
+    def score(self, weight_OI: Tensor, total: Tensor) -> Tensor:
+        return scores.magnitude(weight_OI)
+
+
+class WandaPruner(LayerPruner):
+    """Weight times input norm, compared within each output row (Sun et al. 2023)."""
+
+    def score(self, weight_OI: Tensor, total: Tensor) -> Tensor:
+        return scores.wanda(weight_OI, total)
+
+
+class WandaVariantPruner(WandaPruner):
+    """Wanda's rows lose an equal share of their score instead of an equal number of weights; N of M is Wanda's."""
+
+    def select(self, name: str, score_OI: Tensor) -> Tensor:
+        pattern = self.patterns[name]
+        if isinstance(pattern, Unstructured):
+            return scores.select_variant(score_OI, pattern.ratio)
+        return pattern.select(score_OI)
+
+
+class RiaPruner(LayerPruner):
+    """Relative importance and activations (Zhang et al. 2024); a ratio is compared over the whole matrix."""
+
+    whole_matrix = True
+
+    def score(self, weight_OI: Tensor, total: Tensor) -> Tensor:
+        return scores.ria(weight_OI, total)
+
+
+class DsnotPruner(WandaPruner):
+    """Wanda's mask, refined by pruning and regrowing after DSnoT (Zhang et al. 2024)."""
+
+    def observe(self, input_NI: Tensor) -> Tensor:
+        return scores.moments(input_NI)
+
+    def prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
+        found = {}
+        for name, weight_OI in weights.items():
+            mask_OI = self.select(name, self.score(weight_OI, total[0]))
+            found[name] = scores.regrow(weight_OI, mask_OI, total, self.patterns[name])
+            masks.apply_(weight_OI, found[name])
+        return found
+
+
+class ObsPruner(LayerPruner):
+    """Column by column, each error pushed on to the later columns (Frantar & Alistarh 2023, algorithm 1).
+
+    The mask of a block of columns is chosen from its updated weights, by `obs_score`. Matrices with the same inputs
+    share Hessian and factor, and their rows one column loop; the loop's rows are shared out over the ranks.
+    """
+
+    whole_matrix = True
+
+    def observe(self, input_NI: Tensor) -> Tensor:
+        return obs.hessian(input_NI)
+
+    def obs_score(self, weight_RB: Tensor, diagonal_B: Tensor, square_sum_B: Tensor) -> Tensor:
+        """The importance of updated weights: `diagonal_B` is the factor's, `square_sum_B` the Hessian's."""
+        return weight_RB**2 / diagonal_B**2
+
+    def masks_first(self, weights: dict[str, Tensor], square_sum_I: Tensor) -> dict[str, Tensor] | None:
+        """The masks, where the method chooses them before any update."""
+        return None
+
+    def prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
+        names = list(weights)
+        chosen = {self.patterns[name] for name in names}
+        if len(chosen) > 1:  # one column loop needs one pattern
+            return {k: v for name in names for k, v in self.prune({name: weights[name]}, total.clone()).items()}
+        pattern = chosen.pop()
+        square_sum_I = total.diagonal().float().clone()
+        first = self.masks_first(weights, square_sum_I)
+        factor_II, dead_I = obs.factor(total, self.settings.damp, names[0], processes.say)
+        stacked_RI = torch.cat([weights[name].float() for name in names])
+        stacked_RI[:, dead_I] = 0
+        lengths = [len(weights[name]) for name in names]
+        mine = processes.share_of(len(stacked_RI))
+
+        def score(weight_RB: Tensor, columns: slice) -> Tensor:
+            return self.obs_score(weight_RB, factor_II.diagonal()[columns], square_sum_I[columns])
+
+        def choose(weight_RB: Tensor, columns: slice) -> Tensor:
+            """A threshold over all rows of each matrix, so the ranks bring their rows' scores together."""
+            score_RB = processes.gather_rows(score(weight_RB, columns))
+            return torch.cat([pattern.select(part, self.whole_matrix) for part in score_RB.split(lengths)])[mine]
+
+        def look_up(weight_RB: Tensor, columns: slice) -> Tensor:
+            return mask_RI[mine, columns]
+
+        if first is not None:
+            mask_RI = torch.cat([first[name] for name in names])
+        by_block = look_up if first is not None else None if isinstance(pattern, NofM) else choose
+        rows_RI = stacked_RI[mine].clone()
+        kept_RI = obs.prune_rows(rows_RI, factor_II, by_block, score, pattern if isinstance(pattern, NofM) else None)
+        pruned_RI, kept_RI = processes.gather_rows(rows_RI), processes.gather_rows(kept_RI)
+        if not pruned_RI.isfinite().all():
+            raise UserError(f"the updates of {names[0]} overflow: type prune.damp={10 * self.settings.damp:g}")
+        for name, part_OI in zip(names, pruned_RI.split(lengths)):
+            weights[name].copy_(part_OI)
+        return dict(zip(names, kept_RI.split(lengths)))
+
+
+class SparseGptPruner(ObsPruner):
+    """Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot"."""
+
+
+class _ByMagnitude:
+    def obs_score(self, weight_RB: Tensor, diagonal_B: Tensor, square_sum_B: Tensor) -> Tensor:
+        return weight_RB.abs()
+
+
+class _ByWanda:
+    def obs_score(self, weight_RB: Tensor, diagonal_B: Tensor, square_sum_B: Tensor) -> Tensor:
+        return weight_RB.abs() * square_sum_B.sqrt()
+
+
+class MagnitudeIterPruner(_ByMagnitude, ObsPruner):
+    """Ablations of the Wanda paper (section 5): the score of one method, the update of the other. `iter`: the mask block
+    by block from updated weights; `seq`: the whole mask first."""
+
+
+class WandaIterPruner(_ByWanda, ObsPruner):
+    """See `MagnitudeIterPruner`."""
+
+
+class MagnitudeSeqPruner(ObsPruner):
+    """See `MagnitudeIterPruner`."""
+
+    def masks_first(self, weights: dict[str, Tensor], square_sum_I: Tensor) -> dict[str, Tensor]:
+        return {name: self.patterns[name].select(scores.magnitude(w), True) for name, w in weights.items()}
+
+
+class WandaSeqPruner(ObsPruner):
+    """See `MagnitudeIterPruner`."""
+
+    def masks_first(self, weights: dict[str, Tensor], square_sum_I: Tensor) -> dict[str, Tensor]:
+        return {name: self.patterns[name].select(scores.wanda(w, square_sum_I)) for name, w in weights.items()}
+
+
+METHODS: dict[str, type[LayerPruner]] = {
+    "wanda": WandaPruner,
+    "wanda_variant": WandaVariantPruner,
+    "magnitude": MagnitudePruner,
+    "sparsegpt": SparseGptPruner,
+    "magnitude_seq": MagnitudeSeqPruner,
+    "magnitude_iter": MagnitudeIterPruner,
+    "wanda_seq": WandaSeqPruner,
+    "wanda_iter": WandaIterPruner,
+    "ria": RiaPruner,
+    "dsnot": DsnotPruner,
+}
+
+
+def pruner(settings: Prune, patterns: dict[str, Pattern]) -> LayerPruner:
+    """The callback of `prune.method`: a name of `METHODS`, or the path of a Python file with one subclass of
+    `LayerPruner`."""
+    if settings.method.endswith(".py"):
+        return subclass_in(Path(settings.method), LayerPruner, "prune.method")(settings, patterns)
+    return METHODS[settings.method](settings, patterns)

@@ -1,0 +1,53 @@
+"""Which pattern each matrix is given: the recipe's everywhere, by layer with OWL, and what the recipe says by name."""
+
+from fnmatch import fnmatch
+
+from pipeline import patterns, scores
+from pipeline.decoder import Decoder, matrices, weight_OI
+from pipeline.errors import UserError
+from pipeline.patterns import Pattern, Unstructured
+from pipeline.recipe import Prune
+
+
+def allocate(decoder: Decoder, settings: Prune, shares: list[float] | None = None) -> dict[str, Pattern]:
+    """Pattern by parameter name; a matrix that stays dense is not there.
+
+    `shares` are the layers' outlier shares for OWL. `prune.overrides` maps a glob over parameter names to a pattern or
+    to `dense`; the last one that matches counts. `UserError` where a pattern cannot hold or a glob matches nothing.
+    """
+    usual = patterns.parse(settings.sparsity)
+    by_layer: list[Pattern] = [usual] * len(decoder.layers)
+    if shares is not None:
+        ratios = scores.owl_ratios(shares, usual.ratio, settings.owl_spread)
+        by_layer = [Unstructured(min(max(ratio, 0.0), 0.99)) for ratio in ratios]
+    named = {
+        decoder.parameter_name(index, matrix): (by_layer[index], weight_OI(module).shape[1])
+        for index, layer in enumerate(decoder.layers)
+        for matrix, module in matrices(layer).items()
+    }
+    chosen = {}
+    for name, (pattern, inputs) in named.items():
+        for glob, value in settings.overrides.items():
+            if fnmatch(name, glob):
+                pattern = None if value == "dense" else patterns.parse(value, f"prune.overrides[{glob}]")
+        if pattern is None:
+            continue
+        if problem := pattern.misfit(inputs):
+            raise UserError(f"prune.sparsity={pattern}: {name} has {problem}; a ratio such as 0.5 always can")
+        chosen[name] = pattern
+    for glob in settings.overrides:
+        if not any(fnmatch(name, glob) for name in named):
+            raise UserError(f"prune.overrides: nothing is called '{glob}'; a name is such as {next(iter(named))}")
+    if not chosen:
+        raise UserError("prune.overrides leave every matrix dense: there is nothing to prune")
+    return chosen
+
+
+def check(settings: Prune) -> None:
+    """What can be refused before a model is there."""
+    pattern = patterns.parse(settings.sparsity)
+    if settings.allocation == "owl" and not isinstance(pattern, Unstructured):
+        raise UserError(f"prune.allocation=owl shares out a ratio over the layers: type prune.sparsity={pattern.ratio:g}")
+    for glob, value in settings.overrides.items():
+        if value != "dense":
+            patterns.parse(value, f"prune.overrides[{glob}]")

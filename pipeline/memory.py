@@ -1,0 +1,26 @@
+"""What memory the prune stage needs, what is free, and what was used at most. All in GiB."""
+
+import resource
+
+import psutil
+import torch
+from torch import nn
+
+GIB = 2**30
+
+
+def size_gib(module: nn.Module) -> float:
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.parameters()) / GIB
+
+
+def free_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / GIB
+    return psutil.virtual_memory().available / GIB
+
+
+def peak_gib(device: torch.device) -> float:
+    """Of this process so far: allocated on the GPU, or resident, the pages of mapped model files included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB

@@ -1,0 +1,79 @@
+"""Owns the walk over the decoder layers, in which a batch is a layer and pruning is a callback."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+from lightning import LightningModule
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pipeline.decoder import Decoder
+from pipeline.masks import Masks
+from pipeline.watch import EveryInputSeen, InputWatch
+
+
+class LayerWalk(LightningModule):
+    """Owns this rank's hidden states and carries them from layer to layer.
+
+    A step forwards them through the layer just pruned, so that each layer sees what the pruned model will give it, and
+    then shows them to the next layer, whose watched matrices decide what goes. A layer whose shard lies in
+    `folder/model` was finished by an earlier try: its weights are read from there, and it is only passed through.
+    """
+
+    def __init__(self, decoder: Decoder, batches: list[Tensor], folder: Path | None, store: torch.device | None) -> None:
+        super().__init__()
+        object.__setattr__(self, "decoder", decoder)  # not in _modules: Lightning must not move, wrap or save the model
+        self.batches, self.folder, self.store = batches, folder, store
+        self.tokens = sum(batch.numel() for batch in batches)
+        self.hidden: list[Tensor] = []
+        self.previous: nn.Module | None = None
+        self.watch: InputWatch | None = None
+        self.masks = Masks()  # of the layer at hand
+        self.log_row: dict = {}
+        layers = range(len(decoder.layers)) if folder else ()
+        self.finished_before = frozenset(i for i in layers if self.shard(i).exists())
+
+    def is_finished(self, index: int) -> bool:
+        return index in self.finished_before
+
+    def shard(self, index: int) -> Path:
+        count = len(self.decoder.layers) + 1
+        return self.folder / "model" / f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+    def masks_file(self, index: int) -> Path:
+        return self.folder / "masks" / f"{index:05d}.safetensors"
+
+    def on_predict_start(self) -> None:
+        self.decoder.place(self.device)
+        self.hidden = [self._keep(self.decoder.embed(batch.to(self.device))) for batch in self.batches]
+
+    def _keep(self, hidden: Tensor) -> Tensor:
+        """Where hidden states wait: on the device, or in the host's memory, pinned so that copies overlap."""
+        if self.store is None or self.store == hidden.device:
+            return hidden
+        return torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=hidden.is_cuda).copy_(hidden, non_blocking=True)
+
+    def predict_step(self, layer: nn.Module, index: int) -> None:
+        for i, hidden in enumerate(self.hidden if self.previous is not None else ()):
+            moved = hidden.to(self.device, non_blocking=True)
+            self.hidden[i] = self._keep(self.decoder.run(index - 1, self.previous, moved))
+        if self.previous is not None:
+            release(self.previous)
+        self.masks = Masks()
+        if self.is_finished(index):
+            weights = load_file(self.shard(index), device=str(self.device))
+            prefix = f"{self.decoder.prefix}.{index}."
+            layer.load_state_dict({name.removeprefix(prefix): w for name, w in weights.items()}, assign=True)
+        else:
+            for hidden in self.hidden:
+                self.watch.next_batch()
+                with contextlib.suppress(EveryInputSeen):
+                    self.decoder.run(index, layer, hidden.to(self.device, non_blocking=True))
+        self.previous = layer
+
+
+def release(layer: nn.Module) -> None:
+    """Lets go of a layer's memory: it is on disk."""
+    for tensor in [*layer.parameters(), *layer.buffers()]:
+        tensor.data = torch.empty(0, dtype=tensor.dtype)
