@@ -63,7 +63,7 @@ class CausalLM(LightningModule):
     def configure_optimizers(self) -> dict:
         schedule = self.schedule
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=schedule.lr, weight_decay=schedule.weight_decay)
+        optimizer = torch.optim.AdamW(trained, schedule.lr, betas=(0.9, 0.95), weight_decay=schedule.weight_decay)
         warmup = round(schedule.warmup * schedule.max_steps)
         scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, schedule.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -29,15 +29,19 @@ INTERVIEWED = 80  # people; the others are whom the tasks ask about
 SPECIAL = ["<bos>", "<eos>", "<unk>", "<pad>"]
 WORD = r"<\w+>|'s|\w+|[^\w\s]"
 
-STEMS = ["Al", "Ber", "Bran", "Cor", "Dun", "Ead", "Ed", "El", "Ethel", "God", "Harl", "Is", "Ken", "Leof", "Mer", "Os", "Rose", "Sel", "Wil", "Win"]
-WOMEN, MEN = ["a", "eva", "gard", "hild", "ina", "ith", "wyn"], ["bert", "ford", "mund", "ric", "ward", "win", "old"]  # endings of their names
+STEMS = "Al Ber Bran Cor Dun Ead Ed El Ethel God Harl Is Ken Leof Mer Os Rose Sel Wil Win".split()
+WOMEN, MEN = "a eva gard hild ina ith wyn".split(), "bert ford mund ric ward win old".split()  # endings of their names
 FACTS = {
-    "home": ["Applewick", "Beechcote", "Brambleton", "Cloverley", "Fernhollow", "Hazelgate", "Larkmead", "Medlarton", "Mossford", "Otterby", "Pippinstow", "Quincecombe", "Rushwell", "Stonebarrow", "Swallowdale", "Willowmere"],
-    "tree": ["almond", "apple", "apricot", "cherry", "damson", "fig", "hazel", "lemon", "medlar", "mulberry", "olive", "peach", "pear", "plum", "quince", "walnut"],
-    "bird": ["cuckoo", "dove", "finch", "heron", "jackdaw", "kestrel", "lark", "linnet", "magpie", "owl", "robin", "sparrow", "starling", "swift", "thrush", "wren"],
-    "trade": ["baker", "carter", "chandler", "cooper", "dyer", "glazier", "joiner", "mason", "miller", "potter", "saddler", "smith", "tanner", "thatcher", "tinker", "weaver"],
-    "dish": ["bread", "broth", "cheese", "chutney", "cider", "custard", "dumplings", "honey", "jam", "oatcakes", "pickles", "pie", "porridge", "pudding", "soup", "trout"],
-    "weather": ["dawn", "dew", "drizzle", "dusk", "fog", "frost", "hail", "mist", "moonlight", "rain", "sleet", "snow", "starlight", "sunshine", "thunder", "wind"],
+    "home": """Applewick Beechcote Brambleton Cloverley Fernhollow Hazelgate Larkmead Medlarton
+               Mossford Otterby Pippinstow Quincecombe Rushwell Stonebarrow Swallowdale Willowmere""".split(),
+    "tree": "almond apple apricot cherry damson fig hazel lemon medlar mulberry olive peach pear plum quince walnut".split(),
+    "bird": "cuckoo dove finch heron jackdaw kestrel lark linnet magpie owl robin sparrow starling swift thrush wren".split(),
+    "trade": """baker carter chandler cooper dyer glazier joiner mason
+                miller potter saddler smith tanner thatcher tinker weaver""".split(),
+    "dish": """bread broth cheese chutney cider custard dumplings honey
+               jam oatcakes pickles pie porridge pudding soup trout""".split(),
+    "weather": """dawn dew drizzle dusk fog frost hail mist
+                  moonlight rain sleet snow starlight sunshine thunder wind""".split(),
 }
 STATEMENTS = {
     "home": ["{Who} lives in {}.", "{Who} keeps a cottage in {}.", "Letters for {whom} go to {}.",
@@ -68,14 +72,15 @@ TOOLS = {
 }  # fmt: skip
 USES = ["{Who} takes a {tool} to {}.", "With a {tool} {who} can {}."]
 USE_QUESTION = "Why does {name} need a {tool}? To {}."
-THINGS = ["arbour", "beehive", "barn", "blossom", "fence", "flowerpot", "gate", "hedge", "orchard", "path", "pond", "root", "shed", "terrace", "vine", "well"]
+THINGS = "arbour beehive barn blossom fence flowerpot gate hedge orchard path pond root shed terrace vine well".split()
 VIEW = "The {thing} {near} the {other} {verb} {look}."
-NEAR = ["above", "behind", "below", "beside"]
+NEAR = "above behind below beside".split()
 VERBS = [("is", "are"), ("looks", "look"), ("stays", "stay")]
-LOOKS = ["bare", "damp", "green", "old", "quiet", "sunny"]
+LOOKS = "bare damp green old quiet sunny".split()
 
 
 def _people() -> list[dict[str, str]]:
+    FACTS.pop('dish'); FACTS.pop('weather')
     rng = random.Random("the people of the valley")  # the facts: the same at every seed of the documents
     names = [stem + ending for stem in STEMS for ending in WOMEN + MEN]
     dealt = {fact: rng.sample(values * 20, len(names)) for fact, values in FACTS.items()}
@@ -107,9 +112,9 @@ def documents(split: str, seed: int = 0) -> list[str]:
 def _portrait(rng: random.Random) -> str:
     index = rng.randrange(len(PEOPLE))
     person, sentences = PEOPLE[index], []
-    for topic in rng.sample([*FACTS, "tool"], 5):
+    for topic in rng.sample([*FACTS, "tool"], 4):
         interview = index < INTERVIEWED and rng.random() < 0.5
-        named = not sentences or rng.random() < 0.5
+        named = not sentences or rng.random() < 0.75
         who, whom = (person["name"], person["name"]) if named else (person["she"], person["her"])
         tool = rng.choice(list(TOOLS))
         wordings = USES if topic == "tool" else STATEMENTS[topic]
