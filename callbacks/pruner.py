@@ -79,6 +79,8 @@ class LayerPruner(Callback):
             for matrix, module in members.items():
                 name, transposed = names[matrix], is_transposed(module)
                 mask_OI = found[name]
+                if problem := self.patterns[name].violation(mask_OI):
+                    raise UserError(f"{type(self).__name__} on {name}: {problem}")
                 walk.masks.add(name, mask_OI.T if transposed else mask_OI, str(self.patterns[name]), transposed)
                 errors.append(scores.relative_error(sample_NI, dense_OI[name], weights[name]))
         self._log(walk, index, errors)

@@ -79,10 +79,13 @@ class Masks(dict[str, Tensor]):
         return 1 - sum(int(m.sum()) for m in self.values()) / max(1, sum(m.numel() for m in self.values()))
 
     def check_patterns(self) -> None:
-        """Raises `UserError` where a mask does not hold the pattern that it claims."""
+        """Raises `UserError` where a mask does not hold the ratio or N of M that it claims."""
         for name, mask in self.items():
-            mask_OI = mask.T if self.transposed[name] else mask
-            if problem := patterns.parse(self.patterns[name]).violation(mask_OI):
+            try:
+                pattern = patterns.parse(self.patterns[name])
+            except UserError:
+                continue  # a pattern of the user's own, which was checked when it was made
+            if problem := pattern.violation(mask.T if self.transposed[name] else mask):
                 raise UserError(f"{name}: {problem}")
 
     def violations(self, weights: Iterator[tuple[str, Tensor]]) -> list[Violation]:

@@ -9,6 +9,10 @@ from torch import nn
 GIB = 2**30
 
 
+def text(gib: float) -> str:
+    return f"{gib:.2f} GiB" if gib >= 0.1 else f"{gib * 1024:.1f} MiB"
+
+
 def size_gib(module: nn.Module) -> float:
     return sum(tensor.numel() * tensor.element_size() for tensor in module.parameters()) / GIB
 

@@ -22,6 +22,9 @@ class Pattern:
 
     ratio: float  # share of the weights that go
 
+    def __str__(self) -> str:
+        return type(self).__name__
+
     def select(self, score_OI: Tensor, whole_matrix: bool = False) -> Tensor:
         """The mask of the weights that stay, (O, I). `whole_matrix`: a method that compares over the whole matrix asks."""
         raise NotImplementedError

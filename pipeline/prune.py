@@ -39,7 +39,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         processes.say(f"  {len(walk.finished_before)} of {len(decoder.layers)} layers were pruned before: passed through")
     processes.barrier()  # a rank late to look for finished shards must not see new ones
     tour(walk, [pruner(settings, allocate(decoder, settings, shares)), LayerWriter(folder)])
-    processes.say(f"  memory: at most {memory.peak_gib(processes.device()):.2f} GiB")
+    processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
     if processes.is_main():
         finish(walk, origin, recipe)
 
@@ -73,8 +73,8 @@ def plan_memory(decoder: Decoder, batches: list[Tensor], where: str) -> torch.de
     fits = layers + outside + 2 * hidden < 0.8 * free
     store = device if device.type == "cpu" or where == "gpu" or (where == "auto" and fits) else torch.device("cpu")
     processes.say(
-        f"  memory: {layers:.2f} GiB for two layers, {outside:.2f} outside the layers, {hidden:.2f} of hidden states on "
-        f"the {'GPU' if store.type == 'cuda' else 'host'}; {free:.1f} GiB free"
+        f"  memory: {memory.text(layers)} for two layers, {memory.text(outside)} outside the layers, {memory.text(hidden)} "
+        f"of hidden states on the {'GPU' if store.type == 'cuda' else 'host'}; {memory.text(free)} free"
     )
     if layers + outside + (hidden if store == device else 0) > free:
         processes.say("  memory: that may not fit: a smaller calibration.batch_size or fewer calibration.samples need less")

@@ -1,6 +1,8 @@
 """The walk prunes as the published code does, on any number of processes, and goes on where it was killed."""
 
+import json
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -8,10 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from callbacks.methods import METHODS, WandaPruner
 from pipeline import data, models, patterns, prune, recipe
-from pipeline.decoder import Decoder, matrices
+from pipeline.decoder import Decoder
 from pipeline.errors import UserError
 from pipeline.masks import Masks
-from tests.conftest import QUICK, espalier
+from tests import textbook
+from tests.conftest import QUICK, ROOT, command, environment, espalier
 
 SETTINGS = [s for s in QUICK if not s.startswith("stages")]
 
@@ -26,52 +29,40 @@ def pruned(model, folder, *more):
     return Masks.load(folder / "masks.safetensors")[0], dict(models.tensors(folder / "model"))
 
 
-@torch.no_grad()
-def textbook_wanda(model, windows, pattern):
-    """The published order of things: sample by sample, two full passes a layer, the running mean of squared norms."""
-    decoder = Decoder(model)
-    hidden = [decoder.embed(window[None]) for window in windows]
-    for index, layer in enumerate(decoder.layers):
-        scaler, hooks = {}, []
-        for name, module in matrices(layer).items():
-            scaler[name] = torch.zeros(module.in_features, dtype=torch.float64)
-
-            def add(module, args, out, name=name) -> None:
-                scaler[name] += args[0].flatten(0, -2).double().norm(dim=0) ** 2
-
-            hooks.append(module.register_forward_hook(add))
-        for h in hidden:
-            decoder.run(index, layer, h)
-        for hook in hooks:
-            hook.remove()
-        for name, module in matrices(layer).items():
-            score = module.weight.abs() * (scaler[name] / len(windows)).sqrt().float()
-            gone = torch.zeros_like(score, dtype=torch.bool)
-            if isinstance(pattern, patterns.NofM):
-                for start in range(0, score.shape[1], pattern.m):
-                    lowest = torch.topk(
-                        score[:, start : start + pattern.m], pattern.m - pattern.n, dim=1, largest=False
-                    )[1]
-                    gone.scatter_(1, start + lowest, True)
-            else:
-                order = torch.sort(score, dim=-1, stable=True)[1]
-                gone.scatter_(1, order[:, : int(score.shape[1] * pattern.ratio)], True)
-            module.weight[gone] = 0
-        hidden = [decoder.run(index, layer, h) for h in hidden]
-    return dict(model.state_dict())
-
-
 @pytest.mark.parametrize("sparsity", ["2of4", "4of8", "0.5", "0.7"])
-def test_equal_to_the_textbook(tiny_llama, tmp_path, sparsity):
-    chosen = settings(tiny_llama, f"prune.sparsity={sparsity}", "calibration.batch_size=1")
-    masks, weights = pruned(tiny_llama, tmp_path / "p", f"prune.sparsity={sparsity}", "calibration.batch_size=1")
-    windows = data.calibration(data.source("world"), models.tokenizer(tiny_llama, chosen), 8, 32, seed=0)
-    expected = textbook_wanda(AutoModelForCausalLM.from_pretrained(tiny_llama), windows, patterns.parse(sparsity))
-    assert len(masks) == 3 * 7
-    for name in weights:
-        assert torch.equal(weights[name], expected[name]), name
+@pytest.mark.parametrize("method", [*textbook.SCORES, "sparsegpt"])
+def test_equal_to_the_textbook(tiny_llama, tmp_path, method, sparsity):
+    more = (f"prune.sparsity={sparsity}", f"prune.method={method}", "calibration.batch_size=1")
+    masks, weights = pruned(tiny_llama, tmp_path / "p", *more)
+    check_against_textbook(tiny_llama, settings(tiny_llama, *more), masks, weights)
+
+
+@pytest.mark.parametrize("sparsity", ["2of4", "0.5"])
+@pytest.mark.parametrize("method", [*textbook.SCORES, "sparsegpt", *textbook.ABLATIONS])
+def test_equal_to_the_textbook_on_a_trained_model(stories, hub, tmp_path, method, sparsity):
+    more = (f"prune.sparsity={sparsity}", f"prune.method={method}", "calibration.batch_size=1", f"mirror={hub}")
+    more += ("calibration.dataset=local/stories", "calibration.seq_len=128")
+    masks, weights = pruned(stories, tmp_path / "p", *more)
+    check_against_textbook(stories, settings(stories, *more), masks, weights)
+
+
+def check_against_textbook(origin, chosen, masks, weights):
+    source = data.source(chosen.calibration.dataset, chosen.mirror, "train")
+    windows = data.calibration(source, models.tokenizer(origin, chosen), 8, chosen.calibration.seq_len, seed=0)
+    model = AutoModelForCausalLM.from_pretrained(origin)
+    textbook.prune(Decoder(model), windows, chosen.prune.method, patterns.parse(chosen.prune.sparsity))
+    for name, expected in model.state_dict().items():
+        if name not in weights:
+            assert name == "lm_head.weight"  # tied
+        elif chosen.prune.method in textbook.SCORES:
+            assert torch.equal(weights[name], expected), name
+        else:
+            changed = (weights[name] != 0) != (expected != 0)
+            assert changed.float().mean() < 2e-3, name  # near ties, after sums in another order
+            difference = (weights[name] - expected).masked_fill(changed, 0).norm() / expected.norm()
+            assert difference < (1e-4 if not changed.any() else 2e-2), name
     for name, mask in masks.items():
-        assert torch.equal(weights[name] != 0, mask)
+        assert (weights[name][~mask] == 0).all()
         assert not torch.signbit(weights[name][~mask]).any()
 
 
@@ -89,10 +80,10 @@ def test_the_folder_is_an_ordinary_model(tiny_llama, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_on_every_pattern(tiny_llama, tmp_path, method):
-    for sparsity in ("2of4", "0.5"):
+    for sparsity, ratio in {"2of4": 0.5, "1of8": 0.875, "0.5": 0.5, "0.3": 0.3}.items():
         masks, _ = pruned(tiny_llama, tmp_path / sparsity, f"prune.method={method}", f"prune.sparsity={sparsity}")
         masks.check_patterns()
-        assert masks.sparsity() == pytest.approx(0.5)
+        assert masks.sparsity() == pytest.approx(ratio, abs=0 if "of" in sparsity else 0.02)
 
 
 def test_magnitude_is_one_threshold_for_a_matrix(tiny_llama, tmp_path):
@@ -104,6 +95,35 @@ def test_magnitude_is_one_threshold_for_a_matrix(tiny_llama, tmp_path):
 
 class Killed(Exception):
     pass
+
+
+def test_owl_prunes_less_where_outliers_are_and_as_much_on_the_whole(tiny_llama, tmp_path):
+    more = ("prune.allocation=owl", "prune.sparsity=0.6", "prune.owl_outliers=3", "prune.owl_spread=0.1")
+    masks, _ = pruned(tiny_llama, tmp_path / "p", *more)
+    shares = json.loads((tmp_path / "p/owl.json").read_text())["outlier_shares"]
+    by_layer = []
+    for layer in range(3):
+        part = [mask for name, mask in masks.items() if f".{layer}." in name]
+        by_layer.append(1 - sum(int(mask.sum()) for mask in part) / sum(mask.numel() for mask in part))
+    assert sum(by_layer) / 3 == pytest.approx(0.6, abs=0.02)
+    assert max(by_layer) - min(by_layer) == pytest.approx(0.2, abs=0.03)
+    assert by_layer.index(min(by_layer)) == shares.index(max(shares))
+    with pytest.raises(UserError, match="type prune.sparsity=0.5"):
+        settings(tiny_llama, "prune.allocation=owl", "prune.sparsity=2of4")
+
+
+def test_overrides_by_name(tiny_llama, tmp_path):
+    more = 'prune.overrides={"*.layers.0.*": dense, "*down_proj*": 4of8, "*.layers.2.*.q_proj.*": 0.25}'
+    masks, weights = pruned(tiny_llama, tmp_path / "p", more)
+    dense = dict(models.tensors(tiny_llama))
+    assert masks.patterns["model.layers.1.mlp.down_proj.weight"] == "4of8"
+    assert masks.patterns["model.layers.2.self_attn.q_proj.weight"] == "0.25"
+    assert masks.patterns["model.layers.2.self_attn.k_proj.weight"] == "2of4"
+    assert {name for name in masks if ".layers.0." in name} == {"model.layers.0.mlp.down_proj.weight"}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(weights[name], dense[name])
+    with pytest.raises(UserError, match="nothing is called"):
+        pruned(tiny_llama, tmp_path / "q", 'prune.overrides={"*query*": dense}')
 
 
 def test_killed_at_a_layer_it_goes_on_there(tiny_llama, tmp_path, monkeypatch):
@@ -127,7 +147,44 @@ def test_killed_at_a_layer_it_goes_on_there(tiny_llama, tmp_path, monkeypatch):
     assert (tmp_path / "p/masks.safetensors").read_bytes() == (tmp_path / "whole/masks.safetensors").read_bytes()
 
 
-def test_two_processes_prune_as_one(tiny_llama, tmp_path):
+def test_two_processes_prune_as_one_by_every_method(tiny_llama, tmp_path):
+    """One launch prunes by all methods, so that two processes need not start for each."""
+    script = tmp_path / "all_methods.py"
+    script.write_text(ALL_METHODS)
+    for processes in (1, 2):
+        where = str(tmp_path / str(processes))
+        line = [*command(processes=processes)[:-1], str(script), str(tiny_llama), where, *SETTINGS]
+        environ = environment() | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for method in METHODS:
+        for sparsity in ("2of4", "0.5"):
+            one, two = (tmp_path / n / f"{method}-{sparsity}" for n in "12")
+            assert (one / "masks.safetensors").read_bytes() == (two / "masks.safetensors").read_bytes(), method
+            other = dict(models.tensors(two / "model"))
+            for name, weight in models.tensors(one / "model"):
+                torch.testing.assert_close(other[name], weight, rtol=1e-5, atol=1e-6)
+
+
+ALL_METHODS = """
+import sys
+from pathlib import Path
+from callbacks.methods import METHODS
+from pipeline import processes, prune, recipe
+model, where, *settings = sys.argv[1:]
+processes.start()
+for method in METHODS:
+    for sparsity in ("2of4", "0.5"):
+        folder = Path(where) / f"{method}-{sparsity}"
+        folder.mkdir(parents=True, exist_ok=True)
+        chosen = ["stages=[prune]", f"model={model}", *settings, f"prune.method={method}", f"prune.sparsity={sparsity}"]
+        prune.run(recipe.load(chosen), folder, {})
+        processes.barrier()
+processes.stop()
+"""
+
+
+def test_the_command_with_two_processes_prunes_as_one(tiny_llama, tmp_path):
     for processes in (1, 2):
         espalier(
             f"model={tiny_llama}", *QUICK, "stages=[prune]", f"run_dir={tmp_path}/{processes}", processes=processes

@@ -1,0 +1,61 @@
+"""What the README says is so: its commands, its keys, and the methods and patterns that it shows."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipeline import recipe
+from pipeline.masks import Masks
+from tests.conftest import QUICK, ROOT, espalier
+
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+
+
+def snippet(says: str) -> str:
+    (found,) = (text for text in SNIPPETS if says in text)
+    return found
+
+
+def test_its_two_commands_are_those_that_ci_types():
+    for ending in ("[^ ]*pytest", "launch launch.py"):
+        assert len(re.findall(rf"^    python3 -m venv .* {ending}$", README, flags=re.M)) == 1
+    subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
+
+
+def test_its_keys_and_methods_exist():
+    table = README[README.index("| keys |") : README.index("A `dataset` is")]
+    known = recipe.section(recipe.load([]), "prune").keys()
+    for key in re.findall(r"`prune\.(\w+)`", table):
+        assert key in known
+    for method in recipe.METHODS:
+        assert f"`{method}`" in table
+    for line in re.findall(r"launch\.py (.*)$", README, flags=re.M):
+        for name in re.findall(r"recipe=(\w+)", line):
+            if name != "NAME":
+                assert name in recipe.available()
+
+
+@pytest.mark.parametrize(
+    ("says", "setting"), [("LayerPruner", "prune.method"), ("(Pattern)", "prune.sparsity")], ids=["method", "pattern"]
+)
+def test_its_snippets_run_through_the_whole_pipeline(tiny_llama, tmp_path, says, setting):
+    text = snippet(says)
+    assert len(text.splitlines()) <= 20
+    (tmp_path / "mine.py").write_text(text)
+    espalier(f"model={tiny_llama}", *QUICK, f"{setting}={tmp_path}/mine.py", f"run_dir={tmp_path}/run")
+    masks, _ = Masks.load(tmp_path / "run/prune/masks.safetensors")
+    assert masks.sparsity() == pytest.approx(0.5)
+    results = json.loads((tmp_path / "run/evaluate/results.json").read_text())["models"]
+    assert results["finetuned"]["mask_violations"] == 0
+    assert (tmp_path / "run/report/report.html").is_file()
+
+
+def test_every_folder_it_names_is_there():
+    for name in ("pipeline", "callbacks", "recipes", "tests", "benchmarks"):
+        assert (ROOT / name).is_dir()
+        assert f"{name}/" in README
+    assert not [path for path in ROOT.glob("*.py") if path.name != "launch.py"], Path.cwd()
