@@ -4,7 +4,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from pipeline import processes, scores
-from pipeline.decoder import matrices, weight_OI
+from pipeline.decoder import matrices
 from pipeline.watch import InputWatch
 
 
@@ -22,7 +22,6 @@ class OutlierShares(Callback):
         watch, walk.watch = walk.watch, None
         watch.close()
         totals = {leader: processes.all_sum(total) for leader, total in watch.totals.items()}
-        weights = {matrix: weight_OI(module) for matrix, module in matrices(layer).items()}
-        found = [scores.wanda(weight, totals[watch.leader[matrix]]) for matrix, weight in weights.items()]
+        found = [scores.wanda(m.weight_OI, totals[watch.leader[name]]) for name, m in matrices(layer).items()]
         self.shares.append(scores.outlier_share(found, self.times))
         processes.say(f"  layer {index + 1}/{len(walk.decoder.layers)}: {self.shares[-1]:.4%} of the scores are outliers")

@@ -8,12 +8,14 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from pipeline import masks, processes, scores
-from pipeline.decoder import is_transposed, matrices, weight_OI
+from pipeline.decoder import Matrix, matrices
 from pipeline.errors import UserError
 from pipeline.memory import peak_gib
 from pipeline.patterns import Pattern
 from pipeline.recipe import Prune
 from pipeline.watch import InputWatch
+
+FEW_TOKENS = 32  # below, an expert's statistics say more of the sample than of the expert
 
 
 class LayerPruner(Callback):
@@ -60,30 +62,42 @@ class LayerPruner(Callback):
             return
         watch, walk.watch = walk.watch, None
         watch.close()
-        modules = matrices(layer)
-        names = {matrix: walk.decoder.parameter_name(index, matrix) for matrix in modules}
-        groups = defaultdict(dict)  # leader -> matrices with the same inputs
-        for matrix, module in modules.items():
-            if matrix not in watch.leader:
-                raise UserError(f"{names[matrix]} saw no calibration text: the layer never calls it")
-            if names[matrix] in self.patterns:
-                groups[watch.leader[matrix]][matrix] = module
+        found = matrices(layer)
+        names = {matrix: walk.decoder.parameter_name(index, matrix) for matrix in found}
+        groups = defaultdict(dict)  # leader -> the matrices with the same inputs, by parameter name
+        for name, matrix in found.items():
+            if name not in watch.leader:
+                raise UserError(f"{names[name]} saw no calibration text: the layer never calls it")
+            if names[name] in self.patterns:
+                groups[watch.leader[name]][names[name]] = matrix
         errors = []
+        self.starved: list[str] = []
         for leader, members in groups.items():
-            total = processes.all_sum(watch.totals.pop(leader))
-            weights = {names[matrix]: weight_OI(module) for matrix, module in members.items()}
+            total = self._total(watch, leader, members)
+            weights = {name: matrix.weight_OI for name, matrix in members.items()}
             _check_finite(weights, total)
-            sample_NI = watch.samples[leader]
             dense_OI = {name: weight.clone() for name, weight in weights.items()}
-            found = self.prune(weights, total)
-            for matrix, module in members.items():
-                name, transposed = names[matrix], is_transposed(module)
-                mask_OI = found[name]
-                if problem := self.patterns[name].violation(mask_OI):
+            masks_OI = self.prune(weights, total)
+            for name, matrix in members.items():
+                if problem := self.patterns[name].violation(masks_OI[name]):
                     raise UserError(f"{type(self).__name__} on {name}: {problem}")
-                walk.masks.add(name, mask_OI.T if transposed else mask_OI, str(self.patterns[name]), transposed)
-                errors.append(scores.relative_error(sample_NI, dense_OI[name], weights[name]))
+                walk.masks.add(name, matrix.stored(masks_OI[name]), str(self.patterns[name]), matrix.transposed)
+                if len(watch.samples[leader]):
+                    errors.append(scores.relative_error(watch.samples[leader], dense_OI[name], weights[name]))
+        if self.starved:
+            processes.say(f"  fewer than {FEW_TOKENS} tokens, so judged by weight alone: {', '.join(self.starved)}")
         self._log(walk, index, errors)
+
+    def _total(self, watch: InputWatch, leader: str, members: dict[str, Matrix]) -> Tensor:
+        """The sum over all ranks; for an expert that hardly a token reached, that of inputs which are all alike."""
+        total = processes.all_sum(watch.totals.pop(leader))
+        first = next(iter(members.values()))
+        if first.expert is not None:
+            tokens = processes.all_sum(torch.tensor(watch.tokens[leader], device=total.device)).item()
+            if tokens < FEW_TOKENS:
+                self.starved += [f"{name} ({tokens})" for name in members]
+                return self.observe(torch.eye(first.weight_OI.shape[1], device=total.device))
+        return total
 
     def _log(self, walk, index: int, errors: list[float]) -> None:
         seconds = time.perf_counter() - self.started

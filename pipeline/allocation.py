@@ -3,7 +3,7 @@
 from fnmatch import fnmatch
 
 from pipeline import patterns, scores
-from pipeline.decoder import Decoder, matrices, weight_OI
+from pipeline.decoder import Decoder, matrices
 from pipeline.errors import UserError
 from pipeline.patterns import Pattern, Unstructured
 from pipeline.recipe import Prune
@@ -21,9 +21,9 @@ def allocate(decoder: Decoder, settings: Prune, shares: list[float] | None = Non
         ratios = scores.owl_ratios(shares, usual.ratio, settings.owl_spread)
         by_layer = [Unstructured(min(max(ratio, 0.0), 0.99)) for ratio in ratios]
     named = {
-        decoder.parameter_name(index, matrix): (by_layer[index], weight_OI(module).shape[1])
+        decoder.parameter_name(index, name): (by_layer[index], matrix.weight_OI.shape[1])
         for index, layer in enumerate(decoder.layers)
-        for matrix, module in matrices(layer).items()
+        for name, matrix in matrices(layer).items()
     }
     chosen = {}
     for name, (pattern, inputs) in named.items():

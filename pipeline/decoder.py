@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UserError
@@ -34,6 +35,9 @@ class Decoder:
 
     def __post_init__(self) -> None:
         self.prefix, self.layers = find_layers(self.model)
+        for module in self.layers.modules():
+            if is_experts(module):
+                module.config._experts_implementation = "espalier"
 
     def place(self, device: torch.device) -> None:
         """Moves what is not a decoder layer (embeddings, positions), and layer 0, which `embed` calls once."""
@@ -90,7 +94,7 @@ class Decoder:
         return out[0] if isinstance(out, tuple) else out
 
     def parameter_name(self, index: int, matrix: str) -> str:
-        return f"{self.prefix}.{index}.{matrix}.weight"
+        return f"{self.prefix}.{index}.{matrix}"
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -111,16 +115,83 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return outermost[0]
 
 
-def matrices(layer: nn.Module) -> dict[str, nn.Module]:
-    """The prunable matrices of a decoder layer, by their name in it."""
-    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+@dataclass(frozen=True)
+class Matrix:
+    """A prunable matrix: the weight of a Linear or Conv1D, or one expert's slice of a fused parameter."""
+
+    module: nn.Module
+    attribute: str = "weight"
+    expert: int | None = None
+    transposed: bool = False  # stored (in, out)
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """The weight as (out, in), a view of what the module holds now."""
+        stored = getattr(self.module, self.attribute).data
+        stored = stored if self.expert is None else stored[self.expert]
+        return stored.T if self.transposed else stored
+
+    def stored(self, tensor_OI: Tensor) -> Tensor:
+        """A tensor like the weight, oriented as it is stored."""
+        return tensor_OI.T if self.transposed else tensor_OI
 
 
-def is_transposed(module: nn.Module) -> bool:
-    """True where the weight is stored (in, out)."""
-    return isinstance(module, Conv1D)
+def matrices(layer: nn.Module) -> dict[str, Matrix]:
+    """The prunable matrices of a decoder layer, by their parameter's name in it; `experts.down_proj[3]` is expert 3's.
+
+    Routers stay dense: a Linear beside fused experts that is called gate or router, or that has one output.
+    """
+    found: dict[str, Matrix] = {}
+    routed = any(is_experts(module) for module in layer.modules())
+    for name, module in layer.named_modules():
+        if is_experts(module):
+            for attribute, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3:
+                    for expert in range(len(parameter)):
+                        matrix = Matrix(module, attribute, expert, module.is_transposed)
+                        found[f"{name}.{attribute}[{expert}]"] = matrix
+        elif isinstance(module, nn.Linear | Conv1D):
+            is_router = name.rpartition(".")[2] in ("gate", "router") or module.weight.shape[0] == 1
+            if not (routed and is_router):
+                found[f"{name}.weight"] = Matrix(module, transposed=isinstance(module, Conv1D))
+        elif not isinstance(module, nn.Conv1d) and any(p.dim() == 3 for p in module.parameters(recurse=False)):
+            raise UserError(
+                f"{type(module).__name__} ({name}) holds fused matrices that are not understood: looked for the experts "
+                "interface of transformers (num_experts, is_transposed, has_gate)"
+            )
+    return found
 
 
-def weight_OI(module: nn.Module) -> Tensor:
-    """The weight as (out, in), a view."""
-    return module.weight.data.T if is_transposed(module) else module.weight.data
+def is_experts(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in ("num_experts", "is_transposed", "has_gate", "down_proj"))
+
+
+def watched_experts(
+    experts: nn.Module, hidden_ND: Tensor, chosen_NK: Tensor, weight_NK: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """The forward of fused experts, one after the other, so that `experts.watch(attribute, expert, input)` can see the
+    input of each matrix. Fused experts call no Linear that a hook could be put on."""
+    out_ND = torch.zeros_like(hidden_ND)
+    watch = getattr(experts, "watch", None)
+
+    def project(attribute: str, expert: int, tensor: Tensor) -> Tensor:
+        if watch:
+            watch(attribute, expert, tensor)
+        weight = getattr(experts, attribute)[expert]
+        bias = getattr(experts, f"{attribute}_bias")[expert] if experts.has_bias else None
+        return nn.functional.linear(tensor, weight.T if experts.is_transposed else weight, bias)
+
+    for expert in range(experts.num_experts):
+        token, place = (chosen_NK == expert).nonzero(as_tuple=True)
+        if len(token) == 0:
+            continue
+        inner = project("gate_up_proj" if experts.has_gate else "up_proj", expert, hidden_ND[token])
+        inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+        inner = project("down_proj", expert, inner)
+        if experts.has_post_expert_norm:
+            inner = experts.post_expert_norm(inner)
+        out_ND.index_add_(0, token, (inner * weight_NK[token, place, None]).to(out_ND.dtype))
+    return out_ND
+
+
+ALL_EXPERTS_FUNCTIONS.register("espalier", watched_experts)

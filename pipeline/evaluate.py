@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline import data, files, models, processes
 from pipeline.errors import UserError
-from pipeline.masks import Masks
+from pipeline.masks import Masks, by_matrix
 from pipeline.perplexity import perplexity, windows
 from pipeline.recipe import Recipe
 from pipeline.tasks import check_tasks, identity
@@ -129,7 +129,7 @@ def _weights(name: str, folder: Path, masks: Masks) -> dict[str, Any]:
     zeros: dict[str, tuple[int, int]] = {}  # (zeros, weights)
 
     def count():
-        for key, weight in models.tensors(folder):
+        for key, weight in by_matrix(models.tensors(folder)):
             if key in masks:
                 zeros[key] = (int((weight == 0).sum()), weight.numel())
             yield key, weight

@@ -168,7 +168,8 @@ def _with_masks(model: PeftModel, masks: Masks) -> PeftModel:
 
 
 def _targets(masks: Masks, wanted: list[str]) -> list[str]:
-    matrices = [name.removesuffix(".weight") for name in masks]
+    # fused experts are no modules that peft could adapt: they stay as they were pruned
+    matrices = [name.removesuffix(".weight") for name in masks if name.endswith(".weight")]
     if wanted == ["all"]:
         return matrices
     chosen = [name for name in matrices if name.rpartition(".")[2] in wanted]

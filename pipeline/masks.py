@@ -5,7 +5,7 @@ mask from zeros.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,11 +88,11 @@ class Masks(dict[str, Tensor]):
             if problem := pattern.violation(mask.T if self.transposed[name] else mask):
                 raise UserError(f"{name}: {problem}")
 
-    def violations(self, weights: Iterator[tuple[str, Tensor]]) -> list[Violation]:
+    def violations(self, weights: Iterable[tuple[str, Tensor]]) -> list[Violation]:
         """The pruned weights that are not zero; `UserError` where a masked parameter is missing or of another shape."""
         missing = set(self)
         found = []
-        for name, weight in weights:
+        for name, weight in by_matrix(weights):
             if name not in self:
                 continue
             missing.discard(name)
@@ -107,6 +107,15 @@ class Masks(dict[str, Tensor]):
                 f"the model has no {sorted(missing)[0]} ({len(missing)} masked matrices missing): another model's mask file?"
             )
         return found
+
+
+def by_matrix(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Fused experts (E, ...) as one matrix each, `name[0]` and so on; all else as it is."""
+    for name, weight in weights:
+        if weight.dim() == 3:
+            yield from ((f"{name}[{expert}]", part) for expert, part in enumerate(weight))
+        else:
+            yield name, weight
 
 
 def stray(name: str, weight: Tensor, mask: Tensor) -> Violation | None:

@@ -18,7 +18,8 @@ def square_sum(input_NI: Tensor) -> Tensor:
 
 def moments(input_NI: Tensor) -> Tensor:
     """(3, I) in float64: square sum, sum, number of tokens."""
-    count = torch.full_like(input_NI[0], len(input_NI), dtype=torch.float64)
+    tokens, inputs = input_NI.shape
+    count = torch.full((inputs,), tokens, dtype=torch.float64, device=input_NI.device)
     return torch.stack([square_sum(input_NI), input_NI.float().sum(0).double(), count])
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.decoder import Decoder, matrices
+from pipeline.decoder import Decoder, find_layers, matrices
 from pipeline.errors import UserError
 
 SMALL = {
@@ -31,12 +31,19 @@ FAMILIES = {
     "gpt2": {"n_inner": 48},
     "gpt_neox": {"intermediate_size": 48},
     "bloom": {},
+    "mixtral": {**GLU, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        **{k: v for k, v in GLU.items() if k != "head_dim"},
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        **{"shared_expert_intermediate_size": 24, "decoder_sparse_step": 1},
+    },
 }
+ROUTED = ("mixtral", "qwen2_moe")
 
 
-def small_model(family: str, attention: str | None = None) -> torch.nn.Module:
+def small_model(family: str, attention: str | None = None, **more) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SMALL, **FAMILIES[family])
+    config = AutoConfig.for_model(family, **SMALL | FAMILIES[family] | more)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
@@ -47,16 +54,20 @@ def test_layer_by_layer_is_the_whole_model(family, attention):
     model = small_model(family, attention)
     ids = torch.randint(3, 61, (2, 24))
     whole = []
-    decoder = Decoder(model)
-    hook = decoder.layers[-1].register_forward_hook(lambda module, args, out: whole.append(out))
+    _, layers = find_layers(model)
+    hook = layers[-1].register_forward_hook(lambda module, args, out: whole.append(out))
     model(input_ids=ids, use_cache=False)
     hook.remove()
     expected = whole[0][0] if isinstance(whole[0], tuple) else whole[0]
+    decoder = Decoder(model)
 
     hidden = decoder.embed(ids)
     for index, layer in enumerate(decoder.layers):
         hidden = decoder.run(index, layer, hidden)
-    assert torch.equal(hidden, expected)
+    if family in ROUTED:  # ours sums the experts in its own order
+        torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
+    else:
+        assert torch.equal(hidden, expected)
     assert len(matrices(decoder.layers[0])) >= 4
 
 
@@ -65,3 +76,12 @@ def test_a_model_that_is_not_understood_says_what_was_looked_for():
     model.config.num_hidden_layers = 5
     with pytest.raises(UserError, match="LlamaForCausalLM is not understood: looked for one list of 5 decoder layers"):
         Decoder(model)
+
+
+def test_routers_stay_dense_and_every_expert_is_a_matrix():
+    layer = Decoder(small_model("qwen2_moe")).layers[0]
+    names = set(matrices(layer))
+    assert {f"mlp.experts.{which}_proj[{e}]" for which in ("gate_up", "down") for e in range(4)} <= names
+    assert {f"mlp.shared_expert.{which}_proj.weight" for which in ("gate", "up", "down")} <= names
+    assert not any("shared_expert_gate" in name or name == "mlp.gate.weight" for name in names)
+    assert len(names) == 4 + 8 + 3

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pipeline import lora
+from pipeline.decoder import Decoder, matrices
 from pipeline.errors import UserError
 from pipeline.lora import MaskedLinear
 from pipeline.masks import Masks, apply_
@@ -18,16 +19,13 @@ from tests.test_decoder import small_model
 
 
 def with_masks(model) -> tuple[nn.Module, Masks]:
-    from pipeline.decoder import Decoder, is_transposed, matrices, weight_OI
-
     masks = Masks()
     decoder = Decoder(model)
     for index, layer in enumerate(decoder.layers):
-        for name, module in matrices(layer).items():
-            mask_OI = NofM(2, 4).select(torch.rand(weight_OI(module).shape))
-            apply_(weight_OI(module), mask_OI)
-            transposed = is_transposed(module)
-            masks.add(decoder.parameter_name(index, name), mask_OI.T if transposed else mask_OI, "2of4", transposed)
+        for name, matrix in matrices(layer).items():
+            mask_OI = NofM(2, 4).select(torch.rand(matrix.weight_OI.shape))
+            apply_(matrix.weight_OI, mask_OI)
+            masks.add(decoder.parameter_name(index, name), matrix.stored(mask_OI), "2of4", matrix.transposed)
     return model, masks
 
 

@@ -12,9 +12,10 @@ from callbacks.methods import METHODS, WandaPruner
 from pipeline import data, models, patterns, prune, recipe
 from pipeline.decoder import Decoder
 from pipeline.errors import UserError
-from pipeline.masks import Masks
+from pipeline.masks import Masks, by_matrix
 from tests import textbook
 from tests.conftest import QUICK, ROOT, command, environment, espalier
+from tests.test_decoder import FAMILIES, small_model
 
 SETTINGS = [s for s in QUICK if not s.startswith("stages")]
 
@@ -95,6 +96,66 @@ def test_magnitude_is_one_threshold_for_a_matrix(tiny_llama, tmp_path):
 
 class Killed(Exception):
     pass
+
+
+@pytest.fixture(scope="module")
+def families(tiny_llama, tmp_path_factory):
+    """One small model of every family, saved with the world's tokenizer."""
+    where = tmp_path_factory.mktemp("families")
+    vocabulary = AutoModelForCausalLM.from_pretrained(tiny_llama).config.vocab_size
+
+    def make(family: str):
+        if not (where / family).exists():
+            model = small_model(family, vocab_size=vocabulary)
+            model.save_pretrained(where / family)
+            for file in tiny_llama.glob("tokenizer*"):
+                shutil.copy(file, where / family)
+        return where / family
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_pruned_saved_and_loaded(families, tmp_path, family, method):
+    origin = families(family)
+    masks, _ = pruned(origin, tmp_path / "p", f"prune.method={method}", "prune.sparsity=2of4")
+    masks.check_patterns()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "p/model")
+    assert masks.violations(loaded.named_parameters()) == []
+    dense = dict(by_matrix(AutoModelForCausalLM.from_pretrained(origin).named_parameters()))
+    now = dict(by_matrix(loaded.named_parameters()))
+    assert set(now) == set(dense)
+    for name in now:  # what has no mask is untouched
+        assert torch.equal(now[name], dense[name]) == (name not in masks), name
+    if method == "wanda":
+        for name, mask in masks.items():
+            assert torch.equal(now[name], dense[name] * mask)
+
+
+@torch.no_grad()
+def test_an_expert_is_judged_by_the_tokens_it_saw_and_a_starved_one_by_its_weights(families, tmp_path, capsys):
+    origin = families("mixtral")
+    masks, _ = pruned(origin, tmp_path / "p")
+    assert "judged by weight alone" not in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(origin, experts_implementation="eager")
+    seen = []
+    experts = model.model.layers[0].mlp.experts
+    hook = experts.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
+    windows = data.calibration(data.source("world"), models.tokenizer(origin, settings(origin)), 8, 32, seed=0)
+    model(input_ids=windows)
+    hook.remove()
+    (hidden, chosen), pattern = seen[0], patterns.NofM(2, 4)
+    for expert in range(4):
+        tokens = hidden[(chosen == expert).any(1)]
+        weight = experts.gate_up_proj[expert]
+        expected = pattern.select(weight.abs() * tokens.norm(dim=0))
+        assert torch.equal(masks[f"model.layers.0.mlp.experts.gate_up_proj[{expert}]"], expected)
+
+    masks, _ = pruned(origin, tmp_path / "q", "calibration.samples=1", "calibration.seq_len=8")
+    assert "experts.gate_up_proj[0]" in capsys.readouterr().out
+    expected = pattern.select(experts.gate_up_proj[0].abs())
+    assert torch.equal(masks["model.layers.0.mlp.experts.gate_up_proj[0]"], expected)
 
 
 def test_owl_prunes_less_where_outliers_are_and_as_much_on_the_whole(tiny_llama, tmp_path):

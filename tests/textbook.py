@@ -35,13 +35,14 @@ def prune(decoder: Decoder, windows: Tensor, method: str, pattern: Pattern) -> N
     """Prunes the model in place; `windows` are (samples, T)."""
     hidden = [decoder.embed(window[None]) for window in windows]
     for index, layer in enumerate(decoder.layers):
-        found = {name: Statistics(module, method) for name, module in matrices(layer).items()}
-        hooks = [module.register_forward_hook(found[name].hook()) for name, module in matrices(layer).items()]
+        modules = {name: matrix.module for name, matrix in matrices(layer).items()}
+        found = {name: Statistics(module, method) for name, module in modules.items()}
+        hooks = [module.register_forward_hook(found[name].hook()) for name, module in modules.items()]
         for h in hidden:
             decoder.run(index, layer, h)
         for hook in hooks:
             hook.remove()
-        for name, module in matrices(layer).items():
+        for name, module in modules.items():
             if method in SCORES:
                 module.weight.data[to_prune(method, module.weight.data, found[name].norm(), pattern)] = 0
             else:
@@ -54,8 +55,10 @@ class Statistics:
 
     def __init__(self, module: nn.Linear, method: str) -> None:
         self.samples = 0
-        self.square = torch.zeros(module.in_features)
-        self.hessian = None if method in SCORES else torch.zeros(module.in_features, module.in_features)
+        self.square = torch.zeros(module.in_features, device=module.weight.device)
+        self.hessian = None if method in SCORES else torch.zeros(
+            module.in_features, module.in_features, device=module.weight.device
+        )
 
     def hook(self):
         def add(module, args, out) -> None:

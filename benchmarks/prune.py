@@ -1,0 +1,179 @@
+"""Times the prune stage against the textbook's way of computing, in one run, alternating.
+
+    python benchmarks/prune.py                       # a Llama of about 170M parameters, 32 x 512 tokens
+    python benchmarks/prune.py --methods wanda --dtypes float32 --repeats 5
+    python benchmarks/prune.py --shape 7b --samples 128 --seq-len 2048 --only-ours   # on a GPU
+
+Prints medians, ratios (textbook / ours) and whether the masks are equal. `tests/textbook.py` is the plain version.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from callbacks.layer_writer import LayerWriter
+from callbacks.methods import pruner
+from pipeline import patterns, processes, prune
+from pipeline.allocation import allocate
+from pipeline.decoder import Decoder, matrices
+from pipeline.patterns import Pattern
+from pipeline.recipe import Prune
+from pipeline.walk import LayerWalk
+from tests import textbook
+
+SHAPES = {
+    "170m": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 10, "num_attention_heads": 16},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+
+
+def build(shape: str, dtype: torch.dtype) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=32000, tie_word_embeddings=True, use_cache=False, **SHAPES[shape])
+    with torch.device(processes.device()):
+        return LlamaForCausalLM(config).to(dtype).eval()
+
+
+class Clock:
+    """Seconds spent in the parts that are not a forward pass, and in selecting masks."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+
+    def around(self, function):
+        def timed(*args, **kwargs):
+            _wait()
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _wait()
+                self.total += time.perf_counter() - started
+
+        return timed
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ours(model, windows, method: str, pattern: str, batch_size: int) -> dict[str, float]:
+    decoder = Decoder(model)
+    settings = Prune(method=method, sparsity=pattern)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        walk = LayerWalk(decoder, list(windows.split(batch_size)), Path(folder), processes.device())
+        callback = pruner(settings, allocate(decoder, settings))
+        callback.observe = clock.around(callback.observe)
+        callback.on_predict_batch_end = clock.around(callback.on_predict_batch_end)
+        writer = LayerWriter(Path(folder))
+        writing = Clock()
+        writer.write_on_batch_end = writing.around(writer.write_on_batch_end)
+        _wait()
+        started = time.perf_counter()
+        prune.tour(walk, [callback, writer])
+        _wait()
+        seconds = time.perf_counter() - started - writing.total  # the textbook writes nothing
+    return {"stage": seconds, "pruning": clock.total, "writing": writing.total}
+
+
+def plain(model, windows, method: str, pattern: str) -> dict[str, float]:
+    decoder = Decoder(model)
+    decoder.place(processes.device())
+    clock = Clock()
+    patched = {"to_prune": textbook.to_prune, "surgeon": textbook.surgeon}
+    hook = textbook.Statistics.hook
+    textbook.Statistics.hook = lambda self: clock.around(hook(self))
+    outer = "to_prune" if method in textbook.SCORES else "surgeon"
+    setattr(textbook, outer, clock.around(patched[outer]))
+    try:
+        _wait()
+        started = time.perf_counter()
+        textbook.prune(decoder, windows, method, patterns.parse(pattern))
+        _wait()
+    finally:
+        setattr(textbook, outer, patched[outer])
+        textbook.Statistics.hook = hook
+    return {"stage": time.perf_counter() - started, "pruning": clock.total}
+
+
+def selecting(shape: str, pattern: Pattern, repeats: int) -> tuple[float, float]:
+    """Median seconds to select one layer's masks: textbook, ours."""
+    model = build(shape, torch.float32) if shape == "170m" else None
+    weights = [matrix.weight_OI for matrix in matrices(Decoder(model).layers[0]).values()]
+    scores = [weight.abs() * torch.rand(1, weight.shape[1], device=weight.device) for weight in weights]
+    norm = torch.ones(1)
+    ways = [
+        lambda: [textbook.to_prune("wanda", score, norm, pattern) for score in scores],
+        lambda: [pattern.select(score) for score in scores],
+    ]
+    assert all(torch.equal(~gone, kept) for gone, kept in zip(ways[0](), ways[1]()))
+    times = [[], []]
+    for _ in range(repeats):
+        for way, found in zip(ways, times):
+            _wait()
+            started = time.perf_counter()
+            way()
+            _wait()
+            found.append(time.perf_counter() - started)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="170m")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--methods", nargs="+", default=["wanda", "magnitude", "sparsegpt"])
+    parser.add_argument("--patterns", nargs="+", default=["0.5", "2of4"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only-ours", action="store_true")
+    args = parser.parse_args()
+    processes.start()
+    processes.say = lambda text: None
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}; torch {torch.__version__}; {args.shape}, {args.samples} x {args.seq_len} tokens; medians of {args.repeats}")
+    if args.shape == "170m":
+        print("\nselecting the masks of a layer    textbook ms   ours ms   ratio")
+        for pattern in map(patterns.parse, args.patterns):
+            old, new = selecting(args.shape, pattern, 4 * args.repeats + 1)
+            print(f"{pattern!s:32}{1e3 * old:13.1f}{1e3 * new:10.1f}{old / new:8.1f}")
+    print("\nmethod     pattern dtype     stage s: textbook   ours  ratio   pruning s: textbook   ours  ratio   share of ours  writing")
+    for method in args.methods:
+        for pattern in args.patterns:
+            for dtype in args.dtypes:
+                compare(args, method, pattern, dtype)
+
+
+def compare(args, method: str, pattern: str, dtype: str) -> None:
+    windows = torch.randint(0, 32000, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0))
+    windows = windows.to(processes.device())
+    new, old = [], []
+    for _ in range(args.repeats):
+        new.append(ours(build(args.shape, getattr(torch, dtype)), windows, method, pattern, args.batch_size))
+        if not args.only_ours:
+            old.append(plain(build(args.shape, getattr(torch, dtype)), windows, method, pattern))
+    mine = {key: statistics.median(run[key] for run in new) for key in new[0]}
+    theirs = {key: statistics.median(run[key] for run in old) for key in old[0]} if old else {}
+    stage, pruning = theirs.get("stage", float("nan")), theirs.get("pruning", float("nan"))
+    print(
+        f"{method:11}{pattern:8}{dtype:10}{stage:17.2f}{mine['stage']:7.2f}{stage / mine['stage']:7.2f}"
+        f"{pruning:22.2f}{mine['pruning']:7.2f}{pruning / mine['pruning']:7.2f}"
+        f"{100 * mine['pruning'] / mine['stage']:14.1f} %{mine['writing']:8.2f}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
