@@ -143,13 +143,16 @@ def main() -> None:
     processes.start()
     processes.say = lambda text: None
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}; torch {torch.__version__}; {args.shape}, {args.samples} x {args.seq_len} tokens; medians of {args.repeats}")
+    print(
+        f"{name}; torch {torch.__version__}; {args.shape}, {args.samples} x {args.seq_len} tokens; medians of {args.repeats}"
+    )
     if args.shape == "170m":
         print("\nselecting the masks of a layer    textbook ms   ours ms   ratio")
         for pattern in map(patterns.parse, args.patterns):
             old, new = selecting(args.shape, pattern, 4 * args.repeats + 1)
             print(f"{pattern!s:32}{1e3 * old:13.1f}{1e3 * new:10.1f}{old / new:8.1f}")
-    print("\nmethod     pattern dtype     stage s: textbook   ours  ratio   pruning s: textbook   ours  ratio   share of ours  writing")
+    print("\n" + "method     pattern dtype     stage s: textbook   ours  ratio", end="   ")
+    print("pruning s: textbook   ours  ratio   share of ours  writing")
     for method in args.methods:
         for pattern in args.patterns:
             for dtype in args.dtypes:

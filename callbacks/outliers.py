@@ -24,4 +24,6 @@ class OutlierShares(Callback):
         totals = {leader: processes.all_sum(total) for leader, total in watch.totals.items()}
         found = [scores.wanda(m.weight_OI, totals[watch.leader[name]]) for name, m in matrices(layer).items()]
         self.shares.append(scores.outlier_share(found, self.times))
-        processes.say(f"  layer {index + 1}/{len(walk.decoder.layers)}: {self.shares[-1]:.4%} of the scores are outliers")
+        processes.say(
+            f"  layer {index + 1}/{len(walk.decoder.layers)}: {self.shares[-1]:.4%} of the scores are outliers"
+        )

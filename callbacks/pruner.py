@@ -119,6 +119,8 @@ class LayerPruner(Callback):
 def _check_finite(weights: dict[str, Tensor], total: Tensor) -> None:
     for name, weight in weights.items():
         if not weight.isfinite().all():
-            raise UserError(f"{name} holds weights that are not finite: the files are damaged, or its training diverged")
+            raise UserError(
+                f"{name} holds weights that are not finite: the files are damaged, or its training diverged"
+            )
     if not total.isfinite().all():
         raise UserError(f"the inputs of {' and '.join(weights)} are not finite: type dtype=float32 or dtype=bfloat16")

@@ -45,5 +45,7 @@ class StepLog(Callback):
                 csv.writer(file).writerow([self.step, f"{loss:.6f}", f"{lr:.3e}", f"{self.tokens / seconds:.0f}"])
         every = max(1, trainer.max_steps // self.lines)
         if self.step % every == 0 or self.step == trainer.max_steps:
-            processes.say(f"  step {self.step}/{trainer.max_steps}: loss {loss:.4f}, {self.tokens / seconds:,.0f} tokens/s")
+            processes.say(
+                f"  step {self.step}/{trainer.max_steps}: loss {loss:.4f}, {self.tokens / seconds:,.0f} tokens/s"
+            )
         self.losses, self.tokens, self.started = [], 0, time.perf_counter()

@@ -41,13 +41,3 @@ def allocate(decoder: Decoder, settings: Prune, shares: list[float] | None = Non
     if not chosen:
         raise UserError("prune.overrides leave every matrix dense: there is nothing to prune")
     return chosen
-
-
-def check(settings: Prune) -> None:
-    """What can be refused before a model is there."""
-    pattern = patterns.parse(settings.sparsity)
-    if settings.allocation == "owl" and not isinstance(pattern, Unstructured):
-        raise UserError(f"prune.allocation=owl shares out a ratio over the layers: type prune.sparsity={pattern.ratio:g}")
-    for glob, value in settings.overrides.items():
-        if value != "dense":
-            patterns.parse(value, f"prune.overrides[{glob}]")

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import data, files, models, processes
+from pipeline import data, files, models, processes, sources
 from pipeline.errors import UserError
 from pipeline.masks import Masks, by_matrix
 from pipeline.perplexity import perplexity, windows
@@ -63,7 +63,7 @@ def _measure(name: str, folder: Path, recipe: Recipe, protocol: dict) -> dict[st
     cache = Path(recipe.run_dir).parent / ".measured"
     found: dict[str, Any] = {"perplexity": {}, "zero_shot": {}}
 
-    for spec, source in zip(settings.perplexity, data.sources_of(recipe, "evaluate"), strict=True):
+    for spec, source in zip(settings.perplexity, sources.of_stage(recipe, "evaluate"), strict=True):
 
         def measure_perplexity(source=source) -> dict:
             model, tokenizer = model_and_tokenizer()
@@ -74,7 +74,7 @@ def _measure(name: str, folder: Path, recipe: Recipe, protocol: dict) -> dict[st
             )
             return {"perplexity": value, "windows": len(windows_NT)}
 
-        about = about_model | {"text": str(source), "data": data.identity(source), "seq_len": settings.seq_len}
+        about = about_model | {"text": str(source), "data": sources.identity(source), "seq_len": settings.seq_len}
         measured = _once(cache, about, measure_perplexity)
         found["perplexity"][spec] = measured["perplexity"]
         protocol["datasets"][spec] = f"{source}, {measured['windows']} windows of {settings.seq_len} tokens"

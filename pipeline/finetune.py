@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from callbacks.mask_keeper import MaskKeeper
-from pipeline import data, files, lora, models, processes
+from pipeline import data, files, lora, models, processes, sources
 from pipeline.masks import Masks
 from pipeline.recipe import Recipe
 from pipeline.training import Schedule, fit
@@ -36,7 +36,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
 
     dense = models.load(origin, recipe)
     models.check_length(dense.config, "finetune.seq_len", settings.seq_len)
-    source = data.source(settings.dataset, recipe.mirror, settings.split, settings.config)
+    source = sources.source(settings.dataset, recipe.mirror, settings.split, settings.config)
     samples = schedule.max_steps * schedule.sequences
     windows_NT = data.packed(source, tokenizer, settings.seq_len, samples, recipe.seed)
     models.check_vocabulary(dense.config, windows_NT, source)

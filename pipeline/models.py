@@ -1,4 +1,4 @@
-"""Owns model folders: where a model is, what it is known by, how it and its tokenizer load, what is copied beside new weights."""
+"""Owns model folders: where a model is, what it is known by, how it loads, what is copied beside new weights."""
 
 import json
 import shutil

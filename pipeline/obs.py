@@ -67,7 +67,9 @@ def prune_rows(
         inverse_B = factor_BB.diagonal().reciprocal().tolist()
         weight_BR = weight_RI[:, columns].T.contiguous()  # a column is contiguous: every step works on whole columns
         error_BR = torch.empty_like(weight_BR)
-        kept_BR = choose(weight_BR.T, columns).T.contiguous() if choose else torch.empty_like(weight_BR, dtype=torch.bool)
+        kept_BR = (
+            choose(weight_BR.T, columns).T.contiguous() if choose else torch.empty_like(weight_BR, dtype=torch.bool)
+        )
         for first in range(0, stop - start, width):
             last = min(first + width, stop - start)
             for i in range(first, last):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline import data, processes, world
+from pipeline import data, processes, sources, world
 from pipeline.recipe import Recipe
 from pipeline.training import Schedule, fit
 
@@ -33,7 +33,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     model = LlamaForCausalLM(config)
     schedule = Schedule(settings.steps, settings.batch_size, 1, settings.lr, 0.03, 0.0, 1.0, seed=recipe.seed)
     windows_NT = data.packed(
-        data.source("world"), tokenizer, settings.seq_len, schedule.max_steps * schedule.sequences, recipe.seed
+        sources.source("world"), tokenizer, settings.seq_len, schedule.max_steps * schedule.sequences, recipe.seed
     )
     fit(model, windows_NT, schedule, folder)
     if processes.is_main():

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from callbacks.layer_writer import LayerWriter
 from callbacks.methods import pruner
 from callbacks.outliers import OutlierShares
-from pipeline import data, files, memory, models, processes
+from pipeline import data, files, memory, models, processes, sources
 from pipeline.allocation import allocate
 from pipeline.decoder import Decoder
 from pipeline.errors import UserError
@@ -36,7 +36,9 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         shares = outlier_shares(Decoder(models.load(origin, recipe)), batches, store, recipe, folder)
     walk = LayerWalk(decoder, batches, folder, store)
     if walk.finished_before:
-        processes.say(f"  {len(walk.finished_before)} of {len(decoder.layers)} layers were pruned before: passed through")
+        processes.say(
+            f"  {len(walk.finished_before)} of {len(decoder.layers)} layers were pruned before: passed through"
+        )
     processes.barrier()  # a rank late to look for finished shards must not see new ones
     tour(walk, [pruner(settings, allocate(decoder, settings, shares)), LayerWriter(folder)])
     processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
@@ -48,7 +50,7 @@ def calibration_batches(recipe: Recipe, origin: Path, decoder: Decoder) -> list[
     """This rank's batches of calibration tokens, each (batch_size, seq_len)."""
     settings, config = recipe.calibration, decoder.model.config
     models.check_length(config, "calibration.seq_len", settings.seq_len)
-    source = data.source(settings.dataset, recipe.mirror, settings.split, settings.config)
+    source = sources.source(settings.dataset, recipe.mirror, settings.split, settings.config)
     tokenizer = models.tokenizer(origin, recipe)
     windows_NT = data.calibration(source, tokenizer, settings.samples, settings.seq_len, recipe.seed)
     models.check_vocabulary(config, windows_NT, source)
@@ -77,7 +79,9 @@ def plan_memory(decoder: Decoder, batches: list[Tensor], where: str) -> torch.de
         f"of hidden states on the {'GPU' if store.type == 'cuda' else 'host'}; {memory.text(free)} free"
     )
     if layers + outside + (hidden if store == device else 0) > free:
-        processes.say("  memory: that may not fit: a smaller calibration.batch_size or fewer calibration.samples need less")
+        processes.say(
+            "  memory: that may not fit: a smaller calibration.batch_size or fewer calibration.samples need less"
+        )
     return store
 
 

@@ -243,6 +243,13 @@ def _check_stages(recipe: Recipe) -> None:
     method = recipe.prune.method
     if method not in METHODS and not method.endswith(".py"):
         raise UserError(f"prune.method={method} is not a method{_did_you_mean(method, list(METHODS))}")
-    from pipeline import allocation  # loads torch, so it comes last
+    from pipeline import patterns  # loads torch, so it comes last
 
-    allocation.check(recipe.prune)
+    pattern = patterns.parse(recipe.prune.sparsity)
+    if recipe.prune.allocation == "owl" and not isinstance(pattern, patterns.Unstructured):
+        raise UserError(
+            f"prune.allocation=owl shares out a ratio over the layers: type prune.sparsity={pattern.ratio:g}"
+        )
+    for glob, value in recipe.prune.overrides.items():
+        if value != "dense":
+            patterns.parse(value, f"prune.overrides[{glob}]")

@@ -37,7 +37,9 @@ def ria(weight_OI: Tensor, square_sum_I: Tensor, power: float = 0.5) -> Tensor:
     al. 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for LLMs", eq. 4 and 5; a = 0.5)."""
     weight_OI = weight_OI.float().abs()
     tiny = torch.finfo(torch.float32).tiny  # a row or column of zeros has no importance
-    relative_OI = weight_OI / weight_OI.sum(0).clamp_min(tiny) + weight_OI / weight_OI.sum(1, keepdim=True).clamp_min(tiny)
+    relative_OI = weight_OI / weight_OI.sum(0).clamp_min(tiny) + weight_OI / weight_OI.sum(1, keepdim=True).clamp_min(
+        tiny
+    )
     return relative_OI * square_sum_I.sqrt().float() ** power
 
 

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import data, evaluate, files, finetune, models, pretrain, processes, prune, report
+from pipeline import evaluate, files, finetune, models, pretrain, processes, prune, report, sources
 from pipeline.recipe import Recipe, section
 
 LIBRARIES = ("torch", "transformers", "datasets", "lightning", "peft", "accelerate", "lm_eval")
@@ -45,13 +45,13 @@ def run(recipe: Recipe) -> None:
     try:
         run_dir = Path(recipe.run_dir)
         chosen = [stage for stage in STAGES if stage.name in recipe.stages]
-        sources = processes.from_main(_sources(recipe) if processes.is_main() else None)
+        outside = processes.from_main(_read_from_outside(recipe) if processes.is_main() else None)
         evaluate.check(recipe)
         done: dict[str, str] = {}  # stage -> key
         for stage in chosen:
             inputs = {name: run_dir / name for name in stage.reads if name in done}
             made_from = {name: section(recipe, name) for name in stage.settings}
-            made_from |= {"read": {name: done[name] for name in inputs}, **sources.get(stage.name, {})}
+            made_from |= {"read": {name: done[name] for name in inputs}, **outside.get(stage.name, {})}
             done[stage.name] = files.digest(made_from)
             _run_one(stage, recipe, run_dir, inputs, made_from, done[stage.name])
         if processes.is_main() and "report" in done:
@@ -100,7 +100,7 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
     processes.barrier()
 
 
-def _sources(recipe: Recipe) -> dict[str, dict[str, Any]]:
+def _read_from_outside(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What the stages read from outside, so that a changed model or text is seen, and a missing one before any work."""
     found: dict[str, dict[str, Any]] = {}
     if recipe.model is not None:
@@ -108,7 +108,7 @@ def _sources(recipe: Recipe) -> dict[str, dict[str, Any]]:
         found |= {"prune": {"model": identity}, "evaluate": {"model": identity}}
     for name in ("prune", "finetune", "evaluate"):
         if name in recipe.stages:
-            texts = {str(source): data.identity(source) for source in data.sources_of(recipe, name)}
+            texts = {str(source): sources.identity(source) for source in sources.of_stage(recipe, name)}
             found[name] = found.get(name, {}) | {"data": texts}
     return found
 

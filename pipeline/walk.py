@@ -21,7 +21,9 @@ class LayerWalk(LightningModule):
     `folder/model` was finished by an earlier try: its weights are read from there, and it is only passed through.
     """
 
-    def __init__(self, decoder: Decoder, batches: list[Tensor], folder: Path | None, store: torch.device | None) -> None:
+    def __init__(
+        self, decoder: Decoder, batches: list[Tensor], folder: Path | None, store: torch.device | None
+    ) -> None:
         super().__init__()
         object.__setattr__(self, "decoder", decoder)  # not in _modules: Lightning must not move, wrap or save the model
         self.batches, self.folder, self.store = batches, folder, store

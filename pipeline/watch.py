@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.decoder import Matrix

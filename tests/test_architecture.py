@@ -38,4 +38,6 @@ def test_callbacks_know_no_other_callback():
     """But for the methods, which are subclasses of one."""
     for path in (ROOT / "callbacks").glob("*.py"):
         own = {module for module in imports(path) if module.startswith("callbacks")}
-        assert own <= ({"callbacks.pruner", "callbacks.pruner.LayerPruner"} if path.stem == "methods" else set()), path.name
+        assert own <= ({"callbacks.pruner", "callbacks.pruner.LayerPruner"} if path.stem == "methods" else set()), (
+            path.name
+        )

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from callbacks.methods import METHODS, WandaPruner
-from pipeline import data, models, patterns, prune, recipe
+from pipeline import data, models, patterns, prune, recipe, sources
 from pipeline.decoder import Decoder
 from pipeline.errors import UserError
 from pipeline.masks import Masks, by_matrix
@@ -48,7 +48,7 @@ def test_equal_to_the_textbook_on_a_trained_model(stories, hub, tmp_path, method
 
 
 def check_against_textbook(origin, chosen, masks, weights):
-    source = data.source(chosen.calibration.dataset, chosen.mirror, "train")
+    source = sources.source(chosen.calibration.dataset, chosen.mirror, "train")
     windows = data.calibration(source, models.tokenizer(origin, chosen), 8, chosen.calibration.seq_len, seed=0)
     model = AutoModelForCausalLM.from_pretrained(origin)
     textbook.prune(Decoder(model), windows, chosen.prune.method, patterns.parse(chosen.prune.sparsity))
@@ -142,7 +142,7 @@ def test_an_expert_is_judged_by_the_tokens_it_saw_and_a_starved_one_by_its_weigh
     seen = []
     experts = model.model.layers[0].mlp.experts
     hook = experts.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
-    windows = data.calibration(data.source("world"), models.tokenizer(origin, settings(origin)), 8, 32, seed=0)
+    windows = data.calibration(sources.source("world"), models.tokenizer(origin, settings(origin)), 8, 32, seed=0)
     model(input_ids=windows)
     hook.remove()
     (hidden, chosen), pattern = seen[0], patterns.NofM(2, 4)

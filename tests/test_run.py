@@ -82,10 +82,10 @@ def test_a_changed_limit_runs_evaluate_and_report_only(finished):
 def test_kill_9_and_the_same_command_end_in_the_same_weights(finished, tmp_path, moment):
     whole, settings, _ = finished
     run_dir = tmp_path / "killed"
+    line, nowhere = command(*settings, f"run_dir={run_dir}"), subprocess.DEVNULL
     running = subprocess.Popen(
-        command(*settings, f"run_dir={run_dir}"), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
+        line, cwd=ROOT, env=environment(), stdout=nowhere, stderr=nowhere, start_new_session=True
+    )
     stage, _, rest = moment.partition("/")
     deadline = time.monotonic() + 120
     while not list((run_dir / f".{stage}" / rest).parent.glob(Path(rest).name + "*")) and running.poll() is None:

@@ -56,8 +56,10 @@ class Statistics:
     def __init__(self, module: nn.Linear, method: str) -> None:
         self.samples = 0
         self.square = torch.zeros(module.in_features, device=module.weight.device)
-        self.hessian = None if method in SCORES else torch.zeros(
-            module.in_features, module.in_features, device=module.weight.device
+        self.hessian = (
+            None
+            if method in SCORES
+            else torch.zeros(module.in_features, module.in_features, device=module.weight.device)
         )
 
     def hook(self):
