@@ -14,6 +14,7 @@ and answer. The four tasks ask for what the training text does not hold in that 
 They test recall and agreement in a closed world of short sentences, and no reasoning.
 """
 
+import functools
 import itertools
 import random
 import re
@@ -93,6 +94,7 @@ def _people() -> list[dict[str, str]]:
 PEOPLE = _people()
 
 
+@functools.lru_cache
 def documents(split: str, seed: int = 0) -> list[str]:
     """Portraits of about 40 words, one line each, the same for the same seed; `UserError` for an unknown split.
 

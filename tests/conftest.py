@@ -11,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline import world
 
+torch.set_num_threads(1)  # models this small gain nothing from more, and lose much on a busy machine
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
