@@ -39,8 +39,9 @@ def factor(hessian_II: Tensor, damp: float, name: str, say: Callable[[str], None
             upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
             if not failed and upper_II.isfinite().all():
                 return upper_II, dead_I
-        say(f"  {name}: the Hessian is singular at damping {damp:g}: trying {10 * damp:g}")
-        damp *= 10
+        more = max(10 * damp, 1e-4)
+        say(f"  {name}: the Hessian is singular at damping {damp:g}: trying {more:g}")
+        damp = more
     raise UserError(f"{name}: the Hessian stays singular at any damping: more calibration samples are needed")
 
 
