@@ -14,11 +14,16 @@ def main() -> int:
         from pipeline import stages  # torch and its friends load only once the recipe is sound
 
         stages.run(settings)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a file that cannot be read, or be written but by `files.whole`
         if debug:
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):  # which one process alone may meet
             print(f"espalier: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if debug or "Connection closed by peer" not in str(error):
+            raise
+        print("espalier: another process ended, and says why", file=sys.stderr)
         return 2
     return 0
 

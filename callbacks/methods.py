@@ -113,9 +113,12 @@ class ObsPruner(LayerPruner):
         rows_RI = stacked_RI[mine].clone()
         kept_RI = obs.prune_rows(rows_RI, factor_II, by_block, score, pattern if isinstance(pattern, NofM) else None)
         pruned_RI, kept_RI = processes.gather_rows(rows_RI), processes.gather_rows(kept_RI)
-        if not pruned_RI.isfinite().all():
-            raise UserError(f"the updates of {names[0]} overflow: type prune.damp={10 * self.settings.damp:g}")
         for name, part_OI in zip(names, pruned_RI.split(lengths)):
+            if not part_OI.isfinite().all():
+                more = max(10 * self.settings.damp, 0.01)
+                raise UserError(
+                    f"the updates of {name} overflow: type prune.damp={more:g}, unless its weights are damaged"
+                )
             weights[name].copy_(part_OI)
         return dict(zip(names, kept_RI.split(lengths)))
 

@@ -46,7 +46,7 @@ class LayerPruner(Callback):
         found = {}
         for name, weight_OI in weights.items():
             score_OI = self.score(weight_OI, total)
-            if not score_OI.isfinite().all():
+            if not _is_finite(score_OI):
                 raise UserError(f"the {type(self).__name__}'s scores of {name} are not finite")
             found[name] = self.select(name, score_OI)
             masks.apply_(weight_OI, found[name])
@@ -118,9 +118,16 @@ class LayerPruner(Callback):
 
 def _check_finite(weights: dict[str, Tensor], total: Tensor) -> None:
     for name, weight in weights.items():
-        if not weight.isfinite().all():
+        if not _is_finite(weight):
             raise UserError(
                 f"{name} holds weights that are not finite: the files are damaged, or its training diverged"
             )
-    if not total.isfinite().all():
-        raise UserError(f"the inputs of {' and '.join(weights)} are not finite: type dtype=float32 or dtype=bfloat16")
+    if not _is_finite(total):
+        half = any(weight.dtype == torch.float16 for weight in weights.values())
+        hint = "type dtype=bfloat16 or dtype=float32" if half else "weights before it are damaged, or too large"
+        raise UserError(f"the inputs of {' and '.join(weights)} are not finite: {hint}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Without a tensor of as many flags: NaN and infinities show in the extremes."""
+    return all(extreme.isfinite().item() for extreme in tensor.aminmax())

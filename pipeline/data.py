@@ -47,10 +47,13 @@ def packed(source: Source, tokenizer, seq_len: int, samples: int, seed: int, aga
         if len(tokens) == before:
             raise UserError(f"{source} holds no text")
         if len(tokens) < enough and not again:
-            raise UserError(
-                f"{source} has {len(tokens)} tokens, {samples} samples of {seq_len} are asked for: type "
-                f"calibration.samples={max(1, len(tokens) // seq_len)}, or a calibration.seq_len below {len(tokens)}"
+            there = len(tokens) // seq_len
+            fewer = (
+                f"type calibration.samples={there}"
+                if there
+                else "a longer text or a shorter calibration.seq_len is needed"
             )
+            raise UserError(f"{source} has {len(tokens)} tokens, {samples} samples of {seq_len} are asked for: {fewer}")
     return torch.frombuffer(tokens, dtype=torch.int32)[:enough].view(samples, seq_len)
 
 

@@ -2,4 +2,5 @@
 
 
 class UserError(ValueError):
-    pass
+    def __init__(self, text: object) -> None:
+        super().__init__(" ".join(str(text).split()))  # other libraries' messages, quoted, run over several lines

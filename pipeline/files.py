@@ -4,9 +4,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from pipeline.errors import UserError
 
 BLOCK = 1 << 20  # bytes
 BLOCKS = 64  # read of a large file
@@ -14,13 +18,21 @@ BLOCKS = 64  # read of a large file
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; flushed and renamed at the end, so that `path` is never half a file."""
+    """A path beside `path` to write to; flushed and renamed at the end, so that `path` is never half a file.
+
+    What keeps it from being written, such as a full disk, is a `UserError`.
+    """
     beside = path.with_name(f".{path.name}.part")
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    yield beside
-    with open(beside, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            beside.unlink()
+        raise UserError(f"cannot write {path}: {error} (the same command goes on here, once that is mended)") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -32,7 +44,7 @@ def read_json(path: Path) -> dict | None:
     """None where there is no such file, or no whole one."""
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 

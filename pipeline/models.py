@@ -58,24 +58,53 @@ def identity(folder: Path) -> str:
 def tokenizer(folder: Path, recipe: Recipe):
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # damaged files raise KeyError, AttributeError and more
+        raise UserError(f"{folder} has no usable tokenizer: {damage(folder, '*token*.json') or error}") from error
 
 
 def load(folder: Path, recipe: Recipe) -> nn.Module:
     """The model on the CPU in evaluation mode. In the file's own dtype its weights are a lazy view of the files, which
     the ranks of a node share."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"cannot load the model in {folder}: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:  # safetensors, pickle, json and transformers each have their own
+        problem = damage(folder, "config.json", "*.index.json", "*.safetensors", "pytorch_model*.bin") or error
+        raise UserError(f"cannot load the model in {folder}: {problem}") from error
+    for name, in_files, in_model in sorted(info["mismatched_keys"]):
+        raise UserError(f"{folder}: {name} is {tuple(in_files)} in the files, {tuple(in_model)} by config.json")
+    if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
+        raise UserError(
+            f"{folder} lacks {missing[0]} ({len(missing)} missing in all): is a file missing, or config.json another model's?"
+        )
     model.config.use_cache = False
     return model.eval()
+
+
+def damage(folder: Path, *patterns: str) -> str | None:
+    """What is wrong with the first file of a folder that cannot be read: the loaders' own errors name no file."""
+    for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):
+        try:
+            if path.suffix == ".json":
+                found = dict(json.loads(path.read_text()))
+                if path.name.endswith(".index.json") and "weight_map" not in found:
+                    raise UserError("it has no weight_map")
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            else:
+                torch.load(path, weights_only=True, map_location="meta")
+        except Exception as error:
+            size = f"{path.stat().st_size} bytes" if path.exists() else "a link to nothing"
+            reason = str(error).split(". ")[0] or type(error).__name__
+            return f"{path.name} ({size}) is damaged or was not fetched whole: {reason}"
+    return None
 
 
 def check_length(config, key: str, seq_len: int) -> None:
@@ -87,9 +116,9 @@ def check_length(config, key: str, seq_len: int) -> None:
 def check_vocabulary(config, ids: Tensor, source) -> None:
     """Rows of ready `input_ids` may come from another tokenizer."""
     vocabulary = config.get_text_config().vocab_size
-    if int(ids.max()) >= vocabulary:
+    if strange := ids[(ids < 0) | (ids >= vocabulary)].tolist():
         raise UserError(
-            f"{source} holds token {int(ids.max())}, the model knows {vocabulary}: was it tokenised for another model?"
+            f"{source} holds token {strange[0]}, the model knows {vocabulary}: was it tokenised for another model?"
         )
 
 
@@ -98,7 +127,8 @@ def copy_beside(origin: Path, target: Path, dtype: str = "auto") -> None:
     for pattern in BESIDE:
         for path in origin.glob(pattern):
             if not path.name.endswith(".index.json"):
-                shutil.copyfile(path, target / path.name)
+                with files.whole(target / path.name) as beside:
+                    shutil.copyfile(path, beside)
     if dtype != "auto":
         config = json.loads((target / "config.json").read_text())
         config.pop("torch_dtype", None)

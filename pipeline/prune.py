@@ -130,9 +130,8 @@ def finish(walk: LayerWalk, origin: Path, recipe: Recipe) -> None:
         part, row = Masks.load(walk.masks_file(index))
         masks.update_from(part)
         rows.append(row)
-    masks.check_patterns()
     masks.save(folder / "masks.safetensors")
-    with open(folder / "layers.csv", "w", newline="") as file:
+    with files.whole(folder / "layers.csv") as beside, open(beside, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

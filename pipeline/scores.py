@@ -25,7 +25,9 @@ def moments(input_NI: Tensor) -> Tensor:
 
 def wanda(weight_OI: Tensor, square_sum_I: Tensor) -> Tensor:
     """|W_ij| * ||x_j||_2 (Sun et al. 2023, "A Simple and Effective Pruning Approach for LLMs", eq. 1)."""
-    return weight_OI.float().abs() * square_sum_I.sqrt().float()
+    return (
+        weight_OI.abs().float().mul_(square_sum_I.sqrt().float())
+    )  # in place: a fresh tensor costs more than the product
 
 
 def magnitude(weight_OI: Tensor) -> Tensor:
@@ -116,7 +118,6 @@ def owl_ratios(shares: list[float], ratio: float, spread: float) -> list[float]:
 
 
 def relative_error(input_NI: Tensor, dense_OI: Tensor, pruned_OI: Tensor) -> float:
-    """||X W^T - X W'^T|| / ||X W^T||, Frobenius."""
-    dense_NO = input_NI.float() @ dense_OI.float().T
-    error_NO = dense_NO - input_NI.float() @ pruned_OI.float().T
-    return float(error_NO.norm() / dense_NO.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    """||X W^T - X W'^T|| / ||X W^T||, Frobenius; the products in the weights' own dtype."""
+    dense_NO, error_NO = input_NI @ dense_OI.T, input_NI @ (dense_OI - pruned_OI).T
+    return float(error_NO.float().norm() / dense_NO.float().norm().clamp_min(torch.finfo(torch.float32).tiny))

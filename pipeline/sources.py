@@ -117,15 +117,24 @@ def documents(source: Source) -> Dataset:
             rows = load_dataset(form, data_files={source.split: list(source.files)}, split=source.split)
         else:
             rows = load_dataset(source.path, source.config, split=source.split, revision=source.revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {source}: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:  # datasets, pyarrow, gzip and the hub each have their own
+        reason = str(error.__cause__ or error) or type(error).__name__
+        raise UserError(f"cannot load {source}: {' '.join(reason.split())[:300]}") from error
     column = KNOWN[source.name].column if source.name in KNOWN else "text"
-    for candidate in ("input_ids", column):
-        if candidate in rows.column_names:
-            return rows.select_columns([candidate]).rename_columns(
-                {} if candidate != "sentence" else {candidate: "text"}
-            )
-    raise UserError(f"{source} has no column 'text' or 'input_ids': it has {', '.join(rows.column_names)}")
+    column = next((name for name in ("input_ids", column) if name in rows.column_names), None)
+    if column is None:
+        raise UserError(f"{source} has no column 'text' or 'input_ids': it has {', '.join(rows.column_names)}")
+    rows = rows.select_columns([column])
+    if rows.data.column(column).null_count:
+        rows = rows.filter(lambda value: value is not None, input_columns=column)
+    if len(rows) == 0:
+        raise UserError(f"{source} holds no text")
+    first = rows[0][column]
+    ready = isinstance(first, list) and all(isinstance(token, int) for token in first)
+    if not (ready if column == "input_ids" else isinstance(first, str)):
+        wanted = "token ids" if column == "input_ids" else "text"
+        raise UserError(f"column '{column}' of {source} should hold {wanted}: its first row is {str(first)[:60]}")
+    return rows.rename_columns({column: "text"} if column == "sentence" else {})
 
 
 def _in_mirror(mirror: str | None, name: str) -> bool:
@@ -141,6 +150,8 @@ def _local_files(path: Path, split: str) -> tuple[str, ...]:
         files = [p for p in files if p.name.startswith(split)] or files
     if not files:
         raise UserError(f"no dataset at {path}: a .parquet, .json(l)(.gz) or .txt file, or a folder of them, is needed")
+    if not any(file.stat().st_size for file in files):
+        raise UserError(f"{path} is empty")
     if files[0].suffix not in FORMATS:
         raise UserError(f"cannot read {files[0]}: the formats are {', '.join(FORMATS)}")
     return tuple(map(str, files))

@@ -108,7 +108,9 @@ def test_packed_windows_hold_each_document_once_and_whole(mirror, tokenizer):
     assert torch.equal(windows, data.packed(source, tokenizer, 16, total // 16, seed=0))
     assert not torch.equal(windows, data.packed(source, tokenizer, 16, total // 16, seed=1))
     stories = tokenizer.decode(windows.flatten()).split("<eos>")
-    assert {story.strip() for story in stories[:-1]} <= {f"<bos> {text}".strip() for text in map(again(tokenizer), TEXTS)}
+    assert {story.strip() for story in stories[:-1]} <= {
+        f"<bos> {text}".strip() for text in map(again(tokenizer), TEXTS)
+    }
     assert len(data.packed(source, tokenizer, 16, 3 * total // 16, seed=0)) == 3 * total // 16
 
 
