@@ -16,7 +16,7 @@ TIMEOUT = timedelta(minutes=30)
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def local_rank() -> int:
@@ -24,7 +24,8 @@ def local_rank() -> int:
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    # Lightning's teardown deletes the variable where it thinks that it started the processes; the group stays
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_world_size() -> int:
