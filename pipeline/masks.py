@@ -39,10 +39,6 @@ class Masks(dict[str, Tensor]):
     def add(self, name: str, mask: Tensor, pattern: str, transposed: bool = False) -> None:
         self[name], self.patterns[name], self.transposed[name] = mask, str(pattern), transposed
 
-    def update_from(self, other: "Masks") -> None:
-        for name, mask in other.items():
-            self.add(name, mask, other.patterns[name], other.transposed[name])
-
     def save(self, path: Path, log: dict | None = None) -> None:
         packed = {}
         about = {}
@@ -54,10 +50,20 @@ class Masks(dict[str, Tensor]):
                 "pattern": self.patterns[name],
                 "transposed": self.transposed[name],
             }
-        # one metadata key only: safetensors writes several in a random order, and equal masks must be equal files
-        metadata = {"espalier": json.dumps({"masks": about, "log": log}, sort_keys=True)}
-        with files.whole(path) as beside:
-            save_file(packed, beside, metadata)
+        _write(path, packed, about, log)
+
+    @staticmethod
+    def merge(paths: list[Path], target: Path) -> list[dict]:
+        """One file of several, never unpacked (7B weights are 6.5 GiB of masks as bools); returns their logs."""
+        packed, about, logs = {}, {}, []
+        for path in paths:
+            with safe_open(path, framework="pt") as file:
+                told = json.loads(file.metadata()["espalier"])
+                packed |= {name: file.get_tensor(name) for name in file.keys()}
+            about |= told["masks"]
+            logs.append(told["log"])
+        _write(target, {name: packed[name] for name in sorted(packed)}, about, None)
+        return logs
 
     @staticmethod
     def load(path: Path) -> tuple["Masks", dict | None]:
@@ -107,6 +113,13 @@ class Masks(dict[str, Tensor]):
                 f"the model has no {sorted(missing)[0]} ({len(missing)} masked matrices missing): another model's mask file?"
             )
         return found
+
+
+def _write(path: Path, packed: dict[str, Tensor], about: dict, log: dict | None) -> None:
+    # one metadata key only: safetensors writes several in a random order, and equal masks must be equal files
+    metadata = {"espalier": json.dumps({"masks": about, "log": log}, sort_keys=True)}
+    with files.whole(path) as beside:
+        save_file(packed, beside, metadata)
 
 
 def by_matrix(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -125,12 +125,8 @@ def finish(walk: LayerWalk, origin: Path, recipe: Recipe) -> None:
     models.write_index(folder / "model")
     models.copy_beside(origin, folder / "model", recipe.dtype)
 
-    masks, rows = Masks(), []
-    for index in range(len(decoder.layers)):
-        part, row = Masks.load(walk.masks_file(index))
-        masks.update_from(part)
-        rows.append(row)
-    masks.save(folder / "masks.safetensors")
+    parts = [walk.masks_file(index) for index in range(len(decoder.layers))]
+    rows = Masks.merge(parts, folder / "masks.safetensors")
     with files.whole(folder / "layers.csv") as beside, open(beside, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
