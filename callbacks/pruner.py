@@ -101,17 +101,17 @@ class LayerPruner(Callback):
 
     def _log(self, walk, index: int, errors: list[float]) -> None:
         seconds = time.perf_counter() - self.started
-        error = sum(errors) / max(1, len(errors))
+        error, sparsity = sum(errors) / max(1, len(errors)), walk.masks.sparsity()
         walk.log_row = {
             "layer": index,
             "seconds": round(seconds, 4),
             "tokens_per_second": round(walk.tokens * processes.world_size() / seconds, 1),
-            "sparsity": walk.masks.sparsity(),
+            "sparsity": sparsity,
             "relative_output_error": error,
             "memory_gib": round(peak_gib(walk.device), 3),
         }
         processes.say(
-            f"  layer {index + 1}/{len(walk.decoder.layers)}: sparsity {walk.masks.sparsity():.4f}, "
+            f"  layer {index + 1}/{len(walk.decoder.layers)}: sparsity {sparsity:.4f}, "
             f"output error {error:.3f}, {seconds:.1f} s"
         )
 

@@ -78,11 +78,11 @@ class Masks(dict[str, Tensor]):
                     mask = torch.from_numpy(bits.reshape(shape).view(bool))
                     masks.add(name, mask, entry["pattern"], entry["transposed"])
         except Exception as error:  # safetensors, json and numpy each have their own
-            raise UserError(f"{path} is not a mask file of this project: {' '.join(str(error).split())}") from error
+            raise UserError(f"{path} is not a mask file of this project: {error}") from error
         return masks, about["log"]
 
     def sparsity(self) -> float:
-        return 1 - sum(int(m.sum()) for m in self.values()) / max(1, sum(m.numel() for m in self.values()))
+        return 1 - sum(int(m.count_nonzero()) for m in self.values()) / max(1, sum(m.numel() for m in self.values()))
 
     def check_patterns(self) -> None:
         """Raises `UserError` where a mask does not hold the ratio or N of M that it claims."""

@@ -174,7 +174,7 @@ def _files(name: str) -> list[dict]:
         try:
             layer = OmegaConf.to_container(OmegaConf.load(path))
         except Exception as error:  # yaml's own errors share no base class with omegaconf's
-            raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+            raise UserError(f"{path} is not readable YAML: {error}") from None
         if not isinstance(layer, dict):
             raise UserError(f"{path} is not a recipe: it should hold key: value lines")
         name, folder = layer.pop("extends", None), path.parent
@@ -186,7 +186,7 @@ def _from_dotlist(arguments: list[str]) -> dict:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist(arguments))
     except Exception as error:
-        raise UserError(f"cannot read {' '.join(arguments)}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot read {' '.join(arguments)}: {error}") from None
 
 
 def _refuse_unknown(layer: dict, schema: type, prefix: str) -> None:
