@@ -14,10 +14,10 @@ from pipeline.perplexity import perplexity, windows
 VOCABULARY = 97
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama(vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -25,7 +25,7 @@ def tiny_llama() -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=False,
-        initializer_range=0.3,  # so that the perplexity is far from uniform
+        initializer_range=0.3,  # far from uniform, so that no two choices of a question tie
     )
     return LlamaForCausalLM(config)
 

@@ -13,13 +13,14 @@ import torch.multiprocessing as mp
 import yaml
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline import tasks, world
 from pipeline.errors import UserError
 from pipeline.recipe import Evaluate
 from pipeline.tasks import check_tasks, load_tasks
 from pipeline.zero_shot import zero_shot
+from tests import test_perplexity
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 HUB, STORIES = SHARED / "data" / "hub", SHARED / "models" / "stories260k"
@@ -37,18 +38,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_llama(vocabulary: int = 257) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,  # far from uniform, so that no two choices tie
-    )
-    return LlamaForCausalLM(config).eval()
+    return test_perplexity.tiny_llama(vocabulary).eval()
 
 
 def arc_rows(count: int, salt: str) -> list[dict]:
