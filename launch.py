@@ -1,5 +1,6 @@
-"""The one command: `accelerate launch launch.py recipe=NAME [key=value ...]`."""
+"""The one command: `accelerate launch launch.py recipe=NAME [key=value ...]`, or `python launch.py COMMAND ...`."""
 
+import importlib
 import os
 import sys
 
@@ -7,9 +8,15 @@ from pipeline import recipe
 from pipeline.errors import UserError
 
 
+COMMANDS = ("compare", "verify", "apply")  # each is a module of pipeline with main(arguments); all else runs a recipe
+
+
 def main() -> int:
     debug = "debug=true" in sys.argv
     try:
+        if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+            importlib.import_module(f"pipeline.{sys.argv[1]}").main(sys.argv[2:])
+            return 0
         settings = recipe.load(sys.argv[1:])
         from pipeline import stages  # torch and its friends load only once the recipe is sound
 
