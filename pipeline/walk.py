@@ -8,7 +8,7 @@ from lightning import LightningModule
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.decoder import Decoder
+from pipeline.decoder import Decoder, release
 from pipeline.masks import Masks
 from pipeline.watch import EveryInputSeen, InputWatch
 
@@ -73,9 +73,3 @@ class LayerWalk(LightningModule):
                 with contextlib.suppress(EveryInputSeen):
                     self.decoder.run(index, layer, hidden.to(self.device, non_blocking=True))
         self.previous = layer
-
-
-def release(layer: nn.Module) -> None:
-    """Lets go of a layer's memory: it is on disk."""
-    for tensor in [*layer.parameters(), *layer.buffers()]:
-        tensor.data = torch.empty(0, dtype=tensor.dtype)
