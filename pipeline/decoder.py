@@ -98,9 +98,11 @@ class Decoder:
         The model's own forward runs with each layer handing these on, so the final norm, the head and whatever is done to
         the logits are the model's. The layers themselves may have been released.
         """
-        with self._layers_replaced(
-            lambda index, layer: lambda *args, **kwargs: (hidden_BTD,) if self.tuple_out else hidden_BTD
-        ):
+
+        def handing_on(index: int, layer: nn.Module) -> Callable:
+            return lambda *args, **kwargs: (hidden_BTD,) if self.tuple_out else hidden_BTD
+
+        with self._layers_replaced(handing_on):
             return self.model(input_ids=batch_BT, use_cache=False).logits
 
     @contextmanager

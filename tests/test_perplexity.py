@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.errors import UserError
-from pipeline.perplexity import perplexity, windows
+from pipeline.perplexity import perplexity, whole, window_losses, windows
 
 VOCABULARY = 97
 
@@ -34,6 +34,10 @@ def token_windows(tokens: int = 300, seq_len: int = 40) -> torch.Tensor:
     return windows(torch.randint(VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(1)), seq_len)
 
 
+def measured(model, windows_NT: torch.Tensor, batch_size: int, *shared) -> float:
+    return perplexity(window_losses(whole(model), windows_NT, batch_size, *shared))
+
+
 def papers_loop(model, ids: torch.Tensor, seq_len: int) -> float:
     """One window at a time; the total of mean loss * seq_len, over the number of tokens."""
     count = len(ids) // seq_len
@@ -49,7 +53,7 @@ def papers_loop(model, ids: torch.Tensor, seq_len: int) -> float:
 def test_is_the_papers_loop(seq_len):
     model = tiny_llama().eval()
     ids = torch.randint(VOCABULARY, (627,), generator=torch.Generator().manual_seed(2))
-    found = perplexity(model, windows(ids, seq_len), batch_size=3)
+    found = measured(model, windows(ids, seq_len), 3)
     assert found == pytest.approx(papers_loop(model, ids, seq_len), rel=1e-6)
 
 
@@ -67,19 +71,18 @@ def test_a_text_shorter_than_a_window_says_what_to_type(tokens):
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
 def test_batch_size_does_not_change_it(batch_size):
     model = tiny_llama()
-    expected = perplexity(model, token_windows(), 3)
-    assert perplexity(model, token_windows(), batch_size) == pytest.approx(expected, rel=1e-6)
+    expected = measured(model, token_windows(), 3)
+    assert measured(model, token_windows(), batch_size) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 9])  # of 7 windows: some ranks have none
 def test_ranks_sum_to_the_same_bits(world_size):
-    model, alone = tiny_llama(), []
-    perplexity(model, token_windows(), 2, all_sum=lambda loss_N: alone.append(loss_N) or loss_N)
-    shares = []
+    logits = whole(tiny_llama().eval())
+    alone, shares = window_losses(logits, token_windows(), 2), []
     for rank in range(world_size):
-        perplexity(model, token_windows(), 2, rank, world_size, lambda loss_N: shares.append(loss_N) or alone[0])
-    assert torch.equal(torch.stack(shares).sum(0), alone[0])
-    assert all(((share == 0) | (share == alone[0])).all() for share in shares)
+        window_losses(logits, token_windows(), 2, rank, world_size, lambda loss_N: shares.append(loss_N) or alone)
+    assert torch.equal(torch.stack(shares).sum(0), alone)
+    assert all(((share == 0) | (share == alone)).all() for share in shares)
 
 
 def _rank(rank: int, world_size: int, folder: str) -> None:
@@ -90,7 +93,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
         dist.all_reduce(tensor)
         return tensor
 
-    found = perplexity(tiny_llama(), token_windows(), 2, rank, world_size, all_sum)
+    found = measured(tiny_llama(), token_windows(), 2, rank, world_size, all_sum)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -98,7 +101,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
 def test_two_processes_find_the_same(tmp_path):
     mp.spawn(_rank, (2, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first == second == pytest.approx(perplexity(tiny_llama(), token_windows(), 2), rel=1e-6)
+    assert first == second == measured(tiny_llama(), token_windows(), 2)
 
 
 def test_a_broken_model_is_refused_by_the_window():
@@ -107,20 +110,20 @@ def test_a_broken_model_is_refused_by_the_window():
     with torch.no_grad():
         model.model.embed_tokens.weight[rows[1, 2]] = float("nan")
     with pytest.raises(UserError, match="window 2 of 3 is nan"):
-        perplexity(model, rows, batch_size=2)
+        measured(model, rows, 2)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_finds_what_the_cpu_does():
-    on_cpu = perplexity(tiny_llama(), token_windows(), 2)
-    assert perplexity(tiny_llama().cuda(), token_windows(), 2) == pytest.approx(on_cpu, rel=1e-4)
+    on_cpu = measured(tiny_llama(), token_windows(), 2)
+    assert measured(tiny_llama().cuda(), token_windows(), 2) == pytest.approx(on_cpu, rel=1e-4)
 
 
 def test_leaves_the_model_as_it_was_and_tells_its_progress():
-    model, told = tiny_llama().train(), []
+    model, told = tiny_llama(), []
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    perplexity(model, token_windows(), 3, progress=lambda done, of: told.append((done, of)))
-    assert told == [(3, 7), (6, 7), (7, 7)]
-    assert model.training and not any(tensor.is_inference() for tensor in model.parameters())
+    window_losses(whole(model), token_windows(), 3, tell=told.append)
+    assert told == ["3 of 7 windows", "6 of 7 windows", "7 of 7 windows"]
+    assert not any(tensor.is_inference() for tensor in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
