@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from pipeline import data, paired, sources
+from pipeline.decoder import Decoder
 from pipeline.errors import UserError
-from pipeline.perplexity import perplexity, whole, window_losses, windows
+from pipeline.perplexity import perplexity, streamed, whole, window_losses, windows
+from tests.test_decoder import FAMILIES, ROUTED, small_model
 
 VOCABULARY = 97
 
@@ -127,3 +130,43 @@ def test_leaves_the_model_as_it_was_and_tells_its_progress():
     assert told == ["3 of 7 windows", "6 of 7 windows", "7 of 7 windows"]
     assert not any(tensor.is_inference() for tensor in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_by_layer_is_the_whole_model_to_the_bit(family):
+    """Final norms, heads and what is done to logits too; the last batch is smaller than the others."""
+    ids_NT = torch.randint(3, 61, (5, 24), generator=torch.Generator().manual_seed(3))
+    expected = window_losses(whole(small_model(family)), ids_NT, 2)
+    decoder, told = Decoder(small_model(family)), []
+    found = window_losses(streamed(decoder, torch.device("cpu"), told.append), ids_NT, 2)
+    if family in ROUTED:  # ours sums the experts in its own order
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    else:
+        assert torch.equal(found, expected)
+    assert told == ["layer 1 of 3", "layer 2 of 3", "layer 3 of 3"]
+    assert all(parameter.numel() == 0 for parameter in decoder.layers.parameters())
+
+
+def test_is_the_papers_loop_on_a_real_model_and_text(stories, hub):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
+    for spec in ("wikitext2", "local/stories"):
+        ids = data.joined(sources.source(spec, str(hub), "test"), tokenizer)[: 20 * 256 + 100]
+        assert measured(model, windows(ids, 256), 8) == pytest.approx(papers_loop(model, ids, 256), rel=1e-6)
+
+
+def test_the_paired_error_is_that_of_the_differences():
+    """Of windows that are hard for both models alike, it is far below the two models' own errors."""
+    hard_N = torch.rand(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
+    noise_N = torch.randn(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.01
+    ours = {
+        "losses": {"a": (hard_N + 0.5 + noise_N).tolist(), "one": [1.0]},
+        "correct": {"t": [1, 1, 0, 1], "u": [1, 0]},
+    }
+    theirs = {"losses": {"a": hard_N.tolist(), "one": [2.0]}, "correct": {"t": [1, 0, 0, 0]}}
+    found = paired.difference(ours, theirs)
+    change = found["perplexity"]["a"]
+    assert change["log"] == pytest.approx(0.5, abs=4 * change["stderr"])
+    assert change["stderr"] == pytest.approx(noise_N.std().item() / 20)
+    assert change["stderr"] < 0.01 * paired.standard_error(theirs["losses"]["a"])
+    assert found["zero_shot"] == {"t": {"acc": 0.5, "stderr": pytest.approx((1 / 3) ** 0.5 / 2)}}
+    assert found["perplexity"].keys() == {"a"}  # a single window has no error
