@@ -137,7 +137,8 @@ class MaskedLinear(LoraLinear):
     def effective(self, a_RI: Tensor, b_OR: Tensor, base_OI: Tensor | None = None, count: bool = True) -> Tensor:
         """M * (W + scale * B A), (O, I), in the dtype of W (`base_OI`, else the layer's own)."""
         base_OI, mask_OI = self.base_OI() if base_OI is None else base_OI, self.mask()
-        made_OI = apply_(torch.add(base_OI, b_OR @ a_RI, alpha=self.scale).to(base_OI.dtype), mask_OI)
+        made_OI = torch.addmm(base_OI.to(b_OR.dtype), b_OR, a_RI, alpha=self.scale).to(base_OI.dtype)
+        apply_(made_OI, mask_OI)
         if count:
             self.strays = made_OI.masked_fill(mask_OI, 0).count_nonzero()
         return made_OI
