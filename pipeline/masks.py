@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -48,8 +49,7 @@ class Packed:
         return int(np.bitwise_count(self.bits.numpy()).sum())
 
     def unpack(self) -> Tensor:
-        bits = np.unpackbits(self.bits.numpy(), count=self.weights, bitorder="little")
-        return torch.from_numpy(bits.reshape(self.shape).view(bool))
+        return unpack(self.bits, self.shape)
 
     def problem(self) -> str | None:
         """Where the mask does not hold the ratio or the N of M that it claims."""
@@ -84,8 +84,7 @@ class Masks(Mapping[str, Tensor]):
         return {name: entry.pattern for name, entry in self.packed.items()}
 
     def add(self, name: str, mask: Tensor, pattern: str, transposed: bool = False) -> None:
-        bits = torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=None, bitorder="little"))
-        self.packed[name] = Packed(bits, tuple(mask.shape), str(pattern), transposed)
+        self.packed[name] = Packed(pack(mask).cpu(), tuple(mask.shape), str(pattern), transposed)
 
     def save(self, path: Path, log: dict | None = None) -> None:
         entries = dict(sorted(self.packed.items()))
@@ -175,6 +174,22 @@ def stray(name: str, weight: Tensor, mask: Tensor) -> Violation | None:
         return None
     first = tuple(int(i) for i in np.unravel_index(wrong.argmax(), wrong.shape))
     return Violation(name, count, first, weight[first].item())
+
+
+def pack(mask: Tensor) -> Tensor:
+    """One bit a weight, (ceil(n / 8),) uint8, the lowest bit first, on the device of the mask."""
+    if mask.device.type == "cpu":  # where numpy is seven times faster
+        return torch.from_numpy(np.packbits(mask.numpy(), axis=None, bitorder="little"))
+    bits = F.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8)
+    return (bits.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if bits.device.type == "cpu":  # in a third of the time and of the memory
+        flat = np.unpackbits(bits.numpy(), count=math.prod(shape), bitorder="little")
+        return torch.from_numpy(flat.view(bool)).view(shape)
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, None] >> places) & 1).flatten()[: math.prod(shape)].view(shape).bool()
 
 
 def apply_(weight: Tensor, mask: Tensor) -> Tensor:

@@ -71,13 +71,16 @@ def config(folder: Path, recipe: Recipe) -> PreTrainedConfig:
         raise UserError(f"cannot load the model in {folder}: {problem}") from error
 
 
-def load(folder: Path, recipe: Recipe, **where: Any) -> nn.Module:
+def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=None, **where: Any) -> nn.Module:
     """The model on the CPU in evaluation mode. In the file's own dtype its weights are a lazy view of the files, which
-    the ranks of a node share. `where` takes it elsewhere: the `device_map` and `max_memory` of transformers."""
+    the ranks of a node share. `dtype` overrides the recipe's; `quantization`: see pipeline/quantize.py; `where` takes
+    it elsewhere, by the `device_map` and `max_memory` of transformers."""
+    dtype = dtype or recipe.dtype
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            quantization_config=quantization,
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
             ignore_mismatched_sizes=True,  # refused below, by name

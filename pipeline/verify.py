@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich import box
@@ -33,7 +33,7 @@ def checked(folder: Path, masks: Masks, recipe: Recipe) -> Iterator[Checked]:
     Raises `UserError` where the folder is damaged, or a masked matrix is missing or of another shape.
     """
     # loaded, not read file by file: old checkpoints name their tensors otherwise, and keep experts apart
-    model = models.load(folder, replace(recipe, dtype="auto"))
+    model = models.load(folder, recipe, dtype="auto")
     for name, weight in masks.matched(model.named_parameters()):
         yield Checked(name, weight.numel(), int((weight == 0).sum()), stray(name, weight, masks[name]))
 
