@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 import launch
-from pipeline import continuations, models, placement, world
+from pipeline import continuations, models, world
 from pipeline.errors import UserError
 from pipeline.masks import Masks
 from pipeline.recipe import Recipe, load
@@ -90,13 +90,13 @@ def test_where_it_is_computed_does_not_change_a_bit(finished, tiny_llama, tmp_pa
     assert results(tmp_path / "run") == results(finished)
 
 
-def test_a_model_that_spills_onto_the_disk_answers_the_same(tiny_llama, tmp_path):
+def test_a_model_that_spills_onto_the_disk_answers_the_same(tiny_llama):
     """What accelerate does where GPU and host are too small together."""
     recipe = Recipe(model=str(tiny_llama))
     ids = torch.arange(24)[None]
-    spilled = models.load(tiny_llama, recipe, device_map="auto", max_memory={"cpu": 60_000}, offload_folder=tmp_path)
+    spilled = models.load(tiny_llama, recipe, device_map="auto", max_memory={"cpu": 60_000})
     assert "disk" in spilled.hf_device_map.values()
-    assert torch.equal(spilled(ids).logits, placement.resident(recipe, tiny_llama, "whole")(ids).logits)
+    assert torch.equal(spilled(ids).logits, models.load(tiny_llama, recipe)(ids).logits)
 
 
 def test_a_new_task_and_a_new_run_measure_only_what_is_new(run_dir, tiny_llama, typed):
@@ -203,3 +203,21 @@ def test_prompts_of_ones_own_and_none(tiny_llama, tmp_path, typed):
 def test_the_batch_size_is_a_number_or_auto():
     assert load(["evaluate.batch_size=4"]).evaluate.batch_size == 4
     assert load(["evaluate.batch_size=auto"]).evaluate.batch_size == "auto"
+
+
+def test_an_adapter_kept_apart_is_evaluated_on_the_pruned_model(run_dir, tiny_llama, typed):
+    settings = (f"model={tiny_llama}", f"run_dir={run_dir}", "stages=[prune,finetune,evaluate]")
+    before, found = kept(run_dir.parent), {}
+    for placed in ("whole", "stream"):
+        more = ("finetune.method=plain_lora", "evaluate.tasks=[]", f"evaluate.placement={placed}")
+        code, _, lines = typed(*settings, *more)
+        assert code == 0, lines
+        found[placed] = results(run_dir)
+        for path in kept(run_dir.parent).keys() - before.keys():
+            path.unlink()
+    assert found["whole"] == found["stream"]
+    model, pruned = (found["whole"]["models"][name] for name in ("finetuned", "pruned"))
+    assert model["perplexity"]["world"] < 0.99 * pruned["perplexity"]["world"] and model["hash"] != pruned["hash"]
+    assert model["differences"].keys() == {"dense", "pruned"}
+    assert "mask_violations" not in model and "sparsity" not in model
+    assert any("finetuned: a dense LoRA" in note for note in found["whole"]["protocol"]["notes"])
