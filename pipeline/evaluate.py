@@ -34,7 +34,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     folders = {"dense": models.dense_folder(recipe, inputs)}
     folders |= {
         name: inputs[stage] / "model"
-        for name, stage in (("pruned", "prune"), ("finetuned", "finetune"))
+        for name, stage in (("pruned", "prune"), ("reconstructed", "reconstruct"), ("finetuned", "finetune"))
         if stage in inputs
     }
     masks = Masks.load(inputs["prune"] / "masks.safetensors")[0] if "prune" in inputs else Masks()

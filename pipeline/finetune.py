@@ -17,7 +17,7 @@ from pipeline.training import Schedule, fit
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes `model/`, `adapter/` and `metrics.csv`."""
     settings = recipe.finetune
-    origin, masks_file = inputs["prune"] / "model", inputs["prune"] / "masks.safetensors"
+    origin, masks_file = inputs.get("reconstruct", inputs["prune"]) / "model", inputs["prune"] / "masks.safetensors"
     masks, _ = Masks.load(masks_file)
     tokenizer = models.tokenizer(origin, recipe)
     schedule = Schedule(

@@ -39,6 +39,13 @@ class Masks(dict[str, Tensor]):
     def add(self, name: str, mask: Tensor, pattern: str, transposed: bool = False) -> None:
         self[name], self.patterns[name], self.transposed[name] = mask, str(pattern), transposed
 
+    def of(self, name: str, parameter: Tensor) -> Tensor | None:
+        """The mask of a whole parameter, that of fused experts put together; None where all of it stays dense."""
+        parts = [self.get(f"{name}[{expert}]") for expert in range(len(parameter))] if parameter.dim() == 3 else []
+        if all(part is None for part in parts):
+            return self.get(name)
+        return torch.stack([torch.ones_like(w, dtype=torch.bool) if m is None else m for w, m in zip(parameter, parts)])
+
     def save(self, path: Path, log: dict | None = None) -> None:
         packed = {}
         about = {}

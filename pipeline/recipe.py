@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.errors import UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-STAGES = ("pretrain", "prune", "finetune", "evaluate", "report")
+STAGES = ("pretrain", "prune", "reconstruct", "finetune", "evaluate", "report")
 
 
 def setting(default: Any, low: float | None = None, high: float | None = None, choices: tuple | None = None) -> Any:
@@ -73,6 +73,19 @@ class Prune:
 
 
 @dataclass
+class Reconstruct:
+    dataset: str | None = None  # null: the text of the calibration; so with samples and seq_len
+    config: str | None = None
+    split: str = "train"
+    samples: int | None = setting(None, low=2)
+    seq_len: int | None = setting(None, low=1)
+    batch_size: int = setting(1, low=1)  # samples per forward pass
+    accumulate: int = setting(8, low=1)  # forward passes per step, of all processes together
+    epochs: int = setting(10, low=1)  # passes over the samples, for each layer
+    lr: float = setting(2e-4, low=0)
+
+
+@dataclass
 class Finetune:
     method: str = setting("lora", choices=("lora",))
     dataset: str = "c4"
@@ -122,6 +135,7 @@ class Recipe:
     pretrain: Pretrain = field(default_factory=Pretrain)
     calibration: Calibration = field(default_factory=Calibration)
     prune: Prune = field(default_factory=Prune)
+    reconstruct: Reconstruct = field(default_factory=Reconstruct)
     finetune: Finetune = field(default_factory=Finetune)
     evaluate: Evaluate = field(default_factory=Evaluate)
 
@@ -152,6 +166,20 @@ def load(argv: list[str]) -> Recipe:
 def section(recipe: Recipe, key: str) -> Any:
     """The plain data (dict, list, number) of one top-level key."""
     return OmegaConf.to_container(OmegaConf.structured(recipe))[key]
+
+
+def reconstruction_text(recipe: Recipe) -> Calibration:
+    """What the reconstruct stage reads: its own settings, and the calibration's where it has none."""
+    own, usual = recipe.reconstruct, recipe.calibration
+    text = own if own.dataset else usual
+    return Calibration(
+        text.dataset,
+        text.config,
+        text.split,
+        own.samples or usual.samples,
+        own.seq_len or usual.seq_len,
+        own.batch_size,
+    )
 
 
 def available() -> list[str]:
@@ -234,10 +262,11 @@ def _check_stages(recipe: Recipe) -> None:
         raise UserError(
             f"model={recipe.model} and a pretrain stage exclude each other: type stages=[prune,finetune,...]"
         )
-    if "finetune" in recipe.stages and "prune" not in recipe.stages:
-        raise UserError(
-            "finetune needs prune in stages (a finished stage is not run again): stages=[prune,finetune,...]"
-        )
+    for stage in ("reconstruct", "finetune"):
+        if stage in recipe.stages and "prune" not in recipe.stages:
+            raise UserError(
+                f"{stage} needs prune in stages (a finished stage is not run again): stages=[prune,{stage},...]"
+            )
     if "report" in recipe.stages and "evaluate" not in recipe.stages:
         raise UserError("report needs evaluate in stages (a finished stage is not run again)")
     method = recipe.prune.method
