@@ -1,9 +1,11 @@
-"""Trains each pruned layer, as the walk passes it, to give what the dense layer gives in the dense model."""
+"""Trains each pruned layer, as the walk passes it, to give what the dense model has in its place."""
 
+import math
 import time
 
+import torch
 from lightning.pytorch import Callback
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline import layer_fit, processes
 from pipeline.decoder import Decoder
@@ -15,30 +17,23 @@ from pipeline.walk import release
 
 
 class LayerReconstructor(Callback):
-    """Owns the dense model's hidden states and carries them along beside those of the walk through the pruned model.
+    """Owns the dense model's hidden states and carries them along beside the walk's, which are the pruned model's.
 
-    A layer's inputs are what the layers before it, reconstructed already, give it; its targets are the dense model's
-    hidden states, so that it also makes good what the layers before it got wrong. `steps` and `held_out` say which of
-    the walk's batches train and judge, see `layer_fit.fit`; `tokens` counts the judging ones of all ranks.
+    A layer's inputs are what the layers before it give, reconstructed already; its targets are the hidden states of the
+    dense model, so that it makes good what the layers before it got wrong as well. `steps` are the batches of each
+    optimizer step, see `layer_fit.fit`; the batches after them judge.
     """
 
-    def __init__(
-        self,
-        dense: Decoder,
-        masks: Masks,
-        settings: Reconstruct,
-        seed: int,
-        steps: list[range],
-        held_out: range,
-        tokens: int,
-    ) -> None:
-        self.dense, self.masks, self.settings, self.seed = dense, masks, settings, seed
-        self.steps, self.held_out, self.tokens = steps, held_out, tokens
-        self.targets: list = []
+    def __init__(self, dense: Decoder, masks: Masks, settings: Reconstruct, seed: int, steps: list[range]) -> None:
+        self.dense, self.masks, self.settings, self.seed, self.steps = dense, masks, settings, seed, steps
+        self.targets: list[Tensor] = []
 
     def on_predict_epoch_start(self, trainer, walk) -> None:
-        self.dense.calls = walk.decoder.calls  # the same model but for its layers' weights: called alike, and
-        self.targets = list(walk.hidden)  # embedded alike
+        # but for its layers' weights the dense model is the same: it calls and embeds alike
+        self.dense.calls, self.targets = walk.decoder.calls, list(walk.hidden)
+        self.judging = range(self.steps[-1].stop, len(walk.batches))
+        tokens = sum(walk.batches[i].numel() for i in self.judging)
+        self.tokens = processes.all_sum(torch.tensor(tokens, device=walk.device)).item()
 
     def on_predict_batch_end(
         self, trainer, walk, outputs, layer: nn.Module, index: int, dataloader_idx: int = 0
@@ -50,35 +45,7 @@ class LayerReconstructor(Callback):
         release(teacher)
         if walk.is_finished(index):
             return
-
-        def error(batch: int):
-            hidden, target = (
-                states[batch].to(walk.device, non_blocking=True) for states in (walk.hidden, self.targets)
-            )
-            return layer_fit.token_error(walk.decoder.run(index, layer, hidden), target)
-
-        names = {name: walk.decoder.parameter_name(index, name) for name, _ in layer.named_parameters()}
-        masks = {name: self.masks.of(names[name], parameter) for name, parameter in layer.named_parameters()}
-        masks = {name: mask.to(walk.device) for name, mask in masks.items() if mask is not None}
-        settings = self.settings
-        try:
-            before, after = layer_fit.fit(
-                layer,
-                masks,
-                error,
-                self.steps,
-                self.held_out,
-                self.tokens,
-                settings.epochs,
-                settings.lr,
-                self.seed,
-                processes.all_sum,
-            )
-        except UserError as problem:
-            raise UserError(
-                f"reconstruction diverges in layer {index + 1} of {len(walk.decoder.layers)} "
-                f"({walk.decoder.prefix}.{index}): {problem}; type reconstruct.lr={settings.lr / 10:g}"
-            ) from None
+        before, after = self._fit(walk, layer, index)
         seconds = time.perf_counter() - started
         walk.log_row = {
             "layer": index,
@@ -87,7 +54,30 @@ class LayerReconstructor(Callback):
             "error_after": after,
             "memory_gib": round(peak_gib(walk.device), 3),
         }
-        processes.say(
-            f"  layer {index + 1}/{len(walk.decoder.layers)}: held-out error {before:.4f} -> {after:.4f}, {seconds:.1f} s"
-            + ("" if after < before else " (no better: it stays as it was pruned)")
-        )
+        found = f"{before:.4f} -> {after:.4f}" if after < before else f"{before:.4f}, no better: it stays as it was"
+        processes.say(f"  layer {index + 1}/{len(walk.decoder.layers)}: held-out error {found}, {seconds:.1f} s")
+
+    def _fit(self, walk, layer: nn.Module, index: int) -> tuple[float, float]:
+        def error(batch: int) -> Tensor:
+            hidden, target = (kept[batch].to(walk.device, non_blocking=True) for kept in (walk.hidden, self.targets))
+            return layer_fit.token_error(walk.decoder.run(index, layer, hidden), target)
+
+        def judge() -> float:
+            """Root of the mean over tokens."""
+            total = torch.zeros((), dtype=torch.float64, device=walk.device)
+            for batch in self.judging:
+                total += error(batch)
+            return math.sqrt(processes.all_sum(total).item() / self.tokens)
+
+        masks = {}
+        for name, parameter in layer.named_parameters():
+            mask = self.masks.of(walk.decoder.parameter_name(index, name), parameter)
+            if mask is not None:
+                masks[name] = mask.to(walk.device)
+        epochs, lr = self.settings.epochs, self.settings.lr
+        try:
+            return layer_fit.fit(layer, masks, self.steps, error, judge, processes.all_sum, epochs, lr, self.seed)
+        except UserError as problem:
+            raise UserError(
+                f"the reconstruction of {walk.decoder.prefix}.{index} diverges, {problem}: type reconstruct.lr={lr / 10:g}"
+            ) from None

@@ -44,7 +44,9 @@ class Masks(dict[str, Tensor]):
         parts = [self.get(f"{name}[{expert}]") for expert in range(len(parameter))] if parameter.dim() == 3 else []
         if all(part is None for part in parts):
             return self.get(name)
-        return torch.stack([torch.ones_like(w, dtype=torch.bool) if m is None else m for w, m in zip(parameter, parts)])
+        return torch.stack(
+            [torch.ones(parameter.shape[1:], dtype=torch.bool) if part is None else part for part in parts]
+        )
 
     def save(self, path: Path, log: dict | None = None) -> None:
         packed = {}

@@ -74,9 +74,7 @@ class Prune:
 
 @dataclass
 class Reconstruct:
-    dataset: str | None = None  # null: the text of the calibration; so with samples and seq_len
-    config: str | None = None
-    split: str = "train"
+    dataset: str | None = None  # dataset[:config][@split]; null: as in calibration, so with samples and seq_len
     samples: int | None = setting(None, low=2)
     seq_len: int | None = setting(None, low=1)
     batch_size: int = setting(1, low=1)  # samples per forward pass
@@ -170,16 +168,10 @@ def section(recipe: Recipe, key: str) -> Any:
 
 def reconstruction_text(recipe: Recipe) -> Calibration:
     """What the reconstruct stage reads: its own settings, and the calibration's where it has none."""
-    own, usual = recipe.reconstruct, recipe.calibration
-    text = own if own.dataset else usual
-    return Calibration(
-        text.dataset,
-        text.config,
-        text.split,
-        own.samples or usual.samples,
-        own.seq_len or usual.seq_len,
-        own.batch_size,
-    )
+    own = recipe.reconstruct
+    text = Calibration(own.dataset) if own.dataset else recipe.calibration
+    samples, seq_len = own.samples or recipe.calibration.samples, own.seq_len or recipe.calibration.seq_len
+    return dataclasses.replace(text, samples=samples, seq_len=seq_len, batch_size=own.batch_size)
 
 
 def available() -> list[str]:

@@ -16,14 +16,14 @@ from pipeline.masks import Masks
 from pipeline.recipe import Calibration, Recipe, reconstruction_text
 from pipeline.walk import LayerWalk, tour, write_outside, write_rows
 
-HELD_OUT = 8  # one of so many steps' samples judges instead of training
+HELD_OUT = 8  # the samples of one step in so many judge instead of training
 BYTES_PER_WEIGHT = 4 + 8 + 8 + 4 + 4  # fp32 weights, Adam's two moments, float64 gradients; as fp32; the best so far
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes `model/` and `layers.csv`."""
     settings, text, origin = recipe.reconstruct, reconstruction_text(recipe), inputs["prune"] / "model"
-    each, training = plan_steps(text, settings.accumulate, processes.world_size())
+    steps = plan_steps(text, settings.accumulate, processes.world_size())
     masks, _ = Masks.load(inputs["prune"] / "masks.safetensors")
     decoder = Decoder(models.load(origin, recipe))
     dense = Decoder(models.load(models.dense_folder(recipe, inputs), recipe))
@@ -33,31 +33,28 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     if walk.finished_before:
         processes.say(f"  {len(walk.finished_before)} of {len(decoder.layers)} layers were done before: passed through")
     processes.barrier()  # a rank late to look for finished shards must not see new ones
-    steps = [range(step * each, (step + 1) * each) for step in range(training)]
-    held_out = range(training * each, len(batches))
-    judging = text.seq_len * (text.samples - training * settings.accumulate * text.batch_size)
-    tour(walk, [LayerReconstructor(dense, masks, settings, recipe.seed, steps, held_out, judging), LayerWriter(folder)])
+    tour(walk, [LayerReconstructor(dense, masks, settings, recipe.seed, steps), LayerWriter(folder)])
     processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
     if processes.is_main():
         write_outside(walk, origin, recipe.dtype)
-        write_rows(
-            folder / "layers.csv", [Masks.load(walk.masks_file(index))[1] for index in range(len(decoder.layers))]
-        )
+        rows = [Masks.load(walk.masks_file(index))[1] for index in range(len(decoder.layers))]
+        write_rows(folder / "layers.csv", rows)
         shutil.rmtree(folder / "masks")
 
 
-def plan_steps(text: Calibration, accumulate: int, world_size: int) -> tuple[int, int]:
-    """(batches of a step on each process, steps that train); what the steps leave over judges."""
+def plan_steps(text: Calibration, accumulate: int, world_size: int) -> list[range]:
+    """The batches on each process that make up the steps of an epoch; those after the last step judge."""
     samples = accumulate * text.batch_size  # of a step
     if accumulate % world_size:
         raise UserError(
             f"reconstruct.accumulate={accumulate} batches a step cannot be shared by {world_size} processes: type "
             f"reconstruct.accumulate={world_size} reconstruct.batch_size={max(1, samples // world_size)}"
         )
-    steps = text.samples // samples
-    if steps < 2:
+    count = text.samples // samples
+    if count < 2:
         raise UserError(
             f"{text.samples} samples are too few to train on some and judge by others, {samples} a step: "
             f"type reconstruct.samples={HELD_OUT * samples}"
         )
-    return accumulate // world_size, steps - max(1, steps // HELD_OUT)
+    each = accumulate // world_size
+    return [range(step * each, (step + 1) * each) for step in range(count - max(1, count // HELD_OUT))]
