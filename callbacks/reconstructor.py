@@ -1,5 +1,6 @@
 """Trains each pruned layer, as the walk passes it, to give what the dense model has in its place."""
 
+import itertools
 import math
 import time
 
@@ -14,6 +15,8 @@ from pipeline.masks import Masks
 from pipeline.memory import peak_gib
 from pipeline.recipe import Reconstruct
 from pipeline.walk import release
+
+PATIENCE = 30  # seconds that a layer may take before each of its epochs says a line
 
 
 class LayerReconstructor(Callback):
@@ -58,6 +61,9 @@ class LayerReconstructor(Callback):
         processes.say(f"  layer {index + 1}/{len(walk.decoder.layers)}: held-out error {found}, {seconds:.1f} s")
 
     def _fit(self, walk, layer: nn.Module, index: int) -> tuple[float, float]:
+        started, epochs_done = time.perf_counter(), itertools.count()
+        epochs, lr = self.settings.epochs, self.settings.lr
+
         def error(batch: int) -> Tensor:
             hidden, target = (kept[batch].to(walk.device, non_blocking=True) for kept in (walk.hidden, self.targets))
             return layer_fit.token_error(walk.decoder.run(index, layer, hidden), target)
@@ -67,14 +73,17 @@ class LayerReconstructor(Callback):
             total = torch.zeros((), dtype=torch.float64, device=walk.device)
             for batch in self.judging:
                 total += error(batch)
-            return math.sqrt(processes.all_sum(total).item() / self.tokens)
+            found = math.sqrt(processes.all_sum(total).item() / self.tokens)
+            epoch, seconds = next(epochs_done), time.perf_counter() - started
+            if seconds > PATIENCE:
+                processes.say(f"    epoch {epoch}/{epochs}: held-out error {found:.4f}, {seconds:.0f} s")
+            return found
 
         masks = {}
         for name, parameter in layer.named_parameters():
             mask = self.masks.of(walk.decoder.parameter_name(index, name), parameter)
             if mask is not None:
                 masks[name] = mask.to(walk.device)
-        epochs, lr = self.settings.epochs, self.settings.lr
         try:
             return layer_fit.fit(layer, masks, self.steps, error, judge, processes.all_sum, epochs, lr, self.seed)
         except UserError as problem:

@@ -34,7 +34,8 @@ def plan_memory(
 ) -> torch.device:
     """Says what will be needed and what is free, and chooses where the hidden states wait between layers.
 
-    `streams` of hidden states are carried through the layers; training takes `per_weight` bytes for each of a layer's.
+    Each of `streams` carries hidden states and has a layer at hand, one has the next one too; training a layer takes
+    `per_weight` bytes for each of its weights.
     """
     device = processes.device()
     largest = max(decoder.layers, key=memory.size_gib)

@@ -41,13 +41,14 @@ def fit(
 
     `masks` has the masks of the pruned parameters by name. Each of `steps` names the batches of an optimizer step, and an
     epoch takes the steps in an order of its own; `error(i)` is this rank's error of batch i, `judge()` the error of all
-    ranks on what does not train. The weights of the epoch that judges best stay, the pruned ones among them, so that no
-    layer ends worse than it began. `UserError` where the error exceeds that of an output of zeros, which is 1.
+    ranks on what does not train. `lr` is relative to the size of each parameter. The weights of the epoch that judges best
+    stay, the pruned ones among them, so that no layer ends worse than it began. `UserError` where the error exceeds that of
+    an output of zeros, which is 1.
     """
     parameters = dict(layer.named_parameters())
     # fp32, since a step is finer than bf16 can tell; of fp32 parameters these are the parameters themselves
     masters = {name: parameter.detach().float() for name, parameter in parameters.items()}
-    optimizer = torch.optim.Adam(masters.values(), lr)
+    optimizer = torch.optim.Adam([{"params": [master], "lr": lr * _size(master)} for master in masters.values()])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(steps))
     order = torch.Generator().manual_seed(seed)
     layer.requires_grad_(True)
@@ -88,6 +89,12 @@ def _gradients(parameters: dict[str, Tensor], batches: range, error: Callable[[i
             if part is not None:  # None: an expert that no token of the batch reached
                 total += part
     return sums
+
+
+def _size(parameter: Tensor) -> float:
+    """Root mean square, at least 1e-3 for biases that begin at zero, as in Adafactor (Shazeer & Stern 2018, section 8): a
+    step relative to it suits models whose weights differ tenfold in size, where one step for all would not."""
+    return max(1e-3, parameter.square().mean().sqrt().item())
 
 
 def _copy(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -80,7 +80,7 @@ class Reconstruct:
     batch_size: int = setting(1, low=1)  # samples per forward pass
     accumulate: int = setting(8, low=1)  # forward passes per step, of all processes together
     epochs: int = setting(10, low=1)  # passes over the samples, for each layer
-    lr: float = setting(2e-4, low=0)
+    lr: float = setting(0.03, low=0)  # of the root mean square of each parameter
 
 
 @dataclass

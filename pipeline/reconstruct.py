@@ -17,7 +17,7 @@ from pipeline.recipe import Calibration, Recipe, reconstruction_text
 from pipeline.walk import LayerWalk, tour, write_outside, write_rows
 
 HELD_OUT = 8  # the samples of one step in so many judge instead of training
-BYTES_PER_WEIGHT = 4 + 8 + 8 + 4 + 4  # fp32 weights, Adam's two moments, float64 gradients; as fp32; the best so far
+BYTES_PER_WEIGHT = 4 + 8 + 8 + 4 + 4  # in fp32, Adam's moments, gradients in float64 and fp32, the best so far
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""Owns the walk over the decoder layers, in which a batch is a layer and pruning is a callback."""
+"""Owns the walk over the decoder layers, in which a batch is a layer; pruning or reconstructing it is a callback."""
 
 import contextlib
 import csv
@@ -20,9 +20,10 @@ from pipeline.watch import EveryInputSeen, InputWatch
 class LayerWalk(LightningModule):
     """Owns this rank's hidden states and carries them from layer to layer.
 
-    A step forwards them through the layer just pruned, so that each layer sees what the pruned model will give it, and
-    then shows them to the next layer, whose watched matrices decide what goes. A layer whose shard lies in
-    `folder/model` was finished by an earlier try: its weights are read from there, and it is only passed through.
+    A step forwards them through the layer just finished, so that each layer sees what the new model will give it, and
+    then, where a callback watches, shows them to the next layer, whose matrices' inputs decide what goes. A layer
+    whose shard lies in `folder/model` was finished by an earlier try: its weights are read from there, and it is only
+    passed through.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from tests.test_decoder import FAMILIES
 from tests.test_prune import Killed, families, pruned  # noqa: F401  (a fixture)
 
 STEPS = ("reconstruct.samples=32", "reconstruct.batch_size=2", "reconstruct.accumulate=2", "reconstruct.epochs=3")
-SETTINGS = [*(s for s in QUICK if not s.startswith("stages")), *STEPS, "reconstruct.lr=1e-3"]
+SETTINGS = [*(s for s in QUICK if not s.startswith("stages")), *STEPS, "reconstruct.lr=0.03"]
 ALIKE = ("mistral", "qwen2", "qwen3", "gemma3_text")  # to the llama and gemma2, as far as training goes
 
 
@@ -78,7 +78,7 @@ def test_the_errors_of_the_table_are_those_of_the_whole_model(tiny_llama, tmp_pa
 
 def test_a_trained_model_gets_most_of_its_perplexity_back(stories, hub, tmp_path):
     more = (f"mirror={hub}", "calibration.dataset=local/stories", "calibration.seq_len=128", "calibration.samples=64")
-    more += ("reconstruct.samples=64", "reconstruct.batch_size=8", "reconstruct.accumulate=1", "reconstruct.lr=5e-3")
+    more += ("reconstruct.samples=64", "reconstruct.batch_size=8", "reconstruct.accumulate=1", "reconstruct.lr=0.05")
     pruned(stories, tmp_path / "prune", *more)
     reconstructed(stories, tmp_path, *more)
     chosen = settings(stories)
@@ -92,7 +92,7 @@ def test_a_trained_model_gets_most_of_its_perplexity_back(stories, hub, tmp_path
 
 
 def test_bf16_weights_learn_in_steps_finer_than_bf16(tiny_llama, tmp_path):
-    more = ("dtype=bfloat16", "prune.sparsity=0.5", "reconstruct.lr=3e-4")
+    more = ("dtype=bfloat16", "prune.sparsity=0.5", "reconstruct.lr=0.01")
     masks, _ = pruned(tiny_llama, tmp_path / "prune", *more)
     weights, rows = reconstructed(tiny_llama, tmp_path, *more)
     assert masks.violations(weights.items()) == []
