@@ -20,6 +20,12 @@ HELD_OUT = 8  # the samples of one step in so many judge instead of training
 BYTES_PER_WEIGHT = 4 + 8 + 8 + 4 + 4  # in fp32, Adam's moments, gradients in float64 and fp32, the best so far
 
 
+def check(recipe: Recipe) -> None:
+    """Answers samples that cannot be shared out as steps before any work, as a `UserError`."""
+    if "reconstruct" in recipe.stages:
+        plan_steps(reconstruction_text(recipe), recipe.reconstruct.accumulate, processes.world_size())
+
+
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes `model/` and `layers.csv`."""
     settings, text, origin = recipe.reconstruct, reconstruction_text(recipe), inputs["prune"] / "model"

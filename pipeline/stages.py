@@ -47,6 +47,7 @@ def run(recipe: Recipe) -> None:
         run_dir = Path(recipe.run_dir)
         chosen = [stage for stage in STAGES if stage.name in recipe.stages]
         outside = processes.from_main(_read_from_outside(recipe) if processes.is_main() else None)
+        reconstruct.check(recipe)
         evaluate.check(recipe)
         done: dict[str, str] = {}  # stage -> key
         for stage in chosen:

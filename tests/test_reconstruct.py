@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import data, layer_fit, models, recipe, reconstruct, sources
+from pipeline import data, layer_fit, models, recipe, reconstruct, sources, stages
 from pipeline.decoder import find_layers
 from pipeline.errors import UserError
 from pipeline.masks import by_matrix
@@ -159,8 +159,8 @@ def test_killed_at_a_layer_it_goes_on_there(tiny_llama, tmp_path, monkeypatch):
 
 
 def test_the_command_with_two_processes_ends_as_one_and_tells_of_each_model(tiny_llama, tmp_path):
-    stages = "stages=[prune,reconstruct,finetune,evaluate]"
-    espalier(f"model={tiny_llama}", *QUICK, *SETTINGS, stages, f"run_dir={tmp_path}/two", processes=2)
+    whole = "stages=[prune,reconstruct,finetune,evaluate]"
+    espalier(f"model={tiny_llama}", *QUICK, *SETTINGS, whole, f"run_dir={tmp_path}/two", processes=2)
     masks, _ = pruned(tiny_llama, tmp_path / "prune")
     one, _ = reconstructed(tiny_llama, tmp_path)
     for name, weight in models.tensors(tmp_path / "two/reconstruct/model"):
@@ -186,6 +186,9 @@ def test_bad_input_says_what_to_type(tiny_llama, tmp_path):
             reconstructed(tiny_llama, tmp_path, *more)
     with pytest.raises(UserError, match="reconstruct needs prune in stages"):
         settings(tiny_llama, "stages=[reconstruct]")
+    with pytest.raises(UserError, match="type reconstruct.samples=32"):  # before the prune stage begins
+        stages.run(settings(tiny_llama, "reconstruct.samples=7", f"run_dir={tmp_path}/run"))
+    assert not (tmp_path / "run").exists()
     text = recipe.reconstruction_text(settings(tiny_llama))
     with pytest.raises(UserError, match="type reconstruct.accumulate=3 reconstruct.batch_size=1"):
         reconstruct.plan_steps(text, 2, world_size=3)
