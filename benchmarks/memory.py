@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py --shape 7b --samples 4 --seq-len 128 --work /tmp/espalier-memory
 
-Needs twice the model's size on disk (7b: 27 GB) and removes it afterwards. Private is what the process itself wrote
+With `--evaluate whole stream` its perplexity is measured instead, at each of these `evaluate.placement`s. Needs up to
+twice the model's size on disk (7b: 27 GB) and removes it afterwards. Private is what the process itself wrote
 (RssAnon); pages of the model files are shared with the other ranks of the node, and the kernel can drop them.
 """
 
@@ -72,28 +73,36 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--method", default="wanda")
+    parser.add_argument("--evaluate", nargs="+", default=[], choices=("whole", "stream", "device_map"))
     parser.add_argument("--work", type=Path, required=True)
     args = parser.parse_args()
     try:
         size = write_model(args.work / "model", args.shape)
         ids = torch.randint(0, 32000, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0))
         Dataset.from_dict({"input_ids": ids.tolist()}).to_parquet(args.work / "ids.parquet")
-        command = [
-            sys.executable,
-            "launch.py",
-            "stages=[prune]",
-            f"model={args.work}/model",
-            f"run_dir={args.work}/run",
-        ]
-        command += [f"calibration.dataset={args.work}/ids.parquet", f"calibration.samples={args.samples}"]
-        command += [f"calibration.seq_len={args.seq_len}", f"prune.method={args.method}"]
-        peak, seconds = peak_private_gib(command)
-        about = json.loads((args.work / "run/prune/stage.json").read_text())
-        print(
-            f"{args.shape}, {size / 2**30:.1f} GiB of weights, {args.samples} x {args.seq_len} tokens, {args.method}: "
-            f"peak private memory {peak:.2f} GiB, prune stage {about['seconds']:.0f} s, whole command {seconds:.0f} s, "
-            f"machine with {psutil.virtual_memory().total / 2**30:.0f} GiB"
-        )
+        text = f"{args.work}/ids.parquet"
+        stages = {
+            f"evaluate, {placement}": [
+                *("stages=[evaluate]", f"evaluate.placement={placement}", f"evaluate.perplexity=[{text}]"),
+                *("evaluate.tasks=[]", "evaluate.continuations=0", f"evaluate.seq_len={args.seq_len}"),
+            ]
+            for placement in args.evaluate
+        } or {
+            f"prune, {args.method}": [
+                *("stages=[prune]", f"prune.method={args.method}", f"calibration.dataset={text}"),
+                *(f"calibration.samples={args.samples}", f"calibration.seq_len={args.seq_len}"),
+            ]
+        }
+        for number, (name, settings) in enumerate(stages.items()):
+            run_dir = args.work / str(number) / "run"  # apart, so that nothing measured is shared
+            command = [sys.executable, "launch.py", f"model={args.work}/model", f"run_dir={run_dir}", *settings]
+            peak, seconds = peak_private_gib(command)
+            about = json.loads((run_dir / name.split(",")[0] / "stage.json").read_text())
+            print(
+                f"{args.shape}, {size / 2**30:.1f} GiB of weights, {args.samples} x {args.seq_len} tokens, {name}: "
+                f"peak private memory {peak:.2f} GiB, stage {about['seconds']:.0f} s, whole command {seconds:.0f} s, "
+                f"machine with {psutil.virtual_memory().total / 2**30:.0f} GiB"
+            )
     finally:
         shutil.rmtree(args.work, ignore_errors=True)
 

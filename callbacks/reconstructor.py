@@ -9,12 +9,11 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from pipeline import layer_fit, processes
-from pipeline.decoder import Decoder
+from pipeline.decoder import Decoder, release
 from pipeline.errors import UserError
 from pipeline.masks import Masks
 from pipeline.memory import peak_gib
 from pipeline.recipe import Reconstruct
-from pipeline.walk import release
 
 PATIENCE = 30  # seconds that a layer may take before each of its epochs says a line
 

@@ -4,6 +4,8 @@ Nothing is known by model name. The layers are the one module list as long as th
 called is recorded from the model's own forward and replayed whole.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +34,9 @@ class Decoder:
     prefix: str = field(init=False)  # such as "model.layers"
     layers: nn.ModuleList = field(init=False)
     calls: dict[tuple[int, torch.Size], Call] = field(default_factory=dict)  # by layer and shape of the batch
+    tuple_out: bool | None = (
+        None  # whether a layer returns a tuple, as it does in some families; told by its first call
+    )
 
     def __post_init__(self) -> None:
         self.prefix, self.layers = find_layers(self.model)
@@ -56,32 +61,25 @@ class Decoder:
         """
         base = getattr(self.model, self.model.base_model_prefix, self.model)
         entry: list[Tensor] = []
-        tuple_out = False
 
-        def recorder(index: int, layer: nn.Module):
+        def recorder(index: int, layer: nn.Module) -> Callable:
             forward = layer.forward  # bound before it is shadowed
 
             def record(*args, **kwargs):
-                nonlocal tuple_out
                 named = not args
                 hidden = kwargs.pop("hidden_states") if named else args[0]
                 kwargs = kwargs | {name: False for name in ("use_cache",) if name in kwargs}
                 self.calls.setdefault((index, batch_BT.shape), Call(args[1:], kwargs, named))
                 if index == 0:
                     entry.append(hidden)
-                    # some families return a tuple and some a tensor; only a real call tells
-                    tuple_out = isinstance(forward(hidden, *args[1:], **kwargs), tuple)
-                return (hidden,) if tuple_out else hidden
+                    if self.tuple_out is None:
+                        self.tuple_out = isinstance(forward(hidden, *args[1:], **kwargs), tuple)
+                return (hidden,) if self.tuple_out else hidden
 
             return record
 
-        for index, layer in enumerate(self.layers):
-            layer.forward = recorder(index, layer)
-        try:
+        with self._layers_replaced(recorder):
             base(input_ids=batch_BT, use_cache=False)
-        finally:
-            for layer in self.layers:
-                del layer.forward
         return entry[0]
 
     def run(self, index: int, layer: nn.Module, hidden_BTD: Tensor) -> Tensor:
@@ -93,8 +91,38 @@ class Decoder:
             out = layer(hidden_BTD, *call.args, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
+    @torch.no_grad()
+    def head(self, batch_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
+        """Logits (B, T, V) of the hidden states that left the last layer, for a batch that `embed` has seen.
+
+        The model's own forward runs with each layer handing these on, so the final norm, the head and whatever is done to
+        the logits are the model's. The layers themselves may have been released.
+        """
+
+        def handing_on(index: int, layer: nn.Module) -> Callable:
+            return lambda *args, **kwargs: (hidden_BTD,) if self.tuple_out else hidden_BTD
+
+        with self._layers_replaced(handing_on):
+            return self.model(input_ids=batch_BT, use_cache=False).logits
+
+    @contextmanager
+    def _layers_replaced(self, forward_of: Callable[[int, nn.Module], Callable]) -> Iterator[None]:
+        for index, layer in enumerate(self.layers):
+            layer.forward = forward_of(index, layer)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
     def parameter_name(self, index: int, matrix: str) -> str:
         return f"{self.prefix}.{index}.{matrix}"
+
+
+def release(layer: nn.Module) -> None:
+    """Lets go of a layer's memory, once it is not called again."""
+    for tensor in [*layer.parameters(), *layer.buffers()]:
+        tensor.data = torch.empty(0, dtype=tensor.dtype)
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -1,160 +1,114 @@
 """The evaluate stage: perplexity, zero-shot tasks and the mask check of the dense, the pruned and the fine-tuned model.
 
-What was measured of a model is kept in `<runs>/.measured/`, by model and settings: a killed evaluation goes on, a new task
-does not re-run the old ones, and the dense model is measured once for all runs beside each other.
+What was measured of a model is kept (`pipeline/measure.py`): a killed evaluation goes on, a new task does not re-run the
+old ones, and the dense model is measured once for all runs beside each other.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import data, files, models, processes, sources
+from pipeline import continuations, files, models, paired, placement, processes, sources, verify
 from pipeline.errors import UserError
-from pipeline.masks import Masks, by_matrix
-from pipeline.perplexity import perplexity, windows
+from pipeline.masks import Masks
+from pipeline.measure import Subject, measure
 from pipeline.recipe import Recipe
-from pipeline.tasks import check_tasks, identity
-from pipeline.zero_shot import zero_shot
+from pipeline.tasks import check_tasks
 
 LIBRARIES = ("torch", "transformers", "lm_eval")
+MODELS = {"pruned": "prune", "reconstructed": "reconstruct", "finetuned": "finetune"}  # and the stage that makes each
+PROMPT = 128  # tokens of a prompt at most, and half the model's positions
 
 
 def check(recipe: Recipe) -> None:
-    """Answers an unknown task or a missing text before any work, as a `UserError`."""
+    """Answers an unknown task, a missing text or too long a window before any work, as a `UserError`."""
     if "evaluate" not in recipe.stages:
         return
     check_tasks(recipe.evaluate.tasks, recipe.mirror, recipe.evaluate.fewshot)
+    if recipe.model is not None:
+        _check_length(models.locate(recipe.model, recipe.revision), recipe)
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes `results.json`."""
-    folders = {"dense": models.dense_folder(recipe, inputs)}
-    folders |= {
-        name: inputs[stage] / "model"
-        for name, stage in (("pruned", "prune"), ("reconstructed", "reconstruct"), ("finetuned", "finetune"))
-        if stage in inputs
-    }
-    masks = Masks.load(inputs["prune"] / "masks.safetensors")[0] if "prune" in inputs else Masks()
+    settings, dense = recipe.evaluate, models.dense_folder(recipe, inputs)
+    _check_length(dense, recipe)
     protocol: dict[str, Any] = {"datasets": {}, "notes": []}
-    protocol |= {key: getattr(recipe.evaluate, key) for key in ("seq_len", "limit", "fewshot")}
-    results = {name: _measure(name, where, recipe, protocol) for name, where in folders.items()}
+    protocol |= {key: getattr(settings, key) for key in ("seq_len", "limit", "fewshot")}
+    protocol["prompts"] = _prompts(recipe, dense)
+    subjects = _subjects(dense, inputs)
+    results, samples = {}, {}
+    for subject in subjects:
+        name = subject.name
+        results[name], samples[name] = measure(subject, recipe, protocol)
+        placement.let_go()
+        results[name]["differences"] = {
+            other: paired.difference(samples[name], samples[other]) for other in samples if other != name
+        }
+        if subject.adapter:
+            protocol["notes"].append(
+                f"{name}: a dense LoRA beside the pruned weights, which merged would not be sparse"
+            )
     if processes.is_main():
-        for name, where in folders.items():
-            results[name] |= _weights(name, where, masks)
+        masks = Masks()
+        if "prune" in inputs:
+            path = inputs["prune"] / "masks.safetensors"
+            masks, protocol["masks"] = Masks.load(path)[0], verify.sha256(path)
+        for subject in subjects:
+            if masks and not subject.adapter:
+                results[subject.name] |= _weights(subject.name, subject.folder, masks, recipe)
         libraries = {library: version(library) for library in LIBRARIES}
         files.write_json(folder / "results.json", {"models": results, "protocol": protocol, "versions": libraries})
 
 
-def _measure(name: str, folder: Path, recipe: Recipe, protocol: dict) -> dict[str, Any]:
-    """Perplexity and zero-shot of one model; `protocol` is told what was read."""
-    settings = recipe.evaluate
-    loaded: list = []  # the model, once something is not measured yet
-
-    def model_and_tokenizer():
-        if not loaded:
-            loaded.extend([models.load(folder, recipe).to(processes.device()), models.tokenizer(folder, recipe)])
-        return loaded
-
-    known_as = processes.from_main(models.identity(folder) if processes.is_main() else None)
-    about_model = {"model": known_as, "dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation}
-    cache = Path(recipe.run_dir).parent / ".measured"
-    found: dict[str, Any] = {"perplexity": {}, "zero_shot": {}}
-
-    for spec, source in zip(settings.perplexity, sources.of_stage(recipe, "evaluate"), strict=True):
-
-        def measure_perplexity(source=source) -> dict:
-            model, tokenizer = model_and_tokenizer()
-            models.check_length(model.config, "evaluate.seq_len", settings.seq_len)
-            windows_NT = windows(data.joined(source, tokenizer), settings.seq_len)
-            value = perplexity(
-                model, windows_NT, settings.batch_size, processes.rank(), processes.world_size(), processes.all_sum
-            )
-            return {"perplexity": value, "windows": len(windows_NT)}
-
-        about = about_model | {"text": str(source), "data": sources.identity(source), "seq_len": settings.seq_len}
-        measured = _once(cache, about, measure_perplexity)
-        found["perplexity"][spec] = measured["perplexity"]
-        protocol["datasets"][spec] = f"{source}, {measured['windows']} windows of {settings.seq_len} tokens"
-        if source.note and source.note not in protocol["notes"]:
-            protocol["notes"].append(source.note)
-        processes.say(f"  {name}: perplexity on {spec} {measured['perplexity']:.3f}")
-
-    for task in settings.tasks:
-
-        def measure_task(task=task) -> dict:
-            model, tokenizer = model_and_tokenizer()
-            return zero_shot(
-                model,
-                tokenizer,
-                [task],
-                recipe.mirror,
-                settings.batch_size,
-                settings.limit,
-                settings.fewshot,
-                processes.rank(),
-                processes.world_size(),
-            )
-
-        asked = processes.from_main(identity(task, recipe.mirror, settings.fewshot) if processes.is_main() else None)
-        about = about_model | {"task": task, "asked": asked, "limit": settings.limit, "fewshot": settings.fewshot}
-        measured = _once(cache, about, measure_task)
-        found["zero_shot"] |= measured
-        for entry, scores in measured.items():
-            processes.say(
-                f"  {name}: {entry} " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items() if "stderr" not in k)
-            )
-    accuracies = [scores["acc"] for scores in found["zero_shot"].values() if "acc" in scores]
-    if accuracies:
-        found["zero_shot_mean"] = sum(accuracies) / len(accuracies)
+def _subjects(dense: Path, inputs: dict[str, Path]) -> list[Subject]:
+    """The models to evaluate. Where fine-tuning left no model, it is the model before it with the adapter."""
+    found = [Subject("dense", dense)]
+    for name, stage in MODELS.items():
+        if stage in inputs:
+            folder, adapter = inputs[stage] / "model", inputs[stage] / "adapter"
+            merged = folder.is_dir() or stage != "finetune"
+            found.append(Subject(name, folder) if merged else Subject(name, found[-1].folder, adapter))
     return found
 
 
-def _once(cache: Path, about: dict, measure: Callable[[], dict]) -> dict:
-    """What was measured before under the same key, else what `measure` finds now; the same on all ranks."""
-    path = cache / f"{files.digest(about)}.json"
-    before = processes.from_main(files.read_json(path))
-    if before is not None:
-        return before["measured"]
-    measured = measure()
-    if processes.is_main():
-        files.write_json(path, {"about": about, "measured": measured})
-    return measured
+def _check_length(folder: Path, recipe: Recipe) -> None:
+    models.check_length(models.config(folder, recipe), "evaluate.seq_len", recipe.evaluate.seq_len)
 
 
-def _weights(name: str, folder: Path, masks: Masks) -> dict[str, Any]:
+def _prompts(recipe: Recipe, dense: Path) -> list[str]:
+    """The same for all models: the recipe's, or from the first perplexity data set, told by the dense model's tokenizer."""
+    settings = recipe.evaluate
+    if settings.continuations == 0 or settings.prompts or not settings.perplexity:
+        return settings.prompts if settings.continuations else []
+    rows = sources.documents(sources.of_stage(recipe, "evaluate")[0])
+    positions = getattr(models.config(dense, recipe).get_text_config(), "max_position_embeddings", None)
+    room = min(PROMPT, positions // 2) if positions else PROMPT
+    return continuations.prompts(rows, models.tokenizer(dense, recipe), settings.continuations, room)
+
+
+def _weights(name: str, folder: Path, masks: Masks, recipe: Recipe) -> dict[str, Any]:
     """Sparsity of the masked matrices by what is zero, and the check against the masks; `UserError` where one is broken."""
-    zeros: dict[str, tuple[int, int]] = {}  # (zeros, weights)
-
-    def count():
-        for key, weight in by_matrix(models.tensors(folder)):
-            if key in masks:
-                zeros[key] = (int((weight == 0).sum()), weight.numel())
-            yield key, weight
-
-    if name == "dense":
-        for _ in count():
-            pass
-    elif violations := masks.violations(count()):
+    matrices = list(verify.checked(folder, masks, recipe))
+    violations = [matrix.violation for matrix in matrices if matrix.violation]
+    if violations and name != "dense":
         worst = violations[0]
         raise UserError(
             f"{name} model: {worst.count} pruned weights of {worst.name} are not zero, the first at {list(worst.first)} "
             f"({len(violations)} matrices are broken): {folder} does not keep its masks"
         )
-    found: dict[str, Any] = {} if name == "dense" or not masks else {"mask_violations": 0}
-    if zeros:
-        layers: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for key, counts in zeros.items():
-            layers[int(re.search(r"\.(\d+)\.", key)[1])].append(counts)
-        found["sparsity"] = {
-            "overall": _share(list(zeros.values())),
-            "by_layer": [_share(layers[layer]) for layer in sorted(layers)],
-            "by_matrix": {key: _share([counts]) for key, counts in zeros.items()},
-        }
-    return found
+    layers: dict[int, list[verify.Checked]] = defaultdict(list)
+    for matrix in matrices:
+        layers[int(re.search(r"\.(\d+)\.", matrix.name)[1])].append(matrix)
+    sparsity = {
+        "overall": _share(matrices),
+        "by_layer": [_share(layers[layer]) for layer in sorted(layers)],
+        "by_matrix": {matrix.name: _share([matrix]) for matrix in matrices},
+    }
+    return {"sparsity": sparsity} | ({} if name == "dense" else {"mask_violations": 0})
 
 
-def _share(counts: list[tuple[int, int]]) -> float:
-    return sum(zero for zero, _ in counts) / sum(weights for _, weights in counts)
+def _share(matrices: list[verify.Checked]) -> float:
+    return sum(matrix.zeros for matrix in matrices) / sum(matrix.weights for matrix in matrices)

@@ -4,11 +4,12 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from pipeline import files
 from pipeline.errors import UserError
@@ -62,9 +63,18 @@ def tokenizer(folder: Path, recipe: Recipe):
         raise UserError(f"{folder} has no usable tokenizer: {damage(folder, '*token*.json') or error}") from error
 
 
-def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=None) -> nn.Module:
+def config(folder: Path, recipe: Recipe) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
+    except Exception as error:
+        problem = damage(folder, "config.json") or error
+        raise UserError(f"cannot load the model in {folder}: {problem}") from error
+
+
+def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=None, **where: Any) -> nn.Module:
     """The model on the CPU in evaluation mode. In the file's own dtype its weights are a lazy view of the files, which
-    the ranks of a node share. `dtype` overrides the recipe's; `quantization`: see pipeline/quantize.py."""
+    the ranks of a node share. `dtype` overrides the recipe's; `quantization`: see pipeline/quantize.py; `where` takes
+    it elsewhere, by the `device_map` and `max_memory` of transformers."""
     dtype = dtype or recipe.dtype
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -75,6 +85,7 @@ def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=No
             trust_remote_code=recipe.trust_remote_code,
             ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
+            **where,
         )
     except Exception as error:  # safetensors, pickle, json and transformers each have their own
         problem = damage(folder, "config.json", "*.index.json", "*.safetensors", "pytorch_model*.bin") or error

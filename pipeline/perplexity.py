@@ -1,18 +1,22 @@
 """Owns the perplexity of a model on a text, as the pruning papers compute it. Pure torch: the sum over ranks is given.
 
-Shapes: N = windows, B = windows of a batch, T = seq_len tokens, V = vocabulary.
+Shapes: N = windows, B = windows of a batch, T = seq_len tokens, D = width, V = vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline.decoder import Decoder, release
 from pipeline.errors import UserError
 
 # positions whose logits are in float32 at a time: with a vocabulary of 256K 256 MiB, where a whole window takes 2 GiB
 POSITIONS = 256
+
+Logits = Callable[[list[Tensor]], Iterator[Tensor]]  # batches (B, T) -> the logits (B, T, V) of each
+Tell = Callable[[str], None]  # is told how far it is, such as "12 of 166 windows"
 
 
 def windows(ids: Tensor, seq_len: int) -> Tensor:
@@ -26,41 +30,54 @@ def windows(ids: Tensor, seq_len: int) -> Tensor:
     return ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
 
 
+def whole(model: nn.Module) -> Logits:
+    """The logits of a Hugging Face causal LM in evaluation mode, on the device (or the devices) it is on."""
+    return lambda batches: (model(input_ids=batch.to(model.device), use_cache=False).logits for batch in batches)
+
+
+def streamed(decoder: Decoder, device: torch.device, tell: Tell = lambda text: None) -> Logits:
+    """The same, layer by layer: the device holds one layer, the embeddings and the head; the hidden states of all batches
+    wait in the host's memory. To the bit what `whole` gives on that device. Each layer is released behind it, so this
+    works once."""
+
+    def logits(batches: list[Tensor]) -> Iterator[Tensor]:
+        decoder.place(device)
+        hidden = [decoder.embed(batch.to(device)).cpu() for batch in batches]
+        for index, layer in enumerate(decoder.layers if batches else ()):
+            layer.to(device)
+            for i, hidden_BTD in enumerate(hidden):
+                hidden[i] = decoder.run(index, layer, hidden_BTD.to(device)).cpu()
+            release(layer)
+            tell(f"layer {index + 1} of {len(decoder.layers)}")
+        yield from (decoder.head(batch.to(device), hidden_BTD.to(device)) for batch, hidden_BTD in zip(batches, hidden))
+
+    return logits
+
+
 @torch.no_grad()
-def perplexity(
-    model: torch.nn.Module,
+def window_losses(
+    logits: Logits,
     windows_NT: Tensor,
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
     all_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    progress: Callable[[int, int], None] | None = None,
-) -> float:
-    """exp of the mean over the windows of the mean loss of a window's T - 1 predicted tokens (SparseGPT and Wanda).
+    tell: Tell = lambda text: None,
+) -> Tensor:
+    """(N,) float64 on the CPU: the mean loss, in nats, of each window's T - 1 predicted tokens.
 
-    `model` is a Hugging Face causal LM, measured on the device it is on; `batch_size` is in windows. Rank r of
-    `world_size` takes the batches r, r + world_size, ...: whole batches, so that every window is computed in the same
-    company, hence to the same bits, on any number of processes. `all_sum` sums a tensor over the ranks and returns it;
-    all ranks return the same number. `progress(done, of)` is told the windows of this rank.
+    `batch_size` is in windows. Rank r of `world_size` takes the batches r, r + world_size, ...: whole batches, so that
+    every window is computed in the same company, hence to the same bits, on any number of processes. `all_sum` sums a
+    tensor over the ranks and returns it; all ranks return the same. `tell` hears of the windows of this rank.
     Raises `UserError`, on all ranks, where the loss of a window is not finite.
     """
-    batches = range(0, len(windows_NT), batch_size)[rank::world_size]
-    mine = sum(len(windows_NT[start : start + batch_size]) for start in batches)
+    batches = windows_NT.split(batch_size)[rank::world_size]
     # float64: a sum over ranks that is exact, each window's loss being zero on all ranks but one
-    loss_N = torch.zeros(len(windows_NT), dtype=torch.float64, device=model.device)
-    training, done = model.training, 0
-    model.eval()
-    try:
-        for start in batches:
-            batch_BT = windows_NT[start : start + batch_size].to(model.device)
-            logits_BTV = model(input_ids=batch_BT, use_cache=False).logits
-            for i in range(len(batch_BT)):
-                loss_N[start + i] = _window_loss(logits_BTV[i], batch_BT[i])
-            done += len(batch_BT)
-            if progress:
-                progress(done, mine)
-    finally:
-        model.train(training)
+    loss_N = torch.zeros(len(windows_NT), dtype=torch.float64)
+    place_of = torch.arange(len(windows_NT)).split(batch_size)[rank::world_size]
+    for done, (batch_BT, places, logits_BTV) in enumerate(zip(batches, place_of, logits(list(batches))), 1):
+        loss_N[places] = torch.stack([_window_loss(*window) for window in zip(logits_BTV, batch_BT)]).cpu()
+        tell(f"{sum(map(len, batches[:done]))} of {sum(map(len, batches))} windows")
     loss_N = all_sum(loss_N)
     if not loss_N.isfinite().all():
         window = int(loss_N.isfinite().logical_not().nonzero()[0])
@@ -68,6 +85,11 @@ def perplexity(
             f"the loss of window {window + 1} of {len(loss_N)} is {loss_N[window].item()}: the model is broken, or its "
             "numbers leave the range of float16 (then type dtype=bfloat16 or dtype=float32)"
         )
+    return loss_N
+
+
+def perplexity(loss_N: Tensor) -> float:
+    """exp of the mean over the windows of their mean losses (SparseGPT and Wanda)."""
     return loss_N.mean().exp().item()
 
 

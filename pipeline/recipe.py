@@ -20,9 +20,12 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 STAGES = ("pretrain", "prune", "reconstruct", "finetune", "evaluate", "report")
 
 
-def setting(default: Any, low: float | None = None, high: float | None = None, choices: tuple | None = None) -> Any:
-    """A field with its range (both ends allowed) or its choices, checked by `_check`."""
-    metadata = {"low": low, "high": high, "choices": choices}
+def setting(
+    default: Any, low: float | None = None, high: float | None = None, choices: tuple | None = None, words: tuple = ()
+) -> Any:
+    """A field with its range (both ends allowed) and the words that may stand for a number, or its choices, checked by
+    `_check`."""
+    metadata = {"low": low, "high": high, "choices": choices, "words": words}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -127,9 +130,14 @@ class Evaluate:
     perplexity: list[str] = setting(["wikitext2"])  # dataset[:config][@split]
     tasks: list[str] = setting(["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"])
     seq_len: int = setting(2048, low=2)
-    batch_size: int = setting(8, low=1)
+    batch_size: int | str = setting(8, low=1, words=("auto",))  # auto: what the GPU has room for
     limit: int | None = setting(None, low=1)  # questions per task
     fewshot: int = setting(0, low=0)
+    # where the model does not fit the GPU: stream = perplexity layer by layer, all else by accelerate's device map
+    placement: str = setting("auto", choices=("auto", "whole", "stream", "device_map"))
+    continuations: int = setting(3, low=0)  # prompts that every model continues, from the first perplexity data set
+    continuation_tokens: int = setting(48, low=1)
+    prompts: list[str] = setting([])  # instead of those from the data set
 
 
 @dataclass
@@ -249,8 +257,12 @@ def _check(section: Any, prefix: str) -> None:
         if dataclasses.is_dataclass(value):
             _check(value, f"{key}.")
             continue
-        low, high, choices = (f.metadata.get(name) for name in ("low", "high", "choices"))
+        low, high, choices, words = (f.metadata.get(name) for name in ("low", "high", "choices", "words"))
         for item in value if isinstance(value, list) else [value]:
+            if words and isinstance(item, str):
+                if item not in words:
+                    raise UserError(f"{key}={item} is neither a number nor {' or '.join(words)}")
+                continue
             if choices and item is not None and item not in choices:
                 close = difflib.get_close_matches(str(item), choices, n=1)
                 hint = f": did you mean '{close[0]}'?" if close else ""

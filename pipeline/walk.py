@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pipeline import files, models, processes
-from pipeline.decoder import Decoder
+from pipeline.decoder import Decoder, release
 from pipeline.masks import Masks
 from pipeline.watch import EveryInputSeen, InputWatch
 
@@ -78,12 +78,6 @@ class LayerWalk(LightningModule):
                 with contextlib.suppress(EveryInputSeen):
                     self.decoder.run(index, layer, hidden.to(self.device, non_blocking=True))
         self.previous = layer
-
-
-def release(layer: nn.Module) -> None:
-    """Lets go of a layer's memory: it is on disk."""
-    for tensor in [*layer.parameters(), *layer.buffers()]:
-        tensor.data = torch.empty(0, dtype=tensor.dtype)
 
 
 def tour(walk: LayerWalk, callbacks: list[Callback]) -> None:

@@ -27,33 +27,43 @@ def zero_shot(
     tokenizer: Any,
     names: list[str],
     mirror: str | None = None,
-    batch_size: int = 8,
+    batch_size: int | str = 8,
     limit: int | None = None,
     fewshot: int = 0,
     rank: int = 0,
     world_size: int = 1,
-) -> dict[str, dict[str, float]]:
-    """{task: {"acc", "acc_stderr", "acc_norm", ...}} of a Hugging Face causal LM, on the device it is on.
+    tell: Callable[[str], None] = lambda text: None,
+) -> tuple[dict[str, dict[str, float]], dict[str, list[float]]]:
+    """({task: {"acc", "acc_stderr", "acc_norm", ...}}, {task: [the acc of each question]}) of a Hugging Face causal LM,
+    on the device it is on.
 
-    `names`, `mirror` and `fewshot` as in `load_tasks`; `limit` is in questions per task. With world_size > 1 the
-    questions are shared out over the ranks of the default process group, and every rank returns the same. A group with
-    an aggregate of its own (mmlu) is one entry; any other group or tag is replaced by its tasks. Every name is seeded
-    on its own, so its scores do not depend on the others. A tokenizer without a padding token is given one.
+    `names`, `mirror` and `fewshot` as in `load_tasks`; `limit` is in questions per task; `batch_size` may be `auto`, by
+    trying. With world_size > 1 the questions are shared out over the ranks of the default process group, and every rank
+    returns the same. A group with an aggregate of its own (mmlu) is one entry, without its questions; any other group
+    or tag is replaced by its tasks. Every name is seeded on its own, so its scores do not depend on the others. A
+    tokenizer without a padding token is given one. `tell` hears how far this rank is.
     """
     scores: dict[str, dict[str, float]] = {}
+    correct: dict[str, list[float]] = {}
     with _quiet(rank):
         from lm_eval.evaluator import evaluate
 
-        lm = _language_model(model, tokenizer, batch_size, rank, world_size)
+        lm = _language_model(model, tokenizer, batch_size, rank, world_size, tell)
         for name in dict.fromkeys(names):
             random.seed(SEED)
             np.random.seed(OTHER_SEED)
             torch.manual_seed(OTHER_SEED)
             tasks = load_tasks([name], mirror, fewshot)
             # not simple_evaluate: it answers only where LOCAL_RANK is 0, and asks git, pip and nvidia-smi for versions
-            results = evaluate(lm, tasks, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)["results"]
-            scores |= {entry: _numbers(results[entry]) for entry in _entries(tasks)}
-    return scores
+            found = evaluate(lm, tasks, limit=limit, bootstrap_iters=BOOTSTRAP)
+            for entry in _entries(tasks):
+                scores[entry] = _numbers(found["results"][entry])
+                by_question = [
+                    s["acc"] for s in found["samples"].get(entry, ()) if s["filter"] == "none" and "acc" in s
+                ]
+                if by_question and all(isinstance(value, (int, float)) for value in by_question):
+                    correct[entry] = [float(value) for value in by_question]
+    return scores, correct
 
 
 def _entries(tasks: dict) -> list[str]:
@@ -73,7 +83,9 @@ def _numbers(result: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _language_model(model: torch.nn.Module, tokenizer: Any, batch_size: int, rank: int, world_size: int) -> Any:
+def _language_model(
+    model: torch.nn.Module, tokenizer: Any, batch_size: int | str, rank: int, world_size: int, tell: Callable
+) -> Any:
     """lm-eval's wrapper of the model, which computes this rank's share of the answers and returns all.
 
     lm-eval's own sharding needs an Accelerator and private attributes for a model that is in memory, draws few-shot
@@ -84,16 +96,30 @@ def _language_model(model: torch.nn.Module, tokenizer: Any, batch_size: int, ran
 
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     for method in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-        setattr(lm, method, functools.partial(_shared, getattr(lm, method), rank, world_size))
+        setattr(lm, method, functools.partial(_shared, getattr(lm, method), rank, world_size, model, tell))
     return lm
 
 
-def _shared(answer: Callable, rank: int, world_size: int, requests: list, disable_tqdm: bool = False) -> list:
+def _shared(
+    answer: Callable, rank: int, world_size: int, model: Any, tell: Callable, requests: list, disable_tqdm: bool = False
+) -> list:
     """The answers to all requests, in their order, on every rank. The choices of a question stay together."""
     order = dict.fromkeys((request.task_name, request.doc_id) for request in requests)
     owner = {question: number % world_size for number, question in enumerate(order)}
     mine = [i for i, request in enumerate(requests) if owner[request.task_name, request.doc_id] == rank]
-    found = answer([requests[i] for i in mine], disable_tqdm=disable_tqdm or rank > 0) if mine else []
+    rows = 0
+
+    def count(module: torch.nn.Module, arguments: Any, output: Any) -> None:
+        nonlocal rows
+        rows += len(output.logits)
+        if requests[0].request_type == "loglikelihood":  # others take several rows for an answer
+            tell(f"{rows} of at most {len(mine)} answers")  # answers of one token to the same question share a row
+
+    counter = model.register_forward_hook(count)
+    try:
+        found = answer([requests[i] for i in mine], disable_tqdm=disable_tqdm or rank > 0) if mine else []
+    finally:
+        counter.remove()
     shares = [list(zip(mine, found, strict=True))] * world_size
     if world_size > 1:
         dist.all_gather_object(shares, shares[rank])

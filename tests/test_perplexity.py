@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from pipeline import data, paired, sources
+from pipeline.decoder import Decoder
 from pipeline.errors import UserError
-from pipeline.perplexity import perplexity, windows
+from pipeline.perplexity import perplexity, streamed, whole, window_losses, windows
+from tests.test_decoder import FAMILIES, ROUTED, small_model
 
 VOCABULARY = 97
 
@@ -34,6 +37,10 @@ def token_windows(tokens: int = 300, seq_len: int = 40) -> torch.Tensor:
     return windows(torch.randint(VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(1)), seq_len)
 
 
+def measured(model, windows_NT: torch.Tensor, batch_size: int, *shared) -> float:
+    return perplexity(window_losses(whole(model), windows_NT, batch_size, *shared))
+
+
 def papers_loop(model, ids: torch.Tensor, seq_len: int) -> float:
     """One window at a time; the total of mean loss * seq_len, over the number of tokens."""
     count = len(ids) // seq_len
@@ -49,7 +56,7 @@ def papers_loop(model, ids: torch.Tensor, seq_len: int) -> float:
 def test_is_the_papers_loop(seq_len):
     model = tiny_llama().eval()
     ids = torch.randint(VOCABULARY, (627,), generator=torch.Generator().manual_seed(2))
-    found = perplexity(model, windows(ids, seq_len), batch_size=3)
+    found = measured(model, windows(ids, seq_len), 3)
     assert found == pytest.approx(papers_loop(model, ids, seq_len), rel=1e-6)
 
 
@@ -67,19 +74,18 @@ def test_a_text_shorter_than_a_window_says_what_to_type(tokens):
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
 def test_batch_size_does_not_change_it(batch_size):
     model = tiny_llama()
-    expected = perplexity(model, token_windows(), 3)
-    assert perplexity(model, token_windows(), batch_size) == pytest.approx(expected, rel=1e-6)
+    expected = measured(model, token_windows(), 3)
+    assert measured(model, token_windows(), batch_size) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 9])  # of 7 windows: some ranks have none
 def test_ranks_sum_to_the_same_bits(world_size):
-    model, alone = tiny_llama(), []
-    perplexity(model, token_windows(), 2, all_sum=lambda loss_N: alone.append(loss_N) or loss_N)
-    shares = []
+    logits = whole(tiny_llama().eval())
+    alone, shares = window_losses(logits, token_windows(), 2), []
     for rank in range(world_size):
-        perplexity(model, token_windows(), 2, rank, world_size, lambda loss_N: shares.append(loss_N) or alone[0])
-    assert torch.equal(torch.stack(shares).sum(0), alone[0])
-    assert all(((share == 0) | (share == alone[0])).all() for share in shares)
+        window_losses(logits, token_windows(), 2, rank, world_size, lambda loss_N: shares.append(loss_N) or alone)
+    assert torch.equal(torch.stack(shares).sum(0), alone)
+    assert all(((share == 0) | (share == alone)).all() for share in shares)
 
 
 def _rank(rank: int, world_size: int, folder: str) -> None:
@@ -90,7 +96,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
         dist.all_reduce(tensor)
         return tensor
 
-    found = perplexity(tiny_llama(), token_windows(), 2, rank, world_size, all_sum)
+    found = measured(tiny_llama(), token_windows(), 2, rank, world_size, all_sum)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -98,7 +104,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
 def test_two_processes_find_the_same(tmp_path):
     mp.spawn(_rank, (2, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first == second == pytest.approx(perplexity(tiny_llama(), token_windows(), 2), rel=1e-6)
+    assert first == second == measured(tiny_llama(), token_windows(), 2)
 
 
 def test_a_broken_model_is_refused_by_the_window():
@@ -107,20 +113,60 @@ def test_a_broken_model_is_refused_by_the_window():
     with torch.no_grad():
         model.model.embed_tokens.weight[rows[1, 2]] = float("nan")
     with pytest.raises(UserError, match="window 2 of 3 is nan"):
-        perplexity(model, rows, batch_size=2)
+        measured(model, rows, 2)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_finds_what_the_cpu_does():
-    on_cpu = perplexity(tiny_llama(), token_windows(), 2)
-    assert perplexity(tiny_llama().cuda(), token_windows(), 2) == pytest.approx(on_cpu, rel=1e-4)
+    on_cpu = measured(tiny_llama(), token_windows(), 2)
+    assert measured(tiny_llama().cuda(), token_windows(), 2) == pytest.approx(on_cpu, rel=1e-4)
 
 
 def test_leaves_the_model_as_it_was_and_tells_its_progress():
-    model, told = tiny_llama().train(), []
+    model, told = tiny_llama(), []
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    perplexity(model, token_windows(), 3, progress=lambda done, of: told.append((done, of)))
-    assert told == [(3, 7), (6, 7), (7, 7)]
-    assert model.training and not any(tensor.is_inference() for tensor in model.parameters())
+    window_losses(whole(model), token_windows(), 3, tell=told.append)
+    assert told == ["3 of 7 windows", "6 of 7 windows", "7 of 7 windows"]
+    assert not any(tensor.is_inference() for tensor in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_by_layer_is_the_whole_model_to_the_bit(family):
+    """Final norms, heads and what is done to logits too; the last batch is smaller than the others."""
+    ids_NT = torch.randint(3, 61, (5, 24), generator=torch.Generator().manual_seed(3))
+    expected = window_losses(whole(small_model(family)), ids_NT, 2)
+    decoder, told = Decoder(small_model(family)), []
+    found = window_losses(streamed(decoder, torch.device("cpu"), told.append), ids_NT, 2)
+    if family in ROUTED:  # ours sums the experts in its own order
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    else:
+        assert torch.equal(found, expected)
+    assert told == ["layer 1 of 3", "layer 2 of 3", "layer 3 of 3"]
+    assert all(parameter.numel() == 0 for parameter in decoder.layers.parameters())
+
+
+def test_is_the_papers_loop_on_a_real_model_and_text(stories, hub):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
+    for spec in ("wikitext2", "local/stories"):
+        ids = data.joined(sources.source(spec, str(hub), "test"), tokenizer)[: 20 * 256 + 100]
+        assert measured(model, windows(ids, 256), 8) == pytest.approx(papers_loop(model, ids, 256), rel=1e-6)
+
+
+def test_the_paired_error_is_that_of_the_differences():
+    """Of windows that are hard for both models alike, it is far below the two models' own errors."""
+    hard_N = torch.rand(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
+    noise_N = torch.randn(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.01
+    ours = {
+        "losses": {"a": (hard_N + 0.5 + noise_N).tolist(), "one": [1.0]},
+        "correct": {"t": [1, 1, 0, 1], "u": [1, 0]},
+    }
+    theirs = {"losses": {"a": hard_N.tolist(), "one": [2.0]}, "correct": {"t": [1, 0, 0, 0]}}
+    found = paired.difference(ours, theirs)
+    change = found["perplexity"]["a"]
+    assert change["log"] == pytest.approx(0.5, abs=4 * change["stderr"])
+    assert change["stderr"] == pytest.approx(noise_N.std().item() / 20)
+    assert change["stderr"] < 0.01 * paired.standard_error(theirs["losses"]["a"])
+    assert found["zero_shot"] == {"t": {"acc": 0.5, "stderr": pytest.approx((1 / 3) ** 0.5 / 2)}}
+    assert found["perplexity"].keys() == {"a"}  # a single window has no error

@@ -118,8 +118,10 @@ def test_is_the_plain_loop(mirror):
         by_length = [score / len(text) for score, text in zip(scores, row["choices"]["text"])]
         correct.append(float(scores.index(max(scores)) == target))
         correct_by_length.append(float(by_length.index(max(by_length)) == target))
-    found = zero_shot(model, tokenizer, ["arc_easy"], mirror, batch_size=3)["arc_easy"]
+    scores, by_question = zero_shot(model, tokenizer, ["arc_easy"], mirror, batch_size=3)
+    found = scores["arc_easy"]
     assert found.keys() == METRICS
+    assert by_question["arc_easy"] == correct
     assert found["acc"] == pytest.approx(sum(correct) / 11)
     assert found["acc_norm"] == pytest.approx(sum(correct_by_length) / 11)
     assert found["acc_stderr"] == pytest.approx(torch.tensor(correct).std().item() / 11**0.5)
@@ -127,9 +129,10 @@ def test_is_the_plain_loop(mirror):
 
 def test_scores_do_not_depend_on_the_other_names(mirror):
     arguments = (tiny_llama(), byte_tokenizer())
-    both = zero_shot(*arguments, ["arc_easy", "arc_challenge", "arc_easy"], mirror, fewshot=1)
-    assert list(both) == ["arc_easy", "arc_challenge"]
-    assert both["arc_challenge"] == zero_shot(*arguments, ["arc_challenge"], mirror, fewshot=1)["arc_challenge"]
+    both, correct = zero_shot(*arguments, ["arc_easy", "arc_challenge", "arc_easy"], mirror, fewshot=1)
+    assert list(both) == list(correct) == ["arc_easy", "arc_challenge"]
+    alone = zero_shot(*arguments, ["arc_challenge"], mirror, fewshot=1)
+    assert (both["arc_challenge"], correct["arc_challenge"]) == tuple(found["arc_challenge"] for found in alone)
 
 
 def test_examples_come_from_the_training_split(mirror):
@@ -145,7 +148,7 @@ def test_the_default_tasks_run_from_a_mirror(mirror, tmp_path):
         write(tmp_path, *place.split(), [row] * 3)
     (tmp_path / "allenai" / "ai2_arc").symlink_to(Path(mirror, "allenai", "ai2_arc"))
     names = Evaluate().tasks
-    found = zero_shot(tiny_llama(), byte_tokenizer(), names, str(tmp_path))
+    found, _ = zero_shot(tiny_llama(), byte_tokenizer(), names, str(tmp_path))
     assert list(found) == names
     for scores in found.values():
         assert scores.keys() in (METRICS, {"acc", "acc_stderr"})
@@ -154,7 +157,7 @@ def test_the_default_tasks_run_from_a_mirror(mirror, tmp_path):
 
 def test_the_generated_worlds_tasks_are_known_by_name():
     check_tasks(list(world.TASKS), mirror="no/such/folder")
-    found = zero_shot(tiny_llama(len(world.tokenizer())), world.tokenizer(), list(world.TASKS), limit=8)
+    found, _ = zero_shot(tiny_llama(len(world.tokenizer())), world.tokenizer(), list(world.TASKS), limit=8)
     assert found.keys() == world.TASKS.keys()
     assert all(scores.keys() == METRICS for scores in found.values())
 
@@ -163,7 +166,7 @@ def _run(rank: int, world_size: int, folder: str, cases: list[tuple]) -> None:
     torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = Path(folder, "cache")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    found = [zero_shot(*_loaded(case), rank=rank, world_size=world_size) for case in cases]
+    found = [list(zero_shot(*_loaded(case), rank=rank, world_size=world_size)) for case in cases]
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -183,7 +186,7 @@ def test_two_processes_find_what_one_does(mirror, tmp_path):
         cases.append((str(STORIES), ["arc_easy", "openbookqa"], str(HUB), 8, 25, 0))
     mp.spawn(_run, (2, str(tmp_path), cases), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first == second == [zero_shot(*_loaded(case)) for case in cases]
+    assert first == second == [list(zero_shot(*_loaded(case))) for case in cases]
 
 
 @with_shared
@@ -202,7 +205,7 @@ def test_is_what_lm_evals_command_line_finds(tmp_path):
     command += ["--output_path", str(tmp_path), "--tasks", ",".join(str(tmp_path / f"{name}.yaml") for name in names)]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     expected = json.loads(next(tmp_path.rglob("results_*.json")).read_text())["results"]
-    found = zero_shot(*_loaded((str(STORIES),)), names, str(HUB), batch_size=8, limit=limit)
+    found, _ = zero_shot(*_loaded((str(STORIES),)), names, str(HUB), batch_size=8, limit=limit)
     assert found.keys() == set(names)
     for name in names:
         assert found[name].keys() == METRICS
@@ -270,9 +273,10 @@ def test_a_task_without_a_configuration_takes_the_default_or_the_only_one(tmp_pa
     group = {"group": "pair", "task": ["one", "two"], "aggregate_metric_list": [{"metric": "acc"}]}
     (folder / "pair.yaml").write_text(yaml.safe_dump(group))
     model, tokenizer = tiny_llama(), byte_tokenizer()
-    found = zero_shot(model, tokenizer, [str(folder)], str(tmp_path))
+    found, _ = zero_shot(model, tokenizer, [str(folder)], str(tmp_path))
     assert found.keys() == {"one", "two"}
-    assert found["one"] == zero_shot(model, tokenizer, [str(folder / "one.yaml")], str(tmp_path))["one"]
+    assert found["one"] == zero_shot(model, tokenizer, [str(folder / "one.yaml")], str(tmp_path))[0]["one"]
     assert len(load_tasks([str(folder / "one.yaml")], str(tmp_path))["tasks"]["one"].eval_docs) == 5
-    pair = zero_shot(model, tokenizer, [str(folder / "pair.yaml")], str(tmp_path))
+    pair, correct = zero_shot(model, tokenizer, [str(folder / "pair.yaml")], str(tmp_path))
+    assert not correct  # of a group nobody knows single answers
     assert pair.keys() == {"pair"} and pair["pair"]["acc"] == pytest.approx(found["one"]["acc"])

@@ -1,0 +1,36 @@
+"""Owns the comparison of two models on the same windows and questions: mean differences and their paired errors.
+
+Most of the spread of a loss or an answer is the text's, and the same for both models, so the error of the difference is
+far smaller than the errors of the two numbers let think.
+"""
+
+import math
+from statistics import fmean, stdev
+from typing import Any
+
+
+def standard_error(values: list[float]) -> float | None:
+    """Of the mean of `values`; None of a single one."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """What `evaluate` lists of one model against another: {"perplexity": {data set: {"log", "stderr"}}, "zero_shot":
+    {task: {"acc", "stderr"}}}.
+
+    `ours` and `theirs` are {"losses": {data set: [loss of each window]}, "correct": {task: [0 or 1 for each question]}}.
+    What only one model has, or what is known of a single window or question, is left out.
+    """
+    return {
+        "perplexity": _means(ours["losses"], theirs["losses"], "log"),
+        "zero_shot": _means(ours["correct"], theirs["correct"], "acc"),
+    }
+
+
+def _means(ours: dict[str, list], theirs: dict[str, list], name: str) -> dict[str, dict[str, float]]:
+    found = {}
+    for key in (key for key in ours if key in theirs):
+        change = [mine - other for mine, other in zip(ours[key], theirs[key], strict=True)]
+        if (error := standard_error(change)) is not None:
+            found[key] = {name: fmean(change), "stderr": error}
+    return found

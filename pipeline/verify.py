@@ -1,0 +1,92 @@
+"""`python launch.py verify MODEL_FOLDER MASKS_FILE`: owns the check of a model folder against a mask file."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import models
+from pipeline.errors import UserError
+from pipeline.masks import Masks, Violation, stray
+from pipeline.recipe import Recipe
+
+USAGE = "type `python launch.py verify MODEL_FOLDER MASKS_FILE`"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A masked matrix as it is in a model folder."""
+
+    name: str
+    weights: int
+    zeros: int
+    violation: Violation | None  # the pruned weights that are not zero
+
+
+def checked(folder: Path, masks: Masks, recipe: Recipe) -> Iterator[Checked]:
+    """Each masked matrix of any model folder that transformers loads, in the dtype of its files, one at a time.
+
+    Raises `UserError` where the folder is damaged, or a masked matrix is missing or of another shape.
+    """
+    # loaded, not read file by file: old checkpoints name their tensors otherwise, and keep experts apart
+    model = models.load(folder, recipe, dtype="auto")
+    for name, weight in masks.matched(model.named_parameters()):
+        yield Checked(name, weight.numel(), int((weight == 0).sum()), stray(name, weight, masks[name]))
+
+
+def main(arguments: list[str]) -> None:
+    """Prints what every masked matrix holds; `UserError` where a pruned weight is not zero or a mask breaks its pattern."""
+    folder, path = paths(arguments, 2, USAGE)
+    masks, _ = Masks.load(path)
+    table = Table("matrix", box=box.SIMPLE_HEAD)
+    for title in ("shape", "pattern", "pruned, %", "zero, %", "violations"):
+        table.add_column(title, justify="right", no_wrap=True)
+    problems, zeros, weights, strays = [], 0, 0, 0
+    for matrix in checked(folder, masks, Recipe()):
+        entry, violation = masks.packed[matrix.name], matrix.violation
+        count = violation.count if violation else 0
+        pruned = 1 - entry.kept / entry.weights
+        shape = " x ".join(map(str, entry.shape))
+        share = f"{100 * matrix.zeros / matrix.weights:.2f}"
+        table.add_row(matrix.name, shape, entry.pattern, f"{100 * pruned:.2f}", share, str(count))
+        zeros, weights, strays = zeros + matrix.zeros, weights + matrix.weights, strays + count
+        if problem := entry.problem():
+            problems.append(f"{matrix.name}: its mask {problem}")
+        if violation:
+            problems.append(
+                f"{matrix.name} {list(violation.first)} is {violation.value:g} and should be zero"
+                + (f", and {count - 1} more of this matrix" if count > 1 else "")
+            )
+    console = Console()
+    console.print(table)
+    console.print(f"model {folder}: {models.identity(folder)}", soft_wrap=True, highlight=False)
+    console.print(f"masks {path}: sha256 {sha256(path)}", soft_wrap=True, highlight=False)
+    if problems:
+        more = f" ({len(problems) - 1} more matrices have problems)" if len(problems) > 1 else ""
+        raise UserError(f"{folder} does not keep its masks: {problems[0]}{more}")
+    console.print(
+        f"{len(masks)} matrices, {weights:,} weights, {zeros / max(1, weights):.2%} zero, no violations",
+        highlight=False,
+    )
+
+
+def paths(arguments: list[str], count: int, usage: str) -> list[Path]:
+    """`count` paths, the first a model folder, the second a mask file; all else is a `UserError`."""
+    given = [argument for argument in arguments if argument != "debug=true"]
+    if len(given) != count:
+        raise UserError(f"{count} paths are needed, {len(given)} given: {usage}")
+    folder, masks, *rest = (Path(argument).expanduser() for argument in given)
+    if not folder.is_dir():
+        raise UserError(f"no model folder {folder}: {usage}")
+    if not masks.is_file():
+        raise UserError(f"no mask file {masks}: {usage}")
+    return [models.locate(str(folder), None), masks, *rest]
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
