@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import evaluate, files, finetune, models, pretrain, processes, prune, report, sources
+from pipeline import evaluate, files, finetune, models, pretrain, processes, prune, reconstruct, report, sources
 from pipeline.recipe import Recipe, section
 
 LIBRARIES = ("torch", "transformers", "datasets", "lightning", "peft", "accelerate", "lm_eval")
@@ -33,9 +33,10 @@ MODEL = ("dtype", "attn_implementation", "trust_remote_code")
 STAGES = (
     Stage("pretrain", pretrain.run, (), ("pretrain", "seed")),
     Stage("prune", prune.run, ("pretrain",), (*MODEL, "calibration", "prune", "seed")),
-    Stage("finetune", finetune.run, ("prune",), (*MODEL, "finetune", "seed")),
-    Stage("evaluate", evaluate.run, ("pretrain", "prune", "finetune"), (*MODEL, "evaluate", "seed")),
-    Stage("report", report.run, ("pretrain", "prune", "finetune", "evaluate"), ("model", "stages")),
+    Stage("reconstruct", reconstruct.run, ("pretrain", "prune"), (*MODEL, "calibration", "reconstruct", "seed")),
+    Stage("finetune", finetune.run, ("prune", "reconstruct"), (*MODEL, "finetune", "seed")),
+    Stage("evaluate", evaluate.run, ("pretrain", "prune", "reconstruct", "finetune"), (*MODEL, "evaluate", "seed")),
+    Stage("report", report.run, ("pretrain", "prune", "reconstruct", "finetune", "evaluate"), ("model", "stages")),
 )
 
 
@@ -46,6 +47,7 @@ def run(recipe: Recipe) -> None:
         run_dir = Path(recipe.run_dir)
         chosen = [stage for stage in STAGES if stage.name in recipe.stages]
         outside = processes.from_main(_read_from_outside(recipe) if processes.is_main() else None)
+        reconstruct.check(recipe)
         evaluate.check(recipe)
         done: dict[str, str] = {}  # stage -> key
         for stage in chosen:
@@ -106,7 +108,7 @@ def _read_from_outside(recipe: Recipe) -> dict[str, dict[str, Any]]:
     if recipe.model is not None:
         identity = models.identity(models.locate(recipe.model, recipe.revision))
         found |= {"prune": {"model": identity}, "evaluate": {"model": identity}}
-    for name in ("prune", "finetune", "evaluate"):
+    for name in ("prune", "reconstruct", "finetune", "evaluate"):
         if name in recipe.stages:
             texts = {str(source): sources.identity(source) for source in sources.of_stage(recipe, name)}
             found[name] = found.get(name, {}) | {"data": texts}
