@@ -7,7 +7,6 @@ import sys
 from pipeline import recipe
 from pipeline.errors import UserError
 
-
 COMMANDS = ("compare", "verify", "apply")  # each is a module of pipeline with main(arguments); all else runs a recipe
 
 

@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from callbacks.mask_keeper import MaskKeeper
-from pipeline import data, files, lora, models, processes, sources
+from pipeline import card, data, files, lora, models, processes, sources
 from pipeline.masks import Masks
 from pipeline.recipe import Recipe
 from pipeline.training import Schedule, fit
@@ -48,6 +48,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     if processes.is_main():
         lora.save_adapter(model, masks_file, folder / "adapter")
         write_merged(model, masks, origin, folder / "model")
+        card.write_model_card(folder / "model", recipe, "finetune")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 

@@ -89,6 +89,14 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def largest(value: float) -> float:
+    """The largest of the ranks' values, on every rank."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return max(values)
+
+
 def share_of(count: int) -> slice:
     """This rank's part of `count` rows: equal parts, the first ones a row longer."""
     each, more = divmod(count, world_size())

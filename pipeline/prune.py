@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from callbacks.layer_writer import LayerWriter
 from callbacks.methods import pruner
 from callbacks.outliers import OutlierShares
-from pipeline import data, files, memory, models, processes, sources
+from pipeline import card, data, files, memory, models, processes, sources
 from pipeline.allocation import allocate
 from pipeline.decoder import Decoder
 from pipeline.errors import UserError
@@ -24,7 +24,7 @@ from pipeline.walk import LayerWalk
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
-    """Writes `model/`, `masks.safetensors` and `layers.csv`."""
+    """Writes `model/`, `masks.safetensors`, `layers.csv` and `matrices.csv`."""
     origin = models.dense_folder(recipe, inputs)
     decoder = Decoder(models.load(origin, recipe))
     settings = recipe.prune
@@ -127,8 +127,13 @@ def finish(walk: LayerWalk, origin: Path, recipe: Recipe) -> None:
 
     parts = [walk.masks_file(index) for index in range(len(decoder.layers))]
     rows = Masks.merge(parts, folder / "masks.safetensors")
-    with files.whole(folder / "layers.csv") as beside, open(beside, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    matrices = [matrix for row in rows for matrix in row.pop("matrices")]
+    for name, table in (("layers.csv", rows), ("matrices.csv", matrices)):
+        if table:
+            with files.whole(folder / name) as beside, open(beside, "w", newline="") as file:
+                columns = sorted(table[0], key=("layer", "matrix").__contains__, reverse=True)  # these first
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(table)
+    card.write_model_card(folder / "model", recipe, "prune")
     shutil.rmtree(folder / "masks")

@@ -13,8 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import evaluate, files, finetune, models, pretrain, processes, prune, report, sources
-from pipeline.recipe import Recipe, section
+from pipeline import evaluate, files, finetune, hardware, memory, models, pretrain, processes, prune, report, sources
+from pipeline.recipe import Recipe, plain, section
 
 LIBRARIES = ("torch", "transformers", "datasets", "lightning", "peft", "accelerate", "lm_eval")
 
@@ -76,9 +76,10 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
             shutil.rmtree(work, ignore_errors=True)
         files.write_json(work / "stage.json", {"key": key, "stage": stage.name})
     processes.barrier()
+    memory.restart_peak(processes.device())
     started = time.perf_counter()
     stage.run(recipe, work, inputs)
-    processes.barrier()
+    memory_gib = processes.largest(memory.peak_gib(processes.device()))
     if processes.is_main():
         about = {
             "key": key,
@@ -86,8 +87,12 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - started, 1),
             "processes": processes.world_size(),
+            "memory_gib": round(memory_gib, 3),  # of the process that used most
+            "machine": hardware.machine(),
+            "system": hardware.system(),
             "versions": {library: version(library) for library in LIBRARIES},
             "made_from": made_from,
+            "recipe": plain(recipe),
         }
         files.write_json(work / "stage.json", about)
         old = run_dir / f".{stage.name}.old"
