@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline import files, series
 from pipeline.recipe import Recipe
-from pipeline.summary import MARK, Cell, Groups, method_name, model_name, short_name
+from pipeline.summary import MARK, Cell, Groups, method_name, model_name, short
 
 SINCE = ", since it was last started"  # a resumed stage counts its last try
 AS_ZEROS = "Pruned weights are stored as zeros: `from_pretrained` loads the model; its files are no smaller."
@@ -52,7 +52,7 @@ def write_model_card(folder: Path, recipe: Recipe, stage: str) -> None:
     """README.md of the model that `prune` or `finetune` made. It is written by that stage, as a finished one stays as it
     is, so it tells what was done and not what came of it."""
     text, prune, tune = recipe.calibration, recipe.prune, recipe.finetune
-    name = short_name(recipe)
+    name = short(model_name(recipe))
     told = f"{name}, pruned with {method_name(recipe)} to {prune.sparsity}"
     told += f" ({text.samples} samples of {text.seq_len} tokens of {text.dataset})"
     if stage == "finetune":
@@ -60,7 +60,13 @@ def write_model_card(folder: Path, recipe: Recipe, stage: str) -> None:
         told += f" ({tune.max_steps} steps of {tune.batch_size * tune.accumulate} x {tune.seq_len} tokens of {tune.dataset})"
         told += " and merged"
     where = "What it scores stands in the report of its run (`report/report.md`), with all settings."
-    parts = [_front(model_name(recipe)), f"# {escaped(f'{name} {prune.sparsity}')}", escaped(f"{told}."), AS_ZEROS, where]
+    parts = [
+        _front(model_name(recipe)),
+        f"# {escaped(f'{name} {prune.sparsity}')}",
+        escaped(f"{told}."),
+        AS_ZEROS,
+        where,
+    ]
     with files.whole(folder / "README.md") as beside:
         beside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -93,7 +99,8 @@ def _front(model: str) -> str:
 
 def _cell(cell: Cell) -> str:
     below = f" ({cell.difference}{MARK * cell.beyond})" if cell.difference else ""
-    return (cell.value + below).replace(MARK, rf"\{MARK}")
+    value = f"**{cell.value}**" if cell.strong else cell.value
+    return value + below.replace(MARK, rf"\{MARK}")
 
 
 def _continuations(told: list[tuple[str, list[tuple[str, str]]]]) -> list[str]:

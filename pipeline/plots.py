@@ -5,11 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from pipeline.series import Points
-from pipeline.svg import ACCENT, SECOND, SIZE, draw
+from pipeline.series import Panel, Points
+from pipeline.svg import ACCENT, INK, SECOND, SERIES, SIZE, draw
 
+MARKERS = "os^Dv"  # of what healed
 POINTS = 300  # a loss curve holds no more points than it has pixels
 
 
@@ -83,6 +85,59 @@ def stage_times(stages: Sequence[tuple[str, float, str]]) -> str:
 def stage_memory(stages: Sequence[tuple[str, float, str]]) -> str:
     """(name, GiB, label)."""
     return _bars("stage_memory", stages, "memory (GiB)")
+
+
+def comparison(panels: list[Panel]) -> str:
+    """By pattern, what each method leaves (hollow) and what healing makes of it (filled), with standard errors."""
+    across = min(2, len(panels))
+    down = math.ceil(len(panels) / across)
+    methods = list(dict.fromkeys(mark.method for panel in panels for mark in panel.marks))
+    healings = list(dict.fromkeys(mark.healing for panel in panels for mark in panel.marks))
+
+    def paint(figure: Figure) -> None:
+        grid = figure.subplots(down, across, squeeze=False)
+        for place, axes in enumerate(grid.flat):
+            axes.set_visible(place < len(panels))
+        for axes, panel in zip(grid.flat, panels):
+            for mark in panel.marks:
+                place, healed = methods.index(mark.method), healings.index(mark.healing)
+                x = [panel.patterns.index(it) + 0.7 * ((place + 0.5) / len(methods) - 0.5) for it in mark.numbers]
+                y, errors = zip(*mark.numbers.values(), strict=True)
+                colour = SERIES[place % len(SERIES)]
+                axes.errorbar(
+                    x,
+                    y,
+                    yerr=[error or 0 for error in errors],
+                    fmt=MARKERS[healed % len(MARKERS)],
+                    markersize=5.5,
+                    linewidth=1.2,
+                    color=colour,
+                    markerfacecolor=colour if mark.healing else "none",
+                )
+            if panel.dense:
+                axes.axhline(panel.dense[0], color=INK, linewidth=1, linestyle=(0, (4, 3)))
+            values = [number[0] for mark in panel.marks for number in mark.numbers.values()]
+            if values and min(values) > 0 and max(values) > 8 * min(values):
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+                axes.yaxis.set_minor_locator(NullLocator())
+            axes.set_xticks(range(len(panel.patterns)), panel.patterns)
+            axes.set_xlim(-0.5, len(panel.patterns) - 0.5)
+            axes.grid(False, axis="x")
+            if len(panels) > 1:
+                axes.set_title(panel.title)
+        handles = [Line2D([], [], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="dense")]
+        for place, method in enumerate(methods):
+            handles.append(Line2D([], [], color=SERIES[place % len(SERIES)], linewidth=3, label=method))
+        for healed, healing in enumerate(healings):
+            face, label = (INK, healing.removeprefix(" + ")) if healing else ("none", "pruned")
+            fmt = {"marker": MARKERS[healed % len(MARKERS)], "linestyle": "", "color": INK, "markerfacecolor": face}
+            handles.append(Line2D([], [], **fmt, label=label))
+        figure.legend(handles=handles, loc="outside lower center", ncols=3)
+
+    rows = math.ceil((1 + len(methods) + len(healings)) / 3)
+    return draw("comparison", paint, (SIZE[0] * across, SIZE[1] * down + 0.2 * rows))
 
 
 def _bars(name: str, bars: Sequence[tuple[str, float, str]], label: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from pipeline.recipe import Recipe
+from pipeline.summary import pattern_name
 
 TEXT = "wikitext-2-raw-v1@test"  # the tokenised configuration gives other numbers
 
@@ -15,7 +16,7 @@ def find(recipe: Recipe, protocol: dict) -> tuple[dict[str, float], str]:
     name, settings = Path(recipe.model or "").name.lower(), recipe.prune
     if TEXT not in str((protocol.get("datasets") or {}).get("wikitext2")):
         return {}, ""
-    pruned = f"{settings.method} {_same(settings.sparsity)}"
+    pruned = f"{settings.method} {pattern_name(settings.sparsity)}"
     rows = {"dense": "dense"}
     if settings.allocation == "uniform" and not settings.overrides:
         rows |= {"pruned": pruned, "finetuned": f"{pruned} + {recipe.finetune.method}"}
@@ -26,9 +27,3 @@ def find(recipe: Recipe, protocol: dict) -> tuple[dict[str, float], str]:
             found = {model: table["rows"].get(row, [None] * len(columns))[place] for model, row in rows.items()}
             return {model: value for model, value in found.items() if value is not None}, table["source"]
     return {}, ""
-
-
-def _same(sparsity: object) -> str:
-    """`2:4` as `2of4`, 0.50 as 0.5."""
-    text = str(sparsity).replace(":", "of")
-    return text if "of" in text else f"{float(text):g}" if text.replace(".", "", 1).isdigit() else text

@@ -54,7 +54,9 @@ def table(columns: list[str], groups: summary.Groups) -> Table:
     for title, rows in groups:
         shown.add_row(Text(title, style="green"))
         for label, cells in rows:
-            shown.add_row(Text(f"  {label}"), *(Text(cell.marked) for cell in cells))
+            shown.add_row(
+                Text(f"  {label}"), *(Text(cell.marked, style="bold" if cell.strong else "") for cell in cells)
+            )
     return shown
 
 
@@ -82,7 +84,7 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> dict[str, Any]:
     used = {key: value for key, value in plain(recipe).items() if key not in STAGES or key in recipe.stages}
     return {
         "model": summary.model_name(recipe),
-        "title": summary.short_name(recipe),
+        "title": summary.short(summary.model_name(recipe)),
         "pattern": str(recipe.prune.sparsity) if "pruned" in models else "",
         "headline": summary.headline(recipe, results),
         "cost": cost,

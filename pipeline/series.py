@@ -5,9 +5,26 @@ import math
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 Rows = list[dict[str, str]]
 Points = list[tuple[float, float]]  # (x, y)
+Numbers = dict[str, tuple[float, float | None]]  # by name: value and standard error
+
+
+class Mark(NamedTuple):
+    """One method's numbers by pattern; those of one method stand at one place, those that are healed filled."""
+
+    method: str
+    healing: str
+    numbers: Numbers
+
+
+class Panel(NamedTuple):
+    title: str
+    patterns: list[str]
+    dense: tuple[float, float | None] | None
+    marks: list[Mark]
 
 
 def read(path: Path) -> Rows:

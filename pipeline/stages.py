@@ -13,7 +13,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import evaluate, files, finetune, hardware, memory, models, pretrain, processes, prune, report, sources
+from pipeline import (
+    evaluate,
+    files,
+    finetune,
+    hardware,
+    memory,
+    models,
+    pretrain,
+    processes,
+    prune,
+    report,
+    siblings,
+    sources,
+)
 from pipeline.recipe import Recipe, plain, section
 
 LIBRARIES = ("torch", "transformers", "datasets", "lightning", "peft", "accelerate", "lm_eval")
@@ -67,6 +80,8 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
     if state:
         processes.say(f"{stage.name}: done before")
         return
+    if processes.from_main(processes.is_main() and _is_taken_over(stage, finished, key)):
+        return
     if processes.is_main():
         if before:
             print(f"{stage.name}: {_difference(before['made_from'], made_from)}: running again", flush=True)
@@ -103,6 +118,14 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
         shutil.rmtree(old, ignore_errors=True)
         print(f"{stage.name}: done in {about['seconds']:.0f} s", flush=True)
     processes.barrier()
+
+
+def _is_taken_over(stage: Stage, finished: Path, key: str) -> bool:
+    """Whether a run beside this one has made the same; not the report, which also tells where its run lies."""
+    sibling = None if stage.name == "report" else siblings.take_over(finished, key)
+    if sibling:
+        print(f"{stage.name}: taken over from {sibling}", flush=True)
+    return sibling is not None
 
 
 def _read_from_outside(recipe: Recipe) -> dict[str, dict[str, Any]]:

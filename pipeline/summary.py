@@ -18,6 +18,7 @@ class Cell(NamedTuple):
     value: str
     difference: str = ""
     beyond: bool = False  # that difference lies beyond two of its standard errors
+    strong: bool = False
 
     @property
     def marked(self) -> str:
@@ -77,8 +78,7 @@ def perplexity_cell(model: dict, dataset: str) -> Cell:
     value = (model.get("perplexity") or {}).get(dataset)
     if value is None:
         return NOTHING
-    error = (model.get("perplexity_stderr") or {}).get(dataset)
-    text = perplexity(value) + (f" ± {_like(error, perplexity(value))}" if error is not None else "")
+    text = perplexity(value, (model.get("perplexity_stderr") or {}).get(dataset))
     difference = _difference(model, "perplexity", dataset)
     if "log" not in difference:
         return Cell(text)
@@ -136,8 +136,10 @@ def won_back(dense: float | None, pruned: float | None, healed: float | None) ->
     return math.log(pruned / healed) / math.log(pruned / dense)
 
 
-def perplexity(value: float) -> str:
-    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e7 else f"{value:.2e}"
+def perplexity(value: float, error: float | None = None) -> str:
+    """`7.26 ± 0.05`; both with the same decimals."""
+    form = ".2f" if value < 1000 else ",.0f" if value < 1e7 else ".2e"
+    return f"{value:{form}}" + (f" ± {error:{form}}" if error is not None else "")
 
 
 def accuracy(scores: dict, metric: str) -> str:
@@ -149,11 +151,6 @@ def accuracy(scores: dict, metric: str) -> str:
         return f"{value:.4g}"
     known = isinstance(error, int | float)
     return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if known else "")
-
-
-def _like(error: float, value: str) -> str:
-    """An error with the decimals of its value."""
-    return f"{error:.2e}" if "e" in value else f"{error:.2f}" if "." in value else f"{error:,.0f}"
 
 
 def _signed(text: str) -> str:
@@ -202,10 +199,15 @@ def model_name(recipe: Recipe) -> str:
     return recipe.model or f"A small Llama trained here ({shape.layers} layers, {shape.hidden_size} wide)"
 
 
-def short_name(recipe: Recipe) -> str:
+def short(model: str) -> str:
     """A folder's own name, a hub id whole."""
-    name = model_name(recipe)
-    return name.rstrip("/").rpartition("/")[2] if name.startswith((".", "/", "~")) else name
+    return model.rstrip("/").rpartition("/")[2] if model.startswith((".", "/", "~")) else model
+
+
+def pattern_name(sparsity: object) -> str:
+    """`2:4` as `2of4`, 0.50 as 0.5, a file of one's own by its name."""
+    text = str(sparsity).replace(":", "of")
+    return text.rpartition("/")[2].removesuffix(".py") if text.endswith(".py") else re.sub(r"(\.\d*?)0+$", r"\1", text)
 
 
 def method_name(recipe: Recipe) -> str:

@@ -16,6 +16,7 @@ from rich.console import Console
 from pipeline import plots, recipe, report, summary
 
 MATRICES = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "mlp.experts.down_proj[0]", "mlp.experts.down_proj[1]")
+PLAIN = ("dense", "pruned", "finetuned")
 HOSTILE = '<script>alert(1)</script> | `x` </style> & "quote"'
 
 
@@ -163,7 +164,9 @@ def test_every_number_is_told_everywhere(tmp_path: Path, names: tuple) -> None:
     for text in (Page(page).text, card):
         assert all(str(value) in text for value in (256, 77, "123 windows of 256 tokens", "2.13.0", "0.4.13"))
         assert ("1 h 2 min" in text) == ("pruned" in names)
-        assert all(words in text for words in ("3.21 GiB", "2 x Abacus 9000", "Python 3.12.1", "c0ffee", "Once there was"))
+        assert all(
+            words in text for words in ("3.21 GiB", "2 x Abacus 9000", "Python 3.12.1", "c0ffee", "Once there was")
+        )
         for place, model in enumerate(results["models"].values()):
             assert model["hash"] in text
             assert f"{model['perplexity']['wikitext2']:.2f} ± {model['perplexity_stderr']['wikitext2']:.2f}" in text
@@ -270,7 +273,7 @@ def test_won_back() -> None:
 @pytest.mark.parametrize("finetuned, words", [(8.0, "won back 52%"), (12.0, "won nothing back"), (5.68, "back 100%")])
 def test_headline_tells_what_came_back(finetuned: float, words: str) -> None:
     settings = recipe.load(["recipe=tiny", "model=some/model", "stages=[prune,evaluate,report]"])
-    results = {"models": {n: {"perplexity": {"ptb": p}} for n, p in zip(("dense", "pruned", "finetuned"), (5.68, 11.53, finetuned))}}
+    results = {"models": {n: {"perplexity": {"ptb": p}} for n, p in zip(PLAIN, (5.68, 11.53, finetuned))}}
     assert words in summary.headline(settings, results)
 
 
@@ -289,7 +292,12 @@ def test_terminal_table_is_plain_text_in_80_columns(tmp_path: Path) -> None:
 def test_one_point_or_many_can_be_drawn() -> None:
     for count in (1, 2, 5000):
         points = [(i, 0.5 + i / 10000) for i in range(count)]
-        for svg in (plots.output_error({"q_proj": points}), plots.sparsity({"$x$": points}), plots.loss(points), plots.loss(points, points[:50])):
+        for svg in (
+            plots.output_error({"q_proj": points}),
+            plots.sparsity({"$x$": points}),
+            plots.loss(points),
+            plots.loss(points, points[:50]),
+        ):
             Page(svg)
             assert "nan" not in svg.lower()
     assert len(plots.loss(points)) < 40_000
