@@ -26,7 +26,7 @@ class Comparison(NamedTuple):
     rows: list[Row]
     measures: list[str]
     values: dict[tuple[Row, str, str], tuple[float, float | None]]  # by row, pattern, measure: value, standard error
-    tasks: list[str]  # whose mean accuracy is told
+    explained: str
     notes: list[str]
 
 
@@ -78,7 +78,7 @@ def arrange(found: list[Run], unfinished: list[str]) -> Comparison:
         key=lambda it: (names.index(it.model), it.state != "dense", methods.index(it.method), MODELS.index(it.state))
     )
     measures = list(dict.fromkeys(measure for _, _, measure in values))
-    return Comparison(patterns, rows, measures, values, tasks, list(dict.fromkeys(notes)))
+    return Comparison(patterns, rows, measures, values, _explained(found, tasks), list(dict.fromkeys(notes)))
 
 
 def groups_of(comparison: Comparison) -> Groups:
@@ -104,21 +104,31 @@ def write(out: Path, comparison: Comparison, groups: Groups, folders: list[str])
     models = list(dict.fromkeys(row.model for row in comparison.rows))
     title = f"{', '.join(models)}: {len(folders)} run{'s' * (len(folders) > 1)} compared"
     panels = [_panel(comparison, model, measure) for model in models for measure in comparison.measures]
-    accuracy = f"Mean accuracy of {', '.join(comparison.tasks)}." if comparison.tasks else ""
-    facts = {"title": title, "columns": comparison.patterns, "groups": groups, "explained": accuracy}
+    facts = {"title": title, "columns": comparison.patterns, "groups": groups, "explained": comparison.explained}
     facts |= {"notes": comparison.notes, "runs": folders}
     pictures = [(panel.title, Markup(plots.comparison([panel]))) for panel in panels]
-    text = [f"# {card.escaped(title)}", card.results(comparison.patterns, groups), card.escaped(accuracy)]
+    text = [f"# {card.escaped(title)}", card.results(comparison.patterns, groups), card.escaped(comparison.explained)]
     text += ["![The table as a plot](compare.svg)", *(f"> **Note:** {card.escaped(note)}" for note in comparison.notes)]
     text.append(f"Runs: {card.escaped(', '.join(folders))}")
     page.write(
         out,
         {
             "compare.html": page.render("compare.html.jinja", **facts, figures=pictures, mark=summary.MARK),
-            "compare.md": "\n\n".join(filter(None, text)) + "\n",
+            "compare.md": "\n\n".join(text) + "\n",
             "compare.svg": svg.standalone(plots.comparison(panels)),
         },
     )
+
+
+def _explained(found: list[Run], tasks: list[str]) -> str:
+    said = ["Strong: the best pruned and the best healed model of a column. ±: standard error."]
+    if tasks:
+        said.append(f"Mean accuracy of {', '.join(tasks)}.")
+    if not runs.differing_protocol(found):
+        protocol = found[0].results.get("protocol", {})
+        limit = "all" if protocol.get("limit") is None else protocol["limit"]
+        said.append(f"Windows of {protocol.get('seq_len')} tokens; {limit} questions per task.")
+    return " ".join(said)
 
 
 def _measured(model: dict, tasks: list[str]) -> dict[str, tuple[float, float | None]]:
@@ -128,9 +138,7 @@ def _measured(model: dict, tasks: list[str]) -> dict[str, tuple[float, float | N
     if tasks:
         scores = [_scores(model, task) for task in tasks]
         mean = sum(score["acc"] for score in scores) / len(scores)
-        squares = [score.get("acc_stderr") for score in scores]
-        known = all(isinstance(error, int | float) for error in squares)
-        error = math.sqrt(sum(error**2 for error in squares)) / len(scores) if known else None
+        error = summary.mean_error(scores)
         found["mean accuracy, %"] = (100 * mean, None if error is None else 100 * error)
     return found
 
@@ -148,20 +156,16 @@ def _cell(comparison: Comparison, rows: list[Row], row: Row, pattern: str, measu
 
 
 def _panel(comparison: Comparison, model: str, measure: str) -> Panel:
-    rows = {row: None for row in comparison.rows if row.model == model}
-    found = {
-        row: {
-            it: comparison.values[row, it, measure]
-            for it in comparison.patterns
-            if (row, it, measure) in comparison.values
-        }
-        for row in rows
-    }
-    dense = next(
-        (next(iter(values.values())) for row, values in found.items() if row.state == "dense" and values), None
-    )
-    marks = [Mark(row.method, row.healing, values) for row, values in found.items() if row.state != "dense" and values]
-    return Panel(f"{model}, {measure}", comparison.patterns, dense, marks)
+    dense, marks = None, []
+    for row in (row for row in comparison.rows if row.model == model):
+        numbers = {it: comparison.values.get((row, it, measure)) for it in comparison.patterns}
+        drawn = {it: number for it, number in numbers.items() if number and math.isfinite(number[0])}
+        if drawn and row.state == "dense":
+            dense = dense or next(iter(drawn.values()))
+        elif drawn:
+            marks.append(Mark(row.method, row.healing, drawn))
+    several = len({row.model for row in comparison.rows}) > 1
+    return Panel(f"{model}, {measure}" if several else measure, comparison.patterns, dense, marks)
 
 
 def _asked(models: list) -> list[str]:

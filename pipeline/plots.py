@@ -1,7 +1,6 @@
 """The report's pictures: numbers in, an inline SVG string out."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -75,16 +74,25 @@ def loss(training: Points, validation: Points = ()) -> str:
     return draw("loss", paint)
 
 
-def stage_times(stages: Sequence[tuple[str, float, str]]) -> str:
-    """(name, seconds, label such as `3 min 20 s`)."""
-    longest = max(seconds for _, seconds, _ in stages)
-    unit, divisor = next((u, d) for u, d in (("h", 3600), ("min", 60), ("s", 1)) if longest >= 2 * d or d == 1)
-    return _bars("stage_times", [(name, value / divisor, text) for name, value, text in stages], f"time ({unit})")
+def stages(names: list[str], seconds: list[float], gib: list[float | None]) -> str:
+    """Lying bars, the first stage on top; memory is left out where it is not known of all stages."""
+    unit, divisor = next((u, d) for u, d in (("h", 3600), ("min", 60), ("s", 1)) if max(seconds) >= 2 * d or d == 1)
+    sides = [(f"time ({unit})", [value / divisor for value in seconds])]
+    sides += [("peak memory (GiB)", gib)] if None not in gib else []
 
+    def paint(figure: Figure) -> None:
+        grid = figure.subplots(1, len(sides), sharey=True, squeeze=False)
+        for axes, (label, values) in zip(grid.flat, sides):
+            texts = [f"{value:.2g}" for value in values]
+            axes.bar_label(axes.barh(names, values, height=0.6, color=ACCENT), texts, padding=4)
+            axes.set(xlabel=label)
+            axes.margins(x=0.3)  # room for the longest bar's label
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.grid(False, axis="y")
+        grid[0, 0].invert_yaxis()
 
-def stage_memory(stages: Sequence[tuple[str, float, str]]) -> str:
-    """(name, GiB, label)."""
-    return _bars("stage_memory", stages, "memory (GiB)")
+    return draw("stages", paint)
 
 
 def comparison(panels: list[Panel]) -> str:
@@ -101,7 +109,8 @@ def comparison(panels: list[Panel]) -> str:
         for axes, panel in zip(grid.flat, panels):
             for mark in panel.marks:
                 place, healed = methods.index(mark.method), healings.index(mark.healing)
-                x = [panel.patterns.index(it) + 0.7 * ((place + 0.5) / len(methods) - 0.5) for it in mark.numbers]
+                aside = 0.75 * ((place + 0.4 + 0.2 * healed) / len(methods) - 0.5)  # one method's marks stand together
+                x = [panel.patterns.index(it) + aside for it in mark.numbers]
                 y, errors = zip(*mark.numbers.values(), strict=True)
                 colour = SERIES[place % len(SERIES)]
                 axes.errorbar(
@@ -131,29 +140,13 @@ def comparison(panels: list[Panel]) -> str:
         for place, method in enumerate(methods):
             handles.append(Line2D([], [], color=SERIES[place % len(SERIES)], linewidth=3, label=method))
         for healed, healing in enumerate(healings):
-            face, label = (INK, healing.removeprefix(" + ")) if healing else ("none", "pruned")
+            face, label = (INK, healing.strip()) if healing else ("none", "pruned")
             fmt = {"marker": MARKERS[healed % len(MARKERS)], "linestyle": "", "color": INK, "markerfacecolor": face}
             handles.append(Line2D([], [], **fmt, label=label))
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
 
     rows = math.ceil((1 + len(methods) + len(healings)) / 3)
     return draw("comparison", paint, (SIZE[0] * across, SIZE[1] * down + 0.2 * rows))
-
-
-def _bars(name: str, bars: Sequence[tuple[str, float, str]], label: str) -> str:
-    """Lying bars, the first on top."""
-
-    def paint(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        names, values, texts = zip(*bars, strict=True)
-        axes.bar_label(axes.barh(names, values, height=0.6, color=ACCENT), texts, padding=4)
-        axes.set(xlabel=label)
-        axes.margins(x=0.24)  # room for the longest bar's label
-        axes.set_xlim(left=0)
-        axes.invert_yaxis()
-        axes.grid(False, axis="y")
-
-    return draw(name, paint)
 
 
 def _thinned(points: np.ndarray) -> np.ndarray:

@@ -90,7 +90,7 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> dict[str, Any]:
         "cost": cost,
         "columns": summary.columns(results),
         "groups": groups,
-        "explained": summary.EXPLAINED if summary.is_compared(groups) else "",
+        "explained": summary.explained(groups),
         "reference": f"Published: {source}." if reference else "",
         "notes": summary.notes(results),
         "layers": _rows(inputs, "prune", "layers.csv"),
@@ -146,11 +146,8 @@ def figures(facts: dict[str, Any]) -> list[tuple[str, Markup]]:
         held_out = [(step, math.log(it)) for step, it in series.points(facts["metrics"], "step", "val_perplexity")]
         drawn.append(("Loss while fine-tuning", plots.loss(losses, held_out)))
     if stages := facts["stages"]:
-        bars = [(stage["name"], stage["seconds"], stage["time"]) for stage in stages]
-        drawn.append((f"Time of each stage{SINCE}", plots.stage_times(bars)))
-        bars = [(stage["name"], stage["memory_gib"], stage["memory"]) for stage in stages if stage["memory_gib"]]
-        if bars:
-            drawn.append(("Peak memory of each stage, of the process that used most", plots.stage_memory(bars)))
+        told = [[stage[key] for stage in stages] for key in ("name", "seconds", "memory_gib")]
+        drawn.append((f"Time of each stage{SINCE}, and peak memory of one process", plots.stages(*told)))
     return [(caption, Markup(svg)) for caption, svg in drawn]
 
 

@@ -72,7 +72,7 @@ def row_of(run: Run, state: str, runs: list[Run]) -> Row:
     alike = [other for other in runs if other.settings["model"] == run.settings["model"]]
     told = {model: _differing(run, alike, sections) for model, sections in SECTIONS.items()}
     told["dense"] += [f"evaluate.{key}={run.results['protocol'].get(key)}" for key in differing_protocol(runs)]
-    model = summary.short(run.settings["model"] or "a small Llama trained here")
+    model = summary.short(run.settings["model"] or "A small Llama trained here")
     if state == "dense":
         return Row(model, state, f"dense{_bracketed(told['dense'])}")
     method = summary.METHODS.get(run.settings["prune.method"], Path(run.settings["prune.method"]).stem)

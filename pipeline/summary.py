@@ -27,10 +27,7 @@ class Cell(NamedTuple):
 
 Groups = list[tuple[str, list[tuple[str, list[Cell]]]]]  # (title, rows), a row being (label, a cell per column)
 NOTHING = Cell("-")
-EXPLAINED = (
-    f"Below a number: the difference to the dense model (perplexity: in percent, or the factor where it doubled; accuracy: "
-    f"in points) ± the standard error of the paired difference. {MARK}: beyond two standard errors."
-)
+WON_BACK = "won back"
 
 
 def columns(results: dict) -> list[str]:
@@ -49,7 +46,7 @@ def groups(results: dict, published: dict[str, float] | None = None) -> Groups:
             told = [published.get(name) for name in names]
             language.append((f"{dataset}, published", [Cell("" if it is None else perplexity(it)) for it in told]))
         if any(back := [_won_back_cell(results["models"], name, dataset) for name in names]):
-            language.append((f"{dataset}, won back (log)", [cell or Cell("") for cell in back]))
+            language.append((f"{dataset}, {WON_BACK}", [cell or Cell("") for cell in back]))
     for task in keys(model.get("zero_shot") for model in models):
         scores = [(model.get("zero_shot") or {}).get(task) or {} for model in models]
         for metric in (key for key in keys(scores) if not key.endswith("_stderr")):
@@ -57,7 +54,7 @@ def groups(results: dict, published: dict[str, float] | None = None) -> Groups:
             label += "" if metric.startswith(SHARES) else " (not in %)"
             tasks.append((label, [_score_cell(model, task, metric) for model in models]))
     if any(model.get("zero_shot_mean") is not None for model in models):
-        tasks.append(("mean", [Cell(accuracy(model, "zero_shot_mean")) for model in models]))
+        tasks.append(("mean", [Cell(accuracy(_mean(model), "acc")) for model in models]))
     sparsity = [(model.get("sparsity") or {}).get("overall") for model in models]
     if any(value is not None for value in sparsity):
         weights.append(("sparsity, %", [NOTHING if it is None else Cell(f"{100 * it:.2f}") for it in sparsity]))
@@ -69,8 +66,21 @@ def groups(results: dict, published: dict[str, float] | None = None) -> Groups:
     return [(title, rows) for title, rows in zip(titles, (language, tasks, weights), strict=True) if rows]
 
 
-def is_compared(groups: Groups) -> bool:
-    return any(cell.difference for _, rows in groups for _, cells in rows for cell in cells)
+def explained(groups: Groups) -> str:
+    """What the signs in the table mean; only of those that are there."""
+    labels = [label for _, rows in groups for label, _ in rows]
+    cells = [cell for _, rows in groups for _, told in rows for cell in told]
+    said = []
+    if any("±" in cell.value for cell in cells):
+        said.append("±: standard error.")
+    if any(cell.difference for cell in cells):
+        said.append(
+            "Small: the difference to the dense model (of perplexities in percent, or the factor from twice on; of "
+            f"accuracies in points) and its paired standard error; {MARK} where it is beyond two of these."
+        )
+    if any(WON_BACK in label for label in labels):
+        said.append("Won back: the part of the log-perplexity lost by pruning.")
+    return " ".join(said)
 
 
 def perplexity_cell(model: dict, dataset: str) -> Cell:
@@ -82,11 +92,11 @@ def perplexity_cell(model: dict, dataset: str) -> Cell:
     difference = _difference(model, "perplexity", dataset)
     if "log" not in difference:
         return Cell(text)
-    factor, stderr = math.exp(difference["log"]), difference["stderr"]
+    factor, stderr = math.exp(min(difference["log"], 700)), difference["stderr"]  # beyond, a float overflows
     if factor >= 2:
         below = f"×{factor:.3g} ± {factor * stderr:.1g}"
     else:
-        below = f"{100 * (factor - 1):+.1f} ± {100 * factor * stderr:.1f} %"
+        below = f"{100 * (factor - 1):+.1f} ± {100 * factor * stderr:.1f}%"
     return Cell(text, _signed(below), is_beyond(difference["log"], stderr))
 
 
@@ -98,6 +108,18 @@ def _score_cell(model: dict, task: str, metric: str) -> Cell:
         return Cell(text)
     change, stderr = difference[metric], difference["stderr"]
     return Cell(text, _signed(f"{100 * change:+.1f} ± {100 * stderr:.1f}"), is_beyond(change, stderr))
+
+
+def _mean(model: dict) -> dict:
+    scores = [score for score in (model.get("zero_shot") or {}).values() if "acc" in score]
+    return {"acc": model.get("zero_shot_mean"), "acc_stderr": mean_error(scores)}
+
+
+def mean_error(scores: list[dict]) -> float | None:
+    """The standard error of the mean accuracy of tasks, which are independent of each other; None where one is unknown."""
+    errors = [score.get("acc_stderr") for score in scores]
+    known = errors and all(isinstance(error, int | float) for error in errors)
+    return math.hypot(*errors) / len(errors) if known else None
 
 
 def _won_back_cell(models: dict, name: str, dataset: str) -> Cell | None:
@@ -166,7 +188,7 @@ def duration(seconds: float) -> str:
 
 def headline(recipe: Recipe, results: dict) -> str:
     """One sentence: what was pruned, how, to what sparsity, what that cost and what came back."""
-    models, sentence = results["models"], model_name(recipe)
+    models, sentence = results["models"], short(model_name(recipe))
     if "pruned" in models:
         overall = (models["pruned"].get("sparsity") or {}).get("overall")
         share = "" if overall is None else f" ({overall:.2%} of the prunable weights are zero)"
