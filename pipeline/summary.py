@@ -160,6 +160,7 @@ def won_back(dense: float | None, pruned: float | None, healed: float | None) ->
 
 def perplexity(value: float, error: float | None = None) -> str:
     """`7.26 ± 0.05`; both with the same decimals."""
+    error = error if math.isfinite(value) else None
     form = ".2f" if value < 1000 else ",.0f" if value < 1e7 else ".2e"
     return f"{value:{form}}" + (f" ± {error:{form}}" if error is not None else "")
 

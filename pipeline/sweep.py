@@ -69,13 +69,12 @@ def run(cells: dict[str, list[str]], main: Callable[[], int]) -> int:
     `main` is the command itself, which reads `sys.argv`. Each process of a launch walks the cells in this order.
     """
     settings = [recipe.load(arguments) for arguments in cells.values()]  # a mistake in any is answered before all work
-    from pipeline import stages  # noqa: F401  # what all cells need is loaded before they part
+    from pipeline import processes, stages  # noqa: F401  # what all cells need is loaded before they part
 
     failed = []
     for number, (name, arguments) in enumerate(cells.items(), 1):
         _say(f"[{number}/{len(cells)}] {name}")
-        # a launch for several processes meets in a fresh store for each cell, as after a restart
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+        os.environ[processes.CELL] = name
         if _in_a_process_of_its_own(main, arguments):
             failed.append(name)
             _say(f"espalier: {name} failed; the other cells run", sys.stderr)

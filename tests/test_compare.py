@@ -146,9 +146,8 @@ def test_a_method_that_diverged_is_told_and_the_others_drawn(tmp_path):
     for name, value in zip(PLAIN, (5.0, 123456.0, math.inf)):
         results["models"][name]["perplexity"] = {"wikitext2": value}
     write_run(tmp_path / "a", results=results)
-    labels = {row[0]: row[1] for row in compared(tmp_path / "a") if "perplexity" in row[0] or "," in row[1]}
-    assert labels["Wanda"].startswith("123,456")
-    assert "inf ±" in (tmp_path / "out/compare.html").read_text()
+    told = [row[1] for row in compared(tmp_path / "a")]
+    assert "123,456 ± 0" in told and "inf" in told
     assert "nan" not in (tmp_path / "out/compare.svg").read_text()
 
 
