@@ -94,12 +94,12 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def largest(value: float) -> float:
-    """The largest of the ranks' values, on every rank."""
+def all_ranks(value: Any) -> list[Any]:
+    """Every rank's `value`, in their order."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
-    return max(values)
+    return values
 
 
 def share_of(count: int) -> slice:

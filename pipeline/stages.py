@@ -94,7 +94,7 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
     memory.restart_peak(processes.device())
     started = time.perf_counter()
     stage.run(recipe, work, inputs)
-    memory_gib = processes.largest(memory.peak_gib(processes.device()))
+    memory_gib = max(processes.all_ranks(memory.peak_gib(processes.device())))
     if processes.is_main():
         about = {
             "key": key,

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline import plots, recipe, report, summary
+from pipeline import plots, published, recipe, report, summary
 
 MATRICES = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "mlp.experts.down_proj[0]", "mlp.experts.down_proj[1]")
 PLAIN = ("dense", "pruned", "finetuned")
+RAW = "Salesforce/wikitext:wikitext-2-raw-v1@test"
 HOSTILE = '<script>alert(1)</script> | `x` </style> & "quote"'
 
 
@@ -259,6 +260,36 @@ def test_the_recipe_in_the_report_is_a_recipe(tmp_path: Path) -> None:
     first = recipe.load(["recipe=tiny", "stages=[prune,finetune,evaluate,report]", "model=some/model", *changed])
     first.pretrain = recipe.Pretrain()  # settings of a stage that the run does not have are not told
     assert recipe.load([f"recipe={again}"]) == first
+
+
+@pytest.mark.parametrize(
+    "settings, seq_len, dataset, told",
+    [
+        (["recipe=llama7b_2of4"], 2048, RAW, (5.68, 11.53, 8.24)),
+        (["recipe=llama7b_2of4", "model=./somewhere/llama-7b"], 2048, RAW, (5.68, 11.53, 8.24)),
+        (["recipe=llama13b_half", "prune.sparsity=0.50"], 2048, RAW, (5.09, 6.15)),
+        (["recipe=llama2_7b_4of8", "prune.sparsity='4:8'"], 4096, RAW, (5.12, 7.97)),
+        (["recipe=llama7b_2of4", "prune.overrides={'*.0.*': dense}"], 2048, RAW, (5.68,)),
+        (["recipe=llama7b_2of4", "prune.sparsity=1of4"], 2048, RAW, (5.68,)),
+        (["recipe=llama7b_2of4"], 1024, RAW, ()),
+        (["recipe=llama7b_2of4"], 2048, "Salesforce/wikitext:wikitext-2-v1@test", ()),
+        (["recipe=opt_125m_half"], 2048, RAW, ()),
+    ],
+)
+def test_published_numbers_are_of_the_same_setting(settings: list, seq_len: int, dataset: str, told: tuple) -> None:
+    protocol = {"seq_len": seq_len, "datasets": {"wikitext2": f"{dataset}, 9 windows"}}
+    found, source = published.find(recipe.load(settings), protocol)
+    assert found == dict(zip(PLAIN, told)) and bool(source) == bool(told)
+
+
+def test_published_numbers_stand_below_ours(tmp_path: Path) -> None:
+    results = make_results(*PLAIN)
+    results["protocol"] |= {
+        "seq_len": 2048,
+        "datasets": {"wikitext2": f"{RAW}, 9 windows"},
+    }
+    _, card = write_report(tmp_path, results, "prune.sparsity=2of4", model="huggyllama/llama-7b")
+    assert "| wikitext2, published | 5.68 | 11.53 | 8.24 |" in card and "Sun et al. 2023" in card
 
 
 def test_won_back() -> None:
