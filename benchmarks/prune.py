@@ -50,18 +50,18 @@ class Clock:
 
     def around(self, function):
         def timed(*args, **kwargs):
-            _wait()
+            wait()
             started = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                _wait()
+                wait()
                 self.total += time.perf_counter() - started
 
         return timed
 
 
-def _wait() -> None:
+def wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -78,10 +78,10 @@ def ours(model, windows, method: str, pattern: str, batch_size: int) -> dict[str
         writer = LayerWriter(Path(folder))
         writing = Clock()
         writer.write_on_batch_end = writing.around(writer.write_on_batch_end)
-        _wait()
+        wait()
         started = time.perf_counter()
         prune.tour(walk, [callback, writer])
-        _wait()
+        wait()
         seconds = time.perf_counter() - started - writing.total  # the textbook writes nothing
     return {"stage": seconds, "pruning": clock.total, "writing": writing.total}
 
@@ -96,10 +96,10 @@ def plain(model, windows, method: str, pattern: str) -> dict[str, float]:
     outer = "to_prune" if method in textbook.SCORES else "surgeon"
     setattr(textbook, outer, clock.around(patched[outer]))
     try:
-        _wait()
+        wait()
         started = time.perf_counter()
         textbook.prune(decoder, windows, method, patterns.parse(pattern))
-        _wait()
+        wait()
     finally:
         setattr(textbook, outer, patched[outer])
         textbook.Statistics.hook = hook
@@ -120,10 +120,10 @@ def selecting(shape: str, pattern: Pattern, repeats: int) -> tuple[float, float]
     times = [[], []]
     for _ in range(repeats):
         for way, found in zip(ways, times):
-            _wait()
+            wait()
             started = time.perf_counter()
             way()
-            _wait()
+            wait()
             found.append(time.perf_counter() - started)
     return statistics.median(times[0]), statistics.median(times[1])
 

@@ -56,9 +56,9 @@ def write_model_card(folder: Path, recipe: Recipe, stage: str) -> None:
     told = f"{name}, pruned with {method_name(recipe)} to {prune.sparsity}"
     told += f" ({text.samples} samples of {text.seq_len} tokens of {text.dataset})"
     if stage == "finetune":
-        told += f", then fine-tuned with a LoRA of rank {tune.rank} that keeps the mask"
+        how = "all kept weights" if tune.method == "full" else f"a LoRA of rank {tune.rank}, merged"
+        told += f", then fine-tuned within its masks: {how}"
         told += f" ({tune.max_steps} steps of {tune.batch_size * tune.accumulate} x {tune.seq_len} tokens of {tune.dataset})"
-        told += " and merged"
     where = "What it scores stands in the report of its run (`report/report.md`), with all settings."
     parts = [
         _front(model_name(recipe)),

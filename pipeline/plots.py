@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -10,7 +11,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from pipeline.series import Panel, Points
 from pipeline.svg import ACCENT, INK, SECOND, SERIES, SIZE, draw
 
-MARKERS = "os^Dv"  # of what healed
+MARKERS = "os^Dv"
+DENSE = {"color": INK, "linewidth": 1, "linestyle": (0, (4, 3))}
 POINTS = 300  # a loss curve holds no more points than it has pixels
 
 
@@ -107,46 +109,51 @@ def comparison(panels: list[Panel]) -> str:
         for place, axes in enumerate(grid.flat):
             axes.set_visible(place < len(panels))
         for axes, panel in zip(grid.flat, panels):
-            for mark in panel.marks:
-                place, healed = methods.index(mark.method), healings.index(mark.healing)
-                aside = 0.75 * ((place + 0.4 + 0.2 * healed) / len(methods) - 0.5)  # one method's marks stand together
-                x = [panel.patterns.index(it) + aside for it in mark.numbers]
-                y, errors = zip(*mark.numbers.values(), strict=True)
-                colour = SERIES[place % len(SERIES)]
-                axes.errorbar(
-                    x,
-                    y,
-                    yerr=[error or 0 for error in errors],
-                    fmt=MARKERS[healed % len(MARKERS)],
-                    markersize=5.5,
-                    linewidth=1.2,
-                    color=colour,
-                    markerfacecolor=colour if mark.healing else "none",
-                )
-            if panel.dense:
-                axes.axhline(panel.dense[0], color=INK, linewidth=1, linestyle=(0, (4, 3)))
-            values = [number[0] for mark in panel.marks for number in mark.numbers.values()]
-            if values and min(values) > 0 and max(values) > 8 * min(values):
-                axes.set_yscale("log")
-                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
-                axes.yaxis.set_minor_locator(NullLocator())
-            axes.set_xticks(range(len(panel.patterns)), panel.patterns)
-            axes.set_xlim(-0.5, len(panel.patterns) - 0.5)
-            axes.grid(False, axis="x")
+            _compare(axes, panel, methods, healings)
             if len(panels) > 1:
                 axes.set_title(panel.title)
-        handles = [Line2D([], [], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="dense")]
-        for place, method in enumerate(methods):
-            handles.append(Line2D([], [], color=SERIES[place % len(SERIES)], linewidth=3, label=method))
-        for healed, healing in enumerate(healings):
-            face, label = (INK, healing.strip()) if healing else ("none", "pruned")
-            fmt = {"marker": MARKERS[healed % len(MARKERS)], "linestyle": "", "color": INK, "markerfacecolor": face}
-            handles.append(Line2D([], [], **fmt, label=label))
+        handles = [Line2D([], [], **DENSE, label="dense")]
+        handles += [Line2D([], [], color=_colour(it, methods), linewidth=3, label=it) for it in methods]
+        for healing in healings:
+            told = {**_marker(healing, healings, INK), "color": INK, "linestyle": ""}
+            handles.append(Line2D([], [], **told, label=healing.strip() or "pruned"))
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
 
     rows = math.ceil((1 + len(methods) + len(healings)) / 3)
     return draw("comparison", paint, (SIZE[0] * across, SIZE[1] * down + 0.2 * rows))
+
+
+def _compare(axes: Axes, panel: Panel, methods: list[str], healings: list[str]) -> None:
+    for mark in panel.marks:
+        place, healed = methods.index(mark.method), healings.index(mark.healing)
+        # one method's marks stand together, beside each other so that their errors are seen
+        aside = 0.75 * ((place + (healed + 1) / (len(healings) + 1)) / len(methods) - 0.5)
+        x = [panel.patterns.index(pattern) + aside for pattern in mark.numbers]
+        y, errors = zip(*mark.numbers.values(), strict=True)
+        colour = _colour(mark.method, methods)
+        look = _marker(mark.healing, healings, colour)
+        axes.errorbar(x, y, [error or 0 for error in errors], linestyle="", linewidth=1.2, color=colour, **look)
+    if panel.dense:
+        axes.axhline(panel.dense[0], **DENSE)
+    values = [number[0] for mark in panel.marks for number in mark.numbers.values()]
+    if values and min(values) > 0 and max(values) > 8 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(range(len(panel.patterns)), panel.patterns)
+    axes.set_xlim(-0.5, len(panel.patterns) - 0.5)
+    axes.grid(False, axis="x")
+
+
+def _colour(method: str, methods: list[str]) -> str:
+    return SERIES[methods.index(method) % len(SERIES)]
+
+
+def _marker(healing: str, healings: list[str], colour: str) -> dict:
+    """What healed has a shape of its own and is filled."""
+    shape = MARKERS[healings.index(healing) % len(MARKERS)]
+    return {"marker": shape, "markersize": 5, "markerfacecolor": colour if healing else "none"}
 
 
 def _thinned(points: np.ndarray) -> np.ndarray:

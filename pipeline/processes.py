@@ -133,16 +133,24 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
-def trainer_arguments() -> dict[str, Any]:
-    """What a Lightning Trainer must be told to use exactly the processes that are here.
+def trainer_arguments(strategy: str = "ddp") -> dict[str, Any]:
+    """What a Lightning Trainer must be told to use exactly the processes that are here; `strategy`: ddp or fsdp.
 
     With devices="auto" each rank of a CPU launch would train alone.
     """
+    several: Any = "auto"
+    if world_size() > 1 and strategy == "fsdp":
+        from pipeline.sharding import ShardedStrategy
+
+        several = ShardedStrategy(world_size(), TIMEOUT)
+    elif world_size() > 1:
+        # every rank's buffers are made from the same files and steps: nothing to broadcast before each forward
+        several = DDPStrategy(timeout=TIMEOUT, broadcast_buffers=False)
     return {
         "accelerator": "gpu" if torch.cuda.is_available() else "cpu",
         "devices": local_world_size(),
         "num_nodes": int(os.environ.get("GROUP_WORLD_SIZE", 1)),
-        "strategy": DDPStrategy(timeout=TIMEOUT) if world_size() > 1 else "auto",
+        "strategy": several,
         "use_distributed_sampler": False,
         "enable_model_summary": False,
     }

@@ -19,7 +19,7 @@ def find(recipe: Recipe, protocol: dict) -> tuple[dict[str, float], str]:
     pruned = f"{settings.method} {pattern_name(settings.sparsity)}"
     rows = {"dense": "dense"}
     if settings.allocation == "uniform" and not settings.overrides:
-        rows |= {"pruned": pruned, "finetuned": f"{pruned} + {recipe.finetune.method}"}
+        rows |= {"pruned": pruned, "finetuned": f"{pruned} + lora" if "lora" in recipe.finetune.method else ""}
     for table in OmegaConf.to_container(OmegaConf.load(Path(__file__).with_suffix(".yaml"))):
         columns = [Path(model).name.lower() for model in table["models"]]
         if name in columns and protocol.get("seq_len") == table["seq_len"]:

@@ -5,6 +5,7 @@ Imports no torch, and matplotlib only to draw, so that the table on the terminal
 
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +70,15 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> dict[str, Any]:
     about = {name: stage for name, stage in found.items() if stage}
     reference, source = published.find(recipe, protocol)
     groups = summary.groups(results, reference)
-    settings = [(PROTOCOL.get(key, key), value) for key, value in protocol.items() if key not in TOLD_ELSEWHERE]
-    machines = list(dict.fromkeys(stage["machine"] for stage in about.values() if "machine" in stage))
-    systems = list(dict.fromkeys(stage["system"] for stage in about.values() if "system" in stage))
-    seconds = sum(stage["seconds"] for stage in about.values())
-    cost = f"It took {summary.duration(seconds)} on {'; '.join(machines)}." if machines else ""
-    versions: dict[str, list[str]] = {}
-    for libraries in [*(stage.get("versions") or {} for stage in about.values()), results.get("versions") or {}]:
-        for package, version in libraries.items():
-            if str(version) not in versions.setdefault(package, []):
-                versions[package].append(str(version))
-    hashes = [(f"{name} model", models[name]["hash"]) for name in summary.columns(results) if "hash" in models[name]]
-    hashes += [("masks", str(protocol["masks"]))] if protocol.get("masks") else []
+    machines = _once(stage.get("machine") for stage in about.values())
+    cost = f"It took {summary.duration(sum(stage['seconds'] for stage in about.values()))} on {'; '.join(machines)}."
     used = {key: value for key, value in plain(recipe).items() if key not in STAGES or key in recipe.stages}
     return {
         "model": summary.model_name(recipe),
         "title": summary.short(summary.model_name(recipe)),
         "pattern": str(recipe.prune.sparsity) if "pruned" in models else "",
         "headline": summary.headline(recipe, results),
-        "cost": cost,
+        "cost": cost if machines else "",
         "columns": summary.columns(results),
         "groups": groups,
         "explained": summary.explained(groups),
@@ -96,34 +87,10 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> dict[str, Any]:
         "layers": _rows(inputs, "prune", "layers.csv"),
         "matrices": _rows(inputs, "prune", "matrices.csv"),
         "metrics": _rows(inputs, "finetune", "metrics.csv"),
-        "continuations": [
-            (
-                prompt,
-                [(name, texts[place]) for name in summary.columns(results) if (texts := _texts(models[name], place))],
-            )
-            for place, prompt in enumerate(protocol.get("prompts") or [])
-        ],
-        "stages": [
-            {
-                "name": name,
-                "seconds": stage["seconds"],
-                "time": summary.duration(stage["seconds"]),
-                "memory_gib": stage.get("memory_gib"),
-                "memory": f"{stage['memory_gib']:.2f} GiB" if "memory_gib" in stage else "-",
-                "processes": stage["processes"],
-                "finished": stage["finished"][:16].replace("T", " "),
-            }
-            for name, stage in about.items()
-        ],
-        "protocol": [(key, "all" if value is None else str(value)) for key, value in settings]
-        + [(name, str(text)) for name, text in (protocol.get("datasets") or {}).items()],
-        "origin": [
-            ("seed", str(recipe.seed)),
-            *(("hardware", machine) for machine in machines),
-            *(("system", system) for system in systems),
-            *((package, ", ".join(found)) for package, found in sorted(versions.items())),
-            *((f"hash of the {name}", value) for name, value in hashes),
-        ],
+        "continuations": _continuations(results),
+        "stages": [_stage(name, stage) for name, stage in about.items()],
+        "protocol": _protocol(protocol),
+        "origin": _origin(recipe, results, about),
         "recipe": OmegaConf.to_yaml(used).strip(),
     }
 
@@ -133,14 +100,9 @@ def figures(facts: dict[str, Any]) -> list[tuple[str, Markup]]:
     from pipeline import plots  # matplotlib takes a second to import
 
     drawn = []
-    # a run of an older version logged layers only
-    sparsity = series.by_type(facts["matrices"], "sparsity") or _named("layer", facts["layers"], "sparsity")
-    errors = series.by_type(facts["matrices"], "relative_output_error") or _named(
-        "mean", facts["layers"], "relative_output_error"
-    )
-    if sparsity:
+    if sparsity := series.by_type(facts["matrices"], "sparsity"):
         drawn.append(("Pruned weights of each layer, by matrix", plots.sparsity(series.together(sparsity))))
-    if errors:
+    if errors := series.by_type(facts["matrices"], "relative_output_error"):
         drawn.append(("Output error of each layer, by matrix", plots.output_error(errors)))
     if losses := series.points(facts["metrics"], "step", "loss"):
         held_out = [(step, math.log(it)) for step, it in series.points(facts["metrics"], "step", "val_perplexity")]
@@ -151,15 +113,49 @@ def figures(facts: dict[str, Any]) -> list[tuple[str, Markup]]:
     return [(caption, Markup(svg)) for caption, svg in drawn]
 
 
-def _named(name: str, rows: series.Rows, column: str) -> dict[str, series.Points]:
-    found = series.points(rows, "layer", column)
-    return {name: found} if found else {}
+def _continuations(results: dict) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(prompt, [(model, what it wrote)])."""
+    wrote = {name: results["models"][name].get("continuations") or [] for name in summary.columns(results)}
+    prompts = (results.get("protocol") or {}).get("prompts") or []
+    return [
+        (prompt, [(name, texts[place]) for name, texts in wrote.items() if place < len(texts)])
+        for place, prompt in enumerate(prompts)
+    ]
 
 
-def _texts(model: dict, place: int) -> list[str]:
-    """A model's continuations, where it has one for this prompt."""
-    texts = model.get("continuations") or []
-    return texts if place < len(texts) else []
+def _stage(name: str, about: dict) -> dict[str, Any]:
+    return {
+        "name": name,
+        "seconds": about["seconds"],
+        "time": summary.duration(about["seconds"]),
+        "memory_gib": about.get("memory_gib"),
+        "memory": f"{about['memory_gib']:.2f} GiB" if "memory_gib" in about else "-",
+        "processes": about["processes"],
+        "finished": about["finished"][:16].replace("T", " "),
+    }
+
+
+def _protocol(protocol: dict) -> list[tuple[str, str]]:
+    told = [(PROTOCOL.get(key, key), value) for key, value in protocol.items() if key not in TOLD_ELSEWHERE]
+    texts = [(name, str(text)) for name, text in (protocol.get("datasets") or {}).items()]
+    return [(key, "all" if value is None else str(value)) for key, value in told] + texts
+
+
+def _origin(recipe: Recipe, results: dict, about: dict[str, dict]) -> list[tuple[str, str]]:
+    """What a run must agree in to be this one: seed, machine, versions, and the hashes of what came out."""
+    told = [("seed", str(recipe.seed))]
+    for key, name in (("machine", "hardware"), ("system", "system")):
+        told += [(name, value) for value in _once(stage.get(key) for stage in about.values())]
+    libraries = [*(stage.get("versions") or {} for stage in about.values()), results.get("versions") or {}]
+    for package in sorted(summary.keys(libraries)):
+        told.append((package, ", ".join(_once(versions.get(package) for versions in libraries))))
+    hashes = {f"{name} model": results["models"][name].get("hash") for name in summary.columns(results)}
+    hashes["masks"] = (results.get("protocol") or {}).get("masks")
+    return told + [(f"hash of the {name}", str(value)) for name, value in hashes.items() if value]
+
+
+def _once(values: Iterable[Any]) -> list[str]:
+    return list(dict.fromkeys(str(value) for value in values if value))
 
 
 def _rows(inputs: dict[str, Path], stage: str, name: str) -> series.Rows:

@@ -14,7 +14,7 @@ SECTIONS = {
     "reconstructed": ("reconstruct",),
     "finetuned": ("finetune",),
 }
-OWN_PLACE = ("model", "prune.method", "prune.sparsity")  # told by the table's rows and columns
+OWN_PLACE = ("model", "prune.method", "prune.sparsity", "finetune.method")  # told by the rows' and columns' names
 PROTOCOL = ("seq_len", "limit", "fewshot")
 
 
@@ -77,7 +77,8 @@ def row_of(run: Run, state: str, runs: list[Run]) -> Row:
         return Row(model, state, f"dense{_bracketed(told['dense'])}")
     method = summary.METHODS.get(run.settings["prune.method"], Path(run.settings["prune.method"]).stem)
     healing = ""
-    for healed, name in (("reconstructed", "reconstruction"), ("finetuned", "LoRA")):
+    tuning = summary.HEALERS[run.settings["finetune.method"]]
+    for healed, name in (("reconstructed", "reconstruction"), ("finetuned", tuning)):
         if healed in run.results["models"] and MODELS.index(healed) <= MODELS.index(state):
             healing += f" + {name}{_bracketed(told[healed])}"
     return Row(model, state, f"{method}{_bracketed(told['dense'] + told['pruned'])}", healing)
