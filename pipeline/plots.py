@@ -76,19 +76,18 @@ def loss(training: Points, validation: Points = ()) -> str:
     return draw("loss", paint)
 
 
-def stages(names: list[str], seconds: list[float], gib: list[float | None]) -> str:
-    """Lying bars, the first stage on top; memory is left out where it is not known of all stages."""
+def stages(names: list[str], seconds: list[float], times: list[str], gib: list[float | None]) -> str:
+    """Lying bars, the first stage on top; `times` are told at their ends. Memory is left out where one is unknown."""
     unit, divisor = next((u, d) for u, d in (("h", 3600), ("min", 60), ("s", 1)) if max(seconds) >= 2 * d or d == 1)
-    sides = [(f"time ({unit})", [value / divisor for value in seconds])]
-    sides += [("peak memory (GiB)", gib)] if None not in gib else []
+    sides = [(f"time ({unit})", [value / divisor for value in seconds], times)]
+    sides += [("peak memory (GiB)", gib, [f"{value:.2g}" for value in gib])] if None not in gib else []
 
     def paint(figure: Figure) -> None:
         grid = figure.subplots(1, len(sides), sharey=True, squeeze=False)
-        for axes, (label, values) in zip(grid.flat, sides):
-            texts = [f"{value:.2g}" for value in values]
+        for axes, (label, values, texts) in zip(grid.flat, sides):
             axes.bar_label(axes.barh(names, values, height=0.6, color=ACCENT), texts, padding=4)
             axes.set(xlabel=label)
-            axes.margins(x=0.3)  # room for the longest bar's label
+            axes.margins(x=0.08 * max(map(len, texts)))  # room for the label of the longest bar
             axes.set_xlim(left=0)
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.grid(False, axis="y")

@@ -108,7 +108,7 @@ def figures(facts: dict[str, Any]) -> list[tuple[str, Markup]]:
         held_out = [(step, math.log(it)) for step, it in series.points(facts["metrics"], "step", "val_perplexity")]
         drawn.append(("Loss while fine-tuning", plots.loss(losses, held_out)))
     if stages := facts["stages"]:
-        told = [[stage[key] for stage in stages] for key in ("name", "seconds", "memory_gib")]
+        told = [[stage[key] for stage in stages] for key in ("name", "seconds", "time", "memory_gib")]
         drawn.append((f"Time of each stage{SINCE}, and peak memory of one process", plots.stages(*told)))
     return [(caption, Markup(svg)) for caption, svg in drawn]
 
