@@ -49,24 +49,23 @@ def markdown(facts: dict[str, Any]) -> str:
 
 
 def write_model_card(folder: Path, recipe: Recipe, stage: str) -> None:
-    """README.md of the model that `prune` or `finetune` made. It is written by that stage, as a finished one stays as it
-    is, so it tells what was done and not what came of it."""
+    """README.md of the model that `stage` (prune, reconstruct or finetune) made.
+
+    It is written by that stage, as a finished one stays as it is, so it tells what was done and not what came of it.
+    """
     text, prune, tune = recipe.calibration, recipe.prune, recipe.finetune
     name = short(model_name(recipe))
     told = f"{name}, pruned with {method_name(recipe)} to {prune.sparsity}"
     told += f" ({text.samples} samples of {text.seq_len} tokens of {text.dataset})"
+    if stage != "prune" and "reconstruct" in recipe.stages:
+        told += ", its layers reconstructed"
     if stage == "finetune":
         how = "all kept weights" if tune.method == "full" else f"a LoRA of rank {tune.rank}, merged"
         told += f", then fine-tuned within its masks: {how}"
         told += f" ({tune.max_steps} steps of {tune.batch_size * tune.accumulate} x {tune.seq_len} tokens of {tune.dataset})"
     where = "What it scores stands in the report of its run (`report/report.md`), with all settings."
-    parts = [
-        _front(model_name(recipe)),
-        f"# {escaped(f'{name} {prune.sparsity}')}",
-        escaped(f"{told}."),
-        AS_ZEROS,
-        where,
-    ]
+    title = f"# {escaped(f'{name} {prune.sparsity}')}"
+    parts = [_front(model_name(recipe)), title, escaped(f"{told}."), AS_ZEROS, where]
     with files.whole(folder / "README.md") as beside:
         beside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 

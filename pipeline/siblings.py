@@ -1,4 +1,4 @@
-"""Owns what runs beside each other share: a finished stage of the same key is linked instead of made again."""
+"""Owns what the cells of a sweep share: a finished stage of the same key is linked instead of made again."""
 
 import os
 import shutil

@@ -4,6 +4,7 @@ A stage is done when `<run_dir>/<stage>/stage.json` holds the key of what it was
 `<run_dir>/.<stage>/`, which is renamed when it is whole: resuming is the same command again.
 """
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -121,8 +122,13 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
 
 
 def _is_taken_over(stage: Stage, finished: Path, key: str) -> bool:
-    """Whether a run beside this one has made the same; not the report, which also tells where its run lies."""
-    sibling = None if stage.name == "report" else siblings.take_over(finished, key)
+    """Whether another cell of this sweep has made the same; not the report, which also tells where its run lies.
+
+    A run on its own takes over nothing: whoever repeats one wants to see it come out again.
+    """
+    if processes.CELL not in os.environ or stage.name == "report":
+        return False
+    sibling = siblings.take_over(finished, key)
     if sibling:
         print(f"{stage.name}: taken over from {sibling}", flush=True)
     return sibling is not None

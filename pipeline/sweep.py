@@ -2,7 +2,7 @@
 
     launch.py prune.method=magnitude,wanda prune.sparsity=0.5,2of4
 
-makes four runs. What their stages have in common is done once (`stages` takes over what a run beside it has finished).
+makes four runs. What their stages have in common is done once (`stages` takes over what another cell has finished).
 A cell runs in a process forked from this one, which has loaded the libraries and used none: it costs no imports, its memory
 goes with it, and whatever ends it, the other cells run.
 """
