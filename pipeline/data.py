@@ -15,15 +15,19 @@ from pipeline.sources import KNOWN, Source, documents
 CHUNK = 1000  # documents tokenised at once: ten times faster than one by one
 
 
-def joined(source: Source, tokenizer) -> Tensor:
-    """All tokens of the split as one row, (tokens,): the documents joined as the papers join them (default a blank line)."""
+def joined(source: Source, tokenizer, seq_len: int | None = None) -> Tensor:
+    """All tokens of the split as one row, (tokens,): the documents joined as the papers join them (default a blank line).
+
+    Of C4's validation, the papers measure 256 windows of `seq_len` tokens, cut from its first 1100 documents.
+    """
     rows = documents(source)
     if "input_ids" in rows.column_names:
         return torch.tensor([token for ids in rows["input_ids"] for token in ids])
     known = KNOWN.get(source.name)
     separator = (known.separators if known and known.separators else {}).get(source.split, "\n\n")
     if source.name == "c4" and source.split == "validation":
-        rows = rows.select(range(min(1100, len(rows))))  # the papers' excerpt: 256 windows of its first 1100 documents
+        ids = _ids(tokenizer, separator.join(rows.select(range(min(1100, len(rows))))["text"]))
+        return ids[: 256 * seq_len] if seq_len else ids
     return _ids(tokenizer, separator.join(rows["text"]))
 
 

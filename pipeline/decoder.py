@@ -34,9 +34,7 @@ class Decoder:
     prefix: str = field(init=False)  # such as "model.layers"
     layers: nn.ModuleList = field(init=False)
     calls: dict[tuple[int, torch.Size], Call] = field(default_factory=dict)  # by layer and shape of the batch
-    tuple_out: bool | None = (
-        None  # whether a layer returns a tuple, as it does in some families; told by its first call
-    )
+    tuple_out: bool | None = None  # whether a layer returns a tuple, as in some families: its first call tells
 
     def __post_init__(self) -> None:
         self.prefix, self.layers = find_layers(self.model)

@@ -32,7 +32,12 @@ def check(recipe: Recipe) -> None:
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
-    """Writes `results.json`."""
+    """Writes `results.json`: {"models": {"dense", "pruned", ...}, "protocol", "versions"}.
+
+    Of each model: "perplexity" and "perplexity_stderr" by data set, "zero_shot" by task, "continuations" of the
+    protocol's "prompts", "differences" from each model before it (`paired.difference`), "hash" of its folder,
+    "sparsity" and "mask_violations". The protocol holds the sha256 of the "masks" file.
+    """
     settings, dense = recipe.evaluate, models.dense_folder(recipe, inputs)
     _check_length(dense, recipe)
     protocol: dict[str, Any] = {"datasets": {}, "notes": []}

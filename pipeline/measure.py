@@ -1,6 +1,7 @@
 """Owns what is measured of one model, and what of it is kept in `<runs>/.measured/`, by model and settings."""
 
 import functools
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
 
         def measure_losses(spec=spec, source=source) -> list[float]:
             tell = _at_times(f"  {name}: perplexity on {spec}, ")
-            windows_NT = windows(data.joined(source, tokenizer()), settings.seq_len)
+            windows_NT = windows(data.joined(source, tokenizer(), settings.seq_len), settings.seq_len)
             if where() == "stream":
                 decoder = Decoder(subject.load(recipe))
                 models.check_vocabulary(decoder.model.config, windows_NT, source)
@@ -141,13 +142,13 @@ def _once(cache: Path, about: dict, find: Callable[[], Any]) -> Any:
 
 def _at_times(beginning: str) -> Callable[[str], None]:
     """Says how far it is, on rank 0, at most once in `EVERY` seconds."""
-    last = time.monotonic()
+    last, out = time.monotonic(), sys.stdout  # which is turned away while lm-eval runs
 
     def tell(text: str) -> None:
         nonlocal last
-        if time.monotonic() - last > EVERY:
+        if processes.is_main() and time.monotonic() - last > EVERY:
             last = time.monotonic()
-            processes.say(beginning + text)
+            print(beginning + text, file=out, flush=True)
 
     return tell
 

@@ -64,6 +64,7 @@ def tokenizer(folder: Path, recipe: Recipe):
 
 
 def config(folder: Path, recipe: Recipe) -> PreTrainedConfig:
+    """What `config.json` says, without the weights."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
     except Exception as error:

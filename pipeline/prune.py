@@ -9,7 +9,7 @@ from torch import Tensor
 from callbacks.layer_writer import LayerWriter
 from callbacks.methods import pruner
 from callbacks.outliers import OutlierShares
-from pipeline import calibration, files, memory, models, processes
+from pipeline import calibration, card, files, memory, models, processes
 from pipeline.allocation import allocate
 from pipeline.decoder import Decoder
 from pipeline.masks import Masks
@@ -18,7 +18,7 @@ from pipeline.walk import LayerWalk, tour, write_outside, write_rows
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
-    """Writes `model/`, `masks.safetensors` and `layers.csv`."""
+    """Writes `model/`, `masks.safetensors`, `layers.csv` and `matrices.csv`."""
     origin = models.dense_folder(recipe, inputs)
     decoder = Decoder(models.load(origin, recipe))
     settings = recipe.prune
@@ -59,5 +59,9 @@ def finish(walk: LayerWalk, origin: Path, recipe: Recipe) -> None:
     """The rest of the model folder, all masks in one file, all rows in one table."""
     write_outside(walk, origin, recipe.dtype)
     parts = [walk.masks_file(index) for index in range(len(walk.decoder.layers))]
-    write_rows(walk.folder / "layers.csv", Masks.merge(parts, walk.folder / "masks.safetensors"))
+    rows = Masks.merge(parts, walk.folder / "masks.safetensors")
+    matrices = [matrix for row in rows for matrix in row.pop("matrices")]
+    write_rows(walk.folder / "layers.csv", rows)
+    write_rows(walk.folder / "matrices.csv", matrices)
+    card.write_model_card(walk.folder / "model", recipe, "prune")
     shutil.rmtree(walk.folder / "masks")

@@ -184,9 +184,13 @@ def load(argv: list[str]) -> Recipe:
     return recipe
 
 
+def plain(recipe: Recipe) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.structured(recipe))
+
+
 def section(recipe: Recipe, key: str) -> Any:
     """The plain data (dict, list, number) of one top-level key."""
-    return OmegaConf.to_container(OmegaConf.structured(recipe))[key]
+    return plain(recipe)[key]
 
 
 def reconstruction_text(recipe: Recipe) -> Calibration:

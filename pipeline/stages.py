@@ -4,6 +4,7 @@ A stage is done when `<run_dir>/<stage>/stage.json` holds the key of what it was
 `<run_dir>/.<stage>/`, which is renamed when it is whole: resuming is the same command again.
 """
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -13,8 +14,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import evaluate, files, finetune, models, pretrain, processes, prune, reconstruct, report, sources
-from pipeline.recipe import Recipe, section
+from pipeline import (
+    evaluate,
+    files,
+    finetune,
+    hardware,
+    memory,
+    models,
+    pretrain,
+    processes,
+    prune,
+    reconstruct,
+    report,
+    siblings,
+    sources,
+)
+from pipeline.recipe import Recipe, plain, section
 
 LIBRARIES = ("torch", "transformers", "datasets", "lightning", "peft", "accelerate", "lm_eval")
 
@@ -69,6 +84,8 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
     if state:
         processes.say(f"{stage.name}: done before")
         return
+    if processes.from_main(processes.is_main() and _is_taken_over(stage, finished, key)):
+        return
     if processes.is_main():
         if before:
             print(f"{stage.name}: {_difference(before['made_from'], made_from)}: running again", flush=True)
@@ -78,9 +95,10 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
             shutil.rmtree(work, ignore_errors=True)
         files.write_json(work / "stage.json", {"key": key, "stage": stage.name})
     processes.barrier()
+    memory.restart_peak(processes.device())
     started = time.perf_counter()
     stage.run(recipe, work, inputs)
-    processes.barrier()
+    memory_gib = max(processes.all_ranks(memory.peak_gib(processes.device())))
     if processes.is_main():
         about = {
             "key": key,
@@ -88,8 +106,12 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - started, 1),
             "processes": processes.world_size(),
+            "memory_gib": round(memory_gib, 3),  # of the process that used most
+            "machine": hardware.machine(),
+            "system": hardware.system(),
             "versions": {library: version(library) for library in LIBRARIES},
             "made_from": made_from,
+            "recipe": plain(recipe),
         }
         files.write_json(work / "stage.json", about)
         old = run_dir / f".{stage.name}.old"
@@ -100,6 +122,19 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
         shutil.rmtree(old, ignore_errors=True)
         print(f"{stage.name}: done in {about['seconds']:.0f} s", flush=True)
     processes.barrier()
+
+
+def _is_taken_over(stage: Stage, finished: Path, key: str) -> bool:
+    """Whether another cell of this sweep has made the same; not the report, which also tells where its run lies.
+
+    A run on its own takes over nothing: whoever repeats one wants to see it come out again.
+    """
+    if processes.CELL not in os.environ or stage.name == "report":
+        return False
+    sibling = siblings.take_over(finished, key)
+    if sibling:
+        print(f"{stage.name}: taken over from {sibling}", flush=True)
+    return sibling is not None
 
 
 def _read_from_outside(recipe: Recipe) -> dict[str, dict[str, Any]]:

@@ -55,7 +55,11 @@ def load_tasks(names: list[str], mirror: str | None = None, fewshot: int = 0) ->
     with tempfile.TemporaryDirectory() as folder:
         for number, definition in enumerate(definitions):
             Path(folder, f"{number}.yaml").write_text(yaml.safe_dump(definition))
-        loaded = TaskManager(include_path=folder, include_defaults=False).load(wanted)
+        try:
+            loaded = TaskManager(include_path=folder, include_defaults=False).load(wanted)
+        except Exception as error:  # lm-eval, datasets, pyarrow and the hub each have their own
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f"cannot load {', '.join(names)} of lm-eval, or its data: {reason}") from error
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") != 0:
             task.set_config("num_fewshot", fewshot)

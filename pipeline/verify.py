@@ -5,10 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from pipeline import models
 from pipeline.errors import UserError
 from pipeline.masks import Masks, Violation, stray
@@ -42,18 +38,16 @@ def main(arguments: list[str]) -> None:
     """Prints what every masked matrix holds; `UserError` where a pruned weight is not zero or a mask breaks its pattern."""
     folder, path = paths(arguments, 2, USAGE)
     masks, _ = Masks.load(path)
-    table = Table("matrix", box=box.SIMPLE_HEAD)
-    for title in ("shape", "pattern", "pruned, %", "zero, %", "violations"):
-        table.add_column(title, justify="right", no_wrap=True)
-    problems, zeros, weights, strays = [], 0, 0, 0
+    widths = [max((len(name) for name in masks), default=6), 16, max(map(len, [*masks.patterns.values(), "pattern"]))]
+    row = f"{{:{widths[0]}}}  {{:>{widths[1]}}}  {{:>{widths[2]}}}  {{:>9}}  {{:>8}}  {{:>10}}"
+    print(row.format("matrix", "shape", "pattern", "pruned, %", "zero, %", "violations"))
+    problems, zeros, weights = [], 0, 0
     for matrix in checked(folder, masks, Recipe()):
         entry, violation = masks.packed[matrix.name], matrix.violation
         count = violation.count if violation else 0
-        pruned = 1 - entry.kept / entry.weights
-        shape = " x ".join(map(str, entry.shape))
-        share = f"{100 * matrix.zeros / matrix.weights:.2f}"
-        table.add_row(matrix.name, shape, entry.pattern, f"{100 * pruned:.2f}", share, str(count))
-        zeros, weights, strays = zeros + matrix.zeros, weights + matrix.weights, strays + count
+        shares = (f"{100 * part / matrix.weights:.2f}" for part in (entry.weights - entry.kept, matrix.zeros))
+        print(row.format(matrix.name, " x ".join(map(str, entry.shape)), entry.pattern, *shares, count), flush=True)
+        zeros, weights = zeros + matrix.zeros, weights + matrix.weights
         if problem := entry.problem():
             problems.append(f"{matrix.name}: its mask {problem}")
         if violation:
@@ -61,17 +55,12 @@ def main(arguments: list[str]) -> None:
                 f"{matrix.name} {list(violation.first)} is {violation.value:g} and should be zero"
                 + (f", and {count - 1} more of this matrix" if count > 1 else "")
             )
-    console = Console()
-    console.print(table)
-    console.print(f"model {folder}: {models.identity(folder)}", soft_wrap=True, highlight=False)
-    console.print(f"masks {path}: sha256 {sha256(path)}", soft_wrap=True, highlight=False)
+    print(f"model {folder}: {models.identity(folder)}")
+    print(f"masks {path}: sha256 {sha256(path)}")
     if problems:
         more = f" ({len(problems) - 1} more matrices have problems)" if len(problems) > 1 else ""
         raise UserError(f"{folder} does not keep its masks: {problems[0]}{more}")
-    console.print(
-        f"{len(masks)} matrices, {weights:,} weights, {zeros / max(1, weights):.2%} zero, no violations",
-        highlight=False,
-    )
+    print(f"{len(masks)} matrices, {weights:,} weights, {zeros / max(1, weights):.2%} zero, no violations")
 
 
 def paths(arguments: list[str], count: int, usage: str) -> list[Path]:

@@ -108,7 +108,11 @@ def write_outside(walk: LayerWalk, origin: Path, dtype: str) -> None:
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
+    """As CSV, layer and matrix first; no file without a row."""
+    if not rows:
+        return
+    columns = sorted(rows[0], key=("layer", "matrix").__contains__, reverse=True)
     with files.whole(path) as beside, open(beside, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

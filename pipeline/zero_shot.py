@@ -112,8 +112,9 @@ def _shared(
     def count(module: torch.nn.Module, arguments: Any, output: Any) -> None:
         nonlocal rows
         rows += len(output.logits)
-        if requests[0].request_type == "loglikelihood":  # others take several rows for an answer
-            tell(f"{rows} of at most {len(mine)} answers")  # answers of one token to the same question share a row
+        # other requests take several rows for an answer, and a terminal shows lm-eval's own bar
+        if requests[0].request_type == "loglikelihood" and not sys.stderr.isatty():
+            tell(f"{min(rows, len(mine))} of at most {len(mine)} answers")  # those of one token may share a row
 
     counter = model.register_forward_hook(count)
     try:

@@ -87,6 +87,18 @@ def test_without_a_text_column_the_columns_are_named(tmp_path):
         sources.documents(sources.source(str(tmp_path / "x.parquet")))
 
 
+def test_c4_is_measured_on_the_papers_excerpt(mirror, tokenizer):
+    """256 windows of the first 1100 documents of the validation split, joined by spaces."""
+    texts = [TEXTS[i % 60] for i in range(1200)]
+    path = f"{mirror}/allenai/c4/en/c4-validation.00000-of-00008.json.gz"
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    source = sources.source("c4", mirror, "validation")
+    expected = tokenizer(" ".join(texts[:1100])).input_ids
+    assert data.joined(source, tokenizer, 40).tolist() == expected[: 256 * 40]
+    assert data.joined(source, tokenizer, 4000).tolist() == expected
+
+
 def test_c4_windows_are_drawn_as_in_the_papers(mirror, tokenizer):
     """Documents at random until one is longer than the window, then a random window, with the same draws."""
     found = data.calibration(sources.source("c4", mirror), tokenizer, 6, 40, seed=3)

@@ -26,7 +26,6 @@ def typed(monkeypatch, capsys):
 
     def run(*words) -> tuple[int, str, list[str]]:
         monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, words)])
-        monkeypatch.setenv("COLUMNS", "200")
         code = launch.main()
         seen = capsys.readouterr()
         return code, seen.out, [line for line in seen.err.splitlines() if line.startswith("espalier: ")]

@@ -259,6 +259,15 @@ def test_tasks_that_a_mirror_cannot_serve_are_refused(mirror, name):
         check_tasks([name], mirror)
 
 
+def test_a_task_that_cannot_be_loaded_is_one_line(tmp_path):
+    broken = {"include": str(tasks._definitions()["arc_easy"]), "task": "mine", "dataset_path": "parquet"}
+    broken |= {"dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(tmp_path / "none.parquet")}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(broken))
+    with pytest.raises(UserError, match="cannot load .*mine.yaml of lm-eval, or its data: .*none.parquet") as refusal:
+        load_tasks([str(tmp_path / "mine.yaml")])
+    assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("config", ["default", "anything"])
 def test_a_task_without_a_configuration_takes_the_default_or_the_only_one(tmp_path, config):
     """And a user's own task files: one, a folder, and a group with an aggregate."""
