@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from callbacks.methods import METHODS, WandaPruner
-from pipeline import data, models, patterns, prune, recipe, sources
+from pipeline import data, models, patterns, prune, recipe, series, sources
 from pipeline.decoder import Decoder
 from pipeline.errors import UserError
 from pipeline.masks import Masks, by_matrix
@@ -75,8 +75,13 @@ def test_the_folder_is_an_ordinary_model(tiny_llama, tmp_path):
     assert (tmp_path / "p/model/config.json").read_bytes() == (tiny_llama / "config.json").read_bytes()
     dense = AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
     assert all(torch.equal(value, dense[name]) for name, value in weights.items() if name not in masks)
-    rows = (tmp_path / "p" / "layers.csv").read_text().splitlines()
-    assert len(rows) == 1 + 3
+    layers, matrices = (series.read(tmp_path / "p" / name) for name in ("layers.csv", "matrices.csv"))
+    assert len(layers) == 3 and len(matrices) == len(masks)
+    assert {row["matrix"] for row in matrices} == set(masks)
+    for row in layers:
+        errors = [float(it["relative_output_error"]) for it in matrices if it["layer"] == row["layer"]]
+        assert float(row["relative_output_error"]) == pytest.approx(sum(errors) / len(errors))
+    assert "pruned with Wanda to 2of4" in (tmp_path / "p/model/README.md").read_text()
 
 
 @pytest.mark.parametrize("method", METHODS)

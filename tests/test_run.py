@@ -42,6 +42,8 @@ def test_a_run_ends_with_an_exactly_sparse_model_and_the_table(finished):
     assert masks.violations(model.named_parameters()) == []
     assert "mask violations" in seen
     assert (run_dir / "report/report.html").stat().st_size > 5000
+    about = json.loads((run_dir / "prune/stage.json").read_text())
+    assert 0.1 < about["memory_gib"] < 8 and "cores" in about["machine"] and about["recipe"]["run_dir"] == str(run_dir)
     for stage in ("prune", "finetune", "evaluate", "report"):
         assert not (run_dir / f".{stage}").exists()
 
@@ -96,7 +98,8 @@ def test_kill_9_and_the_same_command_end_in_the_same_weights(finished, tmp_path,
     assert not (run_dir / "finetune").exists()
     espalier(*settings, f"run_dir={run_dir}")
     assert weights(run_dir / "prune/model") == weights(whole / "prune/model")
-    assert (run_dir / "prune/masks.safetensors").read_bytes() == (whole / "prune/masks.safetensors").read_bytes()
+    for name in ("masks.safetensors", "matrices.csv"):
+        assert (run_dir / "prune" / name).read_bytes() == (whole / "prune" / name).read_bytes()
     assert weights(run_dir / "finetune/model") == weights(whole / "finetune/model")
 
 
