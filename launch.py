@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 
-from pipeline import recipe
+from pipeline import recipe, sweep
 from pipeline.errors import UserError
 
 COMMANDS = ("compare", "verify", "apply")  # each is a module of pipeline with main(arguments); all else runs a recipe
@@ -16,6 +16,9 @@ def main() -> int:
         if sys.argv[1:2] and sys.argv[1] in COMMANDS:
             importlib.import_module(f"pipeline.{sys.argv[1]}").main(sys.argv[2:])
             return 0
+        cells = sweep.cells(sys.argv[1:])
+        if len(cells) > 1:
+            return sweep.run(cells, main)
         settings = recipe.load(sys.argv[1:])
         from pipeline import stages  # torch and its friends load only once the recipe is sound
 

@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from callbacks.layer_writer import LayerWriter
 from callbacks.methods import pruner
-from pipeline import patterns, processes, prune
+from pipeline import patterns, processes
 from pipeline.allocation import allocate
 from pipeline.decoder import Decoder, matrices
 from pipeline.patterns import Pattern
 from pipeline.recipe import Prune
-from pipeline.walk import LayerWalk
+from pipeline.walk import LayerWalk, tour
 from tests import textbook
 
 SHAPES = {
@@ -80,7 +80,7 @@ def ours(model, windows, method: str, pattern: str, batch_size: int) -> dict[str
         writer.write_on_batch_end = writing.around(writer.write_on_batch_end)
         wait()
         started = time.perf_counter()
-        prune.tour(walk, [callback, writer])
+        tour(walk, [callback, writer])
         wait()
         seconds = time.perf_counter() - started - writing.total  # the textbook writes nothing
     return {"stage": seconds, "pruning": clock.total, "writing": writing.total}

@@ -70,7 +70,7 @@ class LayerPruner(Callback):
                 raise UserError(f"{names[name]} saw no calibration text: the layer never calls it")
             if names[name] in self.patterns:
                 groups[watch.leader[name]][names[name]] = matrix
-        errors = []
+        rows = []
         self.starved: list[str] = []
         for leader, members in groups.items():
             total = self._total(watch, leader, members)
@@ -82,11 +82,13 @@ class LayerPruner(Callback):
                 if problem := self.patterns[name].violation(masks_OI[name]):
                     raise UserError(f"{type(self).__name__} on {name}: {problem}")
                 walk.masks.add(name, matrix.stored(masks_OI[name]), str(self.patterns[name]), matrix.transposed)
-                if len(watch.samples[leader]):
-                    errors.append(scores.relative_error(watch.samples[leader], dense_OI[name], weights[name]))
+                share, error = 1 - masks_OI[name].count_nonzero().item() / masks_OI[name].numel(), None
+                if len(watch.samples[leader]):  # no token of this rank reached some experts
+                    error = scores.relative_error(watch.samples[leader], dense_OI[name], weights[name])
+                rows.append({"layer": index, "matrix": name, "sparsity": share, "relative_output_error": error})
         if self.starved:
             processes.say(f"  fewer than {FEW_TOKENS} tokens, so judged by weight alone: {', '.join(self.starved)}")
-        self._log(walk, index, errors)
+        self._log(walk, index, rows)
 
     def _total(self, watch: InputWatch, leader: str, members: dict[str, Matrix]) -> Tensor:
         """The sum over all ranks; for an expert that hardly a token reached, that of inputs which are all alike."""
@@ -99,8 +101,9 @@ class LayerPruner(Callback):
                 return self.observe(torch.eye(first.weight_OI.shape[1], device=total.device))
         return total
 
-    def _log(self, walk, index: int, errors: list[float]) -> None:
+    def _log(self, walk, index: int, rows: list[dict]) -> None:
         seconds = time.perf_counter() - self.started
+        errors = [row["relative_output_error"] for row in rows if row["relative_output_error"] is not None]
         error, sparsity = sum(errors) / max(1, len(errors)), walk.masks.sparsity()
         walk.log_row = {
             "layer": index,
@@ -109,6 +112,7 @@ class LayerPruner(Callback):
             "sparsity": sparsity,
             "relative_output_error": error,
             "memory_gib": round(peak_gib(walk.device), 3),
+            "matrices": rows,
         }
         processes.say(
             f"  layer {index + 1}/{len(walk.decoder.layers)}: sparsity {sparsity:.4f}, "

@@ -31,10 +31,11 @@ def joined(source: Source, tokenizer, seq_len: int | None = None) -> Tensor:
     return _ids(tokenizer, separator.join(rows["text"]))
 
 
-def packed(source: Source, tokenizer, seq_len: int, samples: int, seed: int, again: bool = True) -> Tensor:
+def packed(source: Source, tokenizer, seq_len: int, samples: int, seed: int, once: str | None = None) -> Tensor:
     """(samples, seq_len) windows of the documents in a shuffled order, end to end.
 
-    When the documents are used up, they are shuffled anew; where that must not be (`again`), it is a `UserError`.
+    When the documents are used up, they are shuffled anew; where that must not be, `once` names the section of the recipe
+    that asked, for the `UserError`.
     """
     rows, enough = documents(source), samples * seq_len
     order = list(range(len(rows)))
@@ -50,38 +51,38 @@ def packed(source: Source, tokenizer, seq_len: int, samples: int, seed: int, aga
                 break
         if len(tokens) == before:
             raise UserError(f"{source} holds no text")
-        if len(tokens) < enough and not again:
+        if len(tokens) < enough and once:
             there = len(tokens) // seq_len
-            fewer = (
-                f"type calibration.samples={there}"
-                if there
-                else "a longer text or a shorter calibration.seq_len is needed"
-            )
+            fewer = f"type {once}.samples={there}" if there else f"a longer text or a shorter {once}.seq_len is needed"
             raise UserError(f"{source} has {len(tokens)} tokens, {samples} samples of {seq_len} are asked for: {fewer}")
     return torch.frombuffer(tokens, dtype=torch.int32)[:enough].view(samples, seq_len)
 
 
-def calibration(source: Source, tokenizer, samples: int, seq_len: int, seed: int) -> Tensor:
+def calibration(
+    source: Source, tokenizer, samples: int, seq_len: int, seed: int, section: str = "calibration"
+) -> Tensor:
     """(samples, seq_len) token windows, drawn as the papers draw them for c4 and wikitext2, else packed and no token twice.
 
     C4: documents at random until one is longer than seq_len tokens, then a random window of it (SparseGPT and Wanda).
-    WikiText-2 and PTB: random windows of the joined text.
+    WikiText-2 and PTB: random windows of the joined text. `section` is where the recipe asks for them.
     """
     if source.name == "c4":
-        return _windows_of_documents(source, tokenizer, samples, seq_len, random.Random(seed))
+        return _windows_of_documents(source, tokenizer, samples, seq_len, random.Random(seed), section)
     if source.name in KNOWN:
         ids = joined(source, tokenizer)
         if len(ids) <= seq_len:
             raise UserError(
-                f"{source} has {len(ids)} tokens, too few for a window: type calibration.seq_len={len(ids) // 2}"
+                f"{source} has {len(ids)} tokens, too few for a window: type {section}.seq_len={len(ids) // 2}"
             )
         draw = random.Random(seed)
         starts = [draw.randint(0, len(ids) - seq_len - 1) for _ in range(samples)]
         return torch.stack([ids[start : start + seq_len] for start in starts])
-    return packed(source, tokenizer, seq_len, samples, seed, again=False)
+    return packed(source, tokenizer, seq_len, samples, seed, section)
 
 
-def _windows_of_documents(source: Source, tokenizer, samples: int, seq_len: int, draw: random.Random) -> Tensor:
+def _windows_of_documents(
+    source: Source, tokenizer, samples: int, seq_len: int, draw: random.Random, section: str
+) -> Tensor:
     rows = documents(source)
     windows = []
     misses = 0
@@ -92,7 +93,7 @@ def _windows_of_documents(source: Source, tokenizer, samples: int, seq_len: int,
             misses += 1
             if misses > 100 * samples + 10 * len(rows):
                 raise UserError(
-                    f"{source} has hardly a document of more than {seq_len} tokens: type a shorter calibration.seq_len"
+                    f"{source} has hardly a document of more than {seq_len} tokens: type a shorter {section}.seq_len"
                 )
             continue
         start = draw.randint(0, len(ids) - seq_len - 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from callbacks.mask_keeper import MaskKeeper
 from callbacks.validation import Validation
-from pipeline import data, files, models, processes, quantize, sources
+from pipeline import card, data, files, models, processes, quantize, sources
 from pipeline.masks import Masks
 from pipeline.recipe import Recipe
 from pipeline.recovery import METHODS
@@ -20,7 +20,7 @@ from pipeline.training import fit, sequences, share
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes `model/`, `metrics.csv` and, for a LoRA, `adapter/`; a plain LoRA leaves no `model/`."""
     settings = recipe.finetune
-    origin, masks_file = inputs["prune"] / "model", inputs["prune"] / "masks.safetensors"
+    origin, masks_file = inputs.get("reconstruct", inputs["prune"]) / "model", inputs["prune"] / "masks.safetensors"
     masks, _ = Masks.load(masks_file)
     tokenizer = models.tokenizer(origin, recipe)
     share(settings, processes.world_size())  # refuses what cannot be shared before anything is read
@@ -52,6 +52,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         if processes.is_main():
             violations = masks.violations(models.tensors(folder / "model"))
             assert not violations, violations
+            card.write_model_card(folder / "model", recipe, "finetune")
     if processes.is_main():
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 

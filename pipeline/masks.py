@@ -86,6 +86,15 @@ class Masks(Mapping[str, Tensor]):
     def add(self, name: str, mask: Tensor, pattern: str, transposed: bool = False) -> None:
         self.packed[name] = Packed(pack(mask).cpu(), tuple(mask.shape), str(pattern), transposed)
 
+    def of(self, name: str, parameter: Tensor) -> Tensor | None:
+        """The mask of a whole parameter, that of fused experts put together; None where all of it stays dense."""
+        parts = [self.get(f"{name}[{expert}]") for expert in range(len(parameter))] if parameter.dim() == 3 else []
+        if all(part is None for part in parts):
+            return self.get(name)
+        return torch.stack(
+            [torch.ones(parameter.shape[1:], dtype=torch.bool) if part is None else part for part in parts]
+        )
+
     def save(self, path: Path, log: dict | None = None) -> None:
         entries = dict(sorted(self.packed.items()))
         about = {

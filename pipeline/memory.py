@@ -1,6 +1,8 @@
 """What memory the prune stage needs, what is free, and what was used at most. All in GiB."""
 
 import resource
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import torch
@@ -23,8 +25,16 @@ def free_gib(device: torch.device) -> float:
     return psutil.virtual_memory().available / GIB
 
 
+def restart_peak(device: torch.device) -> None:
+    """From here on, `peak_gib` tells of what comes; where the kernel cannot, of this process so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_gib(device: torch.device) -> float:
-    """Of this process so far: allocated on the GPU, or resident, the pages of mapped model files included."""
+    """Of this process since `restart_peak`: allocated on the GPU, or resident, the pages of mapped model files included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB

@@ -1,74 +1,63 @@
-"""The report's pictures: numbers in, an inline SVG string out.
+"""The report's pictures: numbers in, an inline SVG string out."""
 
-Figures are made without pyplot: no display is needed and none stays open. Colours are CSS variables of the page
-(with a light fallback), so one picture serves the light scheme, the dark one and print.
-"""
+import math
 
-import io
-import re
-from collections.abc import Callable, Sequence
-
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-INK, LINE, ACCENT, SECOND = "#1e2822", "#dce4dc", "#2f7d4f", "#b3661a"
-VARIABLES = {INK: "ink", LINE: "line", ACCENT: "accent", SECOND: "second"}
-SIZE = (4.4, 2.75)  # inches at 72 px; two stand side by side on a laptop, and text of 9.5 px survives a phone
-Points = Sequence[tuple[float, float]]  # (x, y)
+from pipeline.series import Panel, Points
+from pipeline.svg import ACCENT, INK, SECOND, SERIES, SIZE, draw
+
+MARKERS = "os^Dv"
+DENSE = {"color": INK, "linewidth": 1, "linestyle": (0, (4, 3))}
 POINTS = 300  # a loss curve holds no more points than it has pixels
-STYLE = {
-    "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": LINE,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "grid.color": LINE,
-    "grid.linewidth": 0.8,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-    "lines.solid_capstyle": "round",
-}
 
 
-def layer_sparsity(points: Points) -> str:
-    """(layer, share of its weights that is pruned, 0..1)."""
-
-    def draw(axes: Axes) -> None:
-        axes.bar(*zip(*points, strict=True), width=0.72, color=ACCENT)
-        axes.set(ylim=(0, 1), xlabel="decoder layer", ylabel="pruned weights (%)")
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
-        _whole_numbers(axes)
-
-    return _svg("layer_sparsity", draw)
+def sparsity(series: dict[str, Points]) -> str:
+    """By type of matrix, (layer, share of its weights that is pruned, 0..1)."""
+    return _panels("sparsity", series, "pruned weights (%)", 1)
 
 
-def layer_error(points: Points) -> str:
-    """(layer, ||pruned - dense|| / ||dense|| of its matrices' outputs), no unit."""
+def output_error(series: dict[str, Points]) -> str:
+    """By type of matrix, (layer, ||pruned - dense|| / ||dense|| of its outputs)."""
+    top = 1.1 * max(error for points in series.values() for _, error in points)
+    return _panels("output_error", series, "output error (% of the norm)", top or 1)
 
-    def draw(axes: Axes) -> None:
-        axes.plot(*zip(*points, strict=True), color=ACCENT, linewidth=1.4, **_dots(points))
-        axes.set(xlabel="decoder layer", ylabel="relative output error (ratio)")
-        axes.set_ylim(0, 1.1 * max(error for _, error in points) or 1)
-        _whole_numbers(axes)
 
-    return _svg("layer_error", draw)
+def _panels(name: str, series: dict[str, Points], label: str, top: float) -> str:
+    """A panel for each series, all on the same axes; shares are drawn in percent."""
+    across = next(width for width, most in ((1, 1), (2, 4), (3, 9), (4, math.inf)) if len(series) <= most)
+    down = math.ceil(len(series) / across)
+
+    def paint(figure: Figure) -> None:
+        grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+        for place, axes in enumerate(grid.flat):
+            axes.set_visible(place < len(series))
+            axes.tick_params(labelbottom=place + across >= len(series))
+        for axes, (title, points) in zip(grid.flat, series.items()):
+            layers, shares = zip(*points, strict=True)
+            percent = [100 * share for share in shares]
+            axes.fill_between(layers, percent, color=ACCENT, alpha=0.15, linewidth=0)
+            axes.plot(layers, percent, color=ACCENT, linewidth=1.4, **_dots(points))
+            axes.set_title(title)
+            axes.xaxis.set_major_locator(MaxNLocator(4 if across > 1 else 8, integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+            axes.grid(False, axis="x")
+        grid[0, 0].set_ylim(0, 100 * top)
+        figure.supxlabel("decoder layer", fontsize="medium")
+        figure.supylabel(label, fontsize="medium")
+
+    return draw(name, paint, (SIZE[0], max(SIZE[1], 0.6 + 0.95 * down)))
 
 
 def loss(training: Points, validation: Points = ()) -> str:
     """`training` and `validation` are (step, nats per token); the solid line is a running mean of the faint one."""
 
-    def draw(axes: Axes) -> None:
+    def paint(figure: Figure) -> None:
+        axes = figure.add_subplot()
         steps, values = _thinned(np.array(training, dtype=float).reshape(-1, 2)).T
         window = max(1, len(values) // 20)
         axes.plot(steps, values, color=ACCENT, linewidth=1, alpha=0.4 if window > 1 else 1)
@@ -84,24 +73,86 @@ def loss(training: Points, validation: Points = ()) -> str:
         if window > 1 or validation:
             axes.legend(loc="best")
 
-    return _svg("loss", draw)
+    return draw("loss", paint)
 
 
-def stage_times(stages: Sequence[tuple[str, float, str]]) -> str:
-    """(name, seconds, label such as `3 min 20 s`): lying bars, the first stage on top."""
-    names, seconds, labels = zip(*stages, strict=True)
+def stages(names: list[str], seconds: list[float], times: list[str], gib: list[float | None]) -> str:
+    """Lying bars, the first stage on top; `times` are told at their ends. Memory is left out where one is unknown."""
     unit, divisor = next((u, d) for u, d in (("h", 3600), ("min", 60), ("s", 1)) if max(seconds) >= 2 * d or d == 1)
+    sides = [(f"time ({unit})", [value / divisor for value in seconds], times)]
+    sides += [("peak memory (GiB)", gib, [f"{value:.2g}" for value in gib])] if None not in gib else []
 
-    def draw(axes: Axes) -> None:
-        bars = axes.barh(names, [value / divisor for value in seconds], height=0.6, color=ACCENT)
-        axes.bar_label(bars, labels, padding=4)
-        axes.set(xlabel=f"wall-clock time ({unit})")
-        axes.margins(x=0.24)  # room for the longest bar's label
-        axes.set_xlim(left=0)
-        axes.invert_yaxis()
-        axes.grid(False, axis="y")
+    def paint(figure: Figure) -> None:
+        grid = figure.subplots(1, len(sides), sharey=True, squeeze=False)
+        for axes, (label, values, texts) in zip(grid.flat, sides):
+            axes.bar_label(axes.barh(names, values, height=0.6, color=ACCENT), texts, padding=4)
+            axes.set(xlabel=label)
+            axes.margins(x=0.08 * max(map(len, texts)))  # room for the label of the longest bar
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.grid(False, axis="y")
+        grid[0, 0].invert_yaxis()
 
-    return _svg("stage_times", draw)
+    return draw("stages", paint)
+
+
+def comparison(panels: list[Panel]) -> str:
+    """By pattern, what each method leaves (hollow) and what healing makes of it (filled), with standard errors."""
+    across = min(2, len(panels))
+    down = math.ceil(len(panels) / across)
+    methods = list(dict.fromkeys(mark.method for panel in panels for mark in panel.marks))
+    healings = list(dict.fromkeys(mark.healing for panel in panels for mark in panel.marks))
+
+    def paint(figure: Figure) -> None:
+        grid = figure.subplots(down, across, squeeze=False)
+        for place, axes in enumerate(grid.flat):
+            axes.set_visible(place < len(panels))
+        for axes, panel in zip(grid.flat, panels):
+            _compare(axes, panel, methods, healings)
+            if len(panels) > 1:
+                axes.set_title(panel.title)
+        handles = [Line2D([], [], **DENSE, label="dense")]
+        handles += [Line2D([], [], color=_colour(it, methods), linewidth=3, label=it) for it in methods]
+        for healing in healings:
+            told = {**_marker(healing, healings, INK), "color": INK, "linestyle": ""}
+            handles.append(Line2D([], [], **told, label=healing.strip() or "pruned"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=3)
+
+    rows = math.ceil((1 + len(methods) + len(healings)) / 3)
+    return draw("comparison", paint, (SIZE[0] * across, SIZE[1] * down + 0.2 * rows))
+
+
+def _compare(axes: Axes, panel: Panel, methods: list[str], healings: list[str]) -> None:
+    for mark in panel.marks:
+        place, healed = methods.index(mark.method), healings.index(mark.healing)
+        # one method's marks stand together, beside each other so that their errors are seen
+        aside = 0.75 * ((place + (healed + 1) / (len(healings) + 1)) / len(methods) - 0.5)
+        x = [panel.patterns.index(pattern) + aside for pattern in mark.numbers]
+        y, errors = zip(*mark.numbers.values(), strict=True)
+        colour = _colour(mark.method, methods)
+        look = _marker(mark.healing, healings, colour)
+        axes.errorbar(x, y, [error or 0 for error in errors], linestyle="", linewidth=1.2, color=colour, **look)
+    if panel.dense:
+        axes.axhline(panel.dense[0], **DENSE)
+    values = [number[0] for mark in panel.marks for number in mark.numbers.values()]
+    if values and min(values) > 0 and max(values) > 8 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(range(len(panel.patterns)), panel.patterns)
+    axes.set_xlim(-0.5, len(panel.patterns) - 0.5)
+    axes.grid(False, axis="x")
+
+
+def _colour(method: str, methods: list[str]) -> str:
+    return SERIES[methods.index(method) % len(SERIES)]
+
+
+def _marker(healing: str, healings: list[str], colour: str) -> dict:
+    """What healed has a shape of its own and is filled."""
+    shape = MARKERS[healings.index(healing) % len(MARKERS)]
+    return {"marker": shape, "markersize": 5, "markerfacecolor": colour if healing else "none"}
 
 
 def _thinned(points: np.ndarray) -> np.ndarray:
@@ -112,32 +163,3 @@ def _thinned(points: np.ndarray) -> np.ndarray:
 def _dots(points: Points) -> dict:
     """Each point is marked while they stand apart."""
     return {"marker": "o", "markersize": 3.5} if len(points) <= 40 else {}
-
-
-def _whole_numbers(axes: Axes) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.margins(x=0.02)
-    axes.grid(False, axis="x")
-
-
-def _svg(name: str, draw: Callable[[Axes], None]) -> str:
-    """The same numbers give the same bytes: own salt for ids, no date, nobody's matplotlibrc."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE | {"svg.hashsalt": name})
-        figure = Figure(figsize=SIZE, layout="constrained")
-        draw(figure.add_subplot())
-        file = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]  # no XML prolog inside HTML
-    svg = re.sub(r'\s(?:xmlns(?::\w+)?|version)="[^"]*"', "", svg, count=3)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # figure_1, axes_1... would be twice in one page
-    svg = re.sub(r"font-family: [^;]*; ", "", svg)  # the page's font
-    # matplotlib's own style element would hold for the whole page
-    style = re.search(r"<defs>\s*<style[^>]*>\*{(.*?)}</style>\s*</defs>", svg)
-    svg = svg.replace(style[0], "").replace("<svg", f'<svg style="{style[1]}"', 1)
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, f"var(--{variable}, {colour})")
-    return svg.strip()

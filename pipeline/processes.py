@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
+CELL = "ESPALIER_CELL"  # the variable by which `sweep` tells which cell this is
 
 
 def rank() -> int:
@@ -59,7 +60,11 @@ def start() -> None:
         # the launchers set OMP_NUM_THREADS=1, which would leave the other cores idle
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        store, rank_, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # the cells of a sweep meet one after the other in the one store of their launch
+        store = dist.PrefixStore(os.environ.get(CELL, "run"), store)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank_, world_size=size, timeout=TIMEOUT)
 
 
 def stop() -> None:
@@ -87,6 +92,14 @@ def all_sum(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def all_ranks(value: Any) -> list[Any]:
+    """Every rank's `value`, in their order."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def share_of(count: int) -> slice:

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.errors import UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-STAGES = ("pretrain", "prune", "finetune", "evaluate", "report")
+STAGES = ("pretrain", "prune", "reconstruct", "finetune", "evaluate", "report")
 
 
 def setting(
@@ -73,6 +73,17 @@ class Prune:
     overrides: dict[str, Any] = field(default_factory=dict)  # glob of parameter names -> a sparsity, or dense
     damp: float = setting(0.01, low=0)  # of the mean of the Hessian's diagonal; sparsegpt, *_seq and *_iter
     hidden_states: str = setting("auto", choices=("auto", "gpu", "cpu"))  # where they wait between layers
+
+
+@dataclass
+class Reconstruct:
+    dataset: str | None = None  # dataset[:config][@split]; null: as in calibration, so with samples and seq_len
+    samples: int | None = setting(None, low=2)
+    seq_len: int | None = setting(None, low=1)
+    batch_size: int = setting(1, low=1)  # samples per forward pass
+    accumulate: int = setting(8, low=1)  # forward passes per step, of all processes together
+    epochs: int = setting(10, low=1)  # passes over the samples, for each layer
+    lr: float = setting(0.03, low=0)  # of the root mean square of each parameter
 
 
 @dataclass
@@ -145,6 +156,7 @@ class Recipe:
     pretrain: Pretrain = field(default_factory=Pretrain)
     calibration: Calibration = field(default_factory=Calibration)
     prune: Prune = field(default_factory=Prune)
+    reconstruct: Reconstruct = field(default_factory=Reconstruct)
     finetune: Finetune = field(default_factory=Finetune)
     evaluate: Evaluate = field(default_factory=Evaluate)
 
@@ -172,9 +184,21 @@ def load(argv: list[str]) -> Recipe:
     return recipe
 
 
+def plain(recipe: Recipe) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.structured(recipe))
+
+
 def section(recipe: Recipe, key: str) -> Any:
     """The plain data (dict, list, number) of one top-level key."""
-    return OmegaConf.to_container(OmegaConf.structured(recipe))[key]
+    return plain(recipe)[key]
+
+
+def reconstruction_text(recipe: Recipe) -> Calibration:
+    """What the reconstruct stage reads: its own settings, and the calibration's where it has none."""
+    own = recipe.reconstruct
+    text = Calibration(own.dataset) if own.dataset else recipe.calibration
+    samples, seq_len = own.samples or recipe.calibration.samples, own.seq_len or recipe.calibration.seq_len
+    return dataclasses.replace(text, samples=samples, seq_len=seq_len, batch_size=own.batch_size)
 
 
 def available() -> list[str]:
@@ -261,10 +285,11 @@ def _check_stages(recipe: Recipe) -> None:
         raise UserError(
             f"model={recipe.model} and a pretrain stage exclude each other: type stages=[prune,finetune,...]"
         )
-    if "finetune" in recipe.stages and "prune" not in recipe.stages:
-        raise UserError(
-            "finetune needs prune in stages (a finished stage is not run again): stages=[prune,finetune,...]"
-        )
+    for stage in ("reconstruct", "finetune"):
+        if stage in recipe.stages and "prune" not in recipe.stages:
+            raise UserError(
+                f"{stage} needs prune in stages (a finished stage is not run again): stages=[prune,{stage},...]"
+            )
     if "report" in recipe.stages and "evaluate" not in recipe.stages:
         raise UserError("report needs evaluate in stages (a finished stage is not run again)")
     _check_finetune(recipe.finetune)

@@ -11,7 +11,6 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from pipeline import lora, processes, sharding
-from pipeline.errors import UserError
 from pipeline.masks import Masks, apply_
 from pipeline.recipe import Finetune
 
@@ -42,8 +41,7 @@ class PlainLora:
             self.model.save_pretrained(folder / "adapter", state_dict=state)
 
     def _state(self) -> dict[str, Tensor]:
-        trained = {k: sharding.whole(p).detach().cpu() for k, p in self.model.named_parameters() if p.requires_grad}
-        return trained
+        return {k: sharding.whole(p).detach().cpu() for k, p in self.model.named_parameters() if p.requires_grad}
 
 
 class MaskedLora(PlainLora):
@@ -75,7 +73,10 @@ class SparseFull:
         chosen = None if settings.targets == ["all"] else set(lora.targets(masks, settings.targets))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(chosen is None or name.removesuffix(".weight") in chosen)
-        self.masks = {name: mask for name, mask in by_parameter(model, masks).items()}
+        for _ in masks.matched(model.named_parameters()):
+            pass  # refuses another model's masks
+        found = ((name, masks.of(name, parameter)) for name, parameter in model.named_parameters())
+        self.masks = {name: mask for name, mask in found if mask is not None}
         self.parts: dict[str, Tensor] = {}  # this rank's, on its device, once the model is in place
 
     def _masked(self) -> list[tuple[nn.Parameter, Tensor]]:
@@ -104,26 +105,6 @@ class SparseFull:
 
     def save(self, folder: Path, masks_file: Path) -> None:
         """There is nothing beside the model."""
-
-
-def by_parameter(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
-    """Masks in the shape of the model's parameters: those of fused experts, which are kept apart, stacked."""
-    found: dict[str, Tensor] = {}
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    for name, mask in masks.items():
-        whole, _, expert = name.partition("[")
-        if whole not in shapes:
-            raise UserError(f"the model has no {whole}: another model's mask file?")
-        if expert:
-            stacked = found.setdefault(whole, torch.ones(shapes[whole], dtype=torch.bool))
-            stacked[int(expert.rstrip("]"))] = mask
-        else:
-            found[name] = mask
-        if found[whole].shape != shapes[whole]:
-            raise UserError(
-                f"{name} has shape {tuple(shapes[whole])}, its mask {tuple(mask.shape)}: another model's mask file?"
-            )
-    return found
 
 
 METHODS = {"lora": MaskedLora, "plain_lora": PlainLora, "full": SparseFull}

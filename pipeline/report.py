@@ -3,13 +3,12 @@
 Imports no torch, and matplotlib only to draw, so that the table on the terminal is there at once.
 """
 
-import csv
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from omegaconf import OmegaConf
 from rich import box
@@ -17,13 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import files
+from pipeline import files, page, published, series, summary
 from pipeline.card import SINCE, markdown
-from pipeline.recipe import STAGES, Recipe
-from pipeline.summary import columns, duration, groups, headline, model_name, notes, points
+from pipeline.recipe import STAGES, Recipe, plain
 
 PROTOCOL = {"seq_len": "tokens per window", "limit": "questions per task", "fewshot": "examples per question"}
-LISTS = ("datasets", "notes")  # of the protocol
+TOLD_ELSEWHERE = ("datasets", "notes", "prompts", "masks")  # of the protocol
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
@@ -31,12 +29,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     if os.environ.get("RANK", "0") != "0":  # processes.is_main() would import lightning
         return
     facts = collect(recipe, inputs)
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=StrictUndefined)
-    html = environment.get_template("report.html.jinja").render(facts, figures=figures(facts))
-    for name, text in (("report.html", html), ("report.md", markdown(facts))):
-        with files.whole(folder / name) as beside:
-            beside.write_text(text, encoding="utf-8")
+    html = page.render("report.html.jinja", **facts, figures=figures(facts), mark=summary.MARK)
+    page.write(folder, {"report.html": html, "report.md": markdown(facts)})
 
 
 def show(run_dir: Path, console: Console | None = None) -> None:
@@ -44,21 +38,26 @@ def show(run_dir: Path, console: Console | None = None) -> None:
     console = console or Console()
     results = files.read_json(run_dir / "evaluate" / "results.json")
     assert results is not None, f"{run_dir}: evaluate has not finished"
-    console.print(table(results))
-    for note in notes(results):
+    groups = summary.groups(results)
+    console.print(table(summary.columns(results), groups))
+    if any(cell.beyond for _, rows in groups for _, cells in rows for cell in cells):
+        console.print(Text(f"{summary.MARK} differs from dense by more than two standard errors of the difference"))
+    for note in summary.notes(results):
         console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
     console.print(Text(f"report: {run_dir / 'report' / 'report.html'}"), soft_wrap=True)
 
 
-def table(results: dict) -> Table:
+def table(columns: list[str], groups: summary.Groups) -> Table:
     shown = Table(box=box.SIMPLE_HEAD)
     shown.add_column("", overflow="fold")
-    for name in columns(results):
-        shown.add_column(name, justify="right", no_wrap=True)
-    for title, rows in groups(results):
+    for name in columns:
+        shown.add_column(Text(name), justify="right", no_wrap=True)
+    for title, rows in groups:
         shown.add_row(Text(title, style="green"))
         for label, cells in rows:
-            shown.add_row(Text(f"  {label}"), *map(Text, cells))
+            shown.add_row(
+                Text(f"  {label}"), *(Text(cell.marked, style="bold" if cell.strong else "") for cell in cells)
+            )
     return shown
 
 
@@ -66,33 +65,32 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> dict[str, Any]:
     """All that the report tells, as plain data; what belongs to a stage that did not run is empty."""
     results = files.read_json(inputs["evaluate"] / "results.json")
     assert results is not None, f"{inputs['evaluate']}: no results.json"
-    about = {name: files.read_json(folder / "stage.json") or {} for name, folder in inputs.items()}
-    protocol = results.get("protocol") or {}
-    settings = [(PROTOCOL.get(key, key), value) for key, value in protocol.items() if key not in LISTS]
-    written = OmegaConf.to_container(OmegaConf.structured(recipe))
-    used = {key: value for key, value in written.items() if key not in STAGES or key in recipe.stages}
-    versions: dict[str, list[str]] = {}
-    for source in [*(stage.get("versions") or {} for stage in about.values()), results.get("versions") or {}]:
-        for package, version in source.items():
-            if str(version) not in versions.setdefault(package, []):
-                versions[package].append(str(version))
+    models, protocol = results["models"], results.get("protocol") or {}
+    found = {name: files.read_json(folder / "stage.json") for name, folder in inputs.items()}
+    about = {name: stage for name, stage in found.items() if stage}
+    reference, source = published.find(recipe, protocol)
+    groups = summary.groups(results, reference)
+    machines = _once(stage.get("machine") for stage in about.values())
+    cost = f"It took {summary.duration(sum(stage['seconds'] for stage in about.values()))} on {'; '.join(machines)}."
+    used = {key: value for key, value in plain(recipe).items() if key not in STAGES or key in recipe.stages}
     return {
-        "model": model_name(recipe),
-        "pattern": str(recipe.prune.sparsity) if "pruned" in results["models"] else "",
-        "headline": headline(recipe, results),
-        "columns": columns(results),
-        "groups": groups(results),
-        "notes": notes(results),
+        "model": summary.model_name(recipe),
+        "title": summary.short(summary.model_name(recipe)),
+        "pattern": str(recipe.prune.sparsity) if "pruned" in models else "",
+        "headline": summary.headline(recipe, results),
+        "cost": cost if machines else "",
+        "columns": summary.columns(results),
+        "groups": groups,
+        "explained": summary.explained(groups),
+        "reference": f"Published: {source}." if reference else "",
+        "notes": summary.notes(results),
         "layers": _rows(inputs, "prune", "layers.csv"),
+        "matrices": _rows(inputs, "prune", "matrices.csv"),
         "metrics": _rows(inputs, "finetune", "metrics.csv"),
-        "stages": [
-            (name, it["seconds"], duration(it["seconds"]), it["processes"], it["finished"][:16].replace("T", " "))
-            for name, it in about.items()
-            if it
-        ],
-        "protocol": [(key, "all" if value is None else str(value)) for key, value in settings]
-        + [(name, str(text)) for name, text in (protocol.get("datasets") or {}).items()],
-        "versions": [(package, ", ".join(found)) for package, found in sorted(versions.items())],
+        "continuations": _continuations(results),
+        "stages": [_stage(name, stage) for name, stage in about.items()],
+        "protocol": _protocol(protocol),
+        "origin": _origin(recipe, results, about),
         "recipe": OmegaConf.to_yaml(used).strip(),
     }
 
@@ -101,30 +99,64 @@ def figures(facts: dict[str, Any]) -> list[tuple[str, Markup]]:
     """(caption, inline SVG) of all that there are numbers for."""
     from pipeline import plots  # matplotlib takes a second to import
 
-    layers, metrics, drawn = facts["layers"], facts["metrics"], []
-    if drawable := points(layers, "layer", "sparsity"):
-        drawn.append(("Sparsity of each layer", plots.layer_sparsity(drawable)))
-    if drawable := points(layers, "layer", "relative_output_error"):
-        drawn.append(("Output error of each layer, mean of its matrices", plots.layer_error(drawable)))
-    if drawable := points(metrics, "step", "loss"):
-        held_out = [(step, math.log(value)) for step, value in points(metrics, "step", "val_perplexity")]
-        drawn.append(("Loss while fine-tuning", plots.loss(drawable, held_out)))
-    if facts["stages"]:
-        drawn.append((f"Time of each stage{SINCE}", plots.stage_times([stage[:3] for stage in facts["stages"]])))
+    drawn = []
+    if sparsity := series.by_type(facts["matrices"], "sparsity"):
+        drawn.append(("Pruned weights of each layer, by matrix", plots.sparsity(series.together(sparsity))))
+    if errors := series.by_type(facts["matrices"], "relative_output_error"):
+        drawn.append(("Output error of each layer, by matrix", plots.output_error(errors)))
+    if losses := series.points(facts["metrics"], "step", "loss"):
+        held_out = [(step, math.log(it)) for step, it in series.points(facts["metrics"], "step", "val_perplexity")]
+        drawn.append(("Loss while fine-tuning", plots.loss(losses, held_out)))
+    if stages := facts["stages"]:
+        told = [[stage[key] for stage in stages] for key in ("name", "seconds", "time", "memory_gib")]
+        drawn.append((f"Time of each stage{SINCE}, and peak memory of one process", plots.stages(*told)))
     return [(caption, Markup(svg)) for caption, svg in drawn]
 
 
-def _rows(inputs: dict[str, Path], stage: str, name: str) -> list[dict[str, float]]:
-    """A CSV's rows with their numbers by header; empty cells and text are left out, and so is a missing file."""
-    path = inputs[stage] / name if stage in inputs else Path()
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [{key: float(cell) for key, cell in row.items() if _is_number(cell)} for row in csv.DictReader(file)]
+def _continuations(results: dict) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(prompt, [(model, what it wrote)])."""
+    wrote = {name: results["models"][name].get("continuations") or [] for name in summary.columns(results)}
+    prompts = (results.get("protocol") or {}).get("prompts") or []
+    return [
+        (prompt, [(name, texts[place]) for name, texts in wrote.items() if place < len(texts)])
+        for place, prompt in enumerate(prompts)
+    ]
 
 
-def _is_number(cell: Any) -> bool:
-    try:
-        return math.isfinite(float(cell))
-    except (TypeError, ValueError):
-        return False
+def _stage(name: str, about: dict) -> dict[str, Any]:
+    return {
+        "name": name,
+        "seconds": about["seconds"],
+        "time": summary.duration(about["seconds"]),
+        "memory_gib": about.get("memory_gib"),
+        "memory": f"{about['memory_gib']:.2f} GiB" if "memory_gib" in about else "-",
+        "processes": about["processes"],
+        "finished": about["finished"][:16].replace("T", " "),
+    }
+
+
+def _protocol(protocol: dict) -> list[tuple[str, str]]:
+    told = [(PROTOCOL.get(key, key), value) for key, value in protocol.items() if key not in TOLD_ELSEWHERE]
+    texts = [(name, str(text)) for name, text in (protocol.get("datasets") or {}).items()]
+    return [(key, "all" if value is None else str(value)) for key, value in told] + texts
+
+
+def _origin(recipe: Recipe, results: dict, about: dict[str, dict]) -> list[tuple[str, str]]:
+    """What a run must agree in to be this one: seed, machine, versions, and the hashes of what came out."""
+    told = [("seed", str(recipe.seed))]
+    for key, name in (("machine", "hardware"), ("system", "system")):
+        told += [(name, value) for value in _once(stage.get(key) for stage in about.values())]
+    libraries = [*(stage.get("versions") or {} for stage in about.values()), results.get("versions") or {}]
+    for package in sorted(summary.keys(libraries)):
+        told.append((package, ", ".join(_once(versions.get(package) for versions in libraries))))
+    hashes = {f"{name} model": results["models"][name].get("hash") for name in summary.columns(results)}
+    hashes["masks"] = (results.get("protocol") or {}).get("masks")
+    return told + [(f"hash of the {name}", str(value)) for name, value in hashes.items() if value]
+
+
+def _once(values: Iterable[Any]) -> list[str]:
+    return list(dict.fromkeys(str(value) for value in values if value))
+
+
+def _rows(inputs: dict[str, Path], stage: str, name: str) -> series.Rows:
+    return series.read(inputs[stage] / name) if stage in inputs else []

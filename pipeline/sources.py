@@ -11,7 +11,7 @@ from datasets import Dataset, load_dataset
 
 from pipeline import files
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, reconstruction_text
 
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".gz": "json", ".zst": "json", ".txt": "text"}
 TOKENISED_WIKITEXT = "wikitext-2-v1"
@@ -95,7 +95,11 @@ def of_stage(recipe: Recipe, stage: str) -> list[Source]:
             source(spec, recipe.mirror, split="test" if spec != "c4" else "validation")
             for spec in recipe.evaluate.perplexity
         ]
-    settings = recipe.calibration if stage == "prune" else recipe.finetune
+    settings = {
+        "prune": recipe.calibration,
+        "reconstruct": reconstruction_text(recipe),
+        "finetune": recipe.finetune,
+    }[stage]
     return [source(settings.dataset, recipe.mirror, settings.split, settings.config)]
 
 

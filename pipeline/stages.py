@@ -4,6 +4,7 @@ A stage is done when `<run_dir>/<stage>/stage.json` holds the key of what it was
 `<run_dir>/.<stage>/`, which is renamed when it is whole: resuming is the same command again.
 """
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -13,8 +14,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import evaluate, files, finetune, models, pretrain, processes, prune, report, sources
-from pipeline.recipe import Recipe, section
+from pipeline import (
+    evaluate,
+    files,
+    finetune,
+    hardware,
+    memory,
+    models,
+    pretrain,
+    processes,
+    prune,
+    reconstruct,
+    report,
+    siblings,
+    sources,
+)
+from pipeline.recipe import Recipe, plain, section
 
 LIBRARIES = ("torch", "transformers", "datasets", "lightning", "peft", "accelerate", "lm_eval")
 
@@ -33,9 +48,10 @@ MODEL = ("dtype", "attn_implementation", "trust_remote_code")
 STAGES = (
     Stage("pretrain", pretrain.run, (), ("pretrain", "seed")),
     Stage("prune", prune.run, ("pretrain",), (*MODEL, "calibration", "prune", "seed")),
-    Stage("finetune", finetune.run, ("prune",), (*MODEL, "finetune", "seed")),
-    Stage("evaluate", evaluate.run, ("pretrain", "prune", "finetune"), (*MODEL, "evaluate", "seed")),
-    Stage("report", report.run, ("pretrain", "prune", "finetune", "evaluate"), ("model", "stages")),
+    Stage("reconstruct", reconstruct.run, ("pretrain", "prune"), (*MODEL, "calibration", "reconstruct", "seed")),
+    Stage("finetune", finetune.run, ("prune", "reconstruct"), (*MODEL, "finetune", "seed")),
+    Stage("evaluate", evaluate.run, ("pretrain", "prune", "reconstruct", "finetune"), (*MODEL, "evaluate", "seed")),
+    Stage("report", report.run, ("pretrain", "prune", "reconstruct", "finetune", "evaluate"), ("model", "stages")),
 )
 
 
@@ -46,6 +62,7 @@ def run(recipe: Recipe) -> None:
         run_dir = Path(recipe.run_dir)
         chosen = [stage for stage in STAGES if stage.name in recipe.stages]
         outside = processes.from_main(_read_from_outside(recipe) if processes.is_main() else None)
+        reconstruct.check(recipe)
         evaluate.check(recipe)
         done: dict[str, str] = {}  # stage -> key
         for stage in chosen:
@@ -67,6 +84,8 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
     if state:
         processes.say(f"{stage.name}: done before")
         return
+    if processes.from_main(processes.is_main() and _is_taken_over(stage, finished, key)):
+        return
     if processes.is_main():
         if before:
             print(f"{stage.name}: {_difference(before['made_from'], made_from)}: running again", flush=True)
@@ -76,9 +95,10 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
             shutil.rmtree(work, ignore_errors=True)
         files.write_json(work / "stage.json", {"key": key, "stage": stage.name})
     processes.barrier()
+    memory.restart_peak(processes.device())
     started = time.perf_counter()
     stage.run(recipe, work, inputs)
-    processes.barrier()
+    memory_gib = max(processes.all_ranks(memory.peak_gib(processes.device())))
     if processes.is_main():
         about = {
             "key": key,
@@ -86,8 +106,12 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - started, 1),
             "processes": processes.world_size(),
+            "memory_gib": round(memory_gib, 3),  # of the process that used most
+            "machine": hardware.machine(),
+            "system": hardware.system(),
             "versions": {library: version(library) for library in LIBRARIES},
             "made_from": made_from,
+            "recipe": plain(recipe),
         }
         files.write_json(work / "stage.json", about)
         old = run_dir / f".{stage.name}.old"
@@ -100,13 +124,26 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
     processes.barrier()
 
 
+def _is_taken_over(stage: Stage, finished: Path, key: str) -> bool:
+    """Whether another cell of this sweep has made the same; not the report, which also tells where its run lies.
+
+    A run on its own takes over nothing: whoever repeats one wants to see it come out again.
+    """
+    if processes.CELL not in os.environ or stage.name == "report":
+        return False
+    sibling = siblings.take_over(finished, key)
+    if sibling:
+        print(f"{stage.name}: taken over from {sibling}", flush=True)
+    return sibling is not None
+
+
 def _read_from_outside(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What the stages read from outside, so that a changed model or text is seen, and a missing one before any work."""
     found: dict[str, dict[str, Any]] = {}
     if recipe.model is not None:
         identity = models.identity(models.locate(recipe.model, recipe.revision))
         found |= {"prune": {"model": identity}, "evaluate": {"model": identity}}
-    for name in ("prune", "finetune", "evaluate"):
+    for name in ("prune", "reconstruct", "finetune", "evaluate"):
         if name in recipe.stages:
             texts = {str(source): sources.identity(source) for source in sources.of_stage(recipe, name)}
             found[name] = found.get(name, {}) | {"data": texts}

@@ -1,13 +1,17 @@
-"""Owns the walk over the decoder layers, in which a batch is a layer and pruning is a callback."""
+"""Owns the walk over the decoder layers, in which a batch is a layer; pruning or reconstructing it is a callback."""
 
 import contextlib
+import csv
 from pathlib import Path
 
 import torch
-from lightning import LightningModule
-from safetensors.torch import load_file
+from lightning import LightningModule, Trainer
+from lightning.pytorch import Callback
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from pipeline import files, models, processes
 from pipeline.decoder import Decoder, release
 from pipeline.masks import Masks
 from pipeline.watch import EveryInputSeen, InputWatch
@@ -16,9 +20,10 @@ from pipeline.watch import EveryInputSeen, InputWatch
 class LayerWalk(LightningModule):
     """Owns this rank's hidden states and carries them from layer to layer.
 
-    A step forwards them through the layer just pruned, so that each layer sees what the pruned model will give it, and
-    then shows them to the next layer, whose watched matrices decide what goes. A layer whose shard lies in
-    `folder/model` was finished by an earlier try: its weights are read from there, and it is only passed through.
+    A step forwards them through the layer just finished, so that each layer sees what the new model will give it, and
+    then, where a callback watches, shows them to the next layer, whose matrices' inputs decide what goes. A layer
+    whose shard lies in `folder/model` was finished by an earlier try: its weights are read from there, and it is only
+    passed through.
     """
 
     def __init__(
@@ -48,9 +53,9 @@ class LayerWalk(LightningModule):
 
     def on_predict_start(self) -> None:
         self.decoder.place(self.device)
-        self.hidden = [self._keep(self.decoder.embed(batch.to(self.device))) for batch in self.batches]
+        self.hidden = [self.keep(self.decoder.embed(batch.to(self.device))) for batch in self.batches]
 
-    def _keep(self, hidden: Tensor) -> Tensor:
+    def keep(self, hidden: Tensor) -> Tensor:
         """Where hidden states wait: on the device, or in the host's memory, pinned so that copies overlap."""
         if self.store is None or self.store == hidden.device:
             return hidden
@@ -59,7 +64,7 @@ class LayerWalk(LightningModule):
     def predict_step(self, layer: nn.Module, index: int) -> None:
         for i, hidden in enumerate(self.hidden if self.previous is not None else ()):
             moved = hidden.to(self.device, non_blocking=True)
-            self.hidden[i] = self._keep(self.decoder.run(index - 1, self.previous, moved))
+            self.hidden[i] = self.keep(self.decoder.run(index - 1, self.previous, moved))
         if self.previous is not None:
             release(self.previous)
         self.masks = Masks()
@@ -67,9 +72,47 @@ class LayerWalk(LightningModule):
             weights = load_file(self.shard(index), device=str(self.device))
             prefix = f"{self.decoder.prefix}.{index}."
             layer.load_state_dict({name.removeprefix(prefix): w for name, w in weights.items()}, assign=True)
-        else:
+        elif self.watch is not None:
             for hidden in self.hidden:
                 self.watch.next_batch()
                 with contextlib.suppress(EveryInputSeen):
                     self.decoder.run(index, layer, hidden.to(self.device, non_blocking=True))
         self.previous = layer
+
+
+def tour(walk: LayerWalk, callbacks: list[Callback]) -> None:
+    """Walks all layers with the callbacks."""
+    trainer = Trainer(
+        callbacks=callbacks,
+        inference_mode=False,  # else the weights become inference tensors, and a later fit of them dies
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,  # each layer says a line, also off a terminal
+        **processes.trainer_arguments(),
+    )
+    assert trainer.world_size == processes.world_size()
+    trainer.predict(walk, DataLoader(walk.decoder.layers, batch_size=None), return_predictions=False)
+
+
+def write_outside(walk: LayerWalk, origin: Path, dtype: str) -> None:
+    """The rest of the model folder: what lies outside the layers, the index, and all that is no weight."""
+    decoder, model = walk.decoder, walk.decoder.model
+    once = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    state = model.state_dict()  # holds tied weights twice, which a file must not
+    in_layers = decoder.prefix + "."
+    rest = {k: v.contiguous().cpu() for k, v in state.items() if k in once and not k.startswith(in_layers)}
+    with files.whole(walk.shard(len(decoder.layers))) as beside:
+        save_file(rest, beside, {"format": "pt"})
+    models.write_index(walk.folder / "model")
+    models.copy_beside(origin, walk.folder / "model", dtype)
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """As CSV, layer and matrix first; no file without a row."""
+    if not rows:
+        return
+    columns = sorted(rows[0], key=("layer", "matrix").__contains__, reverse=True)
+    with files.whole(path) as beside, open(beside, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-MATH = ("scores", "patterns", "obs", "perplexity", "watch", "masks", "allocation", "decoder")
+MATH = ("scores", "patterns", "obs", "perplexity", "watch", "masks", "allocation", "decoder", "layer_fit")
 WIRING = ("lightning", "accelerate", "torch.distributed", "pytorch_lightning")
 
 

@@ -1,0 +1,66 @@
+"""The reconstruct stage: pruned model, masks and dense model in, a pruned model whose layers do what the dense ones did.
+
+Layer by layer, before any end-to-end training, as in EBFT (Guo et al. 2024, "EBFT: Effective and Block-Wise
+Fine-Tuning for Sparse LLMs"); the masks stay as they are.
+"""
+
+import shutil
+from pathlib import Path
+
+from callbacks.layer_writer import LayerWriter
+from callbacks.reconstructor import LayerReconstructor
+from pipeline import calibration, memory, models, processes
+from pipeline.decoder import Decoder
+from pipeline.errors import UserError
+from pipeline.masks import Masks
+from pipeline.recipe import Calibration, Recipe, reconstruction_text
+from pipeline.walk import LayerWalk, tour, write_outside, write_rows
+
+HELD_OUT = 8  # the samples of one step in so many judge instead of training
+BYTES_PER_WEIGHT = 4 + 8 + 8 + 4 + 4  # in fp32, Adam's moments, gradients in float64 and fp32, the best so far
+
+
+def check(recipe: Recipe) -> None:
+    """Answers samples that cannot be shared out as steps before any work, as a `UserError`."""
+    if "reconstruct" in recipe.stages:
+        plan_steps(reconstruction_text(recipe), recipe.reconstruct.accumulate, processes.world_size())
+
+
+def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
+    """Writes `model/` and `layers.csv`."""
+    settings, text, origin = recipe.reconstruct, reconstruction_text(recipe), inputs["prune"] / "model"
+    steps = plan_steps(text, settings.accumulate, processes.world_size())
+    masks, _ = Masks.load(inputs["prune"] / "masks.safetensors")
+    decoder = Decoder(models.load(origin, recipe))
+    dense = Decoder(models.load(models.dense_folder(recipe, inputs), recipe))
+    batches = calibration.batches(recipe, text, "reconstruct", origin, decoder)
+    store = calibration.plan_memory(decoder, batches, recipe.prune.hidden_states, 2, BYTES_PER_WEIGHT)
+    walk = LayerWalk(decoder, batches, folder, store)
+    if walk.finished_before:
+        processes.say(f"  {len(walk.finished_before)} of {len(decoder.layers)} layers were done before: passed through")
+    processes.barrier()  # a rank late to look for finished shards must not see new ones
+    tour(walk, [LayerReconstructor(dense, masks, settings, recipe.seed, steps), LayerWriter(folder)])
+    processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
+    if processes.is_main():
+        write_outside(walk, origin, recipe.dtype)
+        rows = [Masks.load(walk.masks_file(index))[1] for index in range(len(decoder.layers))]
+        write_rows(folder / "layers.csv", rows)
+        shutil.rmtree(folder / "masks")
+
+
+def plan_steps(text: Calibration, accumulate: int, world_size: int) -> list[range]:
+    """The batches on each process that make up the steps of an epoch; those after the last step judge."""
+    samples = accumulate * text.batch_size  # of a step
+    if accumulate % world_size:
+        raise UserError(
+            f"reconstruct.accumulate={accumulate} batches a step cannot be shared by {world_size} processes: type "
+            f"reconstruct.accumulate={world_size} reconstruct.batch_size={max(1, samples // world_size)}"
+        )
+    count = text.samples // samples
+    if count < 2:
+        raise UserError(
+            f"{text.samples} samples are too few to train on some and judge by others, {samples} a step: "
+            f"type reconstruct.samples={HELD_OUT * samples}"
+        )
+    each = accumulate // world_size
+    return [range(step * each, (step + 1) * each) for step in range(count - max(1, count // HELD_OUT))]
