@@ -129,7 +129,7 @@ def test_bad_input_says_what_to_type(tmp_path):
         lora.load_adapter(model, tmp_path)
     with pytest.raises(UserError, match="DoRA"):
         MaskedLinear(nn.Linear(4, 4), "default", LoraConfig(r=2, use_dora=True), r=2, lora_alpha=2)
-    masks[next(iter(masks))] = torch.ones(2, 2, dtype=torch.bool)
+    masks.add(next(iter(masks)), torch.ones(2, 2, dtype=torch.bool), "2of4")
     with pytest.raises(UserError, match="another model's mask file"):
         lora.attach(small_model("llama"), masks, SETTINGS)
 
