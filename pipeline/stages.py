@@ -49,7 +49,7 @@ STAGES = (
     Stage("pretrain", pretrain.run, (), ("pretrain", "seed")),
     Stage("prune", prune.run, ("pretrain",), (*MODEL, "calibration", "prune", "seed")),
     Stage("reconstruct", reconstruct.run, ("pretrain", "prune"), (*MODEL, "calibration", "reconstruct", "seed")),
-    Stage("finetune", finetune.run, ("prune", "reconstruct"), (*MODEL, "finetune", "seed")),
+    Stage("finetune", finetune.run, ("pretrain", "prune", "reconstruct"), (*MODEL, "finetune", "seed")),
     Stage("evaluate", evaluate.run, ("pretrain", "prune", "reconstruct", "finetune"), (*MODEL, "evaluate", "seed")),
     Stage("report", report.run, ("pretrain", "prune", "reconstruct", "finetune", "evaluate"), ("model", "stages")),
 )
