@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from callbacks.layer_writer import LayerWriter
 from callbacks.methods import pruner
 from callbacks.outliers import OutlierShares
+from callbacks.stop_at_signal import StopAtSignal
 from pipeline import data, files, memory, models, processes, sources
 from pipeline.allocation import allocate
 from pipeline.decoder import Decoder
@@ -39,7 +40,6 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         processes.say(
             f"  {len(walk.finished_before)} of {len(decoder.layers)} layers were pruned before: passed through"
         )
-    processes.barrier()  # a rank late to look for finished shards must not see new ones
     tour(walk, [pruner(settings, allocate(decoder, settings, shares)), LayerWriter(folder)])
     processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
     if processes.is_main():
@@ -88,7 +88,7 @@ def plan_memory(decoder: Decoder, batches: list[Tensor], where: str) -> torch.de
 def tour(walk: LayerWalk, callbacks: list[Callback]) -> None:
     """Walks all layers with the callbacks."""
     trainer = Trainer(
-        callbacks=callbacks,
+        callbacks=[*callbacks, StopAtSignal()],
         inference_mode=False,  # else the weights become inference tensors, and a later fit of them dies
         logger=False,
         enable_checkpointing=False,

@@ -118,6 +118,7 @@ class Recipe:
     stages: list[str] = setting(["prune", "finetune", "evaluate", "report"], choices=STAGES)
     mirror: str | None = None  # a folder laid out as the hub, read instead of it
     debug: bool = False  # tracebacks
+    timeout_minutes: float = setting(30.0, low=0.05)  # that the processes wait for the slowest of them
 
     pretrain: Pretrain = field(default_factory=Pretrain)
     calibration: Calibration = field(default_factory=Calibration)

@@ -12,7 +12,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 from callbacks.step_log import StepLog
+from callbacks.stop_at_signal import StopAtSignal
 from pipeline import processes
+from pipeline.checkpoints import WholeCheckpoints, newest
 from pipeline.errors import UserError
 
 
@@ -93,10 +95,12 @@ def fit(
         callbacks=[
             *callbacks,
             StepLog(folder / "metrics.csv"),
+            StopAtSignal(checkpoints),
             ModelCheckpoint(
                 checkpoints, filename="{step}", every_n_train_steps=schedule.checkpoint_every, save_top_k=1
             ),
         ],
+        plugins=[WholeCheckpoints(folder)],
         logger=False,
         enable_progress_bar=processes.on_terminal(),
         **processes.trainer_arguments(),
@@ -105,15 +109,11 @@ def fit(
     model.train()
     # a plain DataLoader resumed mid-epoch repeats early batches and drops later ones
     loader = StatefulDataLoader(mine, batch_size=batch_size)
-    last = processes.from_main(max(checkpoints.glob("*.ckpt"), key=_step_of, default=None))
+    last = newest(folder)
     if last:
         processes.say(f"  going on from {last.name}")
     trainer.fit(CausalLM(model, schedule), loader, ckpt_path=last, weights_only=True)
     model.eval()
-
-
-def _step_of(path: Path) -> int:
-    return int(path.stem.rpartition("=")[2])
 
 
 def _precision(setting: str) -> str:

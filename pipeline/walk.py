@@ -8,6 +8,7 @@ from lightning import LightningModule
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pipeline import checksums, processes
 from pipeline.decoder import Decoder
 from pipeline.masks import Masks
 from pipeline.watch import EveryInputSeen, InputWatch
@@ -17,8 +18,8 @@ class LayerWalk(LightningModule):
     """Owns this rank's hidden states and carries them from layer to layer.
 
     A step forwards them through the layer just pruned, so that each layer sees what the pruned model will give it, and
-    then shows them to the next layer, whose watched matrices decide what goes. A layer whose shard lies in
-    `folder/model` was finished by an earlier try: its weights are read from there, and it is only passed through.
+    then shows them to the next layer, whose watched matrices decide what goes. A layer whose shard and masks lie whole in
+    `folder` was finished by an earlier try: its weights are read from there, and it is only passed through.
     """
 
     def __init__(
@@ -33,8 +34,16 @@ class LayerWalk(LightningModule):
         self.watch: InputWatch | None = None
         self.masks = Masks()  # of the layer at hand
         self.log_row: dict = {}
-        layers = range(len(decoder.layers)) if folder else ()
-        self.finished_before = frozenset(i for i in layers if self.shard(i).exists())
+        self.finished_before = processes.from_main(
+            self._find_finished() if folder and processes.is_main() else frozenset()
+        )
+
+    def _find_finished(self) -> frozenset[int]:
+        damaged = checksums.damaged(self.folder)
+        if damaged:
+            processes.say(f"  damaged, so made again: {', '.join(damaged)}")
+        whole = {self.folder / name for name in checksums.recorded(self.folder) if name not in damaged}
+        return frozenset(i for i in range(len(self.decoder.layers)) if {self.shard(i), self.masks_file(i)} <= whole)
 
     def is_finished(self, index: int) -> bool:
         return index in self.finished_before
