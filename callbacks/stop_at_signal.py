@@ -33,7 +33,7 @@ class StopAtSignal(Callback):
             return  # still accumulating
         self.step = trainer.global_step
         if processes.any_rank(bool(interrupt.asked())):
-            trainer.save_checkpoint(self.checkpoints / f"step={self.step}.ckpt")
+            trainer.save_checkpoint(self.checkpoints / f"step={self.step}.ckpt", weights_only=False)
             raise Stopped(f"stopped by {_signal()} after step {self.step}, of which there is a checkpoint")
 
     def on_predict_end(self, trainer, module) -> None:

@@ -50,6 +50,13 @@ def be_prompt() -> None:
     _patient = False
 
 
+def be_deaf() -> None:
+    """The run is ending already, and has something to say."""
+    if _in_main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def _listen() -> None:
     if _in_main_thread():  # the only one that may
         for number in SIGNALS:

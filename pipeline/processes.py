@@ -133,6 +133,7 @@ def stop() -> None:
 
 def _to_say(error: BaseException, timeout_minutes: float) -> BaseException:
     """The exception that this process shall raise, once it is settled which process says why the run ends."""
+    interrupt.be_deaf()
     if _heartbeat is None:
         return error if local_rank() == 0 else SaidElsewhere(_code(error))
     if isinstance(error, Stopped) or is_of_a_lost_peer(error):
