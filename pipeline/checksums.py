@@ -1,8 +1,8 @@
 """Owns the checksums of what a stage wrote, in its stage.json: taken when a file is whole, checked before it is used.
 
-A file whose size and time of change are as recorded is checked by `files.fingerprint`, which reads at most 64 MiB of it:
-two models of 140 GB take seconds. A file of another time, such as a copied one, is read whole. So damage to a file of up
-to 64 MiB is always seen, to a larger one for certain only where something wrote to it.
+Of a file over 64 MiB whose size and time of change are as recorded, only the blocks of `files.fingerprint` are read, so
+that two models of 140 GB take seconds. Any other file is read whole. So damage is always seen, but for damage to a large
+file that nothing wrote to, such as a bad disk's, which is seen where it meets a block.
 """
 
 import hashlib
@@ -45,14 +45,15 @@ def _entry(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     size, changed = _stamp(path)
-    return {"bytes": size, "changed_ns": changed, "sha256": sha256, "blocks": files.fingerprint([path])}
+    blocks = {"blocks": files.fingerprint([path])} if size > files.READ_WHOLE else {}
+    return {"bytes": size, "changed_ns": changed, "sha256": sha256} | blocks
 
 
 def _is_as_recorded(path: Path, entry: dict[str, Any]) -> bool:
     try:
         if path.stat().st_size != entry["bytes"]:
             return False
-        if _stamp(path) == _stamp_of(entry):
+        if "blocks" in entry and _stamp(path) == _stamp_of(entry):
             return files.fingerprint([path]) == entry["blocks"]
         return _entry(path)["sha256"] == entry["sha256"]
     except OSError:

@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 
 BLOCK = 1 << 20  # bytes
 BLOCKS = 64  # read of a large file
+READ_WHOLE = BLOCK * BLOCKS  # bytes up to which a file is not a large one
 
 
 @contextmanager
@@ -72,7 +73,7 @@ def fingerprint(paths: Iterable[Path]) -> str:
         with open(path, "rb") as file:
             starts = (
                 range(0, size, BLOCK)
-                if size <= BLOCK * BLOCKS
+                if size <= READ_WHOLE
                 else [i * (size - BLOCK) // (BLOCKS - 1) for i in range(BLOCKS)]
             )
             for start in starts:

@@ -202,6 +202,8 @@ def _refuse_unknown(layer: dict, schema: type, prefix: str) -> None:
                     f"{prefix}{key}={value}: this is a section; set one of its keys, {prefix}{key}.<{inside}>"
                 )
             _refuse_unknown(value, known[key].type, f"{prefix}{key}.")
+        elif "${" in str(value):  # OmegaConf would put in what it names: ${oc.env:HF_TOKEN}, and the report would show it
+            raise UserError(f"{prefix}{key}={value}: ${{...}} is not allowed, a recipe holds plain values")
 
 
 def _did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
