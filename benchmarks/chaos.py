@@ -5,6 +5,7 @@ command again: masks, weights and results must be, to the bit, those of a run th
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import random
@@ -21,7 +22,13 @@ sys.path.insert(0, str(ROOT))
 from pipeline.recipe import STAGES
 from tests.conftest import command, environment
 
-SHORT = ("recipe=tiny", "pretrain.steps=300", "finetune.max_steps=60", "finetune.checkpoint_every=10", "evaluate.limit=50")
+SHORT = (
+    "recipe=tiny",
+    SHORT = ("recipe=tiny", "pretrain.steps=300", "finetune.max_steps=40", "finetune.checkpoint_every=10", "evaluate.limit=25"),
+    "finetune.max_steps=60",
+    "finetune.checkpoint_every=10",
+    "evaluate.limit=50",
+)
 
 
 def main() -> int:
@@ -44,7 +51,9 @@ def main() -> int:
             code = start(run_dir, processes, SHORT).wait()
             same = code == 0 and what_matters(run_dir) == what_matters(whole)
             differ += not same
-            print(f"{processes} processes, run {series}: {'the same' if same else f'DIFFERS (exit {code})'}", flush=True)
+            print(
+                f"{processes} processes, run {series}: {'the same' if same else f'DIFFERS (exit {code})'}", flush=True
+            )
         print(f"{processes} processes: {len(landed)} kills, in " + ", ".join(landed), flush=True)
     return differ
 
@@ -74,10 +83,8 @@ def kill_all(running: subprocess.Popen) -> None:
     if running.poll() is None:
         launcher = psutil.Process(running.pid)
         for process in [launcher, *launcher.children(recursive=True)]:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                pass
     running.wait()
 
 

@@ -98,7 +98,9 @@ def compare(run_dir: Path, alone: Path) -> str:
     masks = [(run / "prune/masks.safetensors").read_bytes() for run in (run_dir, alone)]
     # what was fine-tuned in another order of sums is another model in its last digits
     same = {name: mine[name] == theirs[name] for name in ("dense", "pruned")}
-    losses = [[float(row["loss"]) for row in csv.DictReader(open(run / "finetune/metrics.csv"))] for run in (run_dir, alone)]
+    losses = [
+        [float(row["loss"]) for row in csv.DictReader(open(run / "finetune/metrics.csv"))] for run in (run_dir, alone)
+    ]
     apart = max(abs(a - b) for a, b in zip(*losses, strict=True))
     tuned = [model["finetuned"]["perplexity"]["world"] for model in (mine, theirs)]
     return (

@@ -1,6 +1,6 @@
 """Nine runs back to back in one process: neither memory nor open files may grow from run to run.
 
-    python benchmarks/soak.py --work DIR
+python benchmarks/soak.py --work DIR
 """
 
 import argparse

@@ -1,29 +1,35 @@
-"""Re-applies the masks after every real optimizer step."""
-
-from collections.abc import Callable
+"""Keeps the masks through training: gradients before clipping, weights after every real optimizer step."""
 
 from lightning.pytorch import Callback
 
 
 class MaskKeeper(Callback):
-    """Calls `reapply` once per step that an optimizer really took.
+    """Calls `recovery.reapply` (see pipeline/recovery.py) once per step that an optimizer really took, and fails where a
+    pruned weight left zero.
 
     Only the optimizer's own post-step hook knows those: when the fp16 scaler skips a step, every hook of Lightning runs
     and `global_step` counts it all the same (measured: 7 for 4 real steps).
     """
 
-    def __init__(self, reapply: Callable[[], None]) -> None:
-        self.reapply = reapply
+    def __init__(self, recovery) -> None:
+        self.recovery = recovery
         self.steps = 0
         self._hooks: list = []
 
     def on_train_start(self, trainer, module) -> None:
-        self.reapply()  # a checkpoint may just have been loaded
+        self._check()  # a checkpoint may just have been loaded
         self._hooks = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        self.recovery.mask_gradients()  # before Lightning clips, so that the norm ignores pruned weights
 
     def _after_step(self, optimizer, args, kwargs) -> None:
         self.steps += 1
-        self.reapply()
+        self._check()
+
+    def _check(self) -> None:
+        if violations := self.recovery.reapply():
+            raise AssertionError(f"{violations} pruned weights were not zero after step {self.steps}")
 
     def teardown(self, trainer, module, stage: str) -> None:
         for hook in self._hooks:

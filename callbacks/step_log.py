@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from pipeline import processes
+from pipeline import memory, processes
 
-COLUMNS = ("step", "loss", "lr", "tokens_per_second")
+COLUMNS = ("step", "loss", "lr", "tokens_per_second", "memory_gib", "val_perplexity")
 
 
 class StepLog(Callback):
@@ -38,14 +38,26 @@ class StepLog(Callback):
         self.step = trainer.global_step
         # Lightning hands over each loss divided by the number of accumulated batches
         loss = processes.all_sum(torch.stack(self.losses).sum().double()).item() / trainer.world_size
-        seconds = time.perf_counter() - self.started
-        lr = trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0]
+        speed = self.tokens / (time.perf_counter() - self.started)
+        row = {
+            "step": self.step,
+            "loss": round(loss, 6),
+            "lr": trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0],
+            "tokens_per_second": round(speed),
+            "memory_gib": round(memory.peak_gib(module.device), 3),
+        }
+        validated = module.val_perplexity
+        if validated is not None:
+            row["val_perplexity"], module.val_perplexity = round(validated, 4), None
         if trainer.is_global_zero:
             with self.path.open("a", newline="") as file:
-                csv.writer(file).writerow([self.step, f"{loss:.6f}", f"{lr:.3e}", f"{self.tokens / seconds:.0f}"])
+                csv.DictWriter(file, COLUMNS, restval="").writerow(row)
+            for logger in trainer.loggers:
+                logger.log_metrics(row, self.step)
         every = max(1, trainer.max_steps // self.lines)
         if self.step % every == 0 or self.step == trainer.max_steps:
             processes.say(
-                f"  step {self.step}/{trainer.max_steps}: loss {loss:.4f}, {self.tokens / seconds:,.0f} tokens/s"
+                f"  step {self.step}/{trainer.max_steps}: loss {loss:.4f}, {speed:,.0f} tokens/s, "
+                f"memory {memory.text(row['memory_gib'])}"
             )
         self.losses, self.tokens, self.started = [], 0, time.perf_counter()

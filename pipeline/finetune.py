@@ -1,66 +1,75 @@
-"""The finetune stage: a masked LoRA on the pruned model, merged into one that is exactly as sparse."""
+"""The finetune stage: trains a pruned model back to health, with its masks kept."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from callbacks.mask_keeper import MaskKeeper
-from pipeline import data, files, lora, models, processes, sources
+from callbacks.validation import Validation
+from pipeline import data, files, models, processes, quantize, sources
 from pipeline.masks import Masks
 from pipeline.recipe import Recipe
-from pipeline.training import Schedule, fit
+from pipeline.recovery import METHODS
+from pipeline.training import fit, sequences, share
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
-    """Writes `model/`, `adapter/` and `metrics.csv`."""
+    """Writes `model/`, `metrics.csv` and, for a LoRA, `adapter/`; a plain LoRA leaves no `model/`."""
     settings = recipe.finetune
     origin, masks_file = inputs["prune"] / "model", inputs["prune"] / "masks.safetensors"
     masks, _ = Masks.load(masks_file)
     tokenizer = models.tokenizer(origin, recipe)
-    schedule = Schedule(
-        settings.max_steps,
-        settings.batch_size,
-        settings.accumulate,
-        settings.lr,
-        settings.warmup,
-        settings.weight_decay,
-        settings.clip,
-        settings.precision,
-        settings.checkpoint_every,
-        recipe.seed,
-    )
-    schedule.share(processes.world_size())
+    share(settings, processes.world_size())  # refuses what cannot be shared before anything is read
 
-    dense = models.load(origin, recipe)
-    models.check_length(dense.config, "finetune.seq_len", settings.seq_len)
+    # a whole model trains in full precision: steps too small for bfloat16's 8 bits would be lost
+    full = "float32" if settings.method == "full" and settings.precision != "bf16-true" else None
+    pruned = models.load(origin, recipe, full, quantize.configuration(settings.quantize))
+    models.check_length(pruned.config, "finetune.seq_len", settings.seq_len)
     source = sources.source(settings.dataset, recipe.mirror, settings.split, settings.config)
-    samples = schedule.max_steps * schedule.sequences
+    samples = settings.max_steps * sequences(settings)
     windows_NT = data.packed(source, tokenizer, settings.seq_len, samples, recipe.seed)
-    models.check_vocabulary(dense.config, windows_NT, source)
+    models.check_vocabulary(pruned.config, windows_NT, source)
 
     torch.manual_seed(recipe.seed)  # of A; B starts at zero
-    model = lora.attach(dense, masks, settings)
-    keeper = MaskKeeper(lambda: lora.refresh_all(model))
-    fit(model, windows_NT, schedule, folder, [keeper])
+    recovery = METHODS[settings.method](pruned, masks, settings)
+    callbacks = [MaskKeeper(recovery)]
+    if settings.validation:
+        held_out = sources.source(settings.validation, recipe.mirror, split="validation")
+        windows = data.packed(held_out, tokenizer, settings.seq_len, settings.validation_samples, 0)
+        best = folder / "checkpoints/best.safetensors"
+        callbacks.insert(0, Validation(windows, settings.batch_size, settings.validate_every, settings.patience, best))
+    teacher = models.load(models.dense_folder(recipe, inputs), recipe) if settings.distill else None
+    fit(recovery.model, windows_NT, settings, recipe.seed, folder, callbacks, teacher)
+    assert recovery.reapply() == 0
+
+    recovery.save(folder, masks_file)
+    if settings.method != "plain_lora":
+        write_merged(recovery.merged, origin, folder / "model")
+        if processes.is_main():
+            violations = masks.violations(models.tensors(folder / "model"))
+            assert not violations, violations
     if processes.is_main():
-        lora.save_adapter(model, masks_file, folder / "adapter")
-        write_merged(model, masks, origin, folder / "model")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def write_merged(model: PeftModel, masks: Masks, origin: Path, target: Path) -> None:
-    """`origin` shard by shard, with the adapted matrices replaced by the weights that forward used."""
-    merged = lora.masked_layers(model)
+def write_merged(merged: Callable[[str, Tensor], Tensor | None], origin: Path, target: Path) -> None:
+    """`origin` shard by shard, with the weights that `merged(name, weight)` gives for it; None leaves one as it is.
+
+    All ranks must call, since a weight may have to be put together from the parts that they hold; rank 0 writes.
+    """
     for shard in sorted(origin.glob("*.safetensors")):
         weights = load_file(shard)
-        for name in weights.keys() & merged.keys():
-            weights[name] = merged[name].merged_weight().to(weights[name].dtype).cpu().contiguous()
-        with files.whole(target / shard.name) as beside:
-            save_file(weights, beside, {"format": "pt"})
-    models.copy_beside(origin, target)
-    models.write_index(target)
-    violations = masks.violations(models.tensors(target))
-    assert not violations, violations
+        for name, weight in weights.items():
+            new = merged(name, weight)
+            if new is not None and processes.is_main():
+                weights[name] = new.detach().to(weight.dtype).cpu().contiguous()
+        if processes.is_main():
+            with files.whole(target / shard.name) as beside:
+                save_file(weights, beside, {"format": "pt"})
+    if processes.is_main():
+        models.copy_beside(origin, target)
+        models.write_index(target)

@@ -14,9 +14,10 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline import files
+from pipeline import files, memory, processes, sharding
 from pipeline.errors import UserError
-from pipeline.masks import Masks, apply_, stray
+from pipeline.masks import Masks, apply_, pack, unpack
+from pipeline.quantize import dequantized
 from pipeline.recipe import Finetune
 
 ADAPTER = "default"
@@ -25,7 +26,7 @@ MASKED_TYPE = "MASKED_LORA"
 
 
 class _EffectiveLinear(torch.autograd.Function):
-    """x W_eff^T, with the gradients of A and B taken from the masked gradient of W_eff.
+    """x W_eff^T + bias, with the gradients of A and B taken from the masked gradient of W_eff.
 
     No LoRA branch is computed for each token and nothing but x is kept for backward, which saves memory; the price is one
     product (O, N) x (N, I) in backward.
@@ -41,49 +42,122 @@ class _EffectiveLinear(torch.autograd.Function):
     def backward(ctx, grad_NO):
         input_NI, weight_OI, a_RI, b_OR, mask_OI = ctx.saved_tensors
         grad_input = grad_NO @ weight_OI if ctx.needs_input_grad[0] else None
-        grad_OI = grad_NO.flatten(0, -2).T @ input_NI.flatten(0, -2)
-        grad_OI = grad_OI.mul_(mask_OI).to(a_RI.dtype)
-        grad_a = ctx.scale * (b_OR.T @ grad_OI)
-        grad_b = ctx.scale * (grad_OI @ a_RI.T)
-        return grad_input, None, None, grad_a, grad_b, None, None
+        grad_bias = grad_NO.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        grad_a, grad_b = _of_a_and_b(_of_weight(grad_NO, input_NI), a_RI, b_OR, mask_OI, ctx.scale)
+        return grad_input, None, grad_bias, grad_a, grad_b, None, None
+
+
+class _RecomputedLinear(torch.autograd.Function):
+    """The same, with W_eff made in forward and again in backward, so that it takes no memory between them.
+
+    `dropped_NI` is the input of the LoRA branch where dropout makes it another, else None.
+    """
+
+    @staticmethod
+    def forward(ctx, input_NI, dropped_NI, bias_O, a_RI, b_OR, layer):
+        ctx.layer = layer
+        ctx.save_for_backward(input_NI, dropped_NI, a_RI, b_OR)
+        if dropped_NI is None:
+            return F.linear(input_NI, layer.effective(a_RI, b_OR).to(input_NI.dtype), bias_O)
+        delta_OI = layer.delta(a_RI, b_OR).to(input_NI.dtype)
+        return F.linear(input_NI, layer.base_OI().to(input_NI.dtype), bias_O) + F.linear(dropped_NI, delta_OI)
+
+    @staticmethod
+    def backward(ctx, grad_NO):
+        input_NI, dropped_NI, a_RI, b_OR = ctx.saved_tensors
+        layer, grad_input, grad_dropped = ctx.layer, None, None
+        if ctx.needs_input_grad[0]:
+            weight_OI = layer.effective(a_RI, b_OR, count=False) if dropped_NI is None else layer.base_OI()
+            grad_input = grad_NO @ weight_OI.to(grad_NO.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_dropped = grad_NO @ layer.delta(a_RI, b_OR).to(grad_NO.dtype)
+        grad_bias = grad_NO.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        seen_NI = input_NI if dropped_NI is None else dropped_NI
+        grad_a, grad_b = _of_a_and_b(_of_weight(grad_NO, seen_NI), a_RI, b_OR, layer.mask(), layer.scale)
+        return grad_input, grad_dropped, grad_bias, grad_a, grad_b, None
+
+
+def _of_weight(grad_NO: Tensor, input_NI: Tensor) -> Tensor:
+    return grad_NO.flatten(0, -2).T @ input_NI.flatten(0, -2)
+
+
+def _of_a_and_b(grad_OI: Tensor, a_RI: Tensor, b_OR: Tensor, mask_OI: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    grad_OI = grad_OI.mul_(mask_OI).to(a_RI.dtype)
+    return scale * (b_OR.T @ grad_OI), scale * (grad_OI @ a_RI.T)
 
 
 class MaskedLinear(LoraLinear):
-    """A LoRA layer of peft for Linear and Conv1D with a mask. `refresh` must follow each change of A or B."""
+    """A LoRA layer of peft for Linear (quantised by bitsandbytes or not) and Conv1D, with a mask.
+
+    It has one of two forms. Cached: the effective weights are kept and must be made anew by `refresh` after each change of
+    A or B; fast, but takes the memory of the weights once more, and a byte for each. Recomputed: they are made where they
+    are used, from a mask of one bit a weight; for weights that are quantised or shared out over processes, for dropout,
+    and where memory is short.
+    """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs) -> None:
         if config.use_dora:
             raise UserError("DoRA cannot keep a mask: its magnitudes act on the whole of a row. Leave use_dora out")
         super().__init__(base_layer, adapter_name, config, **kwargs)
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)  # weights stored (in, out)
-        self.register_buffer("mask_OI", None, persistent=False)
-        self.register_buffer("effective_OI", None, persistent=False)
+        self.strays: Tensor | int = 0  # pruned weights that were not zero when forward last used them
+        for name in ("mask_OI", "effective_OI", "mask_bits"):
+            self.register_buffer(name, None, persistent=False)
 
-    def set_mask(self, mask: Tensor) -> None:
+    def set_mask(self, mask: Tensor, cached: bool = True) -> None:
         """`mask` in the shape of the stored weight."""
-        weight = self.get_base_layer().weight
-        self.mask_OI = self._oriented(mask).contiguous().to(weight.device)
-        self.effective_OI = torch.empty(self.mask_OI.shape, dtype=weight.dtype, device=weight.device)
-        self.refresh()
+        device = self.get_base_layer().weight.device
+        mask_OI = self._oriented(mask).contiguous().to(device)
+        self.cached, self.shape = cached, mask_OI.shape
+        if cached:
+            self.mask_OI = mask_OI
+            self.effective_OI = torch.empty(self.shape, dtype=self.get_base_layer().weight.dtype, device=device)
+            self.refresh()
+        else:
+            self.mask_bits = pack(mask_OI)
+
+    @property
+    def scale(self) -> float:
+        return self.scaling[ADAPTER]
 
     def _oriented(self, tensor: Tensor) -> Tensor:
         return tensor.T if self.fan_in_fan_out else tensor
 
+    def mask(self) -> Tensor:
+        return self.mask_OI if self.cached else unpack(self.mask_bits, self.shape)
+
+    def base_OI(self) -> Tensor:
+        """The frozen weights, unquantised."""
+        return self._oriented(dequantized(self.get_base_layer().weight))
+
+    def delta(self, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+        """M * (scale * B A), (O, I)."""
+        return apply_(self.scale * (b_OR @ a_RI), self.mask())
+
+    def effective(self, a_RI: Tensor, b_OR: Tensor, base_OI: Tensor | None = None, count: bool = True) -> Tensor:
+        """M * (W + scale * B A), (O, I), in the dtype of W (`base_OI`, else the layer's own)."""
+        base_OI, mask_OI = self.base_OI() if base_OI is None else base_OI, self.mask()
+        made_OI = apply_(torch.add(base_OI, b_OR @ a_RI, alpha=self.scale).to(base_OI.dtype), mask_OI)
+        if count:
+            self.strays = made_OI.masked_fill(mask_OI, 0).count_nonzero()
+        return made_OI
+
     @torch.no_grad()
     def refresh(self) -> None:
-        """Makes the effective weights anew from the pruned ones and A and B."""
-        delta_OI = self.lora_B[ADAPTER].weight @ self.lora_A[ADAPTER].weight
-        weight_OI = self._oriented(self.get_base_layer().weight)
-        self.effective_OI.copy_(torch.add(weight_OI, delta_OI, alpha=self.scaling[ADAPTER]))
-        apply_(self.effective_OI, self.mask_OI)
+        """Makes the cached effective weights anew from the pruned ones and A and B."""
+        self.effective_OI.copy_(self.effective(self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight))
+
+    @torch.no_grad()
+    def merged_weight(self, weight: Tensor | None = None) -> Tensor:
+        """The effective weights in the shape of the stored weight: what forward computes with, bit for bit. `weight`: the
+        unquantised weight to merge into, where the layer holds another; all ranks of a sharded model must call."""
+        a_RI, b_OR = (sharding.whole(part[ADAPTER].weight) for part in (self.lora_A, self.lora_B))
+        base_OI = None if weight is None else self._oriented(weight).to(a_RI.device)
+        return self._oriented(self.effective(a_RI, b_OR, base_OI))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """M * (scale * B A) in the shape of the stored weight; peft's own merge goes through here."""
-        return apply_(super().get_delta_weight(adapter), self._oriented(self.mask_OI))
-
-    def merged_weight(self) -> Tensor:
-        """The effective weights in the shape of the stored weight: what forward computes with, bit for bit."""
-        return self._oriented(self.effective_OI)
+        return self._oriented(self.delta(self.lora_A[adapter].weight, self.lora_B[adapter].weight))
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.disable_adapters or self.merged:
@@ -94,13 +168,12 @@ class MaskedLinear(LoraLinear):
         bias = self.get_base_layer().bias
         if bias is not None:
             bias = bias.to(x.dtype)
-        if self.training and isinstance(self.lora_dropout[ADAPTER], nn.Dropout):
-            # dropout acts on the input of the LoRA branch alone, so the two branches cannot share one product
-            weight_OI = self._oriented(self.get_base_layer().weight).to(x.dtype)
-            delta_OI = (b @ a * self.mask_OI * self.scaling[ADAPTER]).to(x.dtype)
-            return F.linear(x, weight_OI, bias) + F.linear(self.lora_dropout[ADAPTER](x), delta_OI)
-        weight_OI = self.effective_OI.to(x.dtype)
-        return _EffectiveLinear.apply(x, weight_OI, bias, a, b, self.mask_OI, self.scaling[ADAPTER])
+        if self.cached:
+            return _EffectiveLinear.apply(x, self.effective_OI.to(x.dtype), bias, a, b, self.mask_OI, self.scale)
+        dropout = self.lora_dropout[ADAPTER]
+        # dropout acts on the input of the LoRA branch alone, so the two branches cannot share one product
+        dropped = dropout(x) if self.training and isinstance(dropout, nn.Dropout) else None
+        return _RecomputedLinear.apply(x, dropped, bias, a, b, self)
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
@@ -109,29 +182,48 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     return {f"{name.removeprefix('base_model.model.')}.weight": module for name, module in found.items()}
 
 
-def refresh_all(model: nn.Module) -> None:
-    """Refreshes every masked layer and makes sure that no pruned weight left zero."""
-    for name, layer in masked_layers(model).items():
-        layer.refresh()
-        if violation := stray(name, layer.effective_OI, layer.mask_OI):
-            raise AssertionError(f"{violation.count} pruned weights of {name} are not zero")
+def refresh_all(model: nn.Module) -> int:
+    """Renews the cached weights; the number of pruned weights that were not zero in what forward uses."""
+    layers = masked_layers(model).values()
+    for layer in layers:
+        if layer.cached:
+            layer.refresh()
+    return int(sum(layer.strays for layer in layers))  # one wait for the device, not one a layer
 
 
-def attach(model: nn.Module, masks: Masks, settings: Finetune) -> PeftModel:
-    """`model` with a masked LoRA on the chosen matrices; only A and B train."""
-    config = LoraConfig(
+def attach(model: nn.Module, masks: Masks, settings: Finetune, cached: bool | None = None) -> PeftModel:
+    """`model` with a masked LoRA on the chosen matrices; only A and B train, and the biases that `settings` names.
+
+    `cached`: see `MaskedLinear`; None chooses by `settings` and free memory.
+    """
+    config = lora_config(masks, settings)
+    adapted = get_peft_model(model, _custom(config), adapter_name=ADAPTER)
+    return _with_masks(adapted, masks, _keeps_weights(model, settings) if cached is None else cached)
+
+
+def lora_config(masks: Masks, settings: Finetune) -> LoraConfig:
+    return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=_targets(masks, settings.targets),
+        bias=settings.bias,
+        target_modules=targets(masks, settings.targets),
         task_type="CAUSAL_LM",
     )
-    return _with_masks(get_peft_model(model, _custom(config), adapter_name=ADAPTER), masks)
 
 
-def save_adapter(model: PeftModel, masks_file: Path, folder: Path) -> None:
-    """The adapter and its masks, in a folder that only `load_adapter` opens."""
-    model.save_pretrained(folder)
+def _keeps_weights(model: nn.Module, settings: Finetune) -> bool:
+    if settings.effective != "auto":
+        return settings.effective == "cached"
+    if settings.quantize or settings.strategy == "fsdp" or settings.dropout:
+        return False
+    more = sum(p.numel() * (p.element_size() + 1) for p in model.parameters()) / memory.GIB
+    return more < memory.free_gib(processes.device()) / 2  # the other half is for activations
+
+
+def save_adapter(model: PeftModel, masks_file: Path, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """The adapter (`state`, else the model's own) and its masks, in a folder that only `load_adapter` opens."""
+    model.save_pretrained(folder, state_dict=state)
     shutil.copyfile(masks_file, folder / "masks.safetensors")
     config = json.loads((folder / "adapter_config.json").read_text())
     files.write_json(folder / "adapter_config.json", config | {"peft_type": MASKED_TYPE})
@@ -156,18 +248,18 @@ def _custom(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def _with_masks(model: PeftModel, masks: Masks) -> PeftModel:
+def _with_masks(model: PeftModel, masks: Masks, cached: bool = True) -> PeftModel:
     for name, layer in masked_layers(model).items():
-        if masks[name].shape != layer.get_base_layer().weight.shape:
+        shape = (layer.in_features, layer.out_features)[:: 1 if layer.fan_in_fan_out else -1]  # not of packed weights
+        if masks[name].shape != shape:
             raise UserError(
-                f"{name} has shape {tuple(layer.get_base_layer().weight.shape)}, its mask {tuple(masks[name].shape)}: "
-                "another model's mask file?"
+                f"{name} has shape {shape}, its mask {tuple(masks[name].shape)}: another model's mask file?"
             )
-        layer.set_mask(masks[name])
+        layer.set_mask(masks[name], cached)
     return model
 
 
-def _targets(masks: Masks, wanted: list[str]) -> list[str]:
+def targets(masks: Masks, wanted: list[str]) -> list[str]:
     # fused experts are no modules that peft could adapt: they stay as they were pruned
     matrices = [name.removesuffix(".weight") for name in masks if name.endswith(".weight")]
     if wanted == ["all"]:

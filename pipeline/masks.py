@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -136,6 +137,17 @@ def stray(name: str, weight: Tensor, mask: Tensor) -> Violation | None:
     wrong = (weight != 0) & ~mask.to(weight.device)
     count = int(wrong.sum())
     return Violation(name, count, tuple(wrong.nonzero()[0].tolist())) if count else None
+
+
+def pack(mask: Tensor) -> Tensor:
+    """One bit a weight, (ceil(n / 8),) uint8, on the device of the mask."""
+    bits = F.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8)
+    return (bits.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, None] >> places) & 1).flatten()[: shape.numel()].view(shape).bool()
 
 
 def apply_(weight: Tensor, mask: Tensor) -> Tensor:

@@ -62,14 +62,16 @@ def tokenizer(folder: Path, recipe: Recipe):
         raise UserError(f"{folder} has no usable tokenizer: {damage(folder, '*token*.json') or error}") from error
 
 
-def load(folder: Path, recipe: Recipe) -> nn.Module:
+def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=None) -> nn.Module:
     """The model on the CPU in evaluation mode. In the file's own dtype its weights are a lazy view of the files, which
-    the ranks of a node share."""
+    the ranks of a node share. `dtype` overrides the recipe's; `quantization`: see pipeline/quantize.py."""
     _refuse_names_outside(folder)
+    dtype = dtype or recipe.dtype
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            quantization_config=quantization,
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
             ignore_mismatched_sizes=True,  # refused below, by name

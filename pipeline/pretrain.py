@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline import data, processes, sources, world
-from pipeline.recipe import Recipe
-from pipeline.training import Schedule, fit
+from pipeline.recipe import Finetune, Recipe
+from pipeline.training import fit, sequences
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
@@ -31,11 +31,10 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     )
     torch.manual_seed(recipe.seed)
     model = LlamaForCausalLM(config)
-    schedule = Schedule(settings.steps, settings.batch_size, 1, settings.lr, 0.03, 0.0, 1.0, seed=recipe.seed)
-    windows_NT = data.packed(
-        sources.source("world"), tokenizer, settings.seq_len, schedule.max_steps * schedule.sequences, recipe.seed
-    )
-    fit(model, windows_NT, schedule, folder)
+    schedule = Finetune(max_steps=settings.steps, batch_size=settings.batch_size, lr=settings.lr)
+    samples = schedule.max_steps * sequences(schedule)
+    windows_NT = data.packed(sources.source("world"), tokenizer, settings.seq_len, samples, recipe.seed)
+    fit(model, windows_NT, schedule, recipe.seed, folder)
     if processes.is_main():
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")

@@ -20,6 +20,7 @@ from pipeline.heartbeat import ERROR, Heartbeat
 
 LOST = re.compile(r"Connection (closed|reset)|Broken pipe|[Tt]imed out waiting|gloo/transport|ProcessGroup|NCCL")
 _heartbeat: Heartbeat | None = None
+_timeout = timedelta(minutes=30)
 
 
 def rank() -> int:
@@ -69,17 +70,17 @@ def together(timeout_minutes: float = 30) -> Iterator[None]:
 
 def start(timeout_minutes: float = 30) -> None:
     """Joins the processes of the launcher into one group; refuses a launch that is not what was asked for."""
-    global _heartbeat
+    global _heartbeat, _timeout
     _refuse_another_launch()
     if world_size() > 1 and not dist.is_initialized():
-        timeout = timedelta(minutes=timeout_minutes)
-        store, rank_, size = next(dist.rendezvous("env://", timeout=timeout))
+        _timeout = timedelta(minutes=timeout_minutes)
+        store, rank_, size = next(dist.rendezvous("env://", timeout=_timeout))
         # a connection of its own, for a wait on one blocks all that use it
         _heartbeat = Heartbeat(store.clone(), rank_, size, local_rank(), int(os.environ.get("GROUP_RANK", 0)))
         _set_device()  # whose failure on one machine is now heard of on all
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
-            backend, store=dist.PrefixStore("espalier", store), rank=rank_, world_size=size, timeout=timeout
+            backend, store=dist.PrefixStore("espalier", store), rank=rank_, world_size=size, timeout=_timeout
         )
     else:
         _set_device()
@@ -226,16 +227,24 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
-def trainer_arguments() -> dict[str, Any]:
-    """What a Lightning Trainer must be told to use exactly the processes that are here.
+def trainer_arguments(strategy: str = "ddp") -> dict[str, Any]:
+    """What a Lightning Trainer must be told to use exactly the processes that are here; `strategy`: ddp or fsdp.
 
     With devices="auto" each rank of a CPU launch would train alone.
     """
+    several: Any = "auto"
+    if world_size() > 1 and strategy == "fsdp":
+        from pipeline.sharding import ShardedStrategy
+
+        several = ShardedStrategy(world_size(), _timeout)
+    elif world_size() > 1:
+        # every rank's buffers are made from the same files and steps: nothing to broadcast before each forward
+        several = DDPStrategy(timeout=_timeout, broadcast_buffers=False)
     return {
         "accelerator": "gpu" if torch.cuda.is_available() else "cpu",
         "devices": local_world_size(),
         "num_nodes": int(os.environ.get("GROUP_WORLD_SIZE", 1)),
-        "strategy": DDPStrategy() if world_size() > 1 else "auto",
+        "strategy": several,
         "use_distributed_sampler": False,
         "enable_model_summary": False,
     }

@@ -74,7 +74,9 @@ class Prune:
 
 @dataclass
 class Finetune:
-    method: str = setting("lora", choices=("lora",))
+    method: str = setting(
+        "lora", choices=("lora", "full", "plain_lora")
+    )  # plain_lora: a baseline, kept apart, not sparse
     dataset: str = "c4"
     config: str | None = None
     split: str = "train"
@@ -84,6 +86,7 @@ class Finetune:
     accumulate: int = setting(
         1, low=1
     )  # forward passes per step; batch_size * accumulate holds for any number of processes
+    optimizer: str = setting("adamw", choices=("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"))
     lr: float = setting(1e-4, low=0)
     warmup: float = setting(0.03, low=0, high=1)  # share of max_steps
     weight_decay: float = setting(0.0, low=0)
@@ -91,9 +94,21 @@ class Finetune:
     rank: int = setting(8, low=1)
     alpha: float = setting(16.0, low=0)
     dropout: float = setting(0.0, low=0, high=0.99)
+    bias: str = setting("none", choices=("none", "all", "lora_only"))  # which biases train beside a LoRA
     targets: list[str] = setting(["all"])  # last parts of module names, such as q_proj; all = every pruned matrix
+    effective: str = setting("auto", choices=("auto", "cached", "recomputed"))  # LoRA's masked weights, see lora.py
+    quantize: str | None = setting(None, choices=("nf4", "int8"))  # the frozen weights under a LoRA
+    distill: float = setting(0.0, low=0, high=1)  # share of the loss that is the divergence from the dense model
+    temperature: float = setting(1.0, low=0.01)  # of the distillation
     precision: str = setting("auto", choices=("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"))
+    strategy: str = setting("ddp", choices=("ddp", "fsdp"))  # whole weights on each process, or shared out over them
+    checkpoint_activations: bool = False  # recompute a layer's activations in backward: less memory, a third more time
     checkpoint_every: int = setting(50, low=1)  # optimizer steps
+    validation: str | None = None  # dataset[:config][@split] whose perplexity is measured while training
+    validate_every: int = setting(100, low=1)  # optimizer steps
+    validation_samples: int = setting(64, low=1)
+    patience: int = setting(0, low=0)  # validations without progress before training stops at its best; 0 is off
+    loggers: list[str] = setting([], choices=("tensorboard", "wandb"))  # beside metrics.csv
 
 
 @dataclass
@@ -202,7 +217,9 @@ def _refuse_unknown(layer: dict, schema: type, prefix: str) -> None:
                     f"{prefix}{key}={value}: this is a section; set one of its keys, {prefix}{key}.<{inside}>"
                 )
             _refuse_unknown(value, known[key].type, f"{prefix}{key}.")
-        elif "${" in str(value):  # OmegaConf would put in what it names: ${oc.env:HF_TOKEN}, and the report would show it
+        elif "${" in str(
+            value
+        ):  # OmegaConf would put in what it names: ${oc.env:HF_TOKEN}, and the report would show it
             raise UserError(f"{prefix}{key}={value}: ${{...}} is not allowed, a recipe holds plain values")
 
 
@@ -219,7 +236,7 @@ def _check(section: Any, prefix: str) -> None:
             continue
         low, high, choices = (f.metadata.get(name) for name in ("low", "high", "choices"))
         for item in value if isinstance(value, list) else [value]:
-            if choices and item not in choices:
+            if choices and item is not None and item not in choices:
                 close = difflib.get_close_matches(str(item), choices, n=1)
                 hint = f": did you mean '{close[0]}'?" if close else ""
                 raise UserError(f"{key}={item} is not one of {', '.join(choices)}{hint}")
@@ -243,6 +260,7 @@ def _check_stages(recipe: Recipe) -> None:
         )
     if "report" in recipe.stages and "evaluate" not in recipe.stages:
         raise UserError("report needs evaluate in stages (a finished stage is not run again)")
+    _check_finetune(recipe.finetune)
     method = recipe.prune.method
     if method not in METHODS and not method.endswith(".py"):
         raise UserError(f"prune.method={method} is not a method{_did_you_mean(method, list(METHODS))}")
@@ -256,3 +274,24 @@ def _check_stages(recipe: Recipe) -> None:
     for glob, value in recipe.prune.overrides.items():
         if value != "dense":
             patterns.parse(value, f"prune.overrides[{glob}]")
+
+
+def _check_finetune(settings: Finetune) -> None:
+    lora = settings.method != "full"
+    refused = {
+        "finetune.quantize freezes the weights, which finetune.method=full trains: type finetune.method=lora": (
+            settings.quantize and not lora
+        ),
+        "finetune.quantize and finetune.strategy=fsdp exclude each other: quantised weights are whole on each process": (
+            settings.quantize and settings.strategy == "fsdp"
+        ),
+        "finetune.effective=cached needs whole, unquantised weights and no dropout: type finetune.effective=auto": (
+            settings.effective == "cached" and (settings.quantize or settings.strategy == "fsdp" or settings.dropout)
+        ),
+        "finetune.patience counts validations: type finetune.validation=<dataset>@<split>": (
+            settings.patience and not settings.validation
+        ),
+    }
+    for message, holds in refused.items():
+        if holds:
+            raise UserError(message)

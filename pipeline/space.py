@@ -36,10 +36,11 @@ def _prune(recipe: Recipe, inputs: dict[str, Path]) -> int:
 
 
 def _finetune(recipe: Recipe, inputs: dict[str, Path]) -> int:
-    """The model once more, and A and B: alone, and twice with both moments, for a checkpoint replaces the one before."""
-    shapes = _shapes(inputs["prune"] / "model")
-    adapter = sum(4 * recipe.finetune.rank * width for _, _, width in shapes)
-    return sum(count * itemsize for count, itemsize, _ in shapes) + 7 * adapter + SMALL
+    """The model once more; what trains, in float32, at its best and at the end; and twice with both moments of the
+    optimizer, for a checkpoint replaces the one before."""
+    shapes, settings = _shapes(inputs["prune"] / "model"), recipe.finetune
+    trained = sum(count if settings.method == "full" else settings.rank * width for count, _, width in shapes)
+    return sum(count * itemsize for count, itemsize, _ in shapes) + 4 * trained * (2 + 2 * 3) + SMALL
 
 
 def _little(recipe: Recipe, inputs: dict[str, Path]) -> int:

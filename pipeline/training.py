@@ -1,7 +1,6 @@
 """Trains a causal LM on packed windows, resumable to the bit: what pretrain and finetune share."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,107 +12,157 @@ from transformers import get_cosine_schedule_with_warmup
 
 from callbacks.step_log import StepLog
 from callbacks.stop_at_signal import StopAtSignal
-from pipeline import processes
+from pipeline import distill, processes, sharding
 from pipeline.checkpoints import WholeCheckpoints, newest
 from pipeline.errors import UserError
+from pipeline.recipe import Finetune
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """`batch_size * accumulate` sequences make a step, on however many processes."""
+def sequences(settings: Finetune) -> int:
+    """Of a step, on however many processes."""
+    return settings.batch_size * settings.accumulate
 
-    max_steps: int
-    batch_size: int
-    accumulate: int
-    lr: float
-    warmup: float  # share of max_steps
-    weight_decay: float
-    clip: float  # gradient norm; 0 is off
-    precision: str = "auto"
-    checkpoint_every: int = 50
-    seed: int = 0
 
-    @property
-    def sequences(self) -> int:
-        return self.batch_size * self.accumulate
-
-    def share(self, world_size: int) -> tuple[int, int]:
-        """(batch_size, accumulate) of each of `world_size` processes."""
-        each, rest = divmod(self.sequences, world_size)
-        size = min(self.batch_size, each)
-        if rest or each % size:
-            raise UserError(
-                f"{self.sequences} sequences a step (batch_size {self.batch_size} x accumulate {self.accumulate}) cannot be "
-                f"shared evenly by {world_size} processes: type accumulate={world_size}, or another number of processes"
-            )
-        return size, each // size
+def share(settings: Finetune, world_size: int) -> tuple[int, int]:
+    """(batch_size, accumulate) of each of `world_size` processes."""
+    each, rest = divmod(sequences(settings), world_size)
+    size = min(settings.batch_size, each)
+    if rest or each % size:
+        raise UserError(
+            f"{sequences(settings)} sequences a step (batch_size {settings.batch_size} x accumulate {settings.accumulate}) "
+            f"cannot be shared evenly by {world_size} processes: type accumulate={world_size}, or another number of processes"
+        )
+    return size, each // size
 
 
 class CausalLM(LightningModule):
-    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+    """`teacher`: the dense model to distil from, by the share `finetune.distill` of the loss."""
+
+    def __init__(self, model: nn.Module, settings: Finetune, seed: int, teacher: nn.Module | None = None) -> None:
         super().__init__()
-        self.model, self.schedule = model, schedule
+        self.model, self.settings, self.seed = model, settings, seed
+        self.val_perplexity: float | None = None  # of the step at hand, where it was validated
+        object.__setattr__(self, "teacher", teacher)  # not in _modules: it is neither wrapped, trained nor saved
         self.strict_loading = False  # checkpoints hold only what trains
+
+    def configure_model(self) -> None:
+        if self.settings.strategy == "fsdp" and processes.world_size() > 1:
+            sharding.shard_(self.model, self.device_mesh["data_parallel"])
+            if self.teacher is not None:
+                sharding.shard_(self.teacher, self.device_mesh["data_parallel"])
+
+    def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.device)
 
     def training_step(self, ids_BT: Tensor, index: int) -> Tensor:
         # dropout of a resumed run must be that of an uninterrupted one: its seed is the batch's, not history's
-        torch.manual_seed((self.schedule.seed * 1_000_003 + index) * processes.world_size() + processes.rank())
-        loss = self.model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
-        self.log("loss", loss, prog_bar=True)
+        torch.manual_seed((self.seed * 1_000_003 + index) * processes.world_size() + processes.rank())
+        loss = self._loss(ids_BT)
+        if not loss.isfinite():
+            raise UserError(
+                f"the loss at step {self.trainer.global_step + 1} is {loss.item()}: type a smaller lr than "
+                f"{self.settings.lr:g}, or precision=bf16-mixed where float16 overflows (the last good checkpoint is kept)"
+            )
+        self.log("loss", loss, prog_bar=True, logger=False)
         return loss
 
+    def _loss(self, ids_BT: Tensor) -> Tensor:
+        if self.teacher is None:
+            return self.model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+        with torch.no_grad():
+            teacher_BTV = self.teacher(input_ids=ids_BT, use_cache=False).logits
+        student_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
+        return distill.loss(student_BTV, teacher_BTV, ids_BT, self.settings.distill, self.settings.temperature)
+
     def configure_optimizers(self) -> dict:
-        schedule = self.schedule
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, schedule.lr, betas=(0.9, 0.95), weight_decay=schedule.weight_decay)
-        warmup = round(schedule.warmup * schedule.max_steps)
-        scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, schedule.max_steps)
+        settings = self.settings
+        optimizer = _optimizer(
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad], settings
+        )
+        warmup = round(settings.warmup * settings.max_steps)
+        scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, settings.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        state = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
+        for name, value in state.items():
+            if not value.isfinite().all():  # the next step would show it, when the last good checkpoint is gone
+                raise UserError(
+                    f"step {self.trainer.global_step} left {name} with numbers that are not finite: type a smaller lr than "
+                    f"{self.settings.lr:g} (the last good checkpoint is kept)"
+                )
+        checkpoint["state_dict"] = state
 
 
 def fit(
-    model: nn.Module, windows_NT: Tensor, schedule: Schedule, folder: Path, callbacks: Sequence[Callback] = ()
+    model: nn.Module,
+    windows_NT: Tensor,
+    settings: Finetune,
+    seed: int,
+    folder: Path,
+    callbacks: Sequence[Callback] = (),
+    teacher: nn.Module | None = None,
 ) -> None:
     """Trains `model` in place on (steps * sequences, T) windows, in their order; goes on from a checkpoint in `folder`.
 
     Leaves `folder/metrics.csv`. The checkpoints are the caller's to remove once its stage is whole.
     """
     rank, world_size = processes.rank(), processes.world_size()
-    batch_size, accumulate = schedule.share(world_size)
-    by_step = windows_NT.view(schedule.max_steps, schedule.sequences, -1)
+    batch_size, accumulate = share(settings, world_size)
+    by_step = windows_NT.view(settings.max_steps, sequences(settings), -1)
     mine = by_step[:, rank::world_size].flatten(0, 1).long()
     checkpoints = folder / "checkpoints"
+    saver = ModelCheckpoint(checkpoints, filename="{step}", every_n_train_steps=settings.checkpoint_every, save_top_k=1)
     trainer = Trainer(
-        max_steps=schedule.max_steps,
+        max_steps=settings.max_steps,
         accumulate_grad_batches=accumulate,
-        gradient_clip_val=schedule.clip or None,
-        precision=_precision(schedule.precision),
-        callbacks=[
-            *callbacks,
-            StepLog(folder / "metrics.csv"),
-            StopAtSignal(checkpoints),
-            ModelCheckpoint(
-                checkpoints, filename="{step}", every_n_train_steps=schedule.checkpoint_every, save_top_k=1
-            ),
-        ],
+        gradient_clip_val=settings.clip or None,
+        precision=_precision(settings.precision),
+        callbacks=[*callbacks, StepLog(folder / "metrics.csv"), StopAtSignal(checkpoints), saver],
         plugins=[WholeCheckpoints(folder)],
-        logger=False,
+        logger=_loggers(settings.loggers, folder),
         enable_progress_bar=processes.on_terminal(),
-        **processes.trainer_arguments(),
+        **processes.trainer_arguments(settings.strategy),
     )
     assert trainer.world_size == world_size
+    if settings.checkpoint_activations:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     # a plain DataLoader resumed mid-epoch repeats early batches and drops later ones
     loader = StatefulDataLoader(mine, batch_size=batch_size)
     last = newest(folder)
     if last:
         processes.say(f"  going on from {last.name}")
-    trainer.fit(CausalLM(model, schedule), loader, ckpt_path=last, weights_only=True)
+    trainer.fit(CausalLM(model, settings, seed, teacher), loader, ckpt_path=last, weights_only=True)
     model.eval()
+
+
+def _optimizer(trained: list[nn.Parameter], settings: Finetune) -> torch.optim.Optimizer:
+    common = {"lr": settings.lr, "betas": (0.9, 0.95), "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(trained, **common)
+    import bitsandbytes.optim as bnb  # seconds to import
+
+    kinds = {"adamw_8bit": bnb.AdamW8bit, "paged_adamw": bnb.PagedAdamW, "paged_adamw_8bit": bnb.PagedAdamW8bit}
+    return kinds[settings.optimizer](trained, **common)
+
+
+def _loggers(names: list[str], folder: Path) -> list:
+    """What is shown beside metrics.csv; a missing package is a `UserError`."""
+    from lightning.pytorch import loggers
+
+    try:
+        made = []
+        for name in names:
+            if name == "tensorboard":
+                made.append(loggers.TensorBoardLogger(folder, name="tensorboard", version=""))
+            else:
+                made.append(loggers.WandbLogger(project="espalier", save_dir=folder))
+        return made
+    except ModuleNotFoundError as error:
+        raise UserError(f"finetune.loggers=[{name}] needs a package: type pip install {name}") from error
 
 
 def _precision(setting: str) -> str:

@@ -6,18 +6,23 @@ from lightning import Callback
 from torch import nn
 
 from callbacks.mask_keeper import MaskKeeper
+from callbacks.validation import Validation
 from pipeline.errors import UserError
-from pipeline.training import Schedule, fit
+from pipeline.masks import Masks
+from pipeline.recipe import Finetune
+from pipeline.recovery import SparseFull
+from pipeline.training import fit, share
 from tests.test_decoder import small_model
+from tests.test_lora import with_masks
 
 WINDOWS = torch.randint(3, 61, (10 * 4, 16), generator=torch.Generator().manual_seed(1))
 
 
-def schedule(**more) -> Schedule:
+def schedule(**more) -> Finetune:
     usual = dict(
         max_steps=10, batch_size=2, accumulate=2, lr=1e-2, warmup=0.2, weight_decay=0.01, clip=1.0, checkpoint_every=2
     )
-    return Schedule(**usual | more)
+    return Finetune(**usual | more)
 
 
 class Killed(Exception):
@@ -43,15 +48,15 @@ def with_dropout() -> nn.Module:
 @pytest.mark.parametrize("batch", [3, 8, 13, 18])
 def test_killed_and_resumed_is_uninterrupted(tmp_path, batch):
     whole, broken = with_dropout(), with_dropout()
-    fit(whole, WINDOWS, schedule(), tmp_path / "whole")
+    fit(whole, WINDOWS, schedule(), 0, tmp_path / "whole")
     with pytest.raises(Killed):
-        fit(broken, WINDOWS, schedule(), tmp_path / "broken", [KillAt(batch)])
+        fit(broken, WINDOWS, schedule(), 0, tmp_path / "broken", [KillAt(batch)])
     resumed = with_dropout()
-    fit(resumed, WINDOWS, schedule(), tmp_path / "broken")
+    fit(resumed, WINDOWS, schedule(), 0, tmp_path / "broken")
     for (name, expected), value in zip(whole.state_dict().items(), resumed.state_dict().values()):
         assert torch.equal(value, expected), name
     one, two = (
-        [row.rsplit(",", 1)[0] for row in (tmp_path / which / "metrics.csv").read_text().splitlines()]
+        [row.split(",")[:3] for row in (tmp_path / which / "metrics.csv").read_text().splitlines()]
         for which in ("whole", "broken")
     )
     assert one == two
@@ -63,7 +68,7 @@ def test_checkpoints_hold_only_what_trains(tmp_path):
     model.requires_grad_(False)
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    fit(model, WINDOWS, schedule(), tmp_path)
+    fit(model, WINDOWS, schedule(), 0, tmp_path)
     (path,) = (tmp_path / "checkpoints").glob("*.ckpt")
     state = torch.load(path, weights_only=True)["state_dict"]
     assert list(state) == ["model.model.layers.0.mlp.up_proj.weight"]
@@ -71,46 +76,120 @@ def test_checkpoints_hold_only_what_trains(tmp_path):
     assert changed == {"model.layers.0.mlp.up_proj.weight"}
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_masks_are_reapplied_once_per_real_step(tmp_path, accumulate):
-    calls = []
-    keeper = MaskKeeper(lambda: calls.append(1))
-    windows = WINDOWS[: 5 * 2 * accumulate]
-    fit(small_model("llama"), windows, schedule(max_steps=5, accumulate=accumulate), tmp_path, [keeper])
+class Counted(SparseFull):
+    """Counts how often its mask is re-applied, and how many gradients off the mask clipping would see."""
+
+    def __init__(self, model: nn.Module, masks: Masks) -> None:
+        super().__init__(model, masks, Finetune(method="full"))
+        self.reapplied = self.seen = 0
+
+    def reapply(self) -> int:
+        self.reapplied += 1
+        return super().reapply()
+
+    def mask_gradients(self) -> None:
+        super().mask_gradients()
+        for name, mask in self.masks.items():
+            self.seen += int(self.model.get_parameter(name).grad[~mask].count_nonzero())
+
+
+def test_masks_are_reapplied_once_per_real_step_and_before_clipping(tmp_path):
+    recovery = Counted(*with_masks(small_model("llama")))
+    keeper = MaskKeeper(recovery)
+    windows = WINDOWS[: 5 * 2 * 4]
+    fit(recovery.model, windows, schedule(max_steps=5, accumulate=4, clip=0.1), 0, tmp_path, [keeper])
     assert keeper.steps == 5
-    assert len(calls) == 5 + 1  # and once at the start
+    assert recovery.reapplied == 5 + 1  # and once at the start
+    assert recovery.seen == 0
 
 
 def test_a_step_the_scaler_skips_is_not_counted():
-    model = nn.Linear(4, 4)
-    optimizer = torch.optim.AdamW(model.parameters())
-    calls = []
-    keeper = MaskKeeper(lambda: calls.append(1))
+    recovery = Counted(*with_masks(small_model("llama")))
+    optimizer = torch.optim.AdamW(recovery.model.parameters())
+    keeper = MaskKeeper(recovery)
     trainer = type("", (), {"optimizers": [optimizer]})()
     keeper.on_train_start(trainer, None)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     for step in range(7):
         optimizer.zero_grad()
-        loss = model(torch.ones(1, 4)).sum() * (torch.inf if step in (1, 4) else 1.0)
+        loss = recovery.model(input_ids=WINDOWS[:2], labels=WINDOWS[:2]).loss * (torch.inf if step in (1, 4) else 1.0)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
     assert keeper.steps == 5
+    assert recovery.reapplied == 5 + 1
     keeper.teardown(trainer, None, "fit")
     optimizer.step()
     assert keeper.steps == 5
 
 
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
+def test_optimizers_of_bitsandbytes_keep_masks_and_resume_to_the_bit(tmp_path, optimizer):
+    chosen = schedule(optimizer=optimizer)
+    wide = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes keeps tensors below 4096 weights in float32
+    whole, broken, resumed = (SparseFull(*with_masks(small_model("llama", **wide)), chosen) for _ in range(3))
+    keeper = MaskKeeper(whole)
+    fit(whole.model, WINDOWS, chosen, 0, tmp_path / "whole", [keeper])
+    assert keeper.steps == 10
+    with pytest.raises(Killed):
+        fit(broken.model, WINDOWS, chosen, 0, tmp_path / "broken", [MaskKeeper(broken), KillAt(13)])
+    fit(resumed.model, WINDOWS, chosen, 0, tmp_path / "broken", [MaskKeeper(resumed)])
+    for (name, expected), value in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
+        assert torch.equal(value, expected), name
+
+
+def test_validation_stops_training_at_its_best(tmp_path):
+    text = WINDOWS[:4]  # not what is trained on: its perplexity falls, then rises
+    model = small_model("llama")
+    chosen = schedule(max_steps=60, batch_size=1, accumulate=1, lr=3e-2, warmup=0.0)
+    windows = torch.randint(3, 61, (60, 16), generator=torch.Generator().manual_seed(2))
+    validation = Validation(text, 2, 2, 3, tmp_path / "best.safetensors")
+    fit(model, windows, chosen, 0, tmp_path, [validation])
+    rows = [row.split(",") for row in (tmp_path / "metrics.csv").read_text().splitlines()[1:]]
+    values = [float(row[-1]) for row in rows if row[-1]]
+    assert len(rows) < 60 and len(rows) % 2 == 0
+    assert len(values) == len(rows) // 2
+    assert min(values) not in values[-3:]
+    module = type("", (), {"model": model, "device": torch.device("cpu")})
+    assert validation.measure(module) == pytest.approx(min(values), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
+    model = small_model("llama")
+    with pytest.raises(UserError, match=r"step \d+ .*type a smaller lr than 1e\+20"):
+        fit(model, WINDOWS, schedule(lr=1e20, warmup=0.0, clip=0.0, checkpoint_every=1), 0, tmp_path)
+    for path in (tmp_path / "checkpoints").glob("*.ckpt"):
+        assert all(value.isfinite().all() for value in torch.load(path, weights_only=True)["state_dict"].values())
+
+
+def test_tensorboard_shows_what_the_csv_holds(tmp_path):
+    fit(small_model("llama"), WINDOWS, schedule(loggers=["tensorboard"]), 0, tmp_path)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    rows = [row.split(",") for row in (tmp_path / "metrics.csv").read_text().splitlines()[1:]]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([float(row[1]) for row in rows])
+
+
+def test_activation_checkpointing_trains_the_same(tmp_path):
+    one, two = small_model("llama"), small_model("llama")
+    fit(one, WINDOWS, schedule(), 0, tmp_path / "one")
+    fit(two, WINDOWS, schedule(checkpoint_activations=True), 0, tmp_path / "two")
+    for (name, expected), value in zip(one.state_dict().items(), two.state_dict().values()):
+        assert torch.equal(value, expected), name
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_the_effective_batch_does_not_depend_on_the_processes(world_size):
     for batch_size, accumulate in [(8, 1), (4, 2), (2, 4), (1, 8)]:
-        size, times = schedule(batch_size=batch_size, accumulate=accumulate).share(world_size)
+        size, times = share(schedule(batch_size=batch_size, accumulate=accumulate), world_size)
         assert size * times * world_size == 8
         assert size <= batch_size
 
 
 def test_what_cannot_be_shared_evenly_is_refused():
     with pytest.raises(UserError, match="cannot be shared evenly by 3 processes"):
-        schedule().share(3)
+        share(schedule(), 3)
     with pytest.raises(UserError, match="cannot be shared"):
-        schedule(batch_size=1, accumulate=1).share(2)
+        share(schedule(batch_size=1, accumulate=1), 2)

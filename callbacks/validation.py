@@ -1,0 +1,86 @@
+"""Measures the perplexity of held-out text while training, and stops once it no longer falls."""
+
+import math
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline import files, processes, sharding
+
+
+class Validation(Callback):
+    """Every `every` steps; `module.val_perplexity` tells whoever logs. With `patience`, training stops after so many
+    measurements without progress, and ends at the weights that were best, kept in `best`."""
+
+    def __init__(self, windows_NT: Tensor, batch_size: int, every: int, patience: int, best: Path) -> None:
+        self.windows_NT, self.batch_size, self.every, self.patience, self.best = (
+            windows_NT,
+            batch_size,
+            every,
+            patience,
+            best,
+        )
+        self.lowest, self.since, self.seen = math.inf, 0, 0
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index: int) -> None:
+        step = trainer.global_step
+        if step == self.seen or (step % self.every and step != trainer.max_steps):
+            return  # still accumulating, or not yet
+        self.seen = step
+        module.val_perplexity = self.measure(module)
+        processes.say(f"  step {step}/{trainer.max_steps}: validation perplexity {module.val_perplexity:.3f}")
+        if module.val_perplexity < self.lowest:
+            self.lowest, self.since = module.val_perplexity, 0
+            if self.patience:
+                self._keep(module.model)
+        else:
+            self.since += 1
+            if self.patience and self.since >= self.patience:
+                processes.say(
+                    f"  no progress in {self.since} validations: training stops at its best, {self.lowest:.3f}"
+                )
+                trainer.should_stop = True
+
+    @torch.no_grad()
+    def measure(self, module) -> float:
+        """exp of the mean loss of all predicted tokens, the same on any number of processes."""
+        world_size, rank = processes.world_size(), processes.rank()
+        batches = self.windows_NT.split(self.batch_size)
+        total = torch.zeros(2, dtype=torch.float64, device=module.device)
+        module.model.eval()
+        for start in range(0, len(batches), world_size):
+            mine = min(start + rank, len(batches) - 1)  # a sharded model needs every rank, a rank without a batch too
+            ids_BT = batches[mine].long().to(module.device)
+            loss = module.model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+            if mine == start + rank:
+                total += torch.tensor([loss.item() * len(ids_BT), len(ids_BT)], device=module.device, dtype=total.dtype)
+        module.model.train()
+        loss, count = processes.all_sum(total).tolist()
+        return math.exp(min(loss / count, 700.0))
+
+    def _keep(self, model) -> None:
+        trained = {
+            k: sharding.whole(p).detach().cpu().contiguous() for k, p in model.named_parameters() if p.requires_grad
+        }
+        if processes.is_main():
+            with files.whole(self.best) as beside:
+                save_file(trained, beside)
+        processes.barrier()
+
+    @torch.no_grad()
+    def on_train_end(self, trainer, module) -> None:
+        if not self.patience or not self.best.exists():
+            return
+        best = load_file(self.best)
+        for name, parameter in module.model.named_parameters():
+            if name in best:
+                sharding.local(parameter).copy_(sharding.like(best[name], parameter))
+
+    def state_dict(self) -> dict:
+        return {"lowest": self.lowest, "since": self.since, "seen": self.seen}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.lowest, self.since, self.seen = state["lowest"], state["since"], state["seen"]

@@ -1,0 +1,33 @@
+"""What a student is taught by the dense model beside the text. Pure math.
+
+Shapes: B = sequences, T = tokens, V = vocabulary, P = predicted tokens of a chunk.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+TOKENS = 1024  # of a chunk: the float32 logits of a whole batch would be its largest tensors
+
+
+def loss(student_BTV: Tensor, teacher_BTV: Tensor, ids_BT: Tensor, share: float, temperature: float) -> Tensor:
+    """(1 - share) * cross-entropy of the next token + share * t^2 * KL(teacher || student) at temperature t, the mean
+    over all predicted tokens in nats (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2)."""
+    vocabulary = student_BTV.shape[-1]
+    student = student_BTV[:, :-1].reshape(-1, vocabulary).split(TOKENS)
+    teacher = teacher_BTV[:, :-1].reshape(-1, vocabulary).split(TOKENS)
+    targets = ids_BT[:, 1:].reshape(-1).split(TOKENS)
+    sums = [
+        checkpoint(_chunk, s, t, i, share, temperature, use_reentrant=False)
+        for s, t, i in zip(student, teacher, targets)
+    ]
+    return torch.stack(sums).sum() / ids_BT[:, 1:].numel()
+
+
+def _chunk(student_PV: Tensor, teacher_PV: Tensor, ids_P: Tensor, share: float, temperature: float) -> Tensor:
+    hard = F.cross_entropy(student_PV.float(), ids_P, reduction="sum")
+    student_PV = F.log_softmax(student_PV.float() / temperature, dim=-1)
+    teacher_PV = F.log_softmax(teacher_PV.float() / temperature, dim=-1)
+    soft = F.kl_div(student_PV, teacher_PV, reduction="sum", log_target=True)
+    return (1 - share) * hard + share * temperature**2 * soft

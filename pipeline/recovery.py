@@ -1,0 +1,129 @@
+"""Owns what trains on a pruned model, one class a way, and how its mask holds meanwhile.
+
+All have the same four methods: `reapply` (after each real step; returns how many pruned weights were not zero),
+`mask_gradients` (before clipping), `merged` (a weight of the finished model) and `save`.
+"""
+
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from pipeline import lora, processes, sharding
+from pipeline.errors import UserError
+from pipeline.masks import Masks, apply_
+from pipeline.recipe import Finetune
+
+
+class PlainLora:
+    """The baseline of the Wanda paper (section 4.3): a dense LoRA, kept apart from the weights. Merged, it would fill the
+    zeros, so there is no merged model."""
+
+    def __init__(self, model: nn.Module, masks: Masks, settings: Finetune) -> None:
+        self.model = self.attach(model, masks, settings)
+
+    def attach(self, model: nn.Module, masks: Masks, settings: Finetune) -> nn.Module:
+        return get_peft_model(model, lora.lora_config(masks, settings), adapter_name=lora.ADAPTER)
+
+    def mask_gradients(self) -> None:
+        """A and B are not masked: B starts at zero, and what they change is masked where it is made."""
+
+    def reapply(self) -> int:
+        return 0
+
+    def merged(self, name: str, weight: Tensor) -> Tensor | None:
+        return None
+
+    def save(self, folder: Path, masks_file: Path) -> None:
+        """Writes `adapter/`; all ranks must call."""
+        state = self._state()
+        if processes.is_main():
+            self.model.save_pretrained(folder / "adapter", state_dict=state)
+
+    def _state(self) -> dict[str, Tensor]:
+        trained = {k: sharding.whole(p).detach().cpu() for k, p in self.model.named_parameters() if p.requires_grad}
+        return trained
+
+
+class MaskedLora(PlainLora):
+    """W + M * (scale * B A), merged into a model that is exactly as sparse."""
+
+    def attach(self, model: nn.Module, masks: Masks, settings: Finetune) -> nn.Module:
+        return lora.attach(model, masks, settings)
+
+    def reapply(self) -> int:
+        return lora.refresh_all(self.model)
+
+    def merged(self, name: str, weight: Tensor) -> Tensor | None:
+        if (layer := lora.masked_layers(self.model).get(name)) is not None:
+            return layer.merged_weight(weight)
+        bias = dict(self.model.named_parameters()).get(f"base_model.model.{name.removesuffix('bias')}base_layer.bias")
+        return bias if bias is not None and bias.requires_grad else None
+
+    def save(self, folder: Path, masks_file: Path) -> None:
+        state = self._state()
+        if processes.is_main():
+            lora.save_adapter(self.model, masks_file, folder / "adapter", state)
+
+
+class SparseFull:
+    """Every kept weight trains, and all that was never pruned (norms, embeddings)."""
+
+    def __init__(self, model: nn.Module, masks: Masks, settings: Finetune) -> None:
+        self.model = model
+        chosen = None if settings.targets == ["all"] else set(lora.targets(masks, settings.targets))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(chosen is None or name.removesuffix(".weight") in chosen)
+        self.masks = {name: mask for name, mask in by_parameter(model, masks).items()}
+        self.parts: dict[str, Tensor] = {}  # this rank's, on its device, once the model is in place
+
+    def _masked(self) -> list[tuple[nn.Parameter, Tensor]]:
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad and name in self.masks]
+        for name, parameter in trained:
+            if name not in self.parts:
+                self.parts[name] = sharding.like(self.masks[name], parameter)
+        return [(parameter, self.parts[name]) for name, parameter in trained]
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        for parameter, mask in self._masked():
+            if parameter.grad is not None:
+                sharding.local(parameter.grad).mul_(mask)
+
+    @torch.no_grad()
+    def reapply(self) -> int:
+        strays = 0
+        for parameter, mask in self._masked():
+            part = apply_(sharding.local(parameter), mask)
+            strays = strays + part.masked_fill(mask, 0).count_nonzero()
+        return int(strays)
+
+    def merged(self, name: str, weight: Tensor) -> Tensor | None:
+        return sharding.whole(self.model.get_parameter(name).detach())
+
+    def save(self, folder: Path, masks_file: Path) -> None:
+        """There is nothing beside the model."""
+
+
+def by_parameter(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
+    """Masks in the shape of the model's parameters: those of fused experts, which are kept apart, stacked."""
+    found: dict[str, Tensor] = {}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name, mask in masks.items():
+        whole, _, expert = name.partition("[")
+        if whole not in shapes:
+            raise UserError(f"the model has no {whole}: another model's mask file?")
+        if expert:
+            stacked = found.setdefault(whole, torch.ones(shapes[whole], dtype=torch.bool))
+            stacked[int(expert.rstrip("]"))] = mask
+        else:
+            found[name] = mask
+        if found[whole].shape != shapes[whole]:
+            raise UserError(
+                f"{name} has shape {tuple(shapes[whole])}, its mask {tuple(mask.shape)}: another model's mask file?"
+            )
+    return found
+
+
+METHODS = {"lora": MaskedLora, "plain_lora": PlainLora, "full": SparseFull}

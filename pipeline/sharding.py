@@ -1,0 +1,58 @@
+"""Owns a model that is shared out over the processes (FSDP2): how it is sharded, saved, and put together again."""
+
+from typing import Any
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from pipeline.decoder import find_layers
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2 over all processes, with checkpoints in one file that holds only what trains."""
+
+    def __init__(self, processes: int, timeout: Any) -> None:
+        super().__init__(processes, 1, save_distributed_checkpoint=False, timeout=timeout)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        # Lightning's own would gather the frozen weights as well: 140 GB on one host for 70B
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        return get_model_state_dict(self.model, options=options)
+
+
+def shard_(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Each decoder layer is one unit: gathered when it is called, let go of afterwards."""
+    if isinstance(model, FSDPModule):
+        return
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for layer in find_layers(base)[1]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor put together on every rank; all ranks must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part, a view."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The part of a whole `tensor` that belongs to this rank's part of a `parameter` of the same shape."""
+    if not isinstance(parameter, DTensor):
+        return tensor.to(parameter.device)
+    device = parameter.to_local().device
+    return distribute_tensor(
+        tensor.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    ).to_local()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
