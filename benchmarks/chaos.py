@@ -24,10 +24,10 @@ from tests.conftest import command, environment
 
 SHORT = (
     "recipe=tiny",
-    SHORT = ("recipe=tiny", "pretrain.steps=300", "finetune.max_steps=40", "finetune.checkpoint_every=10", "evaluate.limit=25"),
-    "finetune.max_steps=60",
+    "pretrain.steps=300",
+    "finetune.max_steps=40",
     "finetune.checkpoint_every=10",
-    "evaluate.limit=50",
+    "evaluate.limit=25",
 )
 
 

@@ -98,9 +98,7 @@ def compare(run_dir: Path, alone: Path) -> str:
     masks = [(run / "prune/masks.safetensors").read_bytes() for run in (run_dir, alone)]
     # what was fine-tuned in another order of sums is another model in its last digits
     same = {name: mine[name] == theirs[name] for name in ("dense", "pruned")}
-    losses = [
-        [float(row["loss"]) for row in csv.DictReader(open(run / "finetune/metrics.csv"))] for run in (run_dir, alone)
-    ]
+    losses = [losses_of(run) for run in (run_dir, alone)]
     apart = max(abs(a - b) for a, b in zip(*losses, strict=True))
     tuned = [model["finetuned"]["perplexity"]["world"] for model in (mine, theirs)]
     return (
@@ -108,6 +106,11 @@ def compare(run_dir: Path, alone: Path) -> str:
         f"{'equal' if all(same.values()) else f'DIFFER {same}'}; losses at most {apart:.1e} apart; "
         f"fine-tuned perplexity {tuned[0]:.4f} and {tuned[1]:.4f}"
     )
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    with open(run_dir / "finetune/metrics.csv") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
 if __name__ == "__main__":
