@@ -28,11 +28,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     work = parser.parse_args().work
+    assert start(work / "dense" / "run", 1, (*SHORT, "stages=[pretrain]")).wait() == 0
+    settings = (*SHORT, "stages=[prune,finetune,evaluate,report]", f"model={work}/dense/run/pretrain/model")
     alone = work / "alone" / "run"
-    assert start(alone, 1, SHORT).wait() == 0
+    assert start(alone, 1, settings).wait() == 0
     for launcher, each in (("accelerate", 1), ("accelerate", 2), ("torchrun", 1), ("torchrun", 2)):
         run_dir = work / f"{launcher}{each}" / "run"
-        finish(run_dir, launcher, each)
+        finish(run_dir, launcher, each, settings)
         print(f"{launcher}, 2 x {each} processes: {compare(run_dir, alone)}", flush=True)
     for launcher, each, number, node in (
         ("accelerate", 1, signal.SIGKILL, 1),
@@ -41,14 +43,14 @@ def main() -> int:
         ("torchrun", 2, signal.SIGSTOP, 0),
     ):
         run_dir = work / f"{number.name}{node}" / "run"
-        seconds, said = cut_off(run_dir, launcher, each, number, node)
+        seconds, said = cut_off(run_dir, launcher, each, settings, number, node)
         print(f"{number.name} of node {node}, {launcher}, 2 x {each}: the other ended after {seconds:.0f} s: {said}")
-        finish(run_dir, launcher, each)
+        finish(run_dir, launcher, each, settings)
         print(f"  and the same command: {compare(run_dir, alone)}", flush=True)
     return 0
 
 
-def launch(run_dir: Path, launcher: str, each: int, settings: tuple[str, ...] = SHORT) -> list[subprocess.Popen]:
+def launch(run_dir: Path, launcher: str, each: int, settings: tuple[str, ...]) -> list[subprocess.Popen]:
     """Two launches that find each other over loopback, each as on a machine of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -68,14 +70,16 @@ def launch(run_dir: Path, launcher: str, each: int, settings: tuple[str, ...] = 
     return running
 
 
-def finish(run_dir: Path, launcher: str, each: int) -> None:
-    codes = [node.wait() for node in launch(run_dir, launcher, each)]
+def finish(run_dir: Path, launcher: str, each: int, settings: tuple[str, ...]) -> None:
+    codes = [node.wait() for node in launch(run_dir, launcher, each, settings)]
     assert codes == [0, 0], (codes, run_dir)
 
 
-def cut_off(run_dir: Path, launcher: str, each: int, number: signal.Signals, node: int) -> tuple[float, str]:
+def cut_off(
+    run_dir: Path, launcher: str, each: int, settings: tuple[str, ...], number: signal.Signals, node: int
+) -> tuple[float, str]:
     """Sends all processes of a node a signal in the middle of the training: how long the other lives, and what it says."""
-    running = launch(run_dir, launcher, each)
+    running = launch(run_dir, launcher, each, settings)
     while not list(run_dir.glob(".finetune/checkpoints/*.ckpt")):
         time.sleep(0.02)
     root = psutil.Process(running[node].pid)

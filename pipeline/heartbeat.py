@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -43,12 +44,14 @@ class Heartbeat:
         self.ending.acquire()
         mine = json.dumps({"rank": self.rank, "node": self.node, "host": self.host, "code": code, "text": text})
         try:
-            first = self.store.compare_set("end", "", mine).decode() == mine
+            first = self.store.compare_set("end", "", mine).decode()
         except Exception:  # the store is gone, and with it the main process, but for which this one may speak
             return self.local_rank == 0
-        if first:
+        if first == mine:
             self._wait_until_all_know()
-        return first
+        else:
+            self.end_with(json.loads(first))
+        return first == mine
 
     def posted(self) -> dict[str, Any] | None:
         return json.loads(self.store.get("end")) if self.store.check(["end"]) else None
@@ -58,6 +61,8 @@ class Heartbeat:
         if reason["node"] != self.node and self.local_rank == 0:
             _say(f"process {reason['rank']} on {reason['host']}: {reason['text']}")
         self.store.add("know", 1)
+        if self.rank == 0:
+            self._wait_until_all_know()
         return reason["code"]
 
     def lost(self) -> dict[str, Any] | str | None:
@@ -134,10 +139,11 @@ class Heartbeat:
         _exit(ERROR)
 
     def _wait_until_all_know(self) -> None:
-        """For the store may end with this process."""
+        """For without a launcher that holds it, the store ends with process 0; and there may be one that never will."""
         until = time.monotonic() + 3 * BEAT
-        while time.monotonic() < until and self.store.add("know", 0) < self.world_size - 1:
-            time.sleep(BEAT / 20)
+        with suppress(Exception):
+            while time.monotonic() < until and self.store.add("know", 0) < self.world_size - 1:
+                time.sleep(BEAT / 20)
 
 
 def _say(text: str) -> None:

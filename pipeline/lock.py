@@ -21,6 +21,7 @@ from pipeline import files
 from pipeline.errors import UserError
 
 BEAT = 5.0  # seconds
+PATIENCE = 60.0  # seconds that a network file system may take to show a new file
 SILENCE = 30.0  # seconds; measured by watching, for the clocks of two machines differ
 
 
@@ -54,9 +55,9 @@ def held(run_dir: Path) -> Iterator[str]:
                 path.unlink()
 
 
-def is_seen(run_dir: Path, token: str, seconds: float = 60) -> bool:
-    """Whether the lock that process 0 made is seen from here: network file systems show a new file late."""
-    until = time.monotonic() + seconds
+def is_seen(run_dir: Path, token: str) -> bool:
+    """Whether the lock that process 0 made is seen from here."""
+    until = time.monotonic() + PATIENCE
     while _holder(run_dir / ".lock").get("token") != token:
         if time.monotonic() > until:
             return False
@@ -66,10 +67,16 @@ def is_seen(run_dir: Path, token: str, seconds: float = 60) -> bool:
 
 def _create(path: Path, text: str) -> bool:
     try:
-        with open(path, "x") as file:
-            file.write(text)
+        number = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return False
+    try:
+        os.write(number, text.encode())
+    except OSError:  # a full disk
+        path.unlink()
+        raise
+    finally:
+        os.close(number)
     return True
 
 

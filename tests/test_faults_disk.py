@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import launch
+from pipeline import space
 from pipeline.errors import UserError
 from tests.conftest import PRUNE
 
@@ -30,8 +31,12 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_disk_that_is_full_at_any_moment(tiny_llama, whole_masks, tmp_path, disk, typed):
-    """It grows by 16 KiB a try: the run goes on from layer to layer, and fails in one line until there is room for all."""
+def test_a_disk_that_is_full_at_any_moment(tiny_llama, whole_masks, tmp_path, disk, typed, monkeypatch):
+    """It grows by 16 KiB a try: the run goes on from layer to layer, and fails in one line until there is room for all.
+
+    What is free is not known beforehand here, as where there are quotas.
+    """
+    monkeypatch.setattr(space, "check", lambda *arguments: None)
     settings = (f"model={tiny_llama}", f"run_dir={tmp_path}/disk/run")
     unwritten = []
     for size in range(8, 800, 16):
@@ -50,6 +55,26 @@ def test_a_disk_that_is_full_at_any_moment(tiny_llama, whole_masks, tmp_path, di
     assert not [name for name in files if name.endswith(".part")]
 
 
+def test_a_disk_without_room_is_told_before_the_work(tiny_llama, tmp_path, disk, refused, finishes):
+    run_dir = disk("size=200k") / "run"
+    line = refused(run_dir, f"model={tiny_llama}")
+    assert re.search(r"prune needs about 0\.\d+ MiB more on the disk of .*, where 0\.\d+ MiB are free: make room", line)
+    assert not list(run_dir.glob(".prune/model"))
+    disk("size=1m")
+    finishes(run_dir, f"model={tiny_llama}")
+
+
+def test_a_full_disk_at_a_checkpoint(tiny_llama, tmp_path, disk, typed, monkeypatch):
+    monkeypatch.setattr(space, "check", lambda *arguments: None)
+    settings = (f"model={tiny_llama}", f"run_dir={tmp_path}/disk/run", "stages=[prune,finetune]", "finetune.rank=64")
+    disk("size=600k")
+    code, _, lines = typed(*settings)
+    assert code == 2 and len(lines) == 1
+    assert re.search(r"cannot write \S*/\.finetune/checkpoints/step=\d.ckpt: ", lines[0]), lines
+    disk("size=4m")
+    assert typed(*settings)[0] == 0
+
+
 def test_a_disk_that_cannot_be_written(tiny_llama, tmp_path, disk, refused, finishes):
     run_dir = disk("size=1m,ro") / "run"
     assert "Read-only file system" in refused(run_dir, f"model={tiny_llama}")
@@ -63,7 +88,7 @@ def test_a_run_dir_that_is_a_file(tiny_llama, tmp_path, refused, finishes, below
     file.write_text("")
     run_dir = tmp_path / f"run{below}"
     assert re.search(
-        f"cannot write {run_dir}/.prune/stage.json: .*Not a directory", refused(run_dir, f"model={tiny_llama}")
+        f"cannot write {run_dir}/.lock: .*(Not a directory|File exists)", refused(run_dir, f"model={tiny_llama}")
     )
     file.unlink()
     finishes(run_dir, f"model={tiny_llama}")
