@@ -20,18 +20,18 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.chaos import SHORT, start
-from tests.conftest import environment
+from benchmarks.chaos import SHORT
+from tests.conftest import environment, espalier
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     work = parser.parse_args().work
-    assert start(work / "dense" / "run", 1, (*SHORT, "stages=[pretrain]")).wait() == 0
+    espalier(*SHORT, "stages=[pretrain]", f"run_dir={work}/dense/run")
     settings = (*SHORT, "stages=[prune,finetune,evaluate,report]", f"model={work}/dense/run/pretrain/model")
     alone = work / "alone" / "run"
-    assert start(alone, 1, settings).wait() == 0
+    espalier(*settings, f"run_dir={alone}")
     for launcher, each in (("accelerate", 1), ("accelerate", 2), ("torchrun", 1), ("torchrun", 2)):
         run_dir = work / f"{launcher}{each}" / "run"
         finish(run_dir, launcher, each, settings)

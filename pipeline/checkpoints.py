@@ -19,7 +19,10 @@ class WholeCheckpoints(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         with files.whole(path) as beside:
-            torch.save(checkpoint, beside)
+            try:
+                torch.save(checkpoint, beside)
+            except RuntimeError as error:  # torch's way of saying that the disk is full
+                raise OSError(f"{error} (is the disk full?)") from error
         checksums.record(self.folder, path)
 
 

@@ -1,59 +1,30 @@
 """One process that fails ends all, and only its own message is said; two runs do not share a folder."""
 
 import json
-import multiprocessing
 import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
-import launch
 from pipeline import heartbeat, lock, processes, recipe, stages
 from pipeline.errors import UserError
-
-FORK = multiprocessing.get_context("fork")  # which spares each process ten seconds of imports
-
-
-def rank(number: int, of: int, port: int, folder: Path, work, nodes: int) -> None:
-    """One process of a launch that does `work(rank)` in place of the stages."""
-    here = of // nodes
-    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(of), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"LOCAL_RANK": str(number % here), "LOCAL_WORLD_SIZE": str(here)}
-    os.environ |= {"GROUP_RANK": str(number // here), "GROUP_WORLD_SIZE": str(nodes)}
-    log = open(folder / f"{number}.txt", "w")  # noqa: SIM115
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    torch.set_num_threads(1)
-
-    def run(settings) -> None:
-        with processes.together(settings.timeout_minutes):
-            work(number)
-
-    stages.run = run
-    sys.argv = ["launch.py", *os.environ.get("SETTINGS", "").split()]
-    code = launch.main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+from tests.launches import end, fork
 
 
-def ranks(folder: Path, work, of: int = 2, nodes: int = 1, harm=None) -> tuple[list[int], list[list[str]], float]:
+@pytest.fixture(autouse=True)
+def quick_hearts(monkeypatch):
+    monkeypatch.setattr(heartbeat, "BEAT", 0.4)
+
+
+def ranks(folder: Path, work, of: int = 2, nodes: int = 1, harm=None, settings=()) -> tuple[list[int], list, float]:
     """Exit codes, what each process said in lines of ours, and the seconds from `harm(processes)` to the last one's end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = [FORK.Process(target=rank, args=(i, of, port, folder, work, nodes)) for i in range(of)]
-    for process in running:
-        process.start()
+    running = fork(settings, folder / "log", of, nodes, work)
     if harm:
         until = time.monotonic() + 60
         while len(list(folder.glob("ready*"))) < of:
@@ -61,17 +32,21 @@ def ranks(folder: Path, work, of: int = 2, nodes: int = 1, harm=None) -> tuple[l
             time.sleep(0.05)
         harm(running)
     started = time.monotonic()
-    for process in running:
-        if psutil.pid_exists(process.pid) and psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
-            process.join(100)
+    end([process for process in running if not is_stopped(process)], 100)
     seconds = time.monotonic() - started
     for process in running:
         process.kill()
-        process.join()
-    logs = [(folder / f"{i}.txt").read_text() for i in range(of)]
+    codes = end(running)
+    logs = [(folder / f"log/{i}.txt").read_text() for i in range(of)]
     assert "Traceback" not in "".join(logs), logs
-    said = [[line for line in log.splitlines() if line.startswith("espalier: ")] for log in logs]
-    return [process.exitcode for process in running], said, seconds
+    return codes, [[line for line in log.splitlines() if line.startswith("espalier: ")] for log in logs], seconds
+
+
+def is_stopped(process) -> bool:
+    try:
+        return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
 
 
 def ready_and(folder: Path, then):
@@ -143,9 +118,8 @@ def test_a_process_that_is_gone_does_not_leave_the_others_waiting(tmp_path, monk
     assert lines and all(re.search(says, line.split(": ", 1)[1]) for line in lines), said
 
 
-def test_a_barrier_has_a_time_out_of_the_recipe(tmp_path, monkeypatch):
-    monkeypatch.setenv("SETTINGS", "timeout_minutes=0.05")
-    codes, said, seconds = ranks(tmp_path, wait_for_the_others)
+def test_a_barrier_has_a_time_out_of_the_recipe(tmp_path):
+    codes, said, seconds = ranks(tmp_path, wait_for_the_others, settings=("timeout_minutes=0.05",))
     assert codes == [2, 2] and seconds < 30
     assert "process 0 waited 0.05 minutes for one that is still at work: type a longer timeout_minutes" in said[0][0]
 
