@@ -4,37 +4,48 @@ import importlib
 import os
 import sys
 
-from pipeline import recipe, sweep
-from pipeline.errors import UserError
+from pipeline import interrupt, recipe, sweep
+from pipeline.errors import SaidElsewhere, Stopped, UserError, one_line
 
 COMMANDS = ("compare", "verify", "apply")  # each is a module of pipeline with main(arguments); all else runs a recipe
 
 
 def main() -> int:
+    """The exit code: 0 done, 2 a mistake or a fault that one line tells of, 75 stopped by a signal."""
     debug = "debug=true" in sys.argv
+    quiet = os.environ.get("LOCAL_RANK", "0") != "0"  # one process a machine speaks, until they are joined
     try:
-        if sys.argv[1:2] and sys.argv[1] in COMMANDS:
-            importlib.import_module(f"pipeline.{sys.argv[1]}").main(sys.argv[2:])
-            return 0
-        cells = sweep.cells(sys.argv[1:])
-        if len(cells) > 1:
-            return sweep.run(cells, main)
-        settings = recipe.load(sys.argv[1:])
-        from pipeline import stages  # torch and its friends load only once the recipe is sound
+        with interrupt.listening():
+            if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+                importlib.import_module(f"pipeline.{sys.argv[1]}").main(sys.argv[2:])
+                return 0
+            cells = sweep.cells(sys.argv[1:])
+            if len(cells) > 1:
+                return sweep.run(cells, main)
+            settings = recipe.load(sys.argv[1:])
+            from pipeline import stages  # torch and its friends load only once the recipe is sound
 
-        stages.run(settings)
+            quiet = False
+            stages.run(settings)
+    except SaidElsewhere as elsewhere:
+        return elsewhere.code
+    except Stopped as stopped:
+        return _say(f"{stopped}: the same command goes on here", interrupt.EXIT_CODE, quiet)
     except (UserError, OSError) as error:  # OSError: a file that cannot be read, or be written but by `files.whole`
         if debug:
             raise
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):  # which one process alone may meet
-            print(f"espalier: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if debug or "Connection closed by peer" not in str(error):
+        return _say(str(error), 2, quiet)
+    except Exception as error:
+        if debug:
             raise
-        print("espalier: another process ended, and says why", file=sys.stderr)
-        return 2
+        return _say(f"{type(error).__name__}: {error} (a fault of Espalier: debug=true shows the traceback)", 2, quiet)
     return 0
+
+
+def _say(text: str, code: int, quiet: bool) -> int:
+    if not quiet:
+        print(f"espalier: {one_line(text)}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from pathlib import Path
 from lightning.pytorch.callbacks import BasePredictionWriter
 from safetensors.torch import save_file
 
-from pipeline import files
+from pipeline import checksums, files
 
 
 class LayerWriter(BasePredictionWriter):
-    """The masks and the log row first, the weights last: a layer is finished when its shard is there."""
+    """A layer is finished when the checksums of its masks and of its weights are recorded."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(write_interval="batch")
@@ -23,3 +23,4 @@ class LayerWriter(BasePredictionWriter):
             shard = {f"{walk.decoder.prefix}.{index}.{k}": v.contiguous().cpu() for k, v in layer.state_dict().items()}
             with files.whole(walk.shard(index)) as beside:
                 save_file(shard, beside, {"format": "pt"})
+            checksums.record(self.folder, walk.masks_file(index), walk.shard(index))

@@ -1,6 +1,34 @@
-"""The one exception that is a message to the user: one line saying what is wrong and what to type instead."""
+"""Owns what ends a run before its end: a message to the user, or a request to stop. And keeps secrets out of messages."""
+
+import os
+import re
+
+SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 
 
 class UserError(ValueError):
+    """One line saying what is wrong and what to type instead."""
+
     def __init__(self, text: object) -> None:
-        super().__init__(" ".join(str(text).split()))  # other libraries' messages, quoted, run over several lines
+        super().__init__(one_line(text))
+
+
+class Stopped(BaseException):
+    """A signal asked the run to stop. No `Exception`, so that whoever catches those does not take it for a damaged file."""
+
+
+class SaidElsewhere(Exception):
+    """Another process says why the run ends; this one has only its exit `code` to give."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def one_line(text: object) -> str:
+    """Other libraries' messages, quoted, run over several lines, and may hold a token that they were given."""
+    line = " ".join(str(text).split())
+    for name, value in os.environ.items():
+        if len(value) >= 8 and SECRET.search(name):
+            line = line.replace(value, f"${name}")
+    return line

@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 
 BLOCK = 1 << 20  # bytes
 BLOCKS = 64  # read of a large file
+READ_WHOLE = BLOCK * BLOCKS  # bytes up to which a file is not a large one
 
 
 @contextmanager
@@ -22,17 +23,26 @@ def whole(path: Path) -> Iterator[Path]:
 
     What keeps it from being written, such as a full disk, is a `UserError`.
     """
-    beside = path.with_name(f".{path.name}.part")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")  # two runs may measure the same
     try:
         beside.parent.mkdir(parents=True, exist_ok=True)
         yield beside
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
+        _flush(beside)
         os.replace(beside, path)
+        with suppress(OSError):  # some file systems cannot
+            _flush(path.parent)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             beside.unlink()
         raise UserError(f"cannot write {path}: {error} (the same command goes on here, once that is mended)") from error
+
+
+def _flush(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -43,7 +53,8 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict | None:
     """None where there is no such file, or no whole one."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        return found if isinstance(found, dict) else None
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
@@ -62,7 +73,7 @@ def fingerprint(paths: Iterable[Path]) -> str:
         with open(path, "rb") as file:
             starts = (
                 range(0, size, BLOCK)
-                if size <= BLOCK * BLOCKS
+                if size <= READ_WHOLE
                 else [i * (size - BLOCK) // (BLOCKS - 1) for i in range(BLOCKS)]
             )
             for start in starts:

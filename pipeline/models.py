@@ -76,6 +76,7 @@ def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=No
     """The model on the CPU in evaluation mode. In the file's own dtype its weights are a lazy view of the files, which
     the ranks of a node share. `dtype` overrides the recipe's; `quantization`: see pipeline/quantize.py; `where` takes
     it elsewhere, by the `device_map` and `max_memory` of transformers."""
+    _refuse_names_outside(folder)
     dtype = dtype or recipe.dtype
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -99,6 +100,15 @@ def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=No
         )
     model.config.use_cache = False
     return model.eval()
+
+
+def _refuse_names_outside(folder: Path) -> None:
+    """An index that somebody else wrote must not make us read files beside the model."""
+    for index in folder.glob("*.index.json"):
+        shards = (files.read_json(index) or {}).get("weight_map")
+        for shard in shards.values() if isinstance(shards, dict) else ():
+            if Path(str(shard)).name != shard:
+                raise UserError(f"{index} names the shard '{shard}', which is not a file of its folder")
 
 
 def damage(folder: Path, *patterns: str) -> str | None:

@@ -1,7 +1,11 @@
 """Owns the processes: what the launcher started, the process group, and what the Trainer is told of them."""
 
 import os
+import re
+import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -10,10 +14,14 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline import interrupt
+from pipeline.errors import SaidElsewhere, Stopped, UserError, one_line
+from pipeline.heartbeat import ERROR, Heartbeat
 
-TIMEOUT = timedelta(minutes=30)
 CELL = "ESPALIER_CELL"  # the variable by which `sweep` tells which cell this is
+LOST = re.compile(r"Connection (closed|reset)|Broken pipe|[Tt]imed out waiting|gloo/transport|ProcessGroup|NCCL")
+_heartbeat: Heartbeat | None = None
+_timeout = timedelta(minutes=30)
 
 
 def rank() -> int:
@@ -33,6 +41,10 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def several_nodes() -> bool:
+    return world_size() > local_world_size()
+
+
 def is_main() -> bool:
     return rank() == 0
 
@@ -41,35 +53,115 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def start() -> None:
+@contextmanager
+def together(timeout_minutes: float = 30) -> Iterator[None]:
+    """Inside, the processes of the launcher are one group; a failure of one ends all, and only one says why.
+
+    Raises what one process raises alone; where another process says why, `SaidElsewhere`.
+    """
+    try:
+        start(timeout_minutes)
+        yield
+    except BaseException as error:
+        raised = _to_say(error, timeout_minutes)
+        raise raised from (None if raised is error else error)
+    finally:
+        stop()
+
+
+def start(timeout_minutes: float = 30) -> None:
     """Joins the processes of the launcher into one group; refuses a launch that is not what was asked for."""
+    global _heartbeat, _timeout
+    _refuse_another_launch()
+    if world_size() > 1 and not dist.is_initialized():
+        _timeout = timedelta(minutes=timeout_minutes)
+        store, rank_, size = next(dist.rendezvous("env://", timeout=_timeout))
+        # the cells of a sweep meet one after the other in the one store of their launch
+        store = dist.PrefixStore(os.environ.get(CELL, "run"), store)
+        # a connection of its own, for a wait on one blocks all that use it
+        _heartbeat = Heartbeat(store.clone(), rank_, size, local_rank(), int(os.environ.get("GROUP_RANK", 0)))
+        _set_device()  # whose failure on one machine is now heard of on all
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("espalier", store), rank=rank_, world_size=size, timeout=_timeout
+        )
+    else:
+        _set_device()
+
+
+def _refuse_another_launch() -> None:
+    """What can be told from the environment alone, so on all processes alike."""
     if "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
         # without a GPU, `accelerate launch [--cpu] --num_processes 2` quietly starts a single process
         raise UserError(
             "several processes were asked for and the launcher started one: on a host without GPUs type "
             "`accelerate launch --multi_gpu --num_processes N launch.py ...` (without --cpu)"
         )
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks > 1 and "RANK" not in os.environ:
+        raise UserError(
+            f"srun started {tasks} tasks that know nothing of each other: type `srun --ntasks-per-node=1 torchrun "
+            "--nnodes=$SLURM_NNODES --nproc_per_node=GPUS ... launch.py ...`"
+        )
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    if nodes > 1 and world_size() != nodes * local_world_size():
+        raise UserError(
+            f"{nodes} machines were asked for and {world_size()} processes, {local_world_size()} of them here: type the "
+            "same number of processes on each, torchrun --nproc_per_node=N, or accelerate launch --num_processes with the "
+            "number on all machines together"
+        )
+
+
+def _set_device() -> None:
     if torch.cuda.is_available():
         if local_world_size() > torch.cuda.device_count():
             raise UserError(
-                f"{local_world_size()} processes were started and this machine has {torch.cuda.device_count()} GPUs: "
-                f"type --num_processes {torch.cuda.device_count()}"
+                f"{local_world_size()} processes were started and {socket.gethostname()} has {torch.cuda.device_count()} "
+                f"GPUs: type --num_processes {torch.cuda.device_count()}"
             )
         torch.cuda.set_device(device())
     else:
         # the launchers set OMP_NUM_THREADS=1, which would leave the other cores idle
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
-    if world_size() > 1 and not dist.is_initialized():
-        store, rank_, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        # the cells of a sweep meet one after the other in the one store of their launch
-        store = dist.PrefixStore(os.environ.get(CELL, "run"), store)
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank_, world_size=size, timeout=TIMEOUT)
 
 
 def stop() -> None:
+    """Leaves the group, in which all are done or one has failed."""
+    global _heartbeat
+    if _heartbeat:
+        _heartbeat.stop()
+        _heartbeat = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _to_say(error: BaseException, timeout_minutes: float) -> BaseException:
+    """The exception that this process shall raise, once it is settled which process says why the run ends."""
+    interrupt.be_deaf()
+    if _heartbeat is None:
+        return error if local_rank() == 0 else SaidElsewhere(_code(error))
+    if isinstance(error, Stopped) or is_of_a_lost_peer(error):
+        # (a signal may be the launcher's, which ends the others once it has seen one die)
+        reason = _heartbeat.lost()
+        if isinstance(reason, dict):
+            return SaidElsewhere(_heartbeat.end_with(reason))
+        if reason:
+            error = UserError(reason)
+        elif "imed out" in str(error):
+            error = UserError(
+                f"process {rank()} waited {timeout_minutes:g} minutes for one that is still at work: type a longer "
+                f"timeout_minutes ({one_line(error)[:200]})"
+            )
+    text = one_line(error) or type(error).__name__
+    return error if _heartbeat.post(text, _code(error)) else SaidElsewhere(_code(error))
+
+
+def is_of_a_lost_peer(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) or bool(LOST.search(str(error)))
+
+
+def _code(error: BaseException) -> int:
+    return interrupt.EXIT_CODE if isinstance(error, Stopped) else ERROR
 
 
 def say(text: str) -> None:
@@ -92,6 +184,11 @@ def all_sum(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` holds on any rank."""
+    return bool(all_sum(torch.tensor(int(flag), device=device())).item()) if world_size() > 1 else flag
 
 
 def all_ranks(value: Any) -> list[Any]:
@@ -142,10 +239,10 @@ def trainer_arguments(strategy: str = "ddp") -> dict[str, Any]:
     if world_size() > 1 and strategy == "fsdp":
         from pipeline.sharding import ShardedStrategy
 
-        several = ShardedStrategy(world_size(), TIMEOUT)
+        several = ShardedStrategy(world_size(), _timeout)
     elif world_size() > 1:
         # every rank's buffers are made from the same files and steps: nothing to broadcast before each forward
-        several = DDPStrategy(timeout=TIMEOUT, broadcast_buffers=False)
+        several = DDPStrategy(timeout=_timeout, broadcast_buffers=False)
     return {
         "accelerator": "gpu" if torch.cuda.is_available() else "cpu",
         "devices": local_world_size(),

@@ -33,7 +33,6 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         processes.say(
             f"  {len(walk.finished_before)} of {len(decoder.layers)} layers were pruned before: passed through"
         )
-    processes.barrier()  # a rank late to look for finished shards must not see new ones
     tour(walk, [pruner(settings, allocate(decoder, settings, shares)), LayerWriter(folder)])
     processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
     if processes.is_main():

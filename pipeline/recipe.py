@@ -152,6 +152,7 @@ class Recipe:
     stages: list[str] = setting(["prune", "finetune", "evaluate", "report"], choices=STAGES)
     mirror: str | None = None  # a folder laid out as the hub, read instead of it
     debug: bool = False  # tracebacks
+    timeout_minutes: float = setting(30.0, low=0.05)  # that the processes wait for the slowest of them
 
     pretrain: Pretrain = field(default_factory=Pretrain)
     calibration: Calibration = field(default_factory=Calibration)
@@ -248,6 +249,10 @@ def _refuse_unknown(layer: dict, schema: type, prefix: str) -> None:
                     f"{prefix}{key}={value}: this is a section; set one of its keys, {prefix}{key}.<{inside}>"
                 )
             _refuse_unknown(value, known[key].type, f"{prefix}{key}.")
+        elif "${" in str(
+            value
+        ):  # OmegaConf would put in what it names: ${oc.env:HF_TOKEN}, and the report would show it
+            raise UserError(f"{prefix}{key}={value}: ${{...}} is not allowed, a recipe holds plain values")
 
 
 def _did_you_mean(name: str, known: list[str], prefix: str = "") -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from callbacks.layer_writer import LayerWriter
 from callbacks.reconstructor import LayerReconstructor
-from pipeline import calibration, memory, models, processes
+from pipeline import calibration, card, memory, models, processes
 from pipeline.decoder import Decoder
 from pipeline.errors import UserError
 from pipeline.masks import Masks
@@ -38,13 +38,13 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     walk = LayerWalk(decoder, batches, folder, store)
     if walk.finished_before:
         processes.say(f"  {len(walk.finished_before)} of {len(decoder.layers)} layers were done before: passed through")
-    processes.barrier()  # a rank late to look for finished shards must not see new ones
     tour(walk, [LayerReconstructor(dense, masks, settings, recipe.seed, steps), LayerWriter(folder)])
     processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
     if processes.is_main():
         write_outside(walk, origin, recipe.dtype)
         rows = [Masks.load(walk.masks_file(index))[1] for index in range(len(decoder.layers))]
         write_rows(folder / "layers.csv", rows)
+        card.write_model_card(folder / "model", recipe, "reconstruct")
         shutil.rmtree(folder / "masks")
 
 

@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from pipeline import files
+from pipeline import checksums, files
 
 
 def take_over(finished: Path, key: str) -> Path | None:
@@ -16,7 +16,7 @@ def take_over(finished: Path, key: str) -> Path | None:
     run_dir, stage = finished.parent, finished.name
     for sibling in sorted(run_dir.parent.glob("*")):
         about = files.read_json(sibling / stage / "stage.json") or {}
-        if sibling == run_dir or about.get("key") != key:
+        if sibling == run_dir or about.get("key") != key or checksums.damaged(sibling / stage):
             continue
         work = run_dir / f".{stage}"
         shutil.rmtree(work, ignore_errors=True)

@@ -6,19 +6,24 @@ A stage is done when `<run_dir>/<stage>/stage.json` holds the key of what it was
 
 import os
 import shutil
+import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pipeline import (
+    checksums,
     evaluate,
     files,
     finetune,
     hardware,
+    lock,
     memory,
     models,
     pretrain,
@@ -28,7 +33,9 @@ from pipeline import (
     report,
     siblings,
     sources,
+    space,
 )
+from pipeline.errors import UserError
 from pipeline.recipe import Recipe, plain, section
 
 LIBRARIES = ("torch", "transformers", "datasets", "lightning", "peft", "accelerate", "lm_eval")
@@ -57,43 +64,35 @@ STAGES = (
 
 def run(recipe: Recipe) -> None:
     """Runs what is not done yet, and shows the results."""
-    processes.start()
-    try:
-        run_dir = Path(recipe.run_dir)
-        chosen = [stage for stage in STAGES if stage.name in recipe.stages]
+    run_dir = Path(recipe.run_dir)
+    with processes.together(recipe.timeout_minutes), _traceback_kept(run_dir):
+        _refuse_other_settings(recipe)
         outside = processes.from_main(_read_from_outside(recipe) if processes.is_main() else None)
         reconstruct.check(recipe)
         evaluate.check(recipe)
-        done: dict[str, str] = {}  # stage -> key
-        for stage in chosen:
-            inputs = {name: run_dir / name for name in stage.reads if name in done}
-            made_from = {name: section(recipe, name) for name in stage.settings}
-            made_from |= {"read": {name: done[name] for name in inputs}, **outside.get(stage.name, {})}
-            done[stage.name] = files.digest(made_from)
-            _run_one(stage, recipe, run_dir, inputs, made_from, done[stage.name])
-        if processes.is_main() and "report" in done:
-            report.show(run_dir)
-    finally:
-        processes.stop()
+        with _locked(run_dir):
+            done: dict[str, str] = {}  # stage -> key
+            for stage in (stage for stage in STAGES if stage.name in recipe.stages):
+                inputs = {name: run_dir / name for name in stage.reads if name in done}
+                made_from = {name: section(recipe, name) for name in stage.settings}
+                made_from |= {"read": {name: done[name] for name in inputs}, **outside.get(stage.name, {})}
+                done[stage.name] = files.digest(made_from)
+                _run_one(stage, recipe, run_dir, inputs, made_from, done[stage.name])
+            if processes.is_main() and "report" in done:
+                report.show(run_dir)
 
 
 def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path], made_from: dict, key: str) -> None:
     finished, work = run_dir / stage.name, run_dir / f".{stage.name}"
-    before = _read(finished)
-    state = processes.from_main((before or {}).get("key") == key)
-    if state:
-        processes.say(f"{stage.name}: done before")
-        return
-    if processes.from_main(processes.is_main() and _is_taken_over(stage, finished, key)):
+    if processes.from_main(processes.is_main() and _is_done(stage, finished, work, made_from, key)):
         return
     if processes.is_main():
-        if before:
-            print(f"{stage.name}: {_difference(before['made_from'], made_from)}: running again", flush=True)
-        else:
-            print(f"{stage.name}: running", flush=True)
         if (_read(work) or {}).get("key") != key:
             shutil.rmtree(work, ignore_errors=True)
-        files.write_json(work / "stage.json", {"key": key, "stage": stage.name})
+            files.write_json(work / "stage.json", {"key": key, "stage": stage.name})
+        for left in work.rglob(".*.part"):
+            left.unlink()
+        space.check(stage.name, recipe, inputs, work)
     processes.barrier()
     memory.restart_peak(processes.device())
     started = time.perf_counter()
@@ -112,14 +111,10 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
             "versions": {library: version(library) for library in LIBRARIES},
             "made_from": made_from,
             "recipe": plain(recipe),
+            "artefacts": checksums.of(work),
         }
         files.write_json(work / "stage.json", about)
-        old = run_dir / f".{stage.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if finished.exists():
-            finished.rename(old)
-        work.rename(finished)
-        shutil.rmtree(old, ignore_errors=True)
+        _put_in_place(work, finished)
         print(f"{stage.name}: done in {about['seconds']:.0f} s", flush=True)
     processes.barrier()
 
@@ -135,6 +130,82 @@ def _is_taken_over(stage: Stage, finished: Path, key: str) -> bool:
     if sibling:
         print(f"{stage.name}: taken over from {sibling}", flush=True)
     return sibling is not None
+
+
+def _is_done(stage: Stage, finished: Path, work: Path, made_from: dict, key: str) -> bool:
+    """Whether there is nothing to do; says so, or why the stage runs. On rank 0."""
+    last = _read(work) or {}
+    if last.get("key") == key and "finished" in last and not checksums.damaged(work):
+        _put_in_place(work, finished)  # a kill came just before
+    before = _read(finished) or {}
+    if before.get("key") != key:
+        why = f"{_difference(before['made_from'], made_from)}: running again" if before else "running"
+    elif damaged := checksums.damaged(finished):
+        why = f"{finished / damaged[0]} is damaged or missing ({len(damaged)} in all): running again"
+    else:
+        print(f"{stage.name}: done before", flush=True)
+        return True
+    if _is_taken_over(stage, finished, key):
+        return True
+    print(f"{stage.name}: {why}", flush=True)
+    return False
+
+
+def _put_in_place(work: Path, finished: Path) -> None:
+    """A stage made again because of damage, whose weights come out otherwise, makes those that read them stale."""
+    old = finished.with_name(f".{finished.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    before, now = _read(finished) or {}, _read(work)
+    if before.get("key") == now["key"] and _weights(before) != _weights(now):
+        for reader in (stage.name for stage in STAGES if finished.name in stage.reads):
+            (finished.with_name(reader) / "stage.json").unlink(missing_ok=True)
+    if finished.exists():
+        finished.rename(old)
+    work.rename(finished)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _weights(about: dict) -> dict[str, str]:
+    artefacts = about.get("artefacts", {}).items()
+    return {name: entry["sha256"] for name, entry in artefacts if name.endswith(".safetensors")}
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """The run folder belongs to this run; and all machines see the same one."""
+    with lock.held(run_dir) if processes.is_main() else nullcontext() as token:
+        token = processes.from_main(token)
+        blind = processes.several_nodes() and not lock.is_seen(run_dir, token)
+        if hosts := sorted({host for host in processes.all_ranks(socket.gethostname() if blind else None) if host}):
+            raise UserError(
+                f"run_dir={run_dir} as seen on {', '.join(hosts)} is not that of the main process: it must lie on a file "
+                "system that all machines share: type run_dir=/SHARED/..."
+            )
+        yield
+
+
+def _refuse_other_settings(recipe: Recipe) -> None:
+    mine = asdict(recipe)
+    for rank, theirs in enumerate(processes.all_ranks(mine)):
+        if theirs != mine:
+            difference = _difference(mine, theirs)
+            raise UserError(
+                f"process {rank} was started with other settings than process {processes.rank()} ({difference}): type the "
+                "same command on all machines"
+            )
+
+
+@contextmanager
+def _traceback_kept(run_dir: Path) -> Iterator[None]:
+    """What is no message to the user is a fault of ours: its traceback goes to a file, for one line cannot tell it."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, UserError | OSError) and not processes.is_of_a_lost_peer(error):
+            with suppress(OSError):
+                run_dir.mkdir(parents=True, exist_ok=True)
+                (run_dir / f"traceback-{processes.rank()}.txt").write_text(traceback.format_exc())
+        raise
 
 
 def _read_from_outside(recipe: Recipe) -> dict[str, dict[str, Any]]:

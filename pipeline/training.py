@@ -11,7 +11,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 from callbacks.step_log import StepLog
+from callbacks.stop_at_signal import StopAtSignal
 from pipeline import distill, processes, sharding
+from pipeline.checkpoints import WholeCheckpoints, newest
 from pipeline.errors import UserError
 from pipeline.recipe import Finetune
 
@@ -118,7 +120,8 @@ def fit(
         accumulate_grad_batches=accumulate,
         gradient_clip_val=settings.clip or None,
         precision=_precision(settings.precision),
-        callbacks=[*callbacks, StepLog(folder / "metrics.csv"), saver],
+        callbacks=[*callbacks, StepLog(folder / "metrics.csv"), StopAtSignal(checkpoints), saver],
+        plugins=[WholeCheckpoints(folder)],
         logger=_loggers(settings.loggers, folder),
         enable_progress_bar=processes.on_terminal(),
         **processes.trainer_arguments(settings.strategy),
@@ -129,7 +132,7 @@ def fit(
     model.train()
     # a plain DataLoader resumed mid-epoch repeats early batches and drops later ones
     loader = StatefulDataLoader(mine, batch_size=batch_size)
-    last = processes.from_main(max(checkpoints.glob("*.ckpt"), key=_step_of, default=None))
+    last = newest(folder)
     if last:
         processes.say(f"  going on from {last.name}")
     trainer.fit(CausalLM(model, settings, seed, teacher), loader, ckpt_path=last, weights_only=True)
@@ -160,10 +163,6 @@ def _loggers(names: list[str], folder: Path) -> list:
         return made
     except ModuleNotFoundError as error:
         raise UserError(f"finetune.loggers=[{name}] needs a package: type pip install {name}") from error
-
-
-def _step_of(path: Path) -> int:
-    return int(path.stem.rpartition("=")[2])
 
 
 def _precision(setting: str) -> str:

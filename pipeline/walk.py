@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pipeline import files, models, processes
+from callbacks.stop_at_signal import StopAtSignal
+from pipeline import checksums, files, models, processes
 from pipeline.decoder import Decoder, release
 from pipeline.masks import Masks
 from pipeline.watch import EveryInputSeen, InputWatch
@@ -22,7 +23,7 @@ class LayerWalk(LightningModule):
 
     A step forwards them through the layer just finished, so that each layer sees what the new model will give it, and
     then, where a callback watches, shows them to the next layer, whose matrices' inputs decide what goes. A layer
-    whose shard lies in `folder/model` was finished by an earlier try: its weights are read from there, and it is only
+    whose shard and masks lie whole in `folder` was finished by an earlier try: its weights are read from there, and it is only
     passed through.
     """
 
@@ -38,8 +39,16 @@ class LayerWalk(LightningModule):
         self.watch: InputWatch | None = None
         self.masks = Masks()  # of the layer at hand
         self.log_row: dict = {}
-        layers = range(len(decoder.layers)) if folder else ()
-        self.finished_before = frozenset(i for i in layers if self.shard(i).exists())
+        self.finished_before = processes.from_main(
+            self._find_finished() if folder and processes.is_main() else frozenset()
+        )
+
+    def _find_finished(self) -> frozenset[int]:
+        damaged = checksums.damaged(self.folder)
+        if damaged:
+            processes.say(f"  damaged, so made again: {', '.join(damaged)}")
+        whole = {self.folder / name for name in checksums.recorded(self.folder) if name not in damaged}
+        return frozenset(i for i in range(len(self.decoder.layers)) if {self.shard(i), self.masks_file(i)} <= whole)
 
     def is_finished(self, index: int) -> bool:
         return index in self.finished_before
@@ -83,7 +92,7 @@ class LayerWalk(LightningModule):
 def tour(walk: LayerWalk, callbacks: list[Callback]) -> None:
     """Walks all layers with the callbacks."""
     trainer = Trainer(
-        callbacks=callbacks,
+        callbacks=[*callbacks, StopAtSignal()],
         inference_mode=False,  # else the weights become inference tensors, and a later fit of them dies
         logger=False,
         enable_checkpointing=False,

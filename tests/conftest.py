@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import launch
 from pipeline import world
+from pipeline.masks import Masks
 
 torch.set_num_threads(1)  # models this small gain nothing from more, and lose much on a busy machine
 
@@ -100,3 +102,56 @@ def espalier(*settings: object, processes: int = 1, expect: int | None = 0) -> s
     seen = done.stdout + done.stderr
     assert done.returncode == expect if expect is not None else done.returncode, seen[-3000:]
     return seen
+
+
+PRUNE = (*QUICK, "stages=[prune]")
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """The command in this process: its exit code, what it said on stdout, and its own lines on stderr."""
+
+    def run(*settings) -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["launch.py", *PRUNE, *map(str, settings)])
+        code = launch.main()
+        seen = capsys.readouterr()
+        return code, seen.out, [line for line in seen.err.splitlines() if line.startswith("espalier: ")]
+
+    return run
+
+
+@pytest.fixture
+def refused(typed):
+    """Types the command, and returns the one line that says why it failed."""
+
+    def run(run_dir: Path, *settings) -> str:
+        code, _, lines = typed(f"run_dir={run_dir}", *settings)
+        assert code == 2 and len(lines) == 1, lines
+        assert not (run_dir / "prune").exists()
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def finishes(typed):
+    """Types the command, and returns the masks' file and what was said."""
+
+    def run(run_dir: Path, *settings) -> tuple[bytes, str]:
+        code, said, lines = typed(f"run_dir={run_dir}", *settings)
+        assert code == 0, lines
+        assert not list(run_dir.rglob("*.part"))
+        Masks.load(run_dir / "prune/masks.safetensors")[0].check_patterns()
+        return (run_dir / "prune/masks.safetensors").read_bytes(), said
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def whole_masks(tiny_llama, tmp_path_factory) -> bytes:
+    """Of a run that met no fault."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["launch.py", *PRUNE, f"model={tiny_llama}", f"run_dir={run_dir}"])
+        assert launch.main() == 0
+    return (run_dir / "prune/masks.safetensors").read_bytes()

@@ -1,0 +1,50 @@
+"""Ends a walk after the layer at hand, a training after the step at hand, once a signal has asked for it."""
+
+from pathlib import Path
+
+from lightning.pytorch import Callback
+
+from pipeline import interrupt, processes
+from pipeline.errors import Stopped
+
+
+class StopAtSignal(Callback):
+    """Stands after the callbacks that write, so that what it ends is on disk; `checkpoints` is where a training's go.
+
+    A signal reaches the processes at different moments, or only one of them: they agree after each layer and step.
+    """
+
+    def __init__(self, checkpoints: Path | None = None) -> None:
+        self.checkpoints = checkpoints
+
+    def on_predict_start(self, trainer, module) -> None:
+        interrupt.be_patient()
+
+    def on_predict_batch_end(self, trainer, module, outputs, batch, index: int, dataloader_idx: int = 0) -> None:
+        if processes.any_rank(bool(interrupt.asked())):
+            raise Stopped(f"stopped by {_signal()} after layer {index + 1}")
+
+    def on_train_start(self, trainer, module) -> None:
+        self.step = trainer.global_step
+        interrupt.be_patient()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index: int) -> None:
+        if trainer.global_step == self.step:
+            return  # still accumulating
+        self.step = trainer.global_step
+        if processes.any_rank(bool(interrupt.asked())):
+            trainer.save_checkpoint(self.checkpoints / f"step={self.step}.ckpt", weights_only=False)
+            raise Stopped(f"stopped by {_signal()} after step {self.step}, of which there is a checkpoint")
+
+    def on_predict_end(self, trainer, module) -> None:
+        interrupt.be_prompt()
+
+    def on_train_end(self, trainer, module) -> None:
+        interrupt.be_prompt()
+
+    def on_exception(self, trainer, module, exception: BaseException) -> None:
+        interrupt.be_prompt()
+
+
+def _signal() -> str:
+    return interrupt.asked() or "a signal to another process"

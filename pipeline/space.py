@@ -1,0 +1,67 @@
+"""Owns the estimate of the disk space that a stage needs. All in bytes."""
+
+import math
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pipeline import models
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+
+GIB = 2**30
+SMALL = 2**17  # tables, logs, a report
+
+
+def check(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> None:
+    """`UserError` where the disk of `work` has no room for what the stage will write and has not written yet."""
+    needed = {"prune": _prune, "reconstruct": _prune, "finetune": _finetune}.get(stage, _little)(recipe, inputs)
+    written = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    free = shutil.disk_usage(work).free
+    if needed - written > free:
+        raise UserError(
+            f"{stage} needs about {_text(needed - written)} more on the disk of {work.parent}, where {_text(free)} are free: "
+            "make room, or type run_dir=... on another disk"
+        )
+
+
+def _prune(recipe: Recipe, inputs: dict[str, Path]) -> int:
+    """The model once more, and a bit per weight twice: by layer and in one file."""
+    shapes = _shapes(models.dense_folder(recipe, inputs))
+    size = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype).itemsize
+    return sum(count * (size or itemsize) + count // 4 for count, itemsize, _ in shapes) + SMALL
+
+
+def _finetune(recipe: Recipe, inputs: dict[str, Path]) -> int:
+    """The model once more; what trains, in float32, at its best and at the end; and twice with both moments of the
+    optimizer, for a checkpoint replaces the one before."""
+    shapes, settings = _shapes(inputs["prune"] / "model"), recipe.finetune
+    trained = sum(count if settings.method == "full" else settings.rank * width for count, _, width in shapes)
+    return sum(count * itemsize for count, itemsize, _ in shapes) + 4 * trained * (2 + 2 * 3) + SMALL
+
+
+def _little(recipe: Recipe, inputs: dict[str, Path]) -> int:
+    return SMALL
+
+
+def _shapes(folder: Path) -> list[tuple[int, int, int]]:
+    """(weights, bytes of each, rows + columns of a matrix, else 0) by tensor, from the files' headers."""
+    found = []
+    for path in sorted(path for pattern in models.WEIGHTS for path in folder.glob(pattern)):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    part = file.get_slice(name)
+                    shape, bits = part.get_shape(), re.search(r"\d+", part.get_dtype())  # such as BF16
+                    width = sum(shape) if len(shape) == 2 else 0
+                    found.append((math.prod(shape), int(bits[0]) // 8 if bits else 1, width))
+        except (SafetensorError, OSError):  # a file of torch.save, or a damaged one, which `models.load` will name
+            found.append((path.stat().st_size // 2 if path.exists() else 0, 2, 0))
+    return found
+
+
+def _text(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"

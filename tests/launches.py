@@ -1,0 +1,69 @@
+"""Starts the command in processes forked from this one: all is real but for the launcher and the seconds of imports."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+import launch
+from pipeline import processes, stages
+
+FORK = multiprocessing.get_context("fork")
+
+
+def fork(
+    settings: tuple, log: Path, of: int = 1, nodes: int = 1, work: Callable[[int], None] | None = None
+) -> list[BaseProcess]:
+    """The ranks of a launch, `nodes` machines of them; each adds what it says to `log/<rank>.txt`.
+
+    `work(rank)`, if given, is done in place of the stages.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log.mkdir(parents=True, exist_ok=True)
+    running = [FORK.Process(target=_rank, args=(rank, of, nodes, port, settings, log, work)) for rank in range(of)]
+    for process in running:
+        process.start()
+    return running
+
+
+def end(running: list[BaseProcess], timeout: float | None = None) -> list[int]:
+    """Waits for all; their exit codes."""
+    for process in running:
+        process.join(timeout)
+    return [process.exitcode for process in running]
+
+
+def _rank(rank: int, of: int, nodes: int, port: int, settings: tuple, log: Path, work: Callable | None) -> None:
+    here = of // nodes
+    if of > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none"}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(of)}
+        os.environ |= {"LOCAL_RANK": str(rank % here), "LOCAL_WORLD_SIZE": str(here)}
+        os.environ |= {"GROUP_RANK": str(rank // here), "GROUP_WORLD_SIZE": str(nodes)}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    with open(log / f"{rank}.txt", "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    torch.set_num_threads(1)
+    if work:
+        stages.run = lambda recipe: _together(recipe, lambda: work(rank))
+    sys.argv = ["launch.py", *map(str, settings)]
+    code = launch.main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _together(recipe, work: Callable[[], None]) -> None:
+    with processes.together(recipe.timeout_minutes):
+        work()

@@ -1,0 +1,154 @@
+"""A signal ends a run after the layer or the step at hand; what was damaged on disk is named and made again; and the end is
+the same as if nothing had been."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import launch
+from pipeline import files, interrupt
+from pipeline.errors import Stopped
+from tests.conftest import PRUNE
+
+SECOND = "model-00002-of-00004.safetensors"
+TRAIN = ("stages=[prune,finetune]", "finetune.max_steps=60", "finetune.checkpoint_every=1000")
+MINE = """
+import os, signal
+from callbacks.methods import WandaPruner
+
+class StoppingPruner(WandaPruner):
+    def score(self, weight_OI, total):
+        if os.environ.get("STOP_IN_LAYER") == self.layer:
+            del os.environ["STOP_IN_LAYER"]
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().score(weight_OI, total)
+
+    def on_predict_batch_end(self, trainer, walk, outputs, layer, index, dataloader_idx=0):
+        self.layer = str(index)
+        super().on_predict_batch_end(trainer, walk, outputs, layer, index)
+"""
+
+
+def flip(path: Path, where: float = 0.5) -> None:
+    """One byte, without a trace in size or time."""
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[int(len(content) * where)] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def weights(run_dir: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run_dir)): path.read_bytes() for path in run_dir.rglob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_llama, tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
+    """An uninterrupted run, and its settings."""
+    run_dir = tmp_path_factory.mktemp("trained")
+    settings = (f"model={tiny_llama}", *TRAIN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["launch.py", *PRUNE, *settings, f"run_dir={run_dir}"])
+        assert launch.main() == 0
+    return run_dir, settings
+
+
+@pytest.mark.parametrize("damaged", [None, "model/model-00001-of-00004.safetensors", "masks/00001.safetensors"])
+def test_a_signal_in_a_layer_and_a_file_damaged_since(tiny_llama, whole_masks, tmp_path, typed, monkeypatch, damaged):
+    (tmp_path / "mine.py").write_text(MINE)
+    settings = (f"model={tiny_llama}", f"run_dir={tmp_path}/run", f"prune.method={tmp_path}/mine.py")
+    monkeypatch.setenv("STOP_IN_LAYER", "1")
+    code, said, lines = typed(*settings)
+    assert code == interrupt.EXIT_CODE
+    assert lines == ["espalier: stopped by SIGTERM after layer 2: the same command goes on here"]
+    assert "layer 2/3" in said and "layer 3/3" not in said
+    if damaged:
+        flip(tmp_path / "run/.prune" / damaged)
+    code, said, _ = typed(*settings)
+    assert code == 0
+    assert f"{1 if damaged else 2} of 3 layers were pruned before" in said
+    assert not damaged or f"damaged, so made again: {damaged}" in said
+    assert (tmp_path / "run/prune/masks.safetensors").read_bytes() == whole_masks
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_a_training_and_a_checkpoint_damaged_since(trained, tmp_path, typed, number):
+    whole, settings = trained
+    metrics = tmp_path / "run/.finetune/metrics.csv"
+
+    def send() -> None:
+        while not (metrics.exists() and metrics.read_text().count("\n") > 15):
+            time.sleep(0.005)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    code, _, lines = typed(*settings, f"run_dir={tmp_path}/run")
+    sender.join()
+    assert code == interrupt.EXIT_CODE and f"stopped by {number.name} after step " in lines[0]
+    (checkpoint,) = (tmp_path / "run/.finetune/checkpoints").glob("*.ckpt")
+    if number == signal.SIGINT:
+        flip(checkpoint)
+    code, said, _ = typed(*settings, f"run_dir={tmp_path}/run")
+    assert code == 0
+    assert (f"going on from {checkpoint.name}" in said) == (number == signal.SIGTERM)
+    assert (f"{checkpoint.name} is damaged" in said) == (number == signal.SIGINT)
+    assert weights(tmp_path / "run") == weights(whole)
+
+
+def test_a_signal_elsewhere_stops_at_once_and_a_second_one_always(capsys):
+    with interrupt.listening():
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        interrupt.be_patient()
+        os.kill(os.getpid(), signal.SIGTERM)  # the launcher's, after the system's own
+        assert interrupt.asked() == "SIGTERM"
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+@pytest.mark.parametrize("file", ["prune/masks.safetensors", "prune/model/config.json", f"finetune/model/{SECOND}"])
+def test_a_finished_stage_that_is_damaged_is_made_again_and_no_other(trained, typed, file):
+    run_dir, settings = trained
+    before = weights(run_dir)
+    stage, _, rest = file.partition("/")
+    made = {name: (run_dir / name / "stage.json").stat().st_mtime_ns for name in ("prune", "finetune")}
+    flip(run_dir / file)
+    code, said, _ = typed(*settings, f"run_dir={run_dir}")
+    assert code == 0 and f"{stage}: {run_dir / file} is damaged or missing (1 in all): running again" in said
+    assert {name for name in made if (run_dir / name / "stage.json").stat().st_mtime_ns != made[name]} == {stage}
+    assert weights(run_dir) == before
+
+
+def test_stages_made_from_other_weights_than_are_there_now_are_made_again(trained, typed):
+    """As where a damaged prune stage comes out otherwise on another GPU."""
+    run_dir, settings = trained
+    about = files.read_json(run_dir / "prune/stage.json")
+    about["artefacts"]["masks.safetensors"]["sha256"] = "another"
+    files.write_json(run_dir / "prune/stage.json", about)
+    code, said, _ = typed(*settings, f"run_dir={run_dir}")
+    assert code == 0 and "done before" not in said
+
+
+def test_a_kill_between_the_end_of_a_stage_and_its_renaming(trained, typed):
+    run_dir, settings = trained
+    (run_dir / "prune").rename(run_dir / ".prune")
+    code, said, _ = typed(*settings, f"run_dir={run_dir}")
+    assert code == 0 and said.count("done before") == 2
+
+
+def test_a_copied_run_is_done(trained, tmp_path, typed):
+    run_dir, settings = trained
+    for path in run_dir.rglob("*"):
+        if path.is_file():
+            os.utime(path)
+    code, said, _ = typed(*settings, f"run_dir={run_dir}")
+    assert code == 0 and said.count("done before") == 2

@@ -1,0 +1,101 @@
+"""What others wrote is data: it is not run, reads no other files, and what is secret here reaches no file of ours."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline import models, recipe, report
+from pipeline.errors import UserError, one_line
+from tests.conftest import QUICK
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("dump", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_a_pickle_of_others_does_not_run(tiny_llama, tmp_path, refused, dump):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    dump(weights | {"more": Bomb(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    assert "pytorch_model.bin" in refused(tmp_path / "run", f"model={folder}")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("shard", ["../other.safetensors", "/etc/passwd", "below/other.safetensors", 3])
+def test_a_shard_outside_the_folder_is_refused(tiny_llama, tmp_path, refused, shard):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    shutil.move(folder / "model.safetensors", tmp_path / "other.safetensors")
+    (folder / "one.safetensors").write_bytes(b"")
+    index = {"weight_map": {name: shard for name in load_file(tmp_path / "other.safetensors")}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert f"names the shard '{shard}', which is not a file of its folder" in refused(
+        tmp_path / "run", f"model={folder}"
+    )
+
+
+def test_code_of_a_model_is_not_run_unless_the_recipe_says_so(tiny_llama, tmp_path, refused):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    assert "trust_remote_code" in refused(tmp_path / "run", f"model={folder}")
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(UserError):
+        models.load(folder, recipe.load([f"model={folder}", "stages=[prune]", "trust_remote_code=true"]))
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value", ["${oc.env:HF_TOKEN}", "${seed}", "${", "a${b"])
+def test_a_recipe_cannot_ask_for_the_environment(tmp_path, monkeypatch, value):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijkl")
+    (tmp_path / "mine.yaml").write_text(f'model: "{value}"\n')
+    for arguments in ([f"recipe={tmp_path}/mine.yaml"], [f"model={value}"], [f"prune.overrides={{a: '{value}'}}"]):
+        with pytest.raises(UserError) as raised:
+            recipe.load(arguments)
+        assert "abcdefghijkl" not in str(raised.value)
+
+
+def test_no_secret_of_the_environment_is_in_any_file_or_line(tiny_llama, tmp_path, typed, monkeypatch):
+    secrets = {
+        "HF_TOKEN": "hf_abcdefghijkl",
+        "WANDB_API_KEY": "0123456789abcdef",
+        "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    code, said, lines = typed(*QUICK, f"model={tiny_llama}", f"run_dir={tmp_path}/runs/run")
+    assert code == 0
+    seen = (
+        said
+        + "".join(lines)
+        + "".join(path.read_bytes().decode("latin1") for path in tmp_path.rglob("*") if path.is_file())
+    )
+    assert not [name for name, value in secrets.items() if value in seen]
+    assert one_line("401 for https://user:hf_abcdefghijkl@host\nretry") == "401 for https://user:$HF_TOKEN@host retry"
+
+
+def test_the_report_shows_that_code_of_a_model_was_trusted_and_escapes_what_it_shows(tiny_llama, tmp_path, typed):
+    folder = tmp_path / "a<script>alert(1)<b>"
+    shutil.copytree(tiny_llama, folder)
+    assert typed(*QUICK, f"model={folder}", f"run_dir={tmp_path}/runs/run", "trust_remote_code=true")[0] == 0
+    html = (tmp_path / "runs/run/report/report.html").read_text()
+    assert "<script>alert" not in html and "&lt;script&gt;alert" in html
+    settings = recipe.load([f"model={folder}", "trust_remote_code=true", "stages=[prune]"])
+    assert report and settings.trust_remote_code
+    assert "trust_remote_code" in html
