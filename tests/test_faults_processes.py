@@ -31,6 +31,7 @@ def ranks(folder: Path, work, of: int = 2, nodes: int = 1, harm=None, settings=(
             assert time.monotonic() < until
             time.sleep(0.05)
         harm(running)
+        time.sleep(0.5)  # a process does not stop at once
     started = time.monotonic()
     end([process for process in running if not is_stopped(process)], 100)
     seconds = time.monotonic() - started
