@@ -38,8 +38,11 @@ def hub() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
+
+
+def make_tiny_llama(folder: Path) -> Path:
     """The folder of a random Llama of three layers with grouped-query attention, and the world's tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny_llama")
     tokenizer = world.tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),

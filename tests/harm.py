@@ -1,0 +1,48 @@
+"""Ways to damage a folder: each returns what does it."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+Harm = Callable[[Path], object]
+
+
+def cut(name: str, share: float = 0.5) -> Harm:
+    def harm(folder: Path) -> None:
+        path = folder / name
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+    return harm
+
+
+def put(name: str, content: str | bytes) -> Harm:
+    def harm(folder: Path) -> None:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return harm
+
+
+def remove(name: str) -> Harm:
+    return lambda folder: (folder / name).unlink()
+
+
+def change_weights(change: Callable[[dict], object], name: str = "model.safetensors") -> Harm:
+    def harm(folder: Path) -> None:
+        path = folder / name
+        weights = {name: weight.clone() for name, weight in load_file(path).items()}
+        change(weights)
+        save_file(weights, path, {"format": "pt"})
+
+    return harm
+
+
+def flip(path: Path, where: float = 0.5) -> None:
+    """One byte, without a trace in size or time."""
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[int(len(content) * where)] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))

@@ -1,0 +1,461 @@
+"""The table of bad inputs: each gets one line, a failing exit code and no traceback, and a finished run beside it is as it was.
+
+    python -m tests.test_bad_inputs > benchmarks/BAD_INPUTS.md
+
+What needs more than a command typed at a finished run stands elsewhere: disks in test_faults_disk.py, processes in
+test_faults_processes.py, forms of model folders in test_faults_model.py, signals in test_resume.py.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import launch
+from pipeline.masks import Masks
+from tests.conftest import QUICK, make_tiny_llama
+from tests.harm import Harm, change_weights, cut, flip, put, remove
+
+UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
+MASKS = "{here}/run/prune/masks.safetensors"
+
+
+class Case(NamedTuple):
+    """What is typed in a folder that holds `model/` and a finished `run/` of it, after `harm`, and what the answer says."""
+
+    typed: str
+    says: str
+    harm: Harm | None = None
+    harmed: str = ""  # in words
+
+
+def text(name: str, content: str | bytes, says: str) -> Case:
+    return Case(f"calibration.dataset={{here}}/{name}", says, put(name, content), f"holds `{content or ' '}`")
+
+
+def changed(json_file: str, **entries) -> Harm:
+    def harm(folder: Path) -> None:
+        path = folder / json_file
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+    return harm
+
+
+def filled(name: str, value: float) -> Harm:
+    return change_weights(lambda weights: weights[name].fill_(value), "model/model.safetensors")
+
+
+def written_masks(mask: torch.Tensor, pattern: str, name: str = UP) -> Harm:
+    def harm(folder: Path) -> None:
+        masks = Masks()
+        masks.add(name, mask, pattern)
+        masks.save(folder / "masks.safetensors")
+
+    return harm
+
+
+def one_weight_not_zero(folder: Path) -> None:
+    shutil.copytree(folder / "run/prune/model", folder / "pruned")
+    masks = Masks.load(folder / "run/prune/masks.safetensors")[0]
+    for path in (folder / "pruned").glob("*.safetensors"):
+        if UP in load_file(path):
+            place = tuple((~masks[UP]).nonzero()[0].tolist())
+            change_weights(
+                lambda weights: weights[UP].index_put_(tuple(map(torch.tensor, place)), torch.tensor(0.25)), path.name
+            )(folder / "pruned")
+
+
+def no_tokenizer(folder: Path) -> None:
+    for path in (folder / "model").glob("*token*"):
+        path.unlink()
+
+
+CASES: dict[str, list[Case]] = {
+    "Arguments": [
+        Case("justaword", "settings are written key=value"),
+        Case("modle=x", "unknown key 'modle': did you mean 'model'?"),
+        Case("prune.sparcity=0.5", "unknown key 'prune.sparcity': did you mean 'prune.sparsity'?"),
+        Case("prune.method.name=wanda", "prune.method"),
+        Case("prune=wanda", "prune=wanda: this is a section; set one of its keys"),
+        Case("'prune.overrides={'", "cannot read prune.overrides={"),
+        Case("'model=${oc.env:HF_TOKEN}'", "${...} is not allowed"),
+        Case("model=null", "no model: type model=<hub id or folder>"),
+        Case("stages=[pretrain,prune]", "exclude each other"),
+        Case("stages=[prun]", "did you mean 'prune'?"),
+        Case("stages=[finetune]", "finetune needs prune in stages"),
+        Case("stages=[reconstruct]", "reconstruct needs prune in stages"),
+        Case("stages=[prune,report]", "report needs evaluate in stages"),
+        Case("seed=-1", "seed=-1 is out of range"),
+        Case("timeout_minutes=0", "timeout_minutes=0.0 is out of range"),
+        Case("debug=maybe", "debug"),
+        Case("dtype=float8", "dtype=float8 is not one of auto, float32, bfloat16, float16"),
+        Case("attn_implementation=fast", "attn_implementation"),
+    ],
+    "Recipes": [
+        Case("recipe=lama7b_2of4", "no recipe 'lama7b_2of4': did you mean 'llama7b_2of4'?"),
+        Case("recipe={here}/none.yaml", "no recipe"),
+        Case("recipe={here}/r.yaml", "is not readable YAML", put("r.yaml", "prune: {"), "holds `prune: {`"),
+        Case("recipe={here}/r.yaml", "is not readable YAML", put("r.yaml", b"\xff\xfe\x00"), "holds no text"),
+        Case("recipe={here}/r.yaml", "should hold key: value lines", put("r.yaml", "- a"), "holds `- a`"),
+        Case("recipe={here}/r.yaml", "extends itself", put("r.yaml", "extends: r"), "holds `extends: r`"),
+        Case("recipe={here}/r.yaml", "no recipe 'tinny'", put("r.yaml", "extends: tinny"), "holds `extends: tinny`"),
+        Case("recipe={here}/r.yaml", "did you mean 'seed'?", put("r.yaml", "sed: 1"), "holds `sed: 1`"),
+    ],
+    "Pruning": [
+        Case("prune.sparsity=2:4", "type 2of4"),
+        Case("prune.sparsity=124", "YAML reads 2:4 as 124: type 2of4"),
+        Case("prune.sparsity=1.5", "between 0 and 1"),
+        Case("prune.sparsity=0", "between 0 and 1"),
+        Case("prune.sparsity=nan", "between 0 and 1"),
+        Case("prune.sparsity=4of2", "0 < N < M"),
+        Case("prune.sparsity=half", "is not a sparsity"),
+        Case("prune.sparsity=1of5", "not divisible by 5"),
+        Case("prune.sparsity=./none.py", "prune.sparsity=none.py: no such file"),
+        Case(
+            "prune.sparsity={here}/p.py", "should define one subclass of Pattern", put("p.py", "x = 1"), "holds `x = 1`"
+        ),
+        Case("prune.method=wandda", "did you mean 'wanda'?"),
+        Case("prune.method=./none.py", "no such file"),
+        Case(
+            "prune.method={here}/m.py",
+            "should define one subclass of LayerPruner",
+            put("m.py", "x = 1"),
+            "holds `x = 1`",
+        ),
+        Case("prune.method={here}/m.py", "m.py", put("m.py", "def"), "holds `def`"),
+        Case("prune.allocation=owl", "type prune.sparsity=0.5"),
+        Case("'prune.overrides={{\"*.layers.9.*\": dense}}'", "nothing is called"),
+        Case("'prune.overrides={{\"*down*\": 3}}'", "prune.overrides[*down*]"),
+        Case("prune.damp=-1", "prune.damp=-1.0 is out of range"),
+        Case("calibration.samples=1.5", "calibration.samples"),
+        Case("calibration.samples=0", "calibration.samples=0 is out of range"),
+        Case("calibration.seq_len=4096", "type calibration.seq_len=128"),
+    ],
+    "Models": [
+        Case("model=./nowhere", "model=./nowhere: no such folder"),
+        Case("model=nobody/nothing", "cannot fetch model=nobody/nothing"),
+        Case("model={here}", "has no config.json"),
+        Case("", "has no weights", remove("model/model.safetensors"), "`model.safetensors` is removed"),
+        Case("", "model.safetensors (", cut("model/model.safetensors"), "`model.safetensors` is cut in half"),
+        Case("", "(0 bytes) is damaged", cut("model/model.safetensors", 0), "`model.safetensors` is empty"),
+        Case(
+            "",
+            "model.safetensors (42 bytes) is damaged or was not fetched whole",
+            put("model/model.safetensors", "version https://git-lfs.github.com/spec/v1"),
+            "`model.safetensors` is a pointer of git-lfs",
+        ),
+        Case("", "config.json (", cut("model/config.json"), "`config.json` is cut in half"),
+        Case("", "config.json (0 bytes) is damaged", cut("model/config.json", 0), "`config.json` is empty"),
+        Case("", "model_type", put("model/config.json", "{}"), "`config.json` holds `{}`"),
+        Case("", "spaceship", changed("model/config.json", model_type="spaceship"), "`model_type` is `spaceship`"),
+        Case(
+            "",
+            "(96, 32) by config.json",
+            changed("model/config.json", intermediate_size=96),
+            "`intermediate_size` is 96",
+        ),
+        Case("", "model.layers.3.", changed("model/config.json", num_hidden_layers=4), "`num_hidden_layers` is 4"),
+        Case(
+            "",
+            f"lacks {UP} (1 missing in all)",
+            change_weights(lambda weights: weights.pop(UP), "model/model.safetensors"),
+            "a weight is missing",
+        ),
+        Case(
+            "",
+            f"{UP} is (3, 3) in the files",
+            change_weights(lambda weights: weights.update({UP: torch.zeros(3, 3)}), "model/model.safetensors"),
+            "a weight is of another shape",
+        ),
+        Case("", f"{UP} holds weights that are not finite", filled(UP, torch.inf), "a weight is infinite"),
+        Case("", f"scores of {UP} are not finite", filled(UP, 3e38), "a weight is 3e38"),
+        Case("", f"the inputs of {DOWN} are not finite", filled(UP, 1e30), "a weight is 1e30"),
+        Case("prune.method=sparsegpt", f"updates of {UP} overflow", filled(UP, 3e38), "a weight is 3e38"),
+        Case(
+            "",
+            "trust_remote_code",
+            changed("model/config.json", model_type="own", auto_map={"AutoConfig": "own.Own"}),
+            "`config.json` names code",
+        ),
+        Case(
+            "",
+            "names the shard '../x.safetensors'",
+            put("model/model.safetensors.index.json", '{"weight_map": {"a": "../x.safetensors"}}'),
+            "an index names a file outside",
+        ),
+    ],
+    "Tokenizers": [
+        Case("", "has no usable tokenizer", no_tokenizer, "`tokenizer*` are removed"),
+        Case("", "tokenizer.json (", cut("model/tokenizer.json"), "`tokenizer.json` is cut in half"),
+        Case("", "has no usable tokenizer", put("model/tokenizer.json", "{}"), "`tokenizer.json` holds `{}`"),
+        Case(
+            "", "tokenizer_config.json (", cut("model/tokenizer_config.json"), "`tokenizer_config.json` is cut in half"
+        ),
+    ],
+    "Texts": [
+        Case("calibration.dataset=./nowhere", "no dataset at"),
+        Case("calibration.dataset=nobody/nothing", "cannot load nobody/nothing@train"),
+        Case("calibration.dataset=c4@test", "c4 has no split 'test': type one of train, validation"),
+        Case("calibration.dataset={here}/t.docx", "the formats are .parquet", put("t.docx", "a"), "is no text file"),
+        text("t.txt", "", "is empty"),
+        text("t.txt", b"\xff\xfe\xfa" * 9, "cannot load"),
+        text("t.jsonl", '{"text": "a', "JSON parse error"),
+        text("t.json.gz", "text", "ot a gzipped file"),
+        text("t.parquet", "text", "Parquet file size"),
+        text("t.jsonl", '{"text": 3}', "should hold text: its first row is 3"),
+        text("t.jsonl", '{"text": null}', "holds no text"),
+        text("t.jsonl", '{"title": "a"}', "no column 'text' or 'input_ids': it has title"),
+        text("t.jsonl", '{"input_ids": [0.5]}', "should hold token ids"),
+        Case(
+            "calibration.dataset={here}/t.jsonl",
+            "holds token 1000000, the model knows",
+            put("t.jsonl", json.dumps({"input_ids": [10**6] * 256})),
+            "holds tokens of another vocabulary",
+        ),
+        text("t.txt", "the cat sat on the mat .\n" * 4, "a longer text or a shorter calibration.seq_len is needed"),
+        Case(
+            "calibration.dataset={here}/t.txt",
+            "type calibration.samples=",
+            put("t.txt", "the cat sat on the mat .\n" * 20),
+            "holds 20 short lines",
+        ),
+        Case("finetune.dataset=./nowhere", "no dataset at"),
+        Case("evaluate.perplexity=[./nowhere]", "no dataset at"),
+        Case("finetune.validation=./nowhere", "no dataset at"),
+    ],
+    "Mirrors": [
+        Case("mirror=./nowhere calibration.dataset=wikitext2", "nowhere"),
+        Case("mirror={here} calibration.dataset=a/b", "the mirror has no {here}/a/b/default/train-*.parquet"),
+        Case(
+            "mirror={here} calibration.dataset=a/b@validation",
+            "(splits there: train)",
+            put("a/b/default/train-0.parquet", ""),
+            "only `train` is there",
+        ),
+        Case("mirror={here} evaluate.tasks=[boolq]", "no {here}/aps/super_glue/boolq/validation-*.parquet"),
+    ],
+    "Training": [
+        Case("finetune.rank=0", "finetune.rank=0 is out of range"),
+        Case("finetune.rank=many", "finetune.rank"),
+        Case("finetune.lr=nan", "finetune.lr=nan is not a finite number"),
+        Case("finetune.lr=1e20", "type a smaller lr than 1e+20"),
+        Case("finetune.method=lorra", "did you mean 'lora'?"),
+        Case("finetune.method=full finetune.quantize=nf4", "type finetune.method=lora"),
+        Case("finetune.quantize=nf3", "did you mean 'nf4'?"),
+        Case("finetune.quantize=nf4 finetune.strategy=fsdp", "exclude each other"),
+        Case("finetune.effective=cached finetune.dropout=0.1", "type finetune.effective=auto"),
+        Case("finetune.patience=3", "type finetune.validation="),
+        Case("finetune.targets=[query]", "no pruned matrix is called 'query'"),
+        Case("finetune.targets=q_proj", "finetune.targets"),
+        Case("finetune.loggers=[tensorbord]", "did you mean 'tensorboard'?"),
+        Case("finetune.seq_len=4096", "type finetune.seq_len=128"),
+        Case("stages=[prune,reconstruct] reconstruct.samples=7", "type reconstruct.samples="),
+        Case("stages=[prune,reconstruct] reconstruct.samples=1", "reconstruct.samples=1 is out of range"),
+        Case("stages=[prune,reconstruct] reconstruct.seq_len=4096", "type reconstruct.seq_len=128"),
+        Case("stages=[prune,reconstruct] reconstruct.dataset=./nowhere", "no dataset at"),
+    ],
+    "Evaluation": [
+        Case("evaluate.tasks=arc_easy", "evaluate.tasks"),
+        Case("evaluate.tasks=[arc_esy]", "unknown task 'arc_esy': did you mean arc_easy"),
+        Case("evaluate.tasks=[./none.yaml]", "no task at"),
+        Case("evaluate.tasks=[humaneval]", "task 'humaneval' runs code that the model writes"),
+        Case("evaluate.seq_len=129", "exceeds the model's 128 positions: type evaluate.seq_len=128"),
+        Case("evaluate.batch_size=many", "evaluate.batch_size=many is neither a number nor auto"),
+        Case("evaluate.batch_size=0", "evaluate.batch_size=0 is out of range"),
+        Case("evaluate.placement=disk", "is not one of auto, whole, stream, device_map"),
+        Case(
+            "evaluate.perplexity=[{here}/t.txt]",
+            "too few for one window of 64",
+            put("t.txt", "the cat"),
+            "holds `the cat`",
+        ),
+    ],
+    "Sweeps": [
+        Case("run_dir=a,b", "run_dir holds for the whole sweep: give it one value"),
+        Case("prune.method=wanda,", "a value is missing beside a comma"),
+        Case("prune.method=wanda,wnada", "prune.method=wnada is not a method: did you mean 'wanda'?"),
+        Case("seed=1,1", "is a value given twice?"),
+        Case("evaluate.tasks=boolq,rte", "type 'evaluate.tasks=[boolq,rte]'"),
+    ],
+    "Commands": [
+        Case("compare", "nothing to compare: type launch.py compare runs/a runs/b"),
+        Case("compare {here}/nowhere", "is no finished run and holds none"),
+        Case("compare {here}/run", "results.json", put("run/evaluate/results.json", "{"), "`results.json` is cut"),
+        Case(
+            "compare {here}/run",
+            "does not tell its recipe",
+            put("run/evaluate/stage.json", "{}"),
+            "`stage.json` holds `{}`",
+        ),
+        Case("verify", "2 paths are needed, 0 given: type `python launch.py verify MODEL_FOLDER MASKS_FILE`"),
+        Case(f"verify {{here}}/none {MASKS}", "no model folder"),
+        Case(f"verify {{here}} {MASKS}", "has no config.json"),
+        Case("verify {here}/model {here}/none", "no mask file"),
+        Case("verify {here}/model {here}/model/config.json", "is not a mask file of this project"),
+        Case(f"verify {{here}}/model {MASKS}", "should be zero"),
+        Case(
+            f"verify {{here}}/pruned {MASKS}", "is 0.25 and should be zero", one_weight_not_zero, "one weight is 0.25"
+        ),
+        Case(
+            "verify {here}/model {here}/masks.safetensors",
+            "not a mask file",
+            put("masks.safetensors", "x"),
+            "masks file holds `x`",
+        ),
+        Case(
+            "verify {here}/model {here}/masks.safetensors",
+            "break 2of4",
+            written_masks(torch.ones(48, 32, dtype=torch.bool), "2of4"),
+            "its mask keeps all",
+        ),
+        Case(
+            "verify {here}/model {here}/masks.safetensors",
+            "another model's mask file?",
+            written_masks(torch.ones(4, 4, dtype=torch.bool), "0.5"),
+            "a mask of another shape",
+        ),
+        Case(f"apply {{here}}/model {MASKS}", "type `python launch.py apply MODEL_FOLDER MASKS_FILE TARGET_FOLDER`"),
+        Case(f"apply {{here}}/model {MASKS} {{here}}/run", "is there already"),
+        Case(f"apply {{here}}/model {MASKS} {{here}}/model/config.json/new", "cannot write"),
+        Case(
+            "apply {here}/model {here}/masks.safetensors {here}/new",
+            "another model's mask file?",
+            written_masks(torch.ones(48, 32, dtype=torch.bool), "0.5", "model.layers.7.mlp.up_proj.weight"),
+            "a mask of a layer that is not there",
+        ),
+    ],
+    "Folders": [
+        Case("run_dir={here}/file", "cannot write {here}/file/.lock", put("file", ""), "`file` is a file"),
+        Case("run_dir={here}/file/below", "cannot write {here}/file/below/.lock", put("file", ""), "`file` is a file"),
+        Case("run_dir=/proc/run", "cannot write /proc/run/.lock"),
+        Case("seed=1", "cannot write {here}/run/.prune/", put("run/.prune", ""), "`run/.prune` is a file"),
+    ],
+}
+
+# a byte of a finished stage is another, and what is said before the stage is made again
+DAMAGED = {
+    "prune": [
+        *("masks.safetensors", "model/config.json", "model/tokenizer.json", "model/model.safetensors.index.json"),
+        *("model/model-00002-of-00004.safetensors", "layers.csv", "matrices.csv", "model/README.md", "stage.json"),
+    ],
+    "finetune": ["model/model-00002-of-00004.safetensors", "adapter/adapter_model.safetensors", "metrics.csv"],
+    "evaluate": ["results.json"],
+    "report": ["report.html", "report.md"],
+}
+
+
+def typed(*words: str) -> tuple[int, str, list[str]]:
+    """The exit code, all that was said, and the lines of ours on stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["launch.py", *words])
+        code = launch.main()
+    lines = [line for line in err.getvalue().splitlines() if line.startswith("espalier: ")]
+    return code, out.getvalue() + err.getvalue(), lines
+
+
+def settings(here: Path) -> list[str]:
+    return [*QUICK, "evaluate.continuations=0", f"model={here}/model", f"run_dir={here}/run"]
+
+
+def make(here: Path) -> dict[str, bytes]:
+    """A model and a finished run of it."""
+    make_tiny_llama(here / "model")
+    assert typed(*settings(here))[0] == 0
+    return content(here / "run")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Of all files that finished stages wrote."""
+    paths = (
+        path for path in folder.rglob("*") if path.is_file() and not path.relative_to(folder).parts[0].startswith(".")
+    )
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def answer(case: Case, here: Path) -> tuple[int, str, list[str]]:
+    words = shlex.split(case.typed)
+    words = [word.replace("{here}", str(here)).replace("{{", "{").replace("}}", "}") for word in words]
+    return typed(*words) if words[:1] in (["compare"], ["verify"], ["apply"]) else typed(*settings(here), *words)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
+    here = tmp_path_factory.mktemp("finished")
+    return here, make(here)
+
+
+@pytest.fixture
+def here(finished, tmp_path) -> Path:
+    return shutil.copytree(finished[0], tmp_path / "here", ignore=shutil.ignore_patterns(".measured"))
+
+
+ROWS = [(f"{part}: {case.typed or case.harmed}", case) for part, cases in CASES.items() for case in cases]
+
+
+@pytest.mark.parametrize("case", [case for _, case in ROWS], ids=[name for name, _ in ROWS])
+def test_the_answer_is_one_line_and_nothing_is_lost(case, here, capfd):
+    if case.harm:
+        case.harm(here)
+    before = content(here / "run")
+    code, said, lines = answer(case, here)
+    assert code == 2 and len(lines) == 1, said[-3000:]
+    assert case.says.replace("{here}", str(here)) in lines[0], lines[0]
+    seen = said + "".join(capfd.readouterr())
+    assert "Traceback" not in seen and "fault of Espalier" not in seen
+    assert content(here / "run") == before
+    assert not list(here.glob("new*")) and not list(here.rglob("traceback*"))
+
+
+@pytest.mark.parametrize(("stage", "file"), [(stage, file) for stage in DAMAGED for file in DAMAGED[stage]])
+def test_a_byte_that_changed_is_named_and_its_stage_alone_made_again(stage, file, finished, here):
+    flip(here / "run" / stage / file, 0 if file == "stage.json" else 0.5)
+    code, said, _ = typed(*settings(here))
+    assert code == 0 and f"{stage}: {here}/run/{stage}/{file} is damaged or missing" in said, said
+    before, now = finished[1], content(here / "run")
+    made_again = {name for name in before if now[name] != before[name]}
+    assert made_again <= {f"{stage}/stage.json", f"{stage}/{file}"}, made_again
+
+
+def main() -> None:
+    print("# Bad inputs and their answers\n")
+    print(
+        "Made by `python -m tests.test_bad_inputs`; each row is a test. Each answer is the one line that is said, after"
+    )
+    print("`espalier: `; the exit code is 2, and a finished run in the same folder is to the byte as it was.\n")
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        base.mkdir()
+        make(base)
+        here = Path(folder) / "here"
+        for part, cases in CASES.items():
+            print(f"## {part}\n\n| typed | where | answer |\n| --- | --- | --- |")
+            for case in cases:
+                shutil.rmtree(here, ignore_errors=True)
+                shutil.copytree(base, here, ignore=shutil.ignore_patterns(".measured"))
+                if case.harm:
+                    case.harm(here)
+                _, _, (line,) = answer(case, here)
+                cells = (f"`{case.typed}`" if case.typed else "", case.harmed, line.removeprefix("espalier: "))
+                print(
+                    "| "
+                    + " | ".join(
+                        cell.replace(f"{here}", "HERE").replace("{here}", "HERE").replace("|", "\\|") for cell in cells
+                    )
+                    + " |"
+                )
+            print()
+
+
+if __name__ == "__main__":
+    main()
