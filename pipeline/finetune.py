@@ -17,6 +17,13 @@ from pipeline.recovery import METHODS
 from pipeline.training import fit, sequences, share
 
 
+def check(recipe: Recipe) -> None:
+    """Answers too long a window before any work, as a `UserError`."""
+    if "finetune" in recipe.stages and recipe.model is not None:
+        config = models.config(models.locate(recipe.model, recipe.revision), recipe)
+        models.check_length(config, "finetune.seq_len", recipe.finetune.seq_len)
+
+
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes `model/`, `metrics.csv` and, for a LoRA, `adapter/`; a plain LoRA leaves no `model/`."""
     settings = recipe.finetune
@@ -29,7 +36,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     full = "float32" if settings.method == "full" and settings.precision != "bf16-true" else None
     pruned = models.load(origin, recipe, full, quantize.configuration(settings.quantize))
     models.check_length(pruned.config, "finetune.seq_len", settings.seq_len)
-    source = sources.source(settings.dataset, recipe.mirror, settings.split, settings.config)
+    source, *held_out = sources.of_stage(recipe, "finetune")
     samples = settings.max_steps * sequences(settings)
     windows_NT = data.packed(source, tokenizer, settings.seq_len, samples, recipe.seed)
     models.check_vocabulary(pruned.config, windows_NT, source)
@@ -37,9 +44,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     torch.manual_seed(recipe.seed)  # of A; B starts at zero
     recovery = METHODS[settings.method](pruned, masks, settings)
     callbacks = [MaskKeeper(recovery)]
-    if settings.validation:
-        held_out = sources.source(settings.validation, recipe.mirror, split="validation")
-        windows = data.packed(held_out, tokenizer, settings.seq_len, settings.validation_samples, 0)
+    if held_out:
+        windows = data.packed(held_out[0], tokenizer, settings.seq_len, settings.validation_samples, 0)
         best = folder / "checkpoints/best.safetensors"
         callbacks.insert(0, Validation(windows, settings.batch_size, settings.validate_every, settings.patience, best))
     teacher = models.load(models.dense_folder(recipe, inputs), recipe) if settings.distill else None

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,10 @@ def tokenizer(folder: Path, recipe: Recipe):
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
     except Exception as error:  # damaged files raise KeyError, AttributeError and more
-        raise UserError(f"{folder} has no usable tokenizer: {damage(folder, '*token*.json') or error}") from error
+        raise UserError(
+            f"{folder} has no usable tokenizer: {_problem(error, folder, '*token*.json')}: copy tokenizer.json and "
+            "tokenizer_config.json there from the model it was made of"
+        ) from error
 
 
 def config(folder: Path, recipe: Recipe) -> PreTrainedConfig:
@@ -68,8 +72,7 @@ def config(folder: Path, recipe: Recipe) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
     except Exception as error:
-        problem = damage(folder, "config.json") or error
-        raise UserError(f"cannot load the model in {folder}: {problem}") from error
+        raise UserError(f"cannot load the model in {folder}: {_problem(error, folder, 'config.json')}") from error
 
 
 def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=None, **where: Any) -> nn.Module:
@@ -90,7 +93,7 @@ def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=No
             **where,
         )
     except Exception as error:  # safetensors, pickle, json and transformers each have their own
-        problem = damage(folder, "config.json", "*.index.json", "*.safetensors", "pytorch_model*.bin") or error
+        problem = _problem(error, folder, "config.json", "*.index.json", "*.safetensors", "pytorch_model*.bin")
         raise UserError(f"cannot load the model in {folder}: {problem}") from error
     for name, in_files, in_model in sorted(info["mismatched_keys"]):
         raise UserError(f"{folder}: {name} is {tuple(in_files)} in the files, {tuple(in_model)} by config.json")
@@ -109,6 +112,13 @@ def _refuse_names_outside(folder: Path) -> None:
         for shard in shards.values() if isinstance(shards, dict) else ():
             if Path(str(shard)).name != shard:
                 raise UserError(f"{index} names the shard '{shard}', which is not a file of its folder")
+
+
+def _problem(error: Exception, folder: Path, *patterns: str) -> str:
+    """In words that say what to do about it: transformers' own run to a page, or to the name of a missing key."""
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is run only with trust_remote_code=true: read it before you type that"
+    return damage(folder, *patterns) or textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
 
 
 def damage(folder: Path, *patterns: str) -> str | None:

@@ -187,7 +187,12 @@ def subclass_in(path: Path, base: type, key: str) -> type:
         raise UserError(f"{key}={path}: no such file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(
+            f"{key}={path} does not load: {type(error).__name__}: {error} (debug=true shows the traceback)"
+        ) from error
     found = [
         member
         for _, member in inspect.getmembers(module, inspect.isclass)

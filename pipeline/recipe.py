@@ -9,7 +9,8 @@ import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -57,6 +58,7 @@ class Calibration:
     batch_size: int = setting(1, low=1)  # samples per forward pass
 
 
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", dict: "{name: value, ...}"}
 METHODS = (
     *("wanda", "wanda_variant", "magnitude", "sparsegpt", "ria", "dsnot"),
     *("magnitude_seq", "magnitude_iter", "wanda_seq", "wanda_iter"),
@@ -177,7 +179,7 @@ def load(argv: list[str]) -> Recipe:
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
-            raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+            raise UserError(_mismatch(layer, error.full_key)) from None
     recipe = OmegaConf.to_object(merged)
     recipe.run_dir = recipe.run_dir or f"runs/{Path(names[-1]).stem}"
     _check(recipe, "")
@@ -231,10 +233,26 @@ def _files(name: str) -> list[dict]:
 
 
 def _from_dotlist(arguments: list[str]) -> dict:
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist(arguments))
-    except Exception as error:
-        raise UserError(f"cannot read {' '.join(arguments)}: {error}") from None
+    given = OmegaConf.create()
+    for argument in arguments:
+        try:
+            given.merge_with_dotlist([argument])
+        except Exception:  # yaml's own say little of a value typed on a command line
+            raise UserError(
+                f"cannot read {argument}: is a bracket or a quote left open, or a key given both a value and keys of its own?"
+            ) from None
+    return OmegaConf.to_container(given)
+
+
+def _mismatch(layer: dict, key: str) -> str:
+    """What to type for a value of another type than that of its key, which may be an item's, such as `stages[0]`."""
+    value, wanted = layer, Recipe
+    for part in key.partition("[")[0].split("."):
+        value, wanted = value[part], next(f.type for f in dataclasses.fields(wanted) if f.name == part)
+    if get_origin(wanted) is list and not isinstance(value, list):
+        return f"{key} is a list: type '{key}=[{value}]'"
+    kinds = [KINDS[get_origin(kind) or kind] for kind in get_args(wanted) or [wanted] if kind is not NoneType]
+    return f"{key}={value}: {' or '.join(kinds)} is needed"
 
 
 def _refuse_unknown(layer: dict, schema: type, prefix: str) -> None:
@@ -301,6 +319,8 @@ def _check_stages(recipe: Recipe) -> None:
     method = recipe.prune.method
     if method not in METHODS and not method.endswith(".py"):
         raise UserError(f"prune.method={method} is not a method{_did_you_mean(method, list(METHODS))}")
+    if method.endswith(".py") and not Path(method).is_file():
+        raise UserError(f"prune.method={method}: no such file")
     from pipeline import patterns  # loads torch, so it comes last
 
     pattern = patterns.parse(recipe.prune.sparsity)

@@ -50,6 +50,10 @@ def find(folders: list[Path]) -> list[Run]:
             raise UserError(f"{folder} is no finished run and holds none: looked for evaluate/results.json")
         for place in places:
             about, results = (files.read_json(place / "evaluate" / name) for name in ("stage.json", "results.json"))
+            if not results:
+                raise UserError(
+                    f"{place / 'evaluate/results.json'} is damaged: repeat its command, which makes it again"
+                )
             if not about or "recipe" not in about:
                 raise UserError(f"{place} does not tell its recipe: remove {place / 'evaluate'} and repeat its command")
             found.append(Run(place, _flat(about["recipe"]), results))

@@ -95,12 +95,16 @@ def of_stage(recipe: Recipe, stage: str) -> list[Source]:
             source(spec, recipe.mirror, split="test" if spec != "c4" else "validation")
             for spec in recipe.evaluate.perplexity
         ]
+    if stage == "finetune" and recipe.finetune.validation:
+        held_out = [source(recipe.finetune.validation, recipe.mirror, split="validation")]
+    else:
+        held_out = []
     settings = {
         "prune": recipe.calibration,
         "reconstruct": reconstruction_text(recipe),
         "finetune": recipe.finetune,
     }[stage]
-    return [source(settings.dataset, recipe.mirror, settings.split, settings.config)]
+    return [source(settings.dataset, recipe.mirror, settings.split, settings.config), *held_out]
 
 
 def identity(source: Source) -> str:

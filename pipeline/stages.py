@@ -69,6 +69,7 @@ def run(recipe: Recipe) -> None:
         _refuse_other_settings(recipe)
         outside = processes.from_main(_read_from_outside(recipe) if processes.is_main() else None)
         reconstruct.check(recipe)
+        finetune.check(recipe)
         evaluate.check(recipe)
         with _locked(run_dir):
             done: dict[str, str] = {}  # stage -> key
@@ -139,7 +140,10 @@ def _is_done(stage: Stage, finished: Path, work: Path, made_from: dict, key: str
         _put_in_place(work, finished)  # a kill came just before
     before = _read(finished) or {}
     if before.get("key") != key:
-        why = f"{_difference(before['made_from'], made_from)}: running again" if before else "running"
+        broken = not before and finished.exists()
+        why = f"{finished / checksums.OWN} is damaged or missing: running again" if broken else "running"
+        if before:
+            why = f"{_difference(before['made_from'], made_from)}: running again"
     elif damaged := checksums.damaged(finished):
         why = f"{finished / damaged[0]} is damaged or missing ({len(damaged)} in all): running again"
     else:

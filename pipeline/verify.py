@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
         print(row.format(matrix.name, " x ".join(map(str, entry.shape)), entry.pattern, *shares, count), flush=True)
         zeros, weights = zeros + matrix.zeros, weights + matrix.weights
         if problem := entry.problem():
-            problems.append(f"{matrix.name}: its mask {problem}")
+            problems.append(f"{matrix.name}: in its mask {problem}")
         if violation:
             problems.append(
                 f"{matrix.name} {list(violation.first)} is {violation.value:g} and should be zero"
