@@ -15,6 +15,7 @@ from pipeline.errors import Stopped
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on here
 
+_listening = False
 _patient = False
 _asked: str | None = None  # the name of the signal that was kept
 
@@ -22,13 +23,14 @@ _asked: str | None = None  # the name of the signal that was kept
 @contextmanager
 def listening() -> Iterator[None]:
     """While inside, the signals are ours."""
-    global _asked, _patient
-    _asked, _patient = None, False
+    global _asked, _patient, _listening
+    _asked, _patient, _listening = None, False, True
     before = {number: signal.getsignal(number) for number in SIGNALS}
     _listen()
     try:
         yield
     finally:
+        _listening = False
         if _in_main_thread():
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -52,7 +54,7 @@ def be_prompt() -> None:
 
 def be_deaf() -> None:
     """The run is ending already, and has something to say."""
-    if _in_main_thread():
+    if _listening and _in_main_thread():
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 

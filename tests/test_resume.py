@@ -62,6 +62,7 @@ def test_a_signal_in_a_layer_and_a_file_damaged_since(tiny_llama, whole_masks, t
     (tmp_path / "mine.py").write_text(MINE)
     settings = (f"model={tiny_llama}", f"run_dir={tmp_path}/run", f"prune.method={tmp_path}/mine.py")
     monkeypatch.setenv("STOP_IN_LAYER", "1")
+    handler = signal.getsignal(signal.SIGTERM)
     code, said, lines = typed(*settings)
     assert code == interrupt.EXIT_CODE
     assert lines == ["espalier: stopped by SIGTERM after layer 2: the same command goes on here"]
@@ -73,7 +74,7 @@ def test_a_signal_in_a_layer_and_a_file_damaged_since(tiny_llama, whole_masks, t
     assert f"{1 if damaged else 2} of 3 layers were pruned before" in said
     assert not damaged or f"damaged, so made again: {damaged}" in said
     assert (tmp_path / "run/prune/masks.safetensors").read_bytes() == whole_masks
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -102,6 +103,7 @@ def test_a_signal_in_a_training_and_a_checkpoint_damaged_since(trained, tmp_path
 
 
 def test_a_signal_elsewhere_stops_at_once_and_a_second_one_always(capsys):
+    handler = signal.getsignal(signal.SIGINT)
     with interrupt.listening():
         with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -112,7 +114,7 @@ def test_a_signal_elsewhere_stops_at_once_and_a_second_one_always(capsys):
         with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) == handler
 
 
 @pytest.mark.parametrize("file", ["prune/masks.safetensors", "prune/model/config.json", f"finetune/model/{SECOND}"])
