@@ -42,6 +42,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     _check_length(dense, recipe)
     protocol: dict[str, Any] = {"datasets": {}, "notes": []}
     protocol |= {key: getattr(settings, key) for key in ("seq_len", "limit", "fewshot")}
+    if recipe.trust_remote_code:
+        protocol["notes"].append("trust_remote_code=true: code that came with the model was run")
     protocol["prompts"] = _prompts(recipe, dense)
     subjects = _subjects(dense, inputs)
     results, samples = {}, {}

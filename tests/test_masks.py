@@ -83,3 +83,13 @@ def test_a_mask_that_breaks_its_pattern_is_found():
     masks.add("w", torch.ones(4, 8, dtype=torch.bool), "2of4")
     with pytest.raises(UserError, match="break 2of4"):
         masks.check_patterns()
+
+
+def test_a_pattern_that_a_file_names_is_not_run(tmp_path):
+    code = tmp_path / "pattern.py"
+    code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    masks = Masks()
+    masks.add("w", torch.ones(4, 8, dtype=torch.bool), str(code))
+    masks.save(tmp_path / "masks.safetensors")
+    Masks.load(tmp_path / "masks.safetensors")[0].check_patterns()
+    assert not (tmp_path / "ran").exists()
