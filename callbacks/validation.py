@@ -62,9 +62,7 @@ class Validation(Callback):
         return math.exp(min(loss / count, 700.0))
 
     def _keep(self, model) -> None:
-        trained = {
-            k: sharding.whole(p).detach().cpu().contiguous() for k, p in model.named_parameters() if p.requires_grad
-        }
+        trained = sharding.trained(model)
         if processes.is_main():
             with files.whole(self.best) as beside:
                 save_file(trained, beside)

@@ -180,7 +180,12 @@ class MaskedLinear(LoraLinear):
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     """The masked layers by the name of the parameter that each adapts, such as model.layers.0.mlp.up_proj.weight."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
-    return {f"{name.removeprefix('base_model.model.')}.weight": module for name, module in found.items()}
+    return {f"{name_in_files(name)}.weight": module for name, module in found.items()}
+
+
+def name_in_files(name: str) -> str:
+    """What peft calls base_model.model.X, or X.base_layer where it has put a layer of its own around X."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def refresh_all(model: nn.Module) -> int:

@@ -4,6 +4,7 @@ All have the same four methods: `reapply` (after each real step; returns how man
 `mask_gradients` (before clipping), `merged` (a weight of the finished model) and `save`.
 """
 
+import functools
 from pathlib import Path
 
 import torch
@@ -36,12 +37,9 @@ class PlainLora:
 
     def save(self, folder: Path, masks_file: Path) -> None:
         """Writes `adapter/`; all ranks must call."""
-        state = self._state()
+        state = sharding.trained(self.model)
         if processes.is_main():
             self.model.save_pretrained(folder / "adapter", state_dict=state)
-
-    def _state(self) -> dict[str, Tensor]:
-        return {k: sharding.whole(p).detach().cpu() for k, p in self.model.named_parameters() if p.requires_grad}
 
 
 class MaskedLora(PlainLora):
@@ -50,17 +48,26 @@ class MaskedLora(PlainLora):
     def attach(self, model: nn.Module, masks: Masks, settings: Finetune) -> nn.Module:
         return lora.attach(model, masks, settings)
 
+    @functools.cached_property
+    def layers(self) -> dict[str, lora.MaskedLinear]:
+        return lora.masked_layers(self.model)
+
+    @functools.cached_property  # not before training: sharding replaces the parameters
+    def biases(self) -> dict[str, nn.Parameter]:
+        """Those that train, under their names in the model's files: of adapted layers, and of any others, such as norms."""
+        named = ((lora.name_in_files(name), p) for name, p in self.model.named_parameters() if p.requires_grad)
+        return {name: parameter for name, parameter in named if name.endswith("bias")}
+
     def reapply(self) -> int:
         return lora.refresh_all(self.model)
 
     def merged(self, name: str, weight: Tensor) -> Tensor | None:
-        if (layer := lora.masked_layers(self.model).get(name)) is not None:
-            return layer.merged_weight(weight)
-        bias = dict(self.model.named_parameters()).get(f"base_model.model.{name.removesuffix('bias')}base_layer.bias")
-        return bias if bias is not None and bias.requires_grad else None
+        if name in self.layers:
+            return self.layers[name].merged_weight(weight)
+        return sharding.whole(self.biases[name]) if name in self.biases else None
 
     def save(self, folder: Path, masks_file: Path) -> None:
-        state = self._state()
+        state = sharding.trained(self.model)
         if processes.is_main():
             lora.save_adapter(self.model, masks_file, folder / "adapter", state)
 

@@ -54,5 +54,7 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     ).to_local()
 
 
-def is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """What trains, put together, on the CPU; all ranks must call."""
+    named = ((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
+    return {name: whole(p).cpu().contiguous() for name, p in named}

@@ -110,17 +110,21 @@ def espalier(*settings: object, processes: int = 1, expect: int | None = 0) -> s
 PRUNE = (*QUICK, "stages=[prune]")
 
 
-@pytest.fixture
-def typed(monkeypatch, capsys):
+def typing(usual, monkeypatch, capsys):
     """The command in this process: its exit code, what it said on stdout, and its own lines on stderr."""
 
     def run(*settings) -> tuple[int, str, list[str]]:
-        monkeypatch.setattr(sys, "argv", ["launch.py", *PRUNE, *map(str, settings)])
+        monkeypatch.setattr(sys, "argv", ["launch.py", *usual, *map(str, settings)])
         code = launch.main()
         seen = capsys.readouterr()
         return code, seen.out, [line for line in seen.err.splitlines() if line.startswith("espalier: ")]
 
     return run
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    return typing(PRUNE, monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from pipeline import checksums, continuations, models, world
 from pipeline.errors import UserError
 from pipeline.masks import Masks
 from pipeline.recipe import Recipe, load
-from tests.conftest import QUICK
+from tests.conftest import QUICK, typing
 from tests.test_perplexity import tiny_llama as random_llama
 
 SETTINGS = (*QUICK, "stages=[prune,evaluate]", "evaluate.tasks=[world_tools]", "evaluate.continuation_tokens=6")
@@ -24,15 +24,7 @@ SETTINGS = (*QUICK, "stages=[prune,evaluate]", "evaluate.tasks=[world_tools]", "
 
 @pytest.fixture
 def typed(monkeypatch, capsys):
-    """The command in this process: its exit code, what it said on stdout, and its own lines on stderr."""
-
-    def run(*settings) -> tuple[int, str, list[str]]:
-        monkeypatch.setattr(sys, "argv", ["launch.py", *SETTINGS, *map(str, settings)])
-        code = launch.main()
-        seen = capsys.readouterr()
-        return code, seen.out, [line for line in seen.err.splitlines() if line.startswith("espalier: ")]
-
-    return run
+    return typing(SETTINGS, monkeypatch, capsys)
 
 
 def results(run_dir: Path) -> dict:

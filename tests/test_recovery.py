@@ -1,5 +1,6 @@
 """Whatever trains, by whatever means and on however many processes: the model ends exactly as sparse as its masks."""
 
+import copy
 import shutil
 import subprocess
 
@@ -11,10 +12,10 @@ from pipeline import distill, finetune, lora, models, prune, quantize, recipe
 from pipeline.errors import UserError
 from pipeline.masks import Masks, apply_, pack, unpack
 from pipeline.recipe import Finetune
-from pipeline.recovery import SparseFull
+from pipeline.recovery import MaskedLora, SparseFull
 from tests.conftest import QUICK, ROOT, command, environment
 from tests.test_decoder import small_model
-from tests.test_lora import with_masks
+from tests.test_lora import trained, with_masks
 
 WAYS = {
     "lora": [],
@@ -89,6 +90,25 @@ def test_recomputed_weights_give_the_gradients_of_the_cached(family, bias):
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_biases_that_trained_are_merged_too_of_norms_as_well(family, bias):
+    model, masks = with_masks(small_model(family))
+    plain = copy.deepcopy(model)
+    recovery = MaskedLora(model, masks, Finetune(rank=4, bias=bias))
+    trained(recovery.model)
+    merged = {name: recovery.merged(name, weight) for name, weight in plain.state_dict().items()}
+    plain.load_state_dict({name: new.detach() for name, new in merged.items() if new is not None}, strict=False)
+    of_norms = [
+        name for name, new in merged.items() if new is not None and ("ln_1.bias" in name or "norm.bias" in name)
+    ]
+    assert bool(of_norms) == (bias == "all")
+    ids = torch.randint(3, 61, (2, 16))
+    with torch.no_grad():
+        forward = recovery.model(input_ids=ids).logits
+        torch.testing.assert_close(plain(input_ids=ids).logits, forward, atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_acts_on_the_branch_alone():
