@@ -4,6 +4,7 @@
 process is gone, or, where this cannot be seen because it ran elsewhere, when the file is not touched any more.
 """
 
+import fcntl
 import json
 import os
 import socket
@@ -40,8 +41,9 @@ def held(run_dir: Path) -> Iterator[str]:
     }
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        while not _create(path, json.dumps(mine)):
-            _clear_away(path)
+        with _one_at_a_time(run_dir):
+            while not _create(path, json.dumps(mine)):
+                _clear_away(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
     over = threading.Event()
@@ -88,13 +90,21 @@ def _clear_away(path: Path) -> None:
             f"{path.parent} is in use by process {holder.get('process')} on {holder.get('host')} since "
             f"{holder.get('since')}: wait for it, end it, or type another run_dir=..."
         )
-    aside = path.with_name(f".lock.{uuid.uuid4().hex}")
-    with suppress(FileNotFoundError):
-        path.rename(aside)  # one of several that found it stale; the others find no file, or the first one's lock
-        if _holder(aside) != holder:
-            aside.rename(path)
-        else:
-            aside.unlink()
+    if _holder(path) == holder:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _one_at_a_time(run_dir: Path) -> Iterator[None]:
+    """Of many that find a stale lock, one shall take it, and none clear away the lock that another has just made. Some
+    network file systems cannot do this: there the moment between a look and the removal stays open."""
+    number = os.open(run_dir, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
 
 
 def _is_stale(path: Path, holder: dict) -> bool:

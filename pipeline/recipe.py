@@ -246,13 +246,26 @@ def _from_dotlist(arguments: list[str]) -> dict:
 
 def _mismatch(layer: dict, key: str) -> str:
     """What to type for a value of another type than that of its key, which may be an item's, such as `stages[0]`."""
+    key = key or _where_a_list_is_needed(layer, Recipe)  # omegaconf names no key there
     value, wanted = layer, Recipe
     for part in key.partition("[")[0].split("."):
         value, wanted = value[part], next(f.type for f in dataclasses.fields(wanted) if f.name == part)
     if get_origin(wanted) is list and not isinstance(value, list):
         return f"{key} is a list: type '{key}=[{value}]'"
-    kinds = [KINDS[get_origin(kind) or kind] for kind in get_args(wanted) or [wanted] if kind is not NoneType]
+    one_of = [wanted] if get_origin(wanted) is dict else get_args(wanted) or [wanted]
+    kinds = [KINDS[get_origin(kind) or kind] for kind in one_of if kind is not NoneType]
     return f"{key}={value}: {' or '.join(kinds)} is needed"
+
+
+def _where_a_list_is_needed(layer: dict, schema: type, prefix: str = "") -> str:
+    """The first key of a list that is given a mapping."""
+    types = {f.name: f.type for f in dataclasses.fields(schema)}
+    for key, value in layer.items():
+        if isinstance(value, dict) and get_origin(types[key]) is list:
+            return prefix + key
+        if dataclasses.is_dataclass(types[key]) and (found := _where_a_list_is_needed(value, types[key], f"{key}.")):
+            return found
+    return ""
 
 
 def _refuse_unknown(layer: dict, schema: type, prefix: str) -> None:
