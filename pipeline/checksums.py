@@ -18,7 +18,8 @@ def record(folder: Path, *paths: Path) -> None:
     """Adds files of an unfinished stage, so that a resumed run knows them to be whole; forgets those that are gone."""
     about = files.read_json(folder / OWN) or {}
     known = {name: entry for name, entry in recorded(folder).items() if (folder / name).exists()}
-    known |= {str(path.relative_to(folder)): _entry(path) for path in paths}
+    # resolved: Lightning's paths are, a run_dir such as runs/tiny is not
+    known |= {str(path.resolve().relative_to(folder.resolve())): _entry(path) for path in paths}
     files.write_json(folder / OWN, about | {"artefacts": known})
 
 

@@ -102,6 +102,16 @@ def test_a_signal_in_a_training_and_a_checkpoint_damaged_since(trained, tmp_path
     assert weights(tmp_path / "run") == weights(whole)
 
 
+def test_a_run_folder_may_be_relative_or_reached_by_a_link(tiny_llama, tmp_path, monkeypatch, typed):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    for run_dir in ("runs/relative", "link/run"):
+        code, said, lines = typed(f"model={tiny_llama}", f"run_dir={run_dir}", "stages=[prune,finetune]")
+        assert code == 0, lines
+        assert "finetune: done in" in said
+
+
 def test_a_signal_elsewhere_stops_at_once_and_a_second_one_always(capsys):
     handler = signal.getsignal(signal.SIGINT)
     with interrupt.listening():
