@@ -1,4 +1,5 @@
-"""Owns the checksums of what a stage wrote, in its stage.json: taken when a file is whole, checked before it is used.
+"""Owns a stage's stage.json: what the stage was made from, and a checksum of each file that it wrote, taken when the file
+is whole and checked before it is used. stage.json holds a digest of itself, so a damaged one is as good as none.
 
 Of a file over 64 MiB whose size and time of change are as recorded, only the blocks of `files.fingerprint` are read, so
 that two models of 140 GB take seconds. Any other file is read whole. So damage is always seen, but for damage to a large
@@ -12,19 +13,30 @@ from typing import Any
 from pipeline import files
 
 OWN = "stage.json"
+DIGEST = "digest"  # of all else in it
+
+
+def write(folder: Path, about: dict[str, Any]) -> None:
+    files.write_json(folder / OWN, about | {DIGEST: files.digest(about)})
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """None where there is no stage.json, or a damaged one."""
+    about = files.read_json(folder / OWN) or {}
+    return about if about.pop(DIGEST, None) == files.digest(about) else None
 
 
 def record(folder: Path, *paths: Path) -> None:
     """Adds files of an unfinished stage, so that a resumed run knows them to be whole; forgets those that are gone."""
-    about = files.read_json(folder / OWN) or {}
+    about = read(folder) or {}
     known = {name: entry for name, entry in recorded(folder).items() if (folder / name).exists()}
     # resolved: Lightning's paths are, a run_dir such as runs/tiny is not
     known |= {str(path.resolve().relative_to(folder.resolve())): _entry(path) for path in paths}
-    files.write_json(folder / OWN, about | {"artefacts": known})
+    write(folder, about | {"artefacts": known})
 
 
 def recorded(folder: Path) -> dict[str, dict[str, Any]]:
-    return (files.read_json(folder / OWN) or {}).get("artefacts", {})
+    return (read(folder) or {}).get("artefacts", {})
 
 
 def of(folder: Path) -> dict[str, dict[str, Any]]:

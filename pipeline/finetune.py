@@ -10,7 +10,8 @@ from torch import Tensor
 
 from callbacks.mask_keeper import MaskKeeper
 from callbacks.validation import Validation
-from pipeline import card, data, files, models, processes, quantize, sources
+from pipeline import card, data, files, lora, models, processes, quantize, sources
+from pipeline.decoder import Decoder, matrices
 from pipeline.masks import Masks
 from pipeline.recipe import Recipe
 from pipeline.recovery import METHODS
@@ -18,10 +19,15 @@ from pipeline.training import fit, sequences, share
 
 
 def check(recipe: Recipe) -> None:
-    """Answers too long a window before any work, as a `UserError`."""
-    if "finetune" in recipe.stages and recipe.model is not None:
-        config = models.config(models.locate(recipe.model, recipe.revision), recipe)
-        models.check_length(config, "finetune.seq_len", recipe.finetune.seq_len)
+    """Answers too long a window, and targets that the model has not, before any work, as a `UserError`."""
+    if "finetune" not in recipe.stages or recipe.model is None:
+        return
+    folder = models.locate(recipe.model, recipe.revision)
+    models.check_length(models.config(folder, recipe), "finetune.seq_len", recipe.finetune.seq_len)
+    if recipe.finetune.targets != lora.ALL:
+        decoder = Decoder(models.skeleton(folder, recipe))
+        names = (decoder.parameter_name(i, name) for i, layer in enumerate(decoder.layers) for name in matrices(layer))
+        lora.targets(names, recipe.finetune.targets)
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:

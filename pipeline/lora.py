@@ -5,6 +5,7 @@ Shapes: O = out_features, I = in_features, R = rank, N = tokens.
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from pipeline.quantize import dequantized
 from pipeline.recipe import Finetune
 
 ADAPTER = "default"
+ALL = ["all"]  # as finetune.targets
 # peft knows no adapter of this type, so that its own loader refuses a folder which it would load as a dense LoRA
 MASKED_TYPE = "MASKED_LORA"
 
@@ -265,10 +267,11 @@ def _with_masks(model: PeftModel, masks: Masks, cached: bool = True) -> PeftMode
     return model
 
 
-def targets(masks: Masks, wanted: list[str]) -> list[str]:
+def targets(pruned: Iterable[str], wanted: list[str]) -> list[str]:
+    """Of the names of pruned weights, the modules that a LoRA is to adapt; `UserError` where nothing is called so."""
     # fused experts are no modules that peft could adapt: they stay as they were pruned
-    matrices = [name.removesuffix(".weight") for name in masks if name.endswith(".weight")]
-    if wanted == ["all"]:
+    matrices = [name.removesuffix(".weight") for name in pruned if name.endswith(".weight")]
+    if wanted == ALL:
         return matrices
     chosen = [name for name in matrices if name.rpartition(".")[2] in wanted]
     endings = sorted({name.rpartition(".")[2] for name in matrices})

@@ -75,6 +75,16 @@ def config(folder: Path, recipe: Recipe) -> PreTrainedConfig:
         raise UserError(f"cannot load the model in {folder}: {_problem(error, folder, 'config.json')}") from error
 
 
+def skeleton(folder: Path, recipe: Recipe) -> nn.Module:
+    """The model's modules without their weights, in no time and memory."""
+    found = config(folder, recipe)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(found, trust_remote_code=recipe.trust_remote_code)
+    except Exception as error:
+        raise UserError(f"cannot load the model in {folder}: {_problem(error, folder, 'config.json')}") from error
+
+
 def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=None, **where: Any) -> nn.Module:
     """The model on the CPU in evaluation mode. In the file's own dtype its weights are a lazy view of the files, which
     the ranks of a node share. `dtype` overrides the recipe's; `quantization`: see pipeline/quantize.py; `where` takes

@@ -5,6 +5,7 @@ All have the same four methods: `reapply` (after each real step; returns how man
 """
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -77,21 +78,23 @@ class SparseFull:
 
     def __init__(self, model: nn.Module, masks: Masks, settings: Finetune) -> None:
         self.model = model
-        chosen = None if settings.targets == ["all"] else set(lora.targets(masks, settings.targets))
+        chosen = None if settings.targets == lora.ALL else set(lora.targets(masks, settings.targets))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(chosen is None or name.removesuffix(".weight") in chosen)
         for _ in masks.matched(model.named_parameters()):
             pass  # refuses another model's masks
-        found = ((name, masks.of(name, parameter)) for name, parameter in model.named_parameters())
-        self.masks = {name: mask for name, mask in found if mask is not None}
-        self.parts: dict[str, Tensor] = {}  # this rank's, on its device, once the model is in place
+        self.masks = masks
+        self.parts: dict[str, Tensor | None] = {}  # this rank's, unpacked once the model is in place
 
-    def _masked(self) -> list[tuple[nn.Parameter, Tensor]]:
-        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad and name in self.masks]
-        for name, parameter in trained:
+    def _masked(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             if name not in self.parts:
-                self.parts[name] = sharding.like(self.masks[name], parameter)
-        return [(parameter, self.parts[name]) for name, parameter in trained]
+                mask = self.masks.of(name, parameter)
+                self.parts[name] = None if mask is None else sharding.like(mask, parameter)
+            if (part := self.parts[name]) is not None:
+                yield parameter, part.to(sharding.local(parameter).device)  # Lightning takes a trained model off the GPU
 
     @torch.no_grad()
     def mask_gradients(self) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import files, page, published, series, summary
+from pipeline import checksums, files, page, published, series, summary
 from pipeline.card import SINCE, markdown
 from pipeline.recipe import STAGES, Recipe, plain
 
@@ -66,7 +66,7 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> dict[str, Any]:
     results = files.read_json(inputs["evaluate"] / "results.json")
     assert results is not None, f"{inputs['evaluate']}: no results.json"
     models, protocol = results["models"], results.get("protocol") or {}
-    found = {name: files.read_json(folder / "stage.json") for name, folder in inputs.items()}
+    found = {name: checksums.read(folder) for name, folder in inputs.items()}
     about = {name: stage for name, stage in found.items() if stage}
     reference, source = published.find(recipe, protocol)
     groups = summary.groups(results, reference)

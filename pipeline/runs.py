@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline import files, summary
+from pipeline import checksums, files, summary
 from pipeline.errors import UserError
 from pipeline.summary import MODELS
 
@@ -49,13 +49,12 @@ def find(folders: list[Path]) -> list[Run]:
         if not places:
             raise UserError(f"{folder} is no finished run and holds none: looked for evaluate/results.json")
         for place in places:
-            about, results = (files.read_json(place / "evaluate" / name) for name in ("stage.json", "results.json"))
-            if not results:
-                raise UserError(
-                    f"{place / 'evaluate/results.json'} is damaged: repeat its command, which makes it again"
-                )
+            evaluate = place / "evaluate"
+            about, results = checksums.read(evaluate), files.read_json(evaluate / "results.json")
+            if not results or "results.json" in checksums.damaged(evaluate):
+                raise UserError(f"{evaluate / 'results.json'} is damaged: repeat its command, which makes it again")
             if not about or "recipe" not in about:
-                raise UserError(f"{place} does not tell its recipe: remove {place / 'evaluate'} and repeat its command")
+                raise UserError(f"{evaluate / checksums.OWN} is damaged: repeat its command, which makes it again")
             found.append(Run(place, _flat(about["recipe"]), results))
     _check_texts(found)
     return found
@@ -64,7 +63,7 @@ def find(folders: list[Path]) -> list[Run]:
 def unfinished(folders: list[Path]) -> list[str]:
     """The runs in folders of runs that have begun and have no results."""
     places = [path for folder in folders if not is_run(folder) for path in sorted(folder.glob("*"))]
-    return [place.name for place in places if not is_run(place) and any(place.glob("*/stage.json"))]
+    return [place.name for place in places if not is_run(place) and any(place.glob(f"*/{checksums.OWN}"))]
 
 
 def is_run(folder: Path) -> bool:

@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from pipeline import checksums, files
+from pipeline import checksums
 
 
 def take_over(finished: Path, key: str) -> Path | None:
@@ -15,7 +15,7 @@ def take_over(finished: Path, key: str) -> Path | None:
     """
     run_dir, stage = finished.parent, finished.name
     for sibling in sorted(run_dir.parent.glob("*")):
-        about = files.read_json(sibling / stage / "stage.json") or {}
+        about = checksums.read(sibling / stage) or {}
         if sibling == run_dir or about.get("key") != key or checksums.damaged(sibling / stage):
             continue
         work = run_dir / f".{stage}"

@@ -51,6 +51,7 @@ class Stage:
     settings: tuple[str, ...]
 
 
+OUTCOME = (".safetensors", "results.json")  # what other stages compute with; tables also tell times
 MODEL = ("dtype", "attn_implementation", "trust_remote_code")
 STAGES = (
     Stage("pretrain", pretrain.run, (), ("pretrain", "seed")),
@@ -72,25 +73,29 @@ def run(recipe: Recipe) -> None:
         finetune.check(recipe)
         evaluate.check(recipe)
         with _locked(run_dir):
-            done: dict[str, str] = {}  # stage -> key
+            done: dict[str, str] = {}  # stage -> what came out of it
             for stage in (stage for stage in STAGES if stage.name in recipe.stages):
                 inputs = {name: run_dir / name for name in stage.reads if name in done}
                 made_from = {name: section(recipe, name) for name in stage.settings}
                 made_from |= {"read": {name: done[name] for name in inputs}, **outside.get(stage.name, {})}
-                done[stage.name] = files.digest(made_from)
-                _run_one(stage, recipe, run_dir, inputs, made_from, done[stage.name])
+                _run_one(stage, recipe, run_dir, inputs, made_from)
+                outcome = _outcome(run_dir / stage.name) if processes.is_main() else None
+                done[stage.name] = processes.from_main(outcome)
             if processes.is_main() and "report" in done:
                 report.show(run_dir)
 
 
-def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path], made_from: dict, key: str) -> None:
-    finished, work = run_dir / stage.name, run_dir / f".{stage.name}"
+def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path], made_from: dict) -> None:
+    finished, work, key = run_dir / stage.name, run_dir / f".{stage.name}", files.digest(made_from)
     if processes.from_main(processes.is_main() and _is_done(stage, finished, work, made_from, key)):
         return
     if processes.is_main():
-        if (_read(work) or {}).get("key") != key:
+        begun = checksums.read(work)
+        if begun is None and (work / checksums.OWN).exists():
+            print(f"{stage.name}: {work / checksums.OWN} is damaged: from the start", flush=True)
+        if begun is None or begun["key"] != key:
             shutil.rmtree(work, ignore_errors=True)
-            files.write_json(work / "stage.json", {"key": key, "stage": stage.name})
+            checksums.write(work, {"key": key, "stage": stage.name})
         for left in work.rglob(".*.part"):
             left.unlink()
         space.check(stage.name, recipe, inputs, work)
@@ -114,10 +119,9 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
             "recipe": plain(recipe),
             "artefacts": checksums.of(work),
         }
-        files.write_json(work / "stage.json", about)
+        checksums.write(work, about)
         _put_in_place(work, finished)
         print(f"{stage.name}: done in {about['seconds']:.0f} s", flush=True)
-    processes.barrier()
 
 
 def _is_taken_over(stage: Stage, finished: Path, key: str) -> bool:
@@ -135,10 +139,10 @@ def _is_taken_over(stage: Stage, finished: Path, key: str) -> bool:
 
 def _is_done(stage: Stage, finished: Path, work: Path, made_from: dict, key: str) -> bool:
     """Whether there is nothing to do; says so, or why the stage runs. On rank 0."""
-    last = _read(work) or {}
+    last = checksums.read(work) or {}
     if last.get("key") == key and "finished" in last and not checksums.damaged(work):
         _put_in_place(work, finished)  # a kill came just before
-    before = _read(finished) or {}
+    before = checksums.read(finished) or {}
     if before.get("key") != key:
         broken = not before and finished.exists()
         why = f"{finished / checksums.OWN} is damaged or missing: running again" if broken else "running"
@@ -156,22 +160,19 @@ def _is_done(stage: Stage, finished: Path, work: Path, made_from: dict, key: str
 
 
 def _put_in_place(work: Path, finished: Path) -> None:
-    """A stage made again because of damage, whose weights come out otherwise, makes those that read them stale."""
     old = finished.with_name(f".{finished.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    before, now = _read(finished) or {}, _read(work)
-    if before.get("key") == now["key"] and _weights(before) != _weights(now):
-        for reader in (stage.name for stage in STAGES if finished.name in stage.reads):
-            (finished.with_name(reader) / "stage.json").unlink(missing_ok=True)
     if finished.exists():
         finished.rename(old)
     work.rename(finished)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _weights(about: dict) -> dict[str, str]:
-    artefacts = about.get("artefacts", {}).items()
-    return {name: entry["sha256"] for name, entry in artefacts if name.endswith(".safetensors")}
+def _outcome(finished: Path) -> str:
+    """Tells a finished stage from any other: a damaged one that is made again may come out otherwise, as on another GPU."""
+    about = checksums.read(finished)
+    made = {name: entry["sha256"] for name, entry in about["artefacts"].items() if name.endswith(OUTCOME)}
+    return files.digest({"key": about["key"], "made": made})
 
 
 @contextmanager
@@ -223,10 +224,6 @@ def _read_from_outside(recipe: Recipe) -> dict[str, dict[str, Any]]:
             texts = {str(source): sources.identity(source) for source in sources.of_stage(recipe, name)}
             found[name] = found.get(name, {}) | {"data": texts}
     return found
-
-
-def _read(folder: Path) -> dict | None:
-    return files.read_json(folder / "stage.json")
 
 
 def _difference(before: dict, now: dict, prefix: str = "") -> str:

@@ -40,9 +40,9 @@ def change_weights(change: Callable[[dict], object], name: str = "model.safetens
     return harm
 
 
-def flip(path: Path, where: float = 0.5) -> None:
-    """One byte, without a trace in size or time."""
+def flip(path: Path, where: float | bytes = 0.5) -> None:
+    """One byte, at a share of the file or at a word in it, without a trace in size or time."""
     before, content = path.stat(), bytearray(path.read_bytes())
-    content[int(len(content) * where)] ^= 1
+    content[content.index(where) if isinstance(where, bytes) else int(len(content) * where)] ^= 1
     path.write_bytes(content)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))

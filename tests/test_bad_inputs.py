@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import launch
+from pipeline import checksums
 from pipeline.masks import Masks
 from tests.conftest import QUICK, make_tiny_llama
 from tests.harm import Harm, change_weights, cut, flip, put, remove
@@ -256,7 +257,7 @@ CASES: dict[str, list[Case]] = {
         Case("finetune.quantize=nf4 finetune.strategy=fsdp", "exclude each other"),
         Case("finetune.effective=cached finetune.dropout=0.1", "type finetune.effective=auto"),
         Case("finetune.patience=3", "type finetune.validation="),
-        Case("finetune.targets=[query]", "no pruned matrix is called 'query'"),
+        Case("prune.sparsity=0.6 finetune.targets=[query]", "no pruned matrix is called 'query'"),
         Case("finetune.targets=q_proj", "type 'finetune.targets=[q_proj]'"),
         Case("finetune.loggers=[tensorbord]", "did you mean 'tensorboard'?"),
         Case("finetune.seq_len=4096", "type finetune.seq_len=128"),
@@ -301,9 +302,15 @@ CASES: dict[str, list[Case]] = {
         ),
         Case(
             "compare {here}/run",
-            "does not tell its recipe",
+            "stage.json is damaged: repeat its command",
             put("run/evaluate/stage.json", "{}"),
             "`stage.json` holds `{}`",
+        ),
+        Case(
+            "compare {here}/run",
+            "results.json is damaged: repeat its command",
+            changed("run/evaluate/results.json", protocol={}),
+            "`results.json` has lost its protocol",
         ),
         Case("verify", "2 paths are needed, 0 given: type `python launch.py verify MODEL_FOLDER MASKS_FILE`"),
         Case(f"verify {{here}}/none {MASKS}", "no model folder"),
@@ -354,7 +361,8 @@ CASES: dict[str, list[Case]] = {
 DAMAGED = {  # the report is made anew wherever the run is moved to, as it is here
     "prune": [
         *("masks.safetensors", "model/config.json", "model/tokenizer.json", "model/model.safetensors.index.json"),
-        *("model/model-00002-of-00004.safetensors", "layers.csv", "matrices.csv", "model/README.md", "stage.json"),
+        *("model/model-00002-of-00004.safetensors", "layers.csv", "matrices.csv", "model/README.md"),
+        *("stage.json", "stage.json: key", "stage.json: artefacts", "stage.json: sha256", "stage.json: digest"),
     ],
     "finetune": ["model/model-00002-of-00004.safetensors", "adapter/adapter_model.safetensors", "metrics.csv"],
     "evaluate": ["results.json"],
@@ -427,13 +435,24 @@ def test_the_answer_is_one_line_and_nothing_is_lost(case, here, capfd):
 @pytest.mark.parametrize(("stage", "file"), [(stage, file) for stage in DAMAGED for file in DAMAGED[stage]])
 def test_a_byte_that_changed_is_named_and_its_stage_alone_made_again(stage, file, finished):
     here, before = finished, content(finished / "run")
-    flip(here / "run" / stage / file, 0 if file == "stage.json" else 0.5)
+    file, _, word = file.partition(": ")
+    flip(here / "run" / stage / file, word.encode() or 0.5)
     code, said, _ = typed(*settings(here))
     assert code == 0 and f"{stage}: {here}/run/{stage}/{file} is damaged or missing" in said, said
     now = content(here / "run")
     assert now.keys() == before.keys()
     made_again = {name for name in before if now[name] != before[name]}
     assert all(name.startswith(f"{stage}/") and not name.endswith(".safetensors") for name in made_again), made_again
+
+
+def test_no_byte_of_stage_json_changes_unseen(finished, tmp_path):
+    about = checksums.read(finished / "run/prune")
+    content = (finished / "run/prune/stage.json").read_bytes()
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        (tmp_path / "stage.json").write_bytes(damaged)
+        assert checksums.read(tmp_path) in (None, about), f"byte {place}"
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import compare, recipe, series, siblings
+from pipeline import checksums, compare, recipe, series, siblings
 from pipeline.errors import UserError
 from tests.test_report import HOSTILE, PLAIN, Page, make_results
 
@@ -21,7 +21,7 @@ def write_run(folder: Path, *settings: str, results: dict | None = None, model: 
     results = results or make_results(*PLAIN)
     for name in PLAIN[1:]:
         results["models"][name]["perplexity"]["wikitext2"] += len(list(folder.parent.glob("*"))) / 10
-    (evaluate / "stage.json").write_text(json.dumps({"recipe": recipe.plain(told)}))
+    checksums.write(evaluate, {"recipe": recipe.plain(told)})
     (evaluate / "results.json").write_text(json.dumps(results))
     return results
 
@@ -166,7 +166,7 @@ def test_experts_are_drawn_as_one_and_equal_series_together():
 def test_a_stage_of_an_equal_key_is_linked(tmp_path):
     for name, key in (("a", "other"), ("b", "same")):
         (tmp_path / name / "prune/model").mkdir(parents=True)
-        (tmp_path / name / "prune/stage.json").write_text(json.dumps({"key": key}))
+        checksums.write(tmp_path / name / "prune", {"key": key})
         (tmp_path / name / "prune/model/weights").write_text(name)
     (tmp_path / "c").mkdir()
     assert siblings.take_over(tmp_path / "c/prune", "same") == tmp_path / "b"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline import plots, published, recipe, report, summary
+from pipeline import checksums, plots, published, recipe, report, summary
 
 MATRICES = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "mlp.experts.down_proj[0]", "mlp.experts.down_proj[1]")
 PLAIN = ("dense", "pruned", "finetuned")
@@ -35,7 +35,7 @@ def write_stage(root: Path, name: str, seconds: float = 12.5) -> Path:
         "versions": {"torch": "2.13.0"},
         "made_from": {},
     }
-    (folder / "stage.json").write_text(json.dumps(about))
+    checksums.write(folder, about)
     return folder
 
 

@@ -2,6 +2,7 @@
 the same as if nothing had been."""
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 
 import launch
-from pipeline import files, interrupt
+from pipeline import checksums, interrupt
 from pipeline.errors import Stopped
 from tests.conftest import PRUNE
+from tests.harm import change_weights, flip
 
 SECOND = "model-00002-of-00004.safetensors"
 TRAIN = ("stages=[prune,finetune]", "finetune.max_steps=60", "finetune.checkpoint_every=1000")
@@ -32,14 +34,6 @@ class StoppingPruner(WandaPruner):
         self.layer = str(index)
         super().on_predict_batch_end(trainer, walk, outputs, layer, index)
 """
-
-
-def flip(path: Path, where: float = 0.5) -> None:
-    """One byte, without a trace in size or time."""
-    before, content = path.stat(), bytearray(path.read_bytes())
-    content[int(len(content) * where)] ^= 1
-    path.write_bytes(content)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def weights(run_dir: Path) -> dict[str, bytes]:
@@ -140,14 +134,13 @@ def test_a_finished_stage_that_is_damaged_is_made_again_and_no_other(trained, ty
     assert weights(run_dir) == before
 
 
-def test_stages_made_from_other_weights_than_are_there_now_are_made_again(trained, typed):
+def test_stages_made_from_other_weights_than_are_there_now_are_made_again(trained, typed, tmp_path):
     """As where a damaged prune stage comes out otherwise on another GPU."""
-    run_dir, settings = trained
-    about = files.read_json(run_dir / "prune/stage.json")
-    about["artefacts"]["masks.safetensors"]["sha256"] = "another"
-    files.write_json(run_dir / "prune/stage.json", about)
+    run_dir, settings = shutil.copytree(trained[0], tmp_path / "run"), trained[1]
+    change_weights(lambda weights: next(iter(weights.values())).mul_(2), f"prune/model/{SECOND}")(run_dir)
+    checksums.record(run_dir / "prune", run_dir / "prune/model" / SECOND)
     code, said, _ = typed(*settings, f"run_dir={run_dir}")
-    assert code == 0 and "done before" not in said
+    assert code == 0 and "prune: done before" in said and "finetune: read.prune" in said, said
 
 
 def test_a_kill_between_the_end_of_a_stage_and_its_renaming(trained, typed):
