@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 
-from pipeline import interrupt, recipe, sweep
+from pipeline import interrupt, recipe_reader, sweep
 from pipeline.errors import SaidElsewhere, Stopped, UserError, one_line
 
 COMMANDS = ("compare", "verify", "apply")  # each is a module of pipeline with main(arguments); all else runs a recipe
@@ -22,7 +22,7 @@ def main() -> int:
             cells = sweep.cells(sys.argv[1:])
             if len(cells) > 1:
                 return sweep.run(cells, main)
-            settings = recipe.load(sys.argv[1:])
+            settings = recipe_reader.load(sys.argv[1:])
             from pipeline import stages  # torch and its friends load only once the recipe is sound
 
             quiet = False

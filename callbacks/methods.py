@@ -86,11 +86,12 @@ class ObsPruner(LayerPruner):
         names = list(weights)
         chosen = {self.patterns[name] for name in names}
         if len(chosen) > 1:  # one column loop needs one pattern
-            return {k: v for name in names for k, v in self.prune({name: weights[name]}, total.clone()).items()}
+            return {k: v for name in names for k, v in self.prune({name: weights[name]}, total).items()}
         pattern = chosen.pop()
-        square_sum_I = total.diagonal().float().clone()
+        hessian_II = obs.unpacked(total.float(), weights[names[0]].shape[1])
+        square_sum_I = hessian_II.diagonal().clone()
         first = self.masks_first(weights, square_sum_I)
-        factor_II, dead_I = obs.factor(total, self.settings.damp, names[0], processes.say)
+        factor_II, dead_I = obs.factor(hessian_II, self.settings.damp, names[0], processes.say)
         stacked_RI = torch.cat([weights[name].float() for name in names])
         stacked_RI[:, dead_I] = 0
         lengths = [len(weights[name]) for name in names]

@@ -30,7 +30,7 @@ class LayerPruner(Callback):
         self.settings, self.patterns = settings, patterns
 
     def observe(self, input_NI: Tensor) -> Tensor:
-        """What to sum over the inputs of a matrix, in float64. Default: the square sum of each feature, (I,)."""
+        """What to sum over the inputs of a matrix; the sum is in float64. Default: the square sum of each feature, (I,)."""
         return scores.square_sum(input_NI)
 
     def score(self, weight_OI: Tensor, total: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class LayerPruner(Callback):
             tokens = processes.all_sum(torch.tensor(watch.tokens[leader], device=total.device)).item()
             if tokens < FEW_TOKENS:
                 self.starved += [f"{name} ({tokens})" for name in members]
-                return self.observe(torch.eye(first.weight_OI.shape[1], device=total.device))
+                return self.observe(torch.eye(first.weight_OI.shape[1], device=total.device)).double()
         return total
 
     def _log(self, walk, index: int, rows: list[dict]) -> None:

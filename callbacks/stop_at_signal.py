@@ -37,13 +37,18 @@ class StopAtSignal(Callback):
             raise Stopped(f"stopped by {_signal()} after step {self.step}, of which there is a checkpoint")
 
     def on_predict_end(self, trainer, module) -> None:
-        interrupt.be_prompt()
+        self._be_prompt()
 
     def on_train_end(self, trainer, module) -> None:
-        interrupt.be_prompt()
+        self._be_prompt()
 
     def on_exception(self, trainer, module, exception: BaseException) -> None:
         interrupt.be_prompt()
+
+    def _be_prompt(self) -> None:
+        interrupt.be_prompt()
+        if interrupt.asked():  # since it was last looked for
+            raise Stopped(f"stopped by {_signal()}")
 
 
 def _signal() -> str:

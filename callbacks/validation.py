@@ -8,22 +8,25 @@ from lightning.pytorch import Callback
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline import files, processes, sharding
+from pipeline import checksums, files, processes, sharding
+from pipeline.errors import UserError
 
 
 class Validation(Callback):
     """Every `every` steps; `module.val_perplexity` tells whoever logs. With `patience`, training stops after so many
-    measurements without progress, and ends at the weights that were best, kept in `best`."""
+    measurements without progress; `restore` then puts back the weights that were best, kept in the stage's `folder`."""
 
-    def __init__(self, windows_NT: Tensor, batch_size: int, every: int, patience: int, best: Path) -> None:
-        self.windows_NT, self.batch_size, self.every, self.patience, self.best = (
-            windows_NT,
-            batch_size,
-            every,
-            patience,
-            best,
-        )
+    def __init__(self, windows_NT: Tensor, batch_size: int, every: int, patience: int, folder: Path) -> None:
+        self.windows_NT, self.batch_size, self.every, self.patience = windows_NT, batch_size, every, patience
+        self.folder, self.best = folder, folder / "checkpoints/best.safetensors"
         self.lowest, self.since, self.seen = math.inf, 0, 0
+
+    def on_train_start(self, trainer, module) -> None:
+        if self._is_over():  # the checkpoint is of the last step
+            trainer.should_stop = True
+
+    def _is_over(self) -> bool:
+        return 0 < self.patience <= self.since
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index: int) -> None:
         step = trainer.global_step
@@ -38,7 +41,7 @@ class Validation(Callback):
                 self._keep(module.model)
         else:
             self.since += 1
-            if self.patience and self.since >= self.patience:
+            if self._is_over():
                 processes.say(
                     f"  no progress in {self.since} validations: training stops at its best, {self.lowest:.3f}"
                 )
@@ -66,14 +69,18 @@ class Validation(Callback):
         if processes.is_main():
             with files.whole(self.best) as beside:
                 save_file(trained, beside)
+            checksums.record(self.folder, self.best)
         processes.barrier()
 
     @torch.no_grad()
-    def on_train_end(self, trainer, module) -> None:
+    def restore(self, model) -> None:
+        """After a training; no hook of it, for one that is resumed after its last step calls none."""
         if not self.patience or not self.best.exists():
             return
+        if str(self.best.relative_to(self.folder)) in checksums.damaged(self.folder):
+            raise UserError(f"{self.best} is damaged: remove {self.folder} and repeat the command")
         best = load_file(self.best)
-        for name, parameter in module.model.named_parameters():
+        for name, parameter in model.named_parameters():
             if name in best:
                 sharding.local(parameter).copy_(sharding.like(best[name], parameter))
 

@@ -25,14 +25,13 @@ def markdown(facts: dict[str, Any]) -> str:
         parts.append(AS_ZEROS)
     parts += _continuations(facts["continuations"])
     if facts["layers"]:
-        header = [
-            name for name in ("layer", "sparsity", "relative_output_error", "seconds") if name in facts["layers"][0]
-        ]
-        cells = [[_number(row, column) for column in header] for row in facts["layers"]]
-        parts += ["## Layers", grid([column.replace("_", " ") for column in header], cells)]
+        parts += ["## Layers", _table(facts["layers"], "layer", "sparsity", "relative_output_error", "seconds")]
     if errors := series.by_type(facts["matrices"], "relative_output_error"):
         cells = [[escaped(name), *(f"{error:.4g}" for error in _spread(points))] for name, points in errors.items()]
         parts += ["## Matrices", "Relative output error over the layers:", grid(["", "least", "mean", "most"], cells)]
+    if facts["reconstruction"]:
+        told = _table(facts["reconstruction"], "layer", "error_before", "error_after", "seconds")
+        parts += ["## Reconstruction", "Relative output error of each layer:", told]
     if losses := series.points(facts["metrics"], "step", "loss"):
         first, last = (f"{loss:.3f} at step {step:.0f}" for step, loss in (losses[0], losses[-1]))
         parts += ["## Fine-tuning", f"Loss (nats per token): {first}, {last}."]
@@ -108,6 +107,12 @@ def _continuations(told: list[tuple[str, list[tuple[str, str]]]]) -> list[str]:
         parts.append(f"> {escaped(prompt)}")
         parts.append("\n".join(f"- **{name}:** {escaped(text) or '(nothing)'}" for name, text in texts))
     return parts
+
+
+def _table(rows: series.Rows, *columns: str) -> str:
+    """Those of the columns that the rows have."""
+    header = [column for column in columns if column in rows[0]]
+    return grid([column.replace("_", " ") for column in header], [[_number(row, it) for it in header] for row in rows])
 
 
 def _number(row: dict[str, str], key: str) -> str:

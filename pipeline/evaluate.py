@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import continuations, files, models, paired, placement, processes, sources, verify
+from pipeline import continuations, files, memory, models, paired, processes, sources, verify
 from pipeline.errors import UserError
 from pipeline.masks import Masks
 from pipeline.measure import Subject, measure
@@ -50,7 +50,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     for subject in subjects:
         name = subject.name
         results[name], samples[name] = measure(subject, recipe, protocol)
-        placement.let_go()
+        memory.let_go()
         results[name]["differences"] = {
             other: paired.difference(samples[name], samples[other]) for other in samples if other != name
         }

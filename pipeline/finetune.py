@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from lightning import Callback
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -12,22 +13,27 @@ from callbacks.mask_keeper import MaskKeeper
 from callbacks.validation import Validation
 from pipeline import card, data, files, lora, models, processes, quantize, sources
 from pipeline.decoder import Decoder, matrices
+from pipeline.errors import UserError
 from pipeline.masks import Masks
 from pipeline.recipe import Recipe
 from pipeline.recovery import METHODS
-from pipeline.training import fit, sequences, share
+from pipeline.training import fit, precision, sequences, share
 
 
 def check(recipe: Recipe) -> None:
-    """Answers too long a window, and targets that the model has not, before any work, as a `UserError`."""
+    """Answers what does not go with the model (length, targets, dtype) before any work, as a `UserError`."""
     if "finetune" not in recipe.stages or recipe.model is None:
         return
     folder = models.locate(recipe.model, recipe.revision)
-    models.check_length(models.config(folder, recipe), "finetune.seq_len", recipe.finetune.seq_len)
-    if recipe.finetune.targets != lora.ALL:
+    config, settings = models.config(folder, recipe), recipe.finetune
+    models.check_length(config, "finetune.seq_len", settings.seq_len)
+    stored = str(config.dtype or "float32") if recipe.dtype == "auto" else recipe.dtype
+    if settings.bias == "all" and "16" in stored and precision(settings.precision) == "32-true":
+        raise UserError("finetune.bias=all trains in float32: type finetune.precision=bf16-mixed, or dtype=float32")
+    if settings.targets != lora.ALL:
         decoder = Decoder(models.skeleton(folder, recipe))
         names = (decoder.parameter_name(i, name) for i, layer in enumerate(decoder.layers) for name in matrices(layer))
-        lora.targets(names, recipe.finetune.targets)
+        lora.targets(names, settings.targets)
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
@@ -49,13 +55,16 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
 
     torch.manual_seed(recipe.seed)  # of A; B starts at zero
     recovery = METHODS[settings.method](pruned, masks, settings)
-    callbacks = [MaskKeeper(recovery)]
+    callbacks: list[Callback] = [MaskKeeper(recovery)]
+    validation = None
     if held_out:
         windows = data.packed(held_out[0], tokenizer, settings.seq_len, settings.validation_samples, 0)
-        best = folder / "checkpoints/best.safetensors"
-        callbacks.insert(0, Validation(windows, settings.batch_size, settings.validate_every, settings.patience, best))
+        validation = Validation(windows, settings.batch_size, settings.validate_every, settings.patience, folder)
+        callbacks.insert(0, validation)
     teacher = models.load(models.dense_folder(recipe, inputs), recipe) if settings.distill else None
     fit(recovery.model, windows_NT, settings, recipe.seed, folder, callbacks, teacher)
+    if validation:
+        validation.restore(recovery.model)
     assert recovery.reapply() == 0
 
     recovery.save(folder, masks_file)

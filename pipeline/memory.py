@@ -1,5 +1,6 @@
 """What memory the prune stage needs, what is free, and what was used at most. All in GiB."""
 
+import gc
 import resource
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,13 @@ def free_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / GIB
     return psutil.virtual_memory().available / GIB
+
+
+def let_go() -> None:
+    """Frees models that nothing refers to any more but themselves, as lm-eval's wrapper and a Trainer do."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def restart_peak(device: torch.device) -> None:

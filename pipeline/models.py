@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
 WEIGHTS = ("*.safetensors", "*.bin")
+IDENTITY = ("config.json", "tokenizer*", "vocab*", "merges*", "*.model", "*.py")  # beside the weights
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")  # configuration, tokenizer, remote code
 
 
@@ -53,8 +54,7 @@ def locate(model: str, revision: str | None) -> Path:
 
 
 def identity(folder: Path) -> str:
-    paths = [path for pattern in (*WEIGHTS, "config.json", "tokenizer*") for path in folder.glob(pattern)]
-    return files.fingerprint(paths)
+    return files.fingerprint({path for pattern in (*WEIGHTS, *IDENTITY) for path in folder.glob(pattern)})
 
 
 def tokenizer(folder: Path, recipe: Recipe):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.masks import apply_
 from pipeline.patterns import NofM
 
 BLOCK = 128  # columns whose errors are pushed on at once (SparseGPT, section 3.3)
@@ -17,32 +18,72 @@ WIDTH = 32  # columns within a block that are updated one by one, before a produ
 
 
 def hessian(input_NI: Tensor) -> Tensor:
-    """X^T X, (I, I) in float64. A common factor (SparseGPT: 2/n) changes neither masks nor updates."""
+    """X^T X in fp32, its upper triangle as one row for `unpacked`: that halves the products, and what is summed over batches
+    and ranks. A common factor (SparseGPT: 2/n) changes neither masks nor updates."""
     input_NI = input_NI.float()
-    return (input_NI.T @ input_NI).double()
+    inputs = input_NI.shape[1]
+    packed = input_NI.new_empty(sum(rows * columns for _, rows, columns in _bands(inputs)))
+    for (first, rows, _), band in zip(_bands(inputs), _split(packed, inputs)):
+        torch.mm(input_NI[:, first : first + rows].T, input_NI[:, first:], out=band)
+    return packed
+
+
+def unpacked(packed: Tensor, inputs: int) -> Tensor:
+    """The Hessian, (I, I), in the dtype of `packed`."""
+    hessian_II = packed.new_empty(inputs, inputs)
+    for (first, rows, _), band in zip(_bands(inputs), _split(packed, inputs)):
+        hessian_II[first : first + rows, first:] = band
+        hessian_II[first + rows :, first : first + rows] = band[:, rows:].T
+    return hessian_II
+
+
+def _split(packed: Tensor, inputs: int) -> list[Tensor]:
+    """Views of its bands of rows, each from the diagonal on."""
+    parts = packed.split([rows * columns for _, rows, columns in _bands(inputs)])
+    return [part.view(rows, columns) for part, (_, rows, columns) in zip(parts, _bands(inputs))]
+
+
+def _bands(inputs: int) -> list[tuple[int, int, int]]:
+    """(first row, rows, columns) of at most eight bands: 9/16 of the whole, in products that are large enough."""
+    rows = max(BLOCK, -(-inputs // 8))
+    return [(first, min(rows, inputs - first), inputs - first) for first in range(0, inputs, rows)]
 
 
 def factor(hessian_II: Tensor, damp: float, name: str, say: Callable[[str], None]) -> tuple[Tensor, Tensor]:
-    """Upper Cholesky factor of the damped inverse, (I, I) in fp32, and which inputs are dead, (I,).
+    """Upper Cholesky factor of the damped inverse of an fp32 Hessian, (I, I), and which inputs are dead, (I,).
 
     Damped by `damp` times the mean of the diagonal; where that is not enough, ten times as much, and so on.
     """
-    hessian_II = hessian_II.float()
     dead_I = hessian_II.diagonal() == 0
     hessian_II.diagonal()[dead_I] = 1
     mean = hessian_II.diagonal().mean()
     while damp <= 10:
-        damped_II = hessian_II.clone()
-        damped_II.diagonal().add_(damp * mean)
-        lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+        # with rows and columns reversed, H = V V^T of an upper V, so inverse(V) is the factor: half the work of a Cholesky
+        # factor of the inverse, and a condition that is not squared
+        reversed_II = hessian_II.flip(0, 1)
+        reversed_II.diagonal().add_(damp * mean)
+        lower_II, failed = torch.linalg.cholesky_ex(reversed_II)
         if not failed:
-            upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
-            if not failed and upper_II.isfinite().all():
-                return upper_II, dead_I
+            factor_II = _inverse(lower_II.flip(0, 1))
+            if factor_II.isfinite().all():
+                return factor_II, dead_I
         more = max(10 * damp, 1e-4)
         say(f"  {name}: the Hessian is singular at damping {damp:g}: trying {more:g}")
         damp = more
     raise UserError(f"{name}: the Hessian stays singular at any damping: more calibration samples are needed")
+
+
+def _inverse(upper_II: Tensor) -> Tensor:
+    """Of an upper triangular matrix, by halves: a third of the products of a solve against the identity."""
+    inputs = len(upper_II)
+    if inputs <= 2 * BLOCK:
+        return torch.linalg.solve_triangular(upper_II, torch.eye(inputs).to(upper_II), upper=True)
+    half = inputs // 2
+    inverse_II = torch.zeros_like(upper_II)
+    inverse_II[:half, :half] = first = _inverse(upper_II[:half, :half])
+    inverse_II[half:, half:] = second = _inverse(upper_II[half:, half:])
+    inverse_II[:half, half:] = -(first @ upper_II[:half, half:]) @ second
+    return inverse_II
 
 
 def prune_rows(
@@ -57,20 +98,22 @@ def prune_rows(
     Either `choose(weight_RB, columns)` gives the mask of a block before its columns are visited, or, where it is None,
     `score(weight_RM, columns)` scores each group of M columns when it is reached, and `pattern` selects.
     """
-    rows, inputs = weight_RI.shape
+    inputs = weight_RI.shape[1]
     block = BLOCK if choose or pattern is None else max(1, BLOCK // pattern.m) * pattern.m
     width = WIDTH if choose or pattern is None else max(1, WIDTH // pattern.m) * pattern.m
-    mask_RI = torch.empty_like(weight_RI, dtype=torch.bool)
+    weight_IR = weight_RI.T.contiguous()  # a column is contiguous: every step works on whole columns
+    kept_IR = torch.empty_like(weight_IR, dtype=torch.bool)
     for start in range(0, inputs, block):
         stop = min(start + block, inputs)
         columns = slice(start, stop)
         factor_BB = factor_II[columns, columns]
-        inverse_B = factor_BB.diagonal().reciprocal().tolist()
-        weight_BR = weight_RI[:, columns].T.contiguous()  # a column is contiguous: every step works on whole columns
+        inverse_B1 = factor_BB.diagonal().reciprocal()[:, None]
+        weight_BR, kept_BR = weight_IR[columns], kept_IR[columns]
         error_BR = torch.empty_like(weight_BR)
-        kept_BR = (
-            choose(weight_BR.T, columns).T.contiguous() if choose else torch.empty_like(weight_BR, dtype=torch.bool)
-        )
+        scale_BR = torch.empty_like(weight_BR)  # of the error that a weight leaves: none where it stays
+        if choose:
+            kept_BR[:] = choose(weight_BR.T, columns).T
+            torch.mul(~kept_BR, inverse_B1, out=scale_BR)
         for first in range(0, stop - start, width):
             last = min(first + width, stop - start)
             for i in range(first, last):
@@ -78,13 +121,13 @@ def prune_rows(
                     group = slice(i, i + pattern.m)
                     score_RM = score(weight_BR[group].T, slice(start + i, start + i + pattern.m))
                     kept_BR[group] = pattern.select(score_RM).T
-                error_BR[i] = weight_BR[i].masked_fill(kept_BR[i], 0) * inverse_B[i]
-                weight_BR[i] *= kept_BR[i]
+                    torch.mul(~kept_BR[group], inverse_B1[group], out=scale_BR[group])
+                torch.mul(weight_BR[i], scale_BR[i], out=error_BR[i])
                 if i + 1 < last:
                     weight_BR[i + 1 : last].addr_(factor_BB[i, i + 1 : last], error_BR[i], alpha=-1)
             weight_BR[last:].addmm_(factor_BB[first:last, last:].T, error_BR[first:last], alpha=-1)
-        weight_RI[:, columns] = weight_BR.T
-        mask_RI[:, columns] = kept_BR.T
-        weight_RI[:, stop:].addmm_(error_BR.T, factor_II[columns, stop:], alpha=-1)
-    weight_RI.mul_(mask_RI).add_(0.0)
+        weight_IR[stop:].addmm_(factor_II[columns, stop:].T, error_BR, alpha=-1)
+    weight_RI.copy_(weight_IR.T)
+    mask_RI = kept_IR.T.contiguous()
+    apply_(weight_RI, mask_RI)
     return mask_RI

@@ -1,6 +1,5 @@
 """Owns where a model is computed: whole on this process's device, layer by layer through it, or spread by accelerate."""
 
-import gc
 from collections.abc import Callable
 
 import torch
@@ -57,10 +56,3 @@ def windows_at_once(batch_size: int | str, logits: Logits, windows_NT: Tensor) -
         return tried
 
     return int(processes.gather_rows(torch.tensor([found()], device=processes.device())).min())
-
-
-def let_go() -> None:
-    """Frees the memory of a model that nothing refers to any more: lm-eval's wrapper holds itself, and so the model."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -53,6 +53,25 @@ def _panels(name: str, series: dict[str, Points], label: str, top: float) -> str
     return draw(name, paint, (SIZE[0], max(SIZE[1], 0.6 + 0.95 * down)))
 
 
+def reconstruction(before: Points, after: Points) -> str:
+    """(layer, ||reconstructed - dense|| / ||dense|| of its output, over held-out calibration text)."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for label, points, colour in (("before", before, SECOND), ("after", after, ACCENT)):
+            layers, shares = zip(*points, strict=True)
+            axes.plot(
+                layers, [100 * share for share in shares], color=colour, linewidth=1.4, label=label, **_dots(points)
+            )
+        axes.set(xlabel="decoder layer", ylabel="output error (% of the norm)")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.grid(False, axis="x")
+        axes.legend(loc="best")
+
+    return draw("reconstruction", paint)
+
+
 def loss(training: Points, validation: Points = ()) -> str:
     """`training` and `validation` are (step, nats per token); the solid line is a running mean of the faint one."""
 

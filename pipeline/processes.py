@@ -1,8 +1,7 @@
-"""Owns the processes: what the launcher started, the process group, and what the Trainer is told of them."""
+"""Owns the group of processes: how it forms and ends, what they tell each other, and what the Trainer is told of it."""
 
 import os
 import re
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +13,10 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from pipeline import interrupt
+from pipeline import interrupt, launcher
 from pipeline.errors import SaidElsewhere, Stopped, UserError, one_line
 from pipeline.heartbeat import ERROR, Heartbeat
+from pipeline.launcher import device, local_rank, local_world_size, nodes
 
 CELL = "ESPALIER_CELL"  # the variable by which `sweep` tells which cell this is
 LOST = re.compile(r"Connection (closed|reset)|Broken pipe|[Tt]imed out waiting|gloo/transport|ProcessGroup|NCCL")
@@ -28,17 +28,9 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 def world_size() -> int:
     # Lightning's teardown deletes the variable where it thinks that it started the processes; the group stays
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
-
-
-def local_world_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def several_nodes() -> bool:
@@ -47,10 +39,6 @@ def several_nodes() -> bool:
 
 def is_main() -> bool:
     return rank() == 0
-
-
-def device() -> torch.device:
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @contextmanager
@@ -72,7 +60,7 @@ def together(timeout_minutes: float = 30) -> Iterator[None]:
 def start(timeout_minutes: float = 30) -> None:
     """Joins the processes of the launcher into one group; refuses a launch that is not what was asked for."""
     global _heartbeat, _timeout
-    _refuse_another_launch()
+    launcher.refuse_another()
     if world_size() > 1 and not dist.is_initialized():
         _timeout = timedelta(minutes=timeout_minutes)
         store, rank_, size = next(dist.rendezvous("env://", timeout=_timeout))
@@ -80,49 +68,13 @@ def start(timeout_minutes: float = 30) -> None:
         store = dist.PrefixStore(os.environ.get(CELL, "run"), store)
         # a connection of its own, for a wait on one blocks all that use it
         _heartbeat = Heartbeat(store.clone(), rank_, size, local_rank(), int(os.environ.get("GROUP_RANK", 0)))
-        _set_device()  # whose failure on one machine is now heard of on all
+        launcher.set_device()  # whose failure on one machine is now heard of on all
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
             backend, store=dist.PrefixStore("espalier", store), rank=rank_, world_size=size, timeout=_timeout
         )
     else:
-        _set_device()
-
-
-def _refuse_another_launch() -> None:
-    """What can be told from the environment alone, so on all processes alike."""
-    if "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
-        # without a GPU, `accelerate launch [--cpu] --num_processes 2` quietly starts a single process
-        raise UserError(
-            "several processes were asked for and the launcher started one: on a host without GPUs type "
-            "`accelerate launch --multi_gpu --num_processes N launch.py ...` (without --cpu)"
-        )
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-    if tasks > 1 and "RANK" not in os.environ:
-        raise UserError(
-            f"srun started {tasks} tasks that know nothing of each other: type `srun --ntasks-per-node=1 torchrun "
-            "--nnodes=$SLURM_NNODES --nproc_per_node=GPUS ... launch.py ...`"
-        )
-    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
-    if nodes > 1 and world_size() != nodes * local_world_size():
-        raise UserError(
-            f"{nodes} machines were asked for and {world_size()} processes, {local_world_size()} of them here: type the "
-            "same number of processes on each, torchrun --nproc_per_node=N, or accelerate launch --num_processes with the "
-            "number on all machines together"
-        )
-
-
-def _set_device() -> None:
-    if torch.cuda.is_available():
-        if local_world_size() > torch.cuda.device_count():
-            raise UserError(
-                f"{local_world_size()} processes were started and {socket.gethostname()} has {torch.cuda.device_count()} "
-                f"GPUs: type --num_processes {torch.cuda.device_count()}"
-            )
-        torch.cuda.set_device(device())
-    else:
-        # the launchers set OMP_NUM_THREADS=1, which would leave the other cores idle
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
+        launcher.set_device()
 
 
 def stop() -> None:
@@ -246,7 +198,7 @@ def trainer_arguments(strategy: str = "ddp") -> dict[str, Any]:
     return {
         "accelerator": "gpu" if torch.cuda.is_available() else "cpu",
         "devices": local_world_size(),
-        "num_nodes": int(os.environ.get("GROUP_WORLD_SIZE", 1)),
+        "num_nodes": nodes(),
         "strategy": several,
         "use_distributed_sampler": False,
         "enable_model_summary": False,

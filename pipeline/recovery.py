@@ -94,7 +94,8 @@ class SparseFull:
                 mask = self.masks.of(name, parameter)
                 self.parts[name] = None if mask is None else sharding.like(mask, parameter)
             if (part := self.parts[name]) is not None:
-                yield parameter, part.to(sharding.local(parameter).device)  # Lightning takes a trained model off the GPU
+                # Lightning takes a model that it has trained off the GPU
+                yield parameter, part.to(sharding.local(parameter).device)
 
     @torch.no_grad()
     def mask_gradients(self) -> None:

@@ -86,6 +86,7 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> dict[str, Any]:
         "notes": summary.notes(results),
         "layers": _rows(inputs, "prune", "layers.csv"),
         "matrices": _rows(inputs, "prune", "matrices.csv"),
+        "reconstruction": _rows(inputs, "reconstruct", "layers.csv"),
         "metrics": _rows(inputs, "finetune", "metrics.csv"),
         "continuations": _continuations(results),
         "stages": [_stage(name, stage) for name, stage in about.items()],
@@ -104,6 +105,11 @@ def figures(facts: dict[str, Any]) -> list[tuple[str, Markup]]:
         drawn.append(("Pruned weights of each layer, by matrix", plots.sparsity(series.together(sparsity))))
     if errors := series.by_type(facts["matrices"], "relative_output_error"):
         drawn.append(("Output error of each layer, by matrix", plots.output_error(errors)))
+    if before := series.points(facts["reconstruction"], "layer", "error_before"):
+        after = series.points(facts["reconstruction"], "layer", "error_after")
+        drawn.append(
+            ("Output error of each layer, before and after its reconstruction", plots.reconstruction(before, after))
+        )
     if losses := series.points(facts["metrics"], "step", "loss"):
         held_out = [(step, math.log(it)) for step, it in series.points(facts["metrics"], "step", "val_perplexity")]
         drawn.append(("Loss while fine-tuning", plots.loss(losses, held_out)))

@@ -34,9 +34,10 @@ from pipeline import (
     siblings,
     sources,
     space,
+    tasks,
 )
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe, plain, section
+from pipeline.recipe import Recipe, own_code, plain, section
 
 LIBRARIES = ("torch", "transformers", "datasets", "lightning", "peft", "accelerate", "lm_eval")
 
@@ -93,13 +94,14 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
         begun = checksums.read(work)
         if begun is None and (work / checksums.OWN).exists():
             print(f"{stage.name}: {work / checksums.OWN} is damaged: from the start", flush=True)
-        if begun is None or begun["key"] != key:
+        if (begun or {}).get("key") != key:
             shutil.rmtree(work, ignore_errors=True)
             checksums.write(work, {"key": key, "stage": stage.name})
         for left in work.rglob(".*.part"):
             left.unlink()
         space.check(stage.name, recipe, inputs, work)
     processes.barrier()
+    memory.let_go()
     memory.restart_peak(processes.device())
     started = time.perf_counter()
     stage.run(recipe, work, inputs)
@@ -214,11 +216,16 @@ def _traceback_kept(run_dir: Path) -> Iterator[None]:
 
 
 def _read_from_outside(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """What the stages read from outside, so that a changed model or text is seen, and a missing one before any work."""
-    found: dict[str, dict[str, Any]] = {}
+    """What the stages read from outside, so that a changed model, text, task or method of the user's own is seen, and a
+    missing one before any work."""
+    found: dict[str, dict[str, Any]] = {"prune": {"code": files.fingerprint(own_code(recipe.prune))}}
+    if "evaluate" in recipe.stages:
+        asked = (recipe.mirror, recipe.evaluate.fewshot)
+        found["evaluate"] = {"tasks": {name: tasks.identity(name, *asked) for name in recipe.evaluate.tasks}}
     if recipe.model is not None:
         identity = models.identity(models.locate(recipe.model, recipe.revision))
-        found |= {"prune": {"model": identity}, "evaluate": {"model": identity}}
+        for name in ("prune", "evaluate"):
+            found[name] = found.get(name, {}) | {"model": identity}
     for name in ("prune", "reconstruct", "finetune", "evaluate"):
         if name in recipe.stages:
             texts = {str(source): sources.identity(source) for source in sources.of_stage(recipe, name)}

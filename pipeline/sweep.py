@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline import recipe
+from pipeline import recipe, recipe_reader
 from pipeline.errors import UserError
 
 FAILED = 2  # the exit code
@@ -68,7 +68,9 @@ def run(cells: dict[str, list[str]], main: Callable[[], int]) -> int:
 
     `main` is the command itself, which reads `sys.argv`. Each process of a launch walks the cells in this order.
     """
-    settings = [recipe.load(arguments) for arguments in cells.values()]  # a mistake in any is answered before all work
+    settings = [
+        recipe_reader.load(arguments) for arguments in cells.values()
+    ]  # a mistake in any is answered before all work
     from pipeline import processes, stages  # noqa: F401  # what all cells need is loaded before they part
 
     failed = []
@@ -127,7 +129,7 @@ def _folder(first: list[str], recipes: list[str] | None) -> Path:
     """Of the whole sweep, from the first cell's arguments: its run folder, or one named by all recipes."""
     if recipes and not any(argument.startswith("run_dir=") for argument in first):
         return Path("runs") / "-".join(Path(name).stem for name in recipes)
-    return Path(recipe.load(first).run_dir)
+    return Path(recipe_reader.load(first).run_dir)
 
 
 def _name(key: str, value: str, values: list[str]) -> str:

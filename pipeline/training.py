@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import get_cosine_schedule_with_warmup
 
+from callbacks.checkpointer import Checkpointer
 from callbacks.step_log import StepLog
 from callbacks.stop_at_signal import StopAtSignal
 from pipeline import distill, processes, sharding
@@ -114,13 +114,14 @@ def fit(
     by_step = windows_NT.view(settings.max_steps, sequences(settings), -1)
     mine = by_step[:, rank::world_size].flatten(0, 1).long()
     checkpoints = folder / "checkpoints"
-    saver = ModelCheckpoint(checkpoints, filename="{step}", every_n_train_steps=settings.checkpoint_every, save_top_k=1)
+    stop, saver = StopAtSignal(checkpoints), Checkpointer(checkpoints, settings.checkpoint_every)
     trainer = Trainer(
         max_steps=settings.max_steps,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=settings.clip or None,
-        precision=_precision(settings.precision),
-        callbacks=[*callbacks, StepLog(folder / "metrics.csv"), StopAtSignal(checkpoints), saver],
+        precision=precision(settings.precision),
+        callbacks=[*callbacks, StepLog(folder / "metrics.csv"), stop, saver],
+        enable_checkpointing=False,  # by Lightning's own callback
         plugins=[WholeCheckpoints(folder)],
         logger=_loggers(settings.loggers, folder),
         enable_progress_bar=processes.on_terminal(),
@@ -136,6 +137,10 @@ def fit(
     if last:
         processes.say(f"  going on from {last.name}")
     trainer.fit(CausalLM(model, settings, seed, teacher), loader, ckpt_path=last, weights_only=True)
+    if "wandb" in settings.loggers:
+        import wandb
+
+        wandb.finish()  # Lightning does not, and wandb would go on writing into a finished stage
     model.eval()
 
 
@@ -165,7 +170,7 @@ def _loggers(names: list[str], folder: Path) -> list:
         raise UserError(f"finetune.loggers=[{name}] needs a package: type pip install {name}") from error
 
 
-def _precision(setting: str) -> str:
+def precision(setting: str) -> str:
     if setting != "auto":
         return setting
     return "bf16-mixed" if torch.cuda.is_available() else "32-true"

@@ -10,13 +10,23 @@ from pipeline.decoder import Matrix
 SAMPLE = 64  # tokens kept of the first batch, to measure the output error on: a product with more would cost seconds
 
 
+PART = 1 << 18  # numbers
+
+
+def _add(total: Tensor, seen: Tensor) -> None:
+    """Part by part on a CPU, where fresh memory for all of `seen` in float64 takes five times as long as the sum."""
+    length = PART if total.device.type == "cpu" else total.numel()
+    for sum_, part in zip(total.view(-1).split(length), seen.view(-1).split(length)):
+        sum_ += part.double()
+
+
 class EveryInputSeen(Exception):
     """Raised inside a layer once each matrix has seen its input: the rest of the layer need not be computed."""
 
 
 class InputWatch:
-    """Sums `observe(input_NI)` over all inputs of each matrix; matrices that are given the same tensor (q, k and v; gate
-    and up) share one sum, kept under the name of the first, their leader."""
+    """Sums `observe(input_NI)` in float64 over all inputs of each matrix; matrices that are given the same tensor (q, k and
+    v; gate and up) share one sum, kept under the name of the first, their leader."""
 
     def __init__(self, matrices: dict[str, Matrix], observe: Callable[[Tensor], Tensor]) -> None:
         self.matrices, self.observe = matrices, observe
@@ -59,9 +69,9 @@ class InputWatch:
         seen = self.observe(input_NI)
         self.tokens[leader] += len(input_NI)
         if leader in self.totals:
-            self.totals[leader] += seen
+            _add(self.totals[leader], seen)
         else:
-            self.totals[leader] = seen
+            self.totals[leader] = seen.double()
             self.samples[leader] = input_NI[:SAMPLE].clone()
 
     def next_batch(self) -> None:
@@ -79,5 +89,5 @@ class InputWatch:
             if matrix.expert is not None and name not in self.leader:
                 nothing_NI = matrix.weight_OI.new_zeros(0, matrix.weight_OI.shape[1])
                 self.leader[name] = name
-                self.totals[name] = self.observe(nothing_NI)
+                self.totals[name] = self.observe(nothing_NI).double()
                 self.samples[name] = nothing_NI

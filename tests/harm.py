@@ -1,6 +1,7 @@
 """Ways to damage a folder: each returns what does it."""
 
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,23 @@ def put(name: str, content: str | bytes) -> Harm:
 
 def remove(name: str) -> Harm:
     return lambda folder: (folder / name).unlink()
+
+
+def disk(options: str) -> Harm:
+    """A small disk of its own at `disk`, with the options of a tmpfs, until `undo`; an OSError where that is not permitted."""
+
+    def harm(folder: Path) -> None:
+        (folder / "disk").mkdir(exist_ok=True)
+        mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder / "disk"]
+        if subprocess.run(mount, capture_output=True).returncode:
+            raise PermissionError("mounting is not permitted here")
+
+    return harm
+
+
+def undo(folder: Path) -> None:
+    if (folder / "disk").is_mount():
+        subprocess.run(["umount", "-l", folder / "disk"], check=True)
 
 
 def change_weights(change: Callable[[dict], object], name: str = "model.safetensors") -> Harm:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import checksums, compare, recipe, series, siblings
+from pipeline import checksums, compare, recipe, recipe_reader, series, siblings
 from pipeline.errors import UserError
 from tests.test_report import HOSTILE, PLAIN, Page, make_results
 
 
 def write_run(folder: Path, *settings: str, results: dict | None = None, model: str = "some/model") -> dict:
     """A run as far as it is compared, with numbers of its own; returns its results."""
-    told = recipe.load(["recipe=tiny", "stages=[prune,finetune,evaluate,report]", "model=some/model", *settings])
+    told = recipe_reader.load(["recipe=tiny", "stages=[prune,finetune,evaluate,report]", "model=some/model", *settings])
     told.model = model
     evaluate = folder / "evaluate"
     evaluate.mkdir(parents=True)

@@ -15,7 +15,8 @@ import launch
 from pipeline import checksums, continuations, models, world
 from pipeline.errors import UserError
 from pipeline.masks import Masks
-from pipeline.recipe import Recipe, load
+from pipeline.recipe import Recipe
+from pipeline.recipe_reader import load
 from tests.conftest import QUICK, typing
 from tests.test_perplexity import tiny_llama as random_llama
 

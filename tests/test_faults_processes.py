@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import heartbeat, lock, processes, recipe, stages
+from pipeline import heartbeat, lock, processes, recipe_reader, stages
 from pipeline.errors import UserError
 from tests.launches import end, fork
 
@@ -63,8 +63,19 @@ def wait_for_the_others(number: int) -> None:
     processes.barrier() if number == 0 else time.sleep(100)
 
 
-def send(number: int, name: str):
-    return lambda running: os.kill(running[number].pid, getattr(signal, name))
+GONE = [  # signal, process, exit codes, what the other says
+    ("SIGKILL", 1, [2, -9], "process 1 on .* ended without a word"),
+    ("SIGKILL", 0, [-9, 2], "process 0 on .* ended without a word"),
+    ("SIGSTOP", 1, [2, -9], "process 1 on .* ended without a word"),
+    ("SIGSTOP", 0, [-9, 2], "has not answered for"),
+    ("SIGTERM", 1, [75, 75], "stopped by SIGTERM"),
+]
+
+
+def gone(folder: Path, name: str, number: int) -> tuple[list[int], list, float]:
+    """As `ranks`. A machine each: where the main process stands still, the other machine has to say so."""
+    work = ready_and(folder, wait_for_the_others)
+    return ranks(folder, work, nodes=2, harm=lambda running: os.kill(running[number].pid, getattr(signal, name)))
 
 
 def test_the_message_of_the_one_that_fails_is_said_once_and_ends_all(tmp_path):
@@ -99,21 +110,10 @@ def test_a_failure_is_said_once_on_each_machine(tmp_path):
     assert "KeyError: 'oops' (a fault of Espalier" in said[3][0]
 
 
-@pytest.mark.parametrize(
-    ("harm", "codes", "says"),
-    [
-        (send(1, "SIGKILL"), [2, -9], "process 1 on .* ended without a word"),
-        (send(0, "SIGKILL"), [-9, 2], "process 0 on .* ended without a word"),
-        (send(1, "SIGSTOP"), [2, -9], "process 1 on .* ended without a word"),
-        (send(0, "SIGSTOP"), [-9, 2], "has not answered for"),
-        (send(1, "SIGTERM"), [75, 75], "stopped by SIGTERM"),
-    ],
-    ids=["kill 1", "kill 0", "stop 1", "stop 0", "terminate 1"],
-)
-def test_a_process_that_is_gone_does_not_leave_the_others_waiting(tmp_path, monkeypatch, harm, codes, says):
+@pytest.mark.parametrize(("name", "number", "codes", "says"), GONE)
+def test_a_process_that_is_gone_does_not_leave_the_others_waiting(tmp_path, monkeypatch, name, number, codes, says):
     monkeypatch.setattr(heartbeat, "MISSED", 5)
-    # a machine each: where it is the main process that stands still, the other machine has to say so
-    found, said, seconds = ranks(tmp_path, ready_and(tmp_path, wait_for_the_others), nodes=2, harm=harm)
+    found, said, seconds = gone(tmp_path, name, number)
     assert found == codes and seconds < 30
     lines = [line for lines in said for line in lines]
     assert lines and all(re.search(says, line.split(": ", 1)[1]) for line in lines), said
@@ -127,7 +127,7 @@ def test_a_barrier_has_a_time_out_of_the_recipe(tmp_path):
 
 def test_processes_of_other_settings_are_refused(tmp_path):
     def work(number: int) -> None:
-        stages._refuse_other_settings(recipe.load([f"prune.sparsity=0.{5 + number}"]))
+        stages._refuse_other_settings(recipe_reader.load([f"prune.sparsity=0.{5 + number}"]))
 
     codes, said, _ = ranks(tmp_path, work)
     (line,) = (line for lines in said for line in lines)

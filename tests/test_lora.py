@@ -76,6 +76,30 @@ def test_merge_is_forward_and_exactly_sparse(family, dropout):
     assert masks.violations(by_peft.named_parameters()) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_forms_are_the_same_to_the_bit_in_mixed_precision(dtype):
+    settings = Finetune(rank=4, alpha=8.0, bias="lora_only")
+    found = []
+    for cached in (True, False):
+        torch.manual_seed(0)
+        adapted = lora.attach(*with_masks(small_model("opt").to(dtype)), settings, cached=cached)
+        assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+        with torch.autocast("cpu", torch.bfloat16):
+            trained(adapted)
+            found.append([layer.merged_weight() for layer in lora.masked_layers(adapted).values()])
+            ids = torch.randint(3, 61, (2, 16), generator=torch.Generator().manual_seed(9))
+            loss = adapted(input_ids=ids, labels=ids).loss
+            layer = next(iter(lora.masked_layers(adapted).values()))
+            x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
+            bias = layer.get_base_layer().bias.bfloat16()
+            out = layer(x)
+        loss.backward()
+        found[-1] += [p.grad for p in adapted.parameters() if p.grad is not None]
+        expected = nn.functional.linear(x.bfloat16(), layer.merged_weight().bfloat16(), bias)
+        assert torch.equal(out, expected)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_merge_is_forward_in_bfloat16():
     model, masks = with_masks(small_model("llama").bfloat16())
     plain = copy.deepcopy(model)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from callbacks.methods import METHODS, WandaPruner
-from pipeline import data, models, patterns, prune, recipe, series, sources
+from pipeline import data, models, patterns, prune, recipe_reader, series, sources
 from pipeline.decoder import Decoder
 from pipeline.errors import UserError
 from pipeline.masks import Masks, by_matrix
@@ -21,7 +21,7 @@ SETTINGS = [s for s in QUICK if not s.startswith("stages")]
 
 
 def settings(model, *more):
-    return recipe.load([f"model={model}", "stages=[prune]", *SETTINGS, *more])
+    return recipe_reader.load([f"model={model}", "stages=[prune]", *SETTINGS, *more])
 
 
 def pruned(model, folder, *more):
@@ -237,7 +237,7 @@ ALL_METHODS = """
 import sys
 from pathlib import Path
 from callbacks.methods import METHODS
-from pipeline import processes, prune, recipe
+from pipeline import processes, prune, recipe_reader
 model, where, *settings = sys.argv[1:]
 processes.start()
 for method in METHODS:
@@ -245,7 +245,7 @@ for method in METHODS:
         folder = Path(where) / f"{method}-{sparsity}"
         folder.mkdir(parents=True, exist_ok=True)
         chosen = ["stages=[prune]", f"model={model}", *settings, f"prune.method={method}", f"prune.sparsity={sparsity}"]
-        prune.run(recipe.load(chosen), folder, {})
+        prune.run(recipe_reader.load(chosen), folder, {})
         processes.barrier()
 processes.stop()
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import recipe
+from pipeline import recipe, recipe_reader
 from pipeline.masks import Masks
 from tests.conftest import QUICK, ROOT, espalier
 
@@ -28,7 +28,7 @@ def test_its_two_commands_are_those_that_ci_types():
 
 def test_its_keys_and_methods_exist():
     table = README[README.index("| keys |") : README.index("A `dataset` is")]
-    known = recipe.section(recipe.load([]), "prune").keys()
+    known = recipe.plain(recipe_reader.load([]))["prune"].keys()
     for key in re.findall(r"`prune\.(\w+)`", table):
         assert key in known
     for method in recipe.METHODS:
@@ -36,7 +36,7 @@ def test_its_keys_and_methods_exist():
     for line in re.findall(r"launch\.py (.*)$", README, flags=re.M):
         for name in re.findall(r"recipe=(\w+)", line):
             if name != "NAME":
-                assert name in recipe.available()
+                assert name in recipe_reader.available()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pipeline import recipe
+from pipeline import recipe_reader
 from pipeline.errors import UserError
 from tests.conftest import ROOT
 
@@ -15,7 +15,7 @@ FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_recipe_loads_and_is_short(path):
     extra = [] if path.stem != "paper" else ["model=somewhere"]
-    loaded = recipe.load([f"recipe={path}", *extra])
+    loaded = recipe_reader.load([f"recipe={path}", *extra])
     assert loaded.run_dir == f"runs/{path.stem}"
     assert len(path.read_text().splitlines()) <= 20
 
@@ -55,7 +55,7 @@ def test_every_recipe_loads_and_is_short(path):
 def test_bad_input_is_one_line(argument, says):
     arguments = [argument] if argument.startswith("recipe=") else ["recipe=llama7b_2of4", argument]
     with pytest.raises(UserError) as raised:
-        recipe.load(arguments)
+        recipe_reader.load(arguments)
     message = str(raised.value)
     assert says in message
     assert "\n" not in message
@@ -63,19 +63,19 @@ def test_bad_input_is_one_line(argument, says):
 
 def test_no_model_says_what_to_type():
     with pytest.raises(UserError, match="model=<hub id or folder>"):
-        recipe.load(["stages=[prune]"])
+        recipe_reader.load(["stages=[prune]"])
 
 
 def test_colon_in_quotes_is_accepted(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text('model: m\nprune: {sparsity: "2:4"}\n')
-    assert recipe.load([f"recipe={path}"]).prune.sparsity == "2:4"
+    assert recipe_reader.load([f"recipe={path}"]).prune.sparsity == "2:4"
 
 
 def test_extends_then_file_then_command_line(tmp_path):
     (tmp_path / "base.yaml").write_text("model: m\nseed: 1\nfinetune: {rank: 4, alpha: 4}\n")
     (tmp_path / "mine.yaml").write_text("extends: base\nfinetune: {rank: 5}\n")
-    loaded = recipe.load([f"recipe={tmp_path / 'mine.yaml'}", "finetune.alpha=6"])
+    loaded = recipe_reader.load([f"recipe={tmp_path / 'mine.yaml'}", "finetune.alpha=6"])
     assert (loaded.seed, loaded.finetune.rank, loaded.finetune.alpha) == (1, 5, 6)
 
 
@@ -83,14 +83,14 @@ def test_a_recipe_that_extends_itself_is_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("extends: b\n")
     (tmp_path / "b.yaml").write_text("extends: a\n")
     with pytest.raises(UserError, match="extends itself"):
-        recipe.load([f"recipe={tmp_path / 'a.yaml'}"])
+        recipe_reader.load([f"recipe={tmp_path / 'a.yaml'}"])
 
 
 def test_the_paper_settings_of_the_papers_models():
-    loaded = recipe.load(["recipe=llama2_7b_4of8"])
+    loaded = recipe_reader.load(["recipe=llama2_7b_4of8"])
     assert loaded.calibration.samples == 128
     assert loaded.calibration.seq_len == loaded.evaluate.seq_len == 4096
-    assert recipe.load(["recipe=llama7b_half"]).calibration.seq_len == 2048
+    assert recipe_reader.load(["recipe=llama7b_half"]).calibration.seq_len == 2048
 
 
 def test_answered_before_anything_heavy_loads():

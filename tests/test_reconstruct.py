@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import data, layer_fit, models, recipe, reconstruct, sources, stages
+from pipeline import data, layer_fit, models, recipe, recipe_reader, reconstruct, sources, stages
 from pipeline.decoder import find_layers
 from pipeline.errors import UserError
 from pipeline.masks import by_matrix
@@ -22,7 +22,7 @@ ALIKE = ("mistral", "qwen2", "qwen3", "gemma3_text")  # to the llama and gemma2,
 
 
 def settings(model, *more):
-    return recipe.load([f"model={model}", "stages=[prune,reconstruct]", *SETTINGS, *more])
+    return recipe_reader.load([f"model={model}", "stages=[prune,reconstruct]", *SETTINGS, *more])
 
 
 def reconstructed(model, where, *more):

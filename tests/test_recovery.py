@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import distill, finetune, lora, models, prune, quantize, recipe
+from pipeline import distill, finetune, lora, models, prune, quantize, recipe, recipe_reader
 from pipeline.errors import UserError
 from pipeline.masks import Masks, apply_, pack, unpack
 from pipeline.recipe import Finetune
@@ -31,7 +31,7 @@ SETTINGS = [s for s in QUICK if not s.startswith("stages")]
 
 
 def settings(model, *more) -> recipe.Recipe:
-    return recipe.load([f"model={model}", "stages=[prune,finetune]", *SETTINGS, *more])
+    return recipe_reader.load([f"model={model}", "stages=[prune,finetune]", *SETTINGS, *more])
 
 
 @pytest.fixture(scope="module", params=["2of4", "0.5"])

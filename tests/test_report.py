@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline import checksums, plots, published, recipe, report, summary
+from pipeline import checksums, plots, published, recipe, recipe_reader, report, summary
 
 MATRICES = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "mlp.experts.down_proj[0]", "mlp.experts.down_proj[1]")
 PLAIN = ("dense", "pruned", "finetuned")
@@ -58,6 +58,10 @@ def write_run(root: Path, results: dict) -> dict[str, Path]:
             for place, matrix in enumerate(MATRICES)
         ]
         write_csv(inputs["prune"] / "matrices.csv", "layer,matrix,sparsity,relative_output_error", rows)
+    if "reconstructed" in results["models"]:
+        inputs["reconstruct"] = write_stage(root, "reconstruct")
+        rows = [[layer, 9.5, 0.2 + layer / 50, 0.1 + layer / 50, 2] for layer in range(4)]
+        write_csv(inputs["reconstruct"] / "layers.csv", "layer,seconds,error_before,error_after,memory_gib", rows)
     if "finetuned" in results["models"]:
         inputs["finetune"] = write_stage(root, "finetune")
         rows = [[step, 3 - step / 100, 1e-4, 800, 20 - step / 10 if step % 20 == 0 else ""] for step in range(1, 61)]
@@ -106,7 +110,9 @@ def make_results(*names: str) -> dict:
 def write_report(root: Path, results: dict, *arguments: str, model: str = "some/model") -> tuple[str, str]:
     """(html, markdown) of a run under `root`."""
     inputs = write_run(root, results)
-    settings = recipe.load(["recipe=tiny", f"stages=[{','.join([*inputs, 'report'])}]", "model=some/model", *arguments])
+    settings = recipe_reader.load(
+        ["recipe=tiny", f"stages=[{','.join([*inputs, 'report'])}]", "model=some/model", *arguments]
+    )
     settings.model = model
     folder = root / "report"
     folder.mkdir()
@@ -229,7 +235,7 @@ def test_the_terminal_takes_names_for_text(tmp_path: Path) -> None:
 def test_html_stands_alone(tmp_path: Path) -> None:
     page, _ = write_report(tmp_path, make_results(*summary.MODELS))
     parsed = Page(page)
-    assert parsed.tags.count("svg") == 4
+    assert parsed.tags.count("svg") == 5
     assert not {"script", "link", "img", "iframe", "object"} & set(parsed.tags)
     assert not re.search(r"https?:|@import|//\w", page)
     references = [value for name, value in parsed.attributes if name in ("src", "href", "xlink:href")]
@@ -257,9 +263,10 @@ def test_the_recipe_in_the_report_is_a_recipe(tmp_path: Path) -> None:
     _, card = write_report(tmp_path, make_results(*summary.MODELS), *changed)
     again = tmp_path / "again.yaml"
     again.write_text(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])
-    first = recipe.load(["recipe=tiny", "stages=[prune,finetune,evaluate,report]", "model=some/model", *changed])
+    stages = "stages=[prune,reconstruct,finetune,evaluate,report]"
+    first = recipe_reader.load(["recipe=tiny", stages, "model=some/model", *changed])
     first.pretrain = recipe.Pretrain()  # settings of a stage that the run does not have are not told
-    assert recipe.load([f"recipe={again}"]) == first
+    assert recipe_reader.load([f"recipe={again}"]) == first
 
 
 @pytest.mark.parametrize(
@@ -278,7 +285,7 @@ def test_the_recipe_in_the_report_is_a_recipe(tmp_path: Path) -> None:
 )
 def test_published_numbers_are_of_the_same_setting(settings: list, seq_len: int, dataset: str, told: tuple) -> None:
     protocol = {"seq_len": seq_len, "datasets": {"wikitext2": f"{dataset}, 9 windows"}}
-    found, source = published.find(recipe.load(settings), protocol)
+    found, source = published.find(recipe_reader.load(settings), protocol)
     assert found == dict(zip(PLAIN, told)) and bool(source) == bool(told)
 
 
@@ -303,7 +310,7 @@ def test_won_back() -> None:
 
 @pytest.mark.parametrize("finetuned, words", [(8.0, "won back 52%"), (12.0, "won nothing back"), (5.68, "back 100%")])
 def test_headline_tells_what_came_back(finetuned: float, words: str) -> None:
-    settings = recipe.load(["recipe=tiny", "model=some/model", "stages=[prune,evaluate,report]"])
+    settings = recipe_reader.load(["recipe=tiny", "model=some/model", "stages=[prune,evaluate,report]"])
     results = {"models": {n: {"perplexity": {"ptb": p}} for n, p in zip(PLAIN, (5.68, 11.53, finetuned))}}
     assert words in summary.headline(settings, results)
 
@@ -326,6 +333,7 @@ def test_one_point_or_many_can_be_drawn() -> None:
         for svg in (
             plots.output_error({"q_proj": points}),
             plots.sparsity({"$x$": points}),
+            plots.reconstruction(points, points[::-1]),
             plots.loss(points),
             plots.loss(points, points[:50]),
         ):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import launch
+from callbacks.stop_at_signal import StopAtSignal
 from pipeline import checksums, interrupt
 from pipeline.errors import Stopped
 from tests.conftest import PRUNE
@@ -118,6 +119,8 @@ def test_a_signal_elsewhere_stops_at_once_and_a_second_one_always(capsys):
         with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
+        with pytest.raises(Stopped, match="stopped by SIGINT"):  # kept since the last step
+            StopAtSignal().on_train_end(None, None)
     assert signal.getsignal(signal.SIGINT) == handler
 
 
@@ -141,6 +144,22 @@ def test_stages_made_from_other_weights_than_are_there_now_are_made_again(traine
     checksums.record(run_dir / "prune", run_dir / "prune/model" / SECOND)
     code, said, _ = typed(*settings, f"run_dir={run_dir}")
     assert code == 0 and "prune: done before" in said and "finetune: read.prune" in said, said
+
+
+def test_what_decides_nothing_does_not_run_a_stage_again(trained, typed):
+    run_dir, settings = trained
+    changed = ("finetune.checkpoint_every=7", "finetune.effective=recomputed", "prune.hidden_states=cpu")
+    code, said, _ = typed(*settings, f"run_dir={run_dir}", *changed)
+    assert code == 0 and said.count("done before") == 2, said
+
+
+def test_a_method_of_ones_own_that_changed_prunes_again(tiny_llama, tmp_path, typed):
+    path = tmp_path / "mine.py"
+    settings = (f"model={tiny_llama}", f"run_dir={tmp_path}/run", f"prune.method={path}")
+    for text, says in ((MINE, "prune: running"), (MINE, "prune: done before"), (MINE + "# another", "running again")):
+        path.write_text(text)
+        code, said, _ = typed(*settings)
+        assert code == 0 and says in said, said
 
 
 def test_a_kill_between_the_end_of_a_stage_and_its_renaming(trained, typed):

@@ -145,8 +145,9 @@ def test_validation_stops_training_at_its_best(tmp_path):
     model = small_model("llama")
     chosen = schedule(max_steps=60, batch_size=1, accumulate=1, lr=3e-2, warmup=0.0)
     windows = torch.randint(3, 61, (60, 16), generator=torch.Generator().manual_seed(2))
-    validation = Validation(text, 2, 2, 3, tmp_path / "best.safetensors")
+    validation = Validation(text, 2, 2, 3, tmp_path)
     fit(model, windows, chosen, 0, tmp_path, [validation])
+    validation.restore(model)
     rows = [row.split(",") for row in (tmp_path / "metrics.csv").read_text().splitlines()[1:]]
     values = [float(row[-1]) for row in rows if row[-1]]
     assert len(rows) < 60 and len(rows) % 2 == 0
@@ -154,6 +155,37 @@ def test_validation_stops_training_at_its_best(tmp_path):
     assert min(values) not in values[-3:]
     module = type("", (), {"model": model, "device": torch.device("cpu")})
     assert validation.measure(module) == pytest.approx(min(values), rel=1e-5)
+
+
+@pytest.mark.parametrize("patience", [2, 100])
+def test_the_best_comes_back_to_one_that_was_killed_after_the_last_step(tmp_path, patience):
+    windows = torch.randint(3, 61, (60, 16), generator=torch.Generator().manual_seed(2))
+    chosen = schedule(max_steps=60, batch_size=1, accumulate=1, lr=3e-2, warmup=0.0, checkpoint_every=1)
+    found = []
+    for _ in range(2):  # the second finds the checkpoint of the first one's last step
+        model, validation = small_model("llama"), Validation(WINDOWS[:4], 2, 2, patience, tmp_path)
+        fit(model, windows, chosen, 0, tmp_path, [validation])
+        found.append((validation.seen, {name: value.clone() for name, value in model.state_dict().items()}))
+        validation.restore(model)
+        found[-1] += ({name: value.clone() for name, value in model.state_dict().items()},)
+    (step, last, best), (step_again, _, best_again) = found
+    assert step == step_again and (step == 60) == (patience == 100)
+    assert any(not torch.equal(last[name], best[name]) for name in best)
+    assert all(torch.equal(best[name], best_again[name]) for name in best)
+
+
+def test_a_checkpoint_that_is_not_whole_is_written_anew(tmp_path):
+    whole = with_dropout()
+    fit(whole, WINDOWS, schedule(), 0, tmp_path / "whole")
+    (tmp_path / "broken/checkpoints").mkdir(parents=True)
+    for batch in (9, 11, 17):  # a kill before the checksum of a checkpoint is recorded, and two after it
+        with pytest.raises(Killed):
+            fit(with_dropout(), WINDOWS, schedule(), 0, tmp_path / "broken", [KillAt(batch)])
+        if batch == 9:
+            (tmp_path / "broken/checkpoints/step=6.ckpt").write_bytes(b"half")
+    resumed = with_dropout()
+    fit(resumed, WINDOWS, schedule(), 0, tmp_path / "broken")
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):

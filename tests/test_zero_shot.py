@@ -289,3 +289,6 @@ def test_a_task_without_a_configuration_takes_the_default_or_the_only_one(tmp_pa
     pair, correct = zero_shot(model, tokenizer, [str(folder / "pair.yaml")], str(tmp_path))
     assert not correct  # of a group nobody knows single answers
     assert pair.keys() == {"pair"} and pair["pair"]["acc"] == pytest.approx(found["one"]["acc"])
+    asked = tasks.identity(str(folder / "one.yaml"), str(tmp_path))
+    write(tmp_path, "us/quiz", config, "test", arc_rows(6, "all"))
+    assert tasks.identity(str(folder / "one.yaml"), str(tmp_path)) != asked

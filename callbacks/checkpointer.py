@@ -1,0 +1,33 @@
+"""Writes the checkpoints that a training goes on from."""
+
+from pathlib import Path
+
+from lightning.pytorch import Callback
+
+from pipeline import processes
+
+
+class Checkpointer(Callback):
+    """Every `every` optimizer steps and after the last one, into `folder`, where only the newest stays.
+
+    Lightning's ModelCheckpoint does not know which step it saved before a resume: resumed in the midst of an accumulation
+    it saves that step once more, without the gradients gathered so far, and a second resume starts there.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.folder, self.every = folder, every
+
+    def on_train_start(self, trainer, module) -> None:
+        self.step = trainer.global_step
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index: int) -> None:
+        if trainer.global_step == self.step:
+            return  # still accumulating
+        self.step = trainer.global_step
+        if self.step % self.every and self.step != trainer.max_steps and not trainer.should_stop:
+            return
+        path = self.folder / f"step={self.step}.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)
+        if processes.is_main():
+            for older in set(self.folder.glob("*.ckpt")) - {path}:
+                older.unlink()
