@@ -24,9 +24,11 @@ class Checkpointer(Callback):
         if trainer.global_step == self.step:
             return  # still accumulating
         self.step = trainer.global_step
-        if self.step % self.every and self.step != trainer.max_steps and not trainer.should_stop:
-            return
-        path = self.folder / f"step={self.step}.ckpt"
+        if self.step % self.every == 0 or self.step == trainer.max_steps or trainer.should_stop:
+            self.save(trainer)
+
+    def save(self, trainer) -> None:
+        path = self.folder / f"step={trainer.global_step}.ckpt"
         trainer.save_checkpoint(path, weights_only=False)
         if processes.is_main():
             for older in set(self.folder.glob("*.ckpt")) - {path}:

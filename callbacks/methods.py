@@ -84,10 +84,9 @@ class ObsPruner(LayerPruner):
 
     def prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
         names = list(weights)
-        chosen = {self.patterns[name] for name in names}
-        if len(chosen) > 1:  # one column loop needs one pattern
+        pattern = self.patterns[names[0]]
+        if any(self.patterns[name] != pattern for name in names):  # one column loop needs one pattern
             return {k: v for name in names for k, v in self.prune({name: weights[name]}, total).items()}
-        pattern = chosen.pop()
         hessian_II = obs.unpacked(total.float(), weights[names[0]].shape[1])
         square_sum_I = hessian_II.diagonal().clone()
         first = self.masks_first(weights, square_sum_I)

@@ -21,8 +21,10 @@ class OutlierShares(Callback):
     def on_predict_batch_end(self, trainer, walk, outputs, layer, index: int, dataloader_idx: int = 0) -> None:
         watch, walk.watch = walk.watch, None
         watch.close()
-        totals = {leader: processes.all_sum(total) for leader, total in watch.totals.items()}
-        found = [scores.wanda(m.weight_OI, totals[watch.leader[name]]) for name, m in matrices(layer).items()]
+        leaders = {name: watch.leader_of(name) for name in matrices(layer)}
+        # in the order of the matrices, for that in which experts are reached differs from rank to rank
+        totals = {leader: processes.all_sum(watch.totals[leader]) for leader in dict.fromkeys(leaders.values())}
+        found = [scores.wanda(m.weight_OI, totals[leaders[name]]) for name, m in matrices(layer).items()]
         self.shares.append(scores.outlier_share(found, self.times))
         processes.say(
             f"  layer {index + 1}/{len(walk.decoder.layers)}: {self.shares[-1]:.4%} of the scores are outliers"

@@ -66,10 +66,9 @@ class LayerPruner(Callback):
         names = {matrix: walk.decoder.parameter_name(index, matrix) for matrix in found}
         groups = defaultdict(dict)  # leader -> the matrices with the same inputs, by parameter name
         for name, matrix in found.items():
-            if name not in watch.leader:
-                raise UserError(f"{names[name]} saw no calibration text: the layer never calls it")
+            leader = watch.leader_of(name)
             if names[name] in self.patterns:
-                groups[watch.leader[name]][names[name]] = matrix
+                groups[leader][names[name]] = matrix
         rows = []
         self.starved: list[str] = []
         for leader, members in groups.items():

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from pipeline import memory, processes
+from pipeline import files, memory, processes
 
 COLUMNS = ("step", "loss", "lr", "tokens_per_second", "memory_gib", "val_perplexity")
 
@@ -25,10 +25,12 @@ class StepLog(Callback):
         self.started = time.perf_counter()
         self.step = trainer.global_step
         if trainer.is_global_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             rows = list(csv.reader(self.path.open()))[1:] if self.path.exists() else []
-            with self.path.open("w", newline="") as file:
-                csv.writer(file).writerows([COLUMNS, *(row for row in rows if int(row[0]) <= self.step)])
+            whole = [
+                row for row in rows if len(row) == len(COLUMNS) and int(row[0]) <= self.step
+            ]  # a kill may cut the last
+            with files.whole(self.path) as beside, beside.open("w", newline="") as file:
+                csv.writer(file).writerows([COLUMNS, *whole])
 
     def on_train_batch_end(self, trainer, module, outputs, batch: Tensor, index: int) -> None:
         self.losses.append(outputs["loss"].detach())

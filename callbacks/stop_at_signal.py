@@ -1,21 +1,22 @@
 """Ends a walk after the layer at hand, a training after the step at hand, once a signal has asked for it."""
 
-from pathlib import Path
+from collections.abc import Callable
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from pipeline import interrupt, processes
 from pipeline.errors import Stopped
 
 
 class StopAtSignal(Callback):
-    """Stands after the callbacks that write, so that what it ends is on disk; `checkpoints` is where a training's go.
+    """Stands after the callbacks that write layers and logs, so that what it ends is on disk; `save(trainer)` does so for a
+    training.
 
     A signal reaches the processes at different moments, or only one of them: they agree after each layer and step.
     """
 
-    def __init__(self, checkpoints: Path | None = None) -> None:
-        self.checkpoints = checkpoints
+    def __init__(self, save: Callable[[Trainer], None] | None = None) -> None:
+        self.save = save
 
     def on_predict_start(self, trainer, module) -> None:
         interrupt.be_patient()
@@ -33,7 +34,7 @@ class StopAtSignal(Callback):
             return  # still accumulating
         self.step = trainer.global_step
         if processes.any_rank(bool(interrupt.asked())):
-            trainer.save_checkpoint(self.checkpoints / f"step={self.step}.ckpt", weights_only=False)
+            self.save(trainer)
             raise Stopped(f"stopped by {_signal()} after step {self.step}, of which there is a checkpoint")
 
     def on_predict_end(self, trainer, module) -> None:

@@ -1,6 +1,8 @@
 """Measures the perplexity of held-out text while training, and stops once it no longer falls."""
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -22,8 +24,15 @@ class Validation(Callback):
         self.lowest, self.since, self.seen = math.inf, 0, 0
 
     def on_train_start(self, trainer, module) -> None:
+        if self.patience and self.lowest < math.inf:
+            self._check_best()  # before the rest is trained in vain
         if self._is_over():  # the checkpoint is of the last step
             trainer.should_stop = True
+
+    def _check_best(self) -> None:
+        name, damaged = str(self.best.relative_to(self.folder)), checksums.damaged(self.folder)
+        if name in damaged or name not in checksums.recorded(self.folder):
+            raise UserError(f"{self.best} is damaged or missing: remove {self.folder} and repeat the command")
 
     def _is_over(self) -> bool:
         return 0 < self.patience <= self.since
@@ -33,7 +42,7 @@ class Validation(Callback):
         if step == self.seen or (step % self.every and step != trainer.max_steps):
             return  # still accumulating, or not yet
         self.seen = step
-        module.val_perplexity = self.measure(module)
+        module.val_perplexity = self.measure(module, trainer.precision_plugin.forward_context)
         processes.say(f"  step {step}/{trainer.max_steps}: validation perplexity {module.val_perplexity:.3f}")
         if module.val_perplexity < self.lowest:
             self.lowest, self.since = module.val_perplexity, 0
@@ -48,8 +57,9 @@ class Validation(Callback):
                 trainer.should_stop = True
 
     @torch.no_grad()
-    def measure(self, module) -> float:
-        """exp of the mean loss of all predicted tokens, the same on any number of processes."""
+    def measure(self, module, context: Callable[[], AbstractContextManager] | None = None) -> float:
+        """exp of the mean loss of all predicted tokens, the same on any number of processes; `context`: the precision's,
+        in which Lightning calls no hook."""
         world_size, rank = processes.world_size(), processes.rank()
         batches = self.windows_NT.split(self.batch_size)
         total = torch.zeros(2, dtype=torch.float64, device=module.device)
@@ -57,7 +67,8 @@ class Validation(Callback):
         for start in range(0, len(batches), world_size):
             mine = min(start + rank, len(batches) - 1)  # a sharded model needs every rank, a rank without a batch too
             ids_BT = batches[mine].long().to(module.device)
-            loss = module.model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+            with context() if context else nullcontext():
+                loss = module.model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
             if mine == start + rank:
                 total += torch.tensor([loss.item() * len(ids_BT), len(ids_BT)], device=module.device, dtype=total.dtype)
         module.model.train()
@@ -75,10 +86,9 @@ class Validation(Callback):
     @torch.no_grad()
     def restore(self, model) -> None:
         """After a training; no hook of it, for one that is resumed after its last step calls none."""
-        if not self.patience or not self.best.exists():
+        if not self.patience or self.lowest == math.inf:
             return
-        if str(self.best.relative_to(self.folder)) in checksums.damaged(self.folder):
-            raise UserError(f"{self.best} is damaged: remove {self.folder} and repeat the command")
+        self._check_best()
         best = load_file(self.best)
         for name, parameter in model.named_parameters():
             if name in best:

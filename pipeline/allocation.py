@@ -25,11 +25,15 @@ def allocate(decoder: Decoder, settings: Prune, shares: list[float] | None = Non
         for index, layer in enumerate(decoder.layers)
         for name, matrix in matrices(layer).items()
     }
+    instead = {  # each once, so that matrices of one override share a pattern
+        glob: None if value == "dense" else patterns.parse(value, f"prune.overrides[{glob}]")
+        for glob, value in settings.overrides.items()
+    }
     chosen = {}
     for name, (pattern, inputs) in named.items():
-        for glob, value in settings.overrides.items():
+        for glob in instead:
             if fnmatch(name, glob):
-                pattern = None if value == "dense" else patterns.parse(value, f"prune.overrides[{glob}]")
+                pattern = instead[glob]
         if pattern is None:
             continue
         if problem := pattern.misfit(inputs):

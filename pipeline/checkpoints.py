@@ -37,7 +37,7 @@ def _newest(folder: Path) -> Path | None:
         if str(path.relative_to(folder)) in whole:
             return path
         processes.say(f"  {path.name} is damaged or was not written whole: going on from the one before it")
-        path.unlink()  # else Lightning gives the next one of this step another name
+        path.unlink()
     return None
 
 

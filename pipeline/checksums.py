@@ -30,7 +30,7 @@ def record(folder: Path, *paths: Path) -> None:
     """Adds files of an unfinished stage, so that a resumed run knows them to be whole; forgets those that are gone."""
     about = read(folder) or {}
     known = {name: entry for name, entry in recorded(folder).items() if (folder / name).exists()}
-    # resolved: Lightning's paths are, a run_dir such as runs/tiny is not
+    # resolved, as Lightning does with some paths: a run_dir such as runs/tiny is not
     known |= {str(path.resolve().relative_to(folder.resolve())): _entry(path) for path in paths}
     write(folder, about | {"artefacts": known})
 
@@ -39,12 +39,14 @@ def recorded(folder: Path) -> dict[str, dict[str, Any]]:
     return (read(folder) or {}).get("artefacts", {})
 
 
-def of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Of all files of a stage; what is recorded already is not read again."""
+def of(folder: Path, without: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """Of all files of a stage but those in the folders `without`; what is recorded already is not read again."""
     known = recorded(folder)
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != OWN):
         name = str(path.relative_to(folder))
+        if name.startswith(tuple(f"{left}/" for left in without)):
+            continue
         found[name] = known[name] if name in known and _stamp(path) == _stamp_of(known[name]) else _entry(path)
     return found
 

@@ -1,6 +1,5 @@
 """The finetune stage: trains a pruned model back to health, with its masks kept."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,8 +73,6 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
             violations = masks.violations(models.tensors(folder / "model"))
             assert not violations, violations
             card.write_model_card(folder / "model", recipe, "finetune")
-    if processes.is_main():
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def write_merged(merged: Callable[[str, Tensor], Tensor | None], origin: Path, target: Path) -> None:

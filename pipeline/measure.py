@@ -112,6 +112,7 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
         found["zero_shot_mean"] = sum(accuracies) / len(accuracies)
 
     def measure_continuations() -> list[str] | None:
+        where()  # which all ranks settle together
         if processes.is_main():
             return continuations.continuations(model(), tokenizer(), protocol["prompts"], settings.continuation_tokens)
 

@@ -15,14 +15,15 @@ LARGEST = 64  # windows that `auto` tries; lm-eval's own, for questions, is the 
 
 
 def choose(wanted: str, load: Callable[[], nn.Module]) -> str:
-    """whole, stream or device_map; `auto` is whole where the weights fit the device, else stream.
+    """whole, stream or device_map; `auto` is whole where the weights fit the devices, else stream; all ranks must call.
 
     On a CPU nothing needs to fit: the weights are a view of the files, which the kernel reads and drops as needed.
     """
     device = processes.device()
     if wanted != "auto" or device.type == "cpu":
         return "whole" if wanted == "auto" else wanted
-    return "whole" if memory.size_gib(load()) < ROOM * memory.free_gib(device) else "stream"
+    small = memory.size_gib(load()) >= ROOM * memory.free_gib(device)
+    return "stream" if processes.any_rank(small) else "whole"
 
 
 def resident(placement: str, load: Callable[..., nn.Module]) -> nn.Module:
@@ -55,4 +56,10 @@ def windows_at_once(batch_size: int | str, logits: Logits, windows_NT: Tensor) -
             torch.cuda.synchronize()
         return tried
 
-    return int(processes.gather_rows(torch.tensor([found()], device=processes.device())).min())
+    try:
+        most = found()
+    except RuntimeError as error:
+        if "executable batch size" not in str(error):
+            raise
+        raise torch.OutOfMemoryError("not even one window fits") from error
+    return int(processes.gather_rows(torch.tensor([most], device=processes.device())).min())

@@ -1,6 +1,5 @@
 """The pretrain stage of toy recipes: a small Llama, really trained from scratch on the generated world."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -38,4 +37,3 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     if processes.is_main():
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)

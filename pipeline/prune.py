@@ -1,6 +1,5 @@
 """The prune stage: dense model and calibration text in, pruned model and masks out."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -63,4 +62,3 @@ def finish(walk: LayerWalk, origin: Path, recipe: Recipe) -> None:
     write_rows(walk.folder / "layers.csv", rows)
     write_rows(walk.folder / "matrices.csv", matrices)
     card.write_model_card(walk.folder / "model", recipe, "prune")
-    shutil.rmtree(walk.folder / "masks")

@@ -4,7 +4,6 @@ Layer by layer, before any end-to-end training, as in EBFT (Guo et al. 2024, "EB
 Fine-Tuning for Sparse LLMs"); the masks stay as they are.
 """
 
-import shutil
 from pathlib import Path
 
 from callbacks.layer_writer import LayerWriter
@@ -45,7 +44,6 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         rows = [Masks.load(walk.masks_file(index))[1] for index in range(len(decoder.layers))]
         write_rows(folder / "layers.csv", rows)
         card.write_model_card(folder / "model", recipe, "reconstruct")
-        shutil.rmtree(folder / "masks")
 
 
 def plan_steps(text: Calibration, accumulate: int, world_size: int) -> list[range]:

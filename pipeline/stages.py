@@ -53,6 +53,7 @@ class Stage:
 
 
 OUTCOME = (".safetensors", "results.json")  # what other stages compute with; tables also tell times
+SCRATCH = ("masks", "checkpoints")  # what an unfinished stage goes on from
 MODEL = ("dtype", "attn_implementation", "trust_remote_code")
 STAGES = (
     Stage("pretrain", pretrain.run, (), ("pretrain", "seed")),
@@ -119,7 +120,7 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
             "versions": {library: version(library) for library in LIBRARIES},
             "made_from": made_from,
             "recipe": plain(recipe),
-            "artefacts": checksums.of(work),
+            "artefacts": checksums.of(work, SCRATCH),
         }
         checksums.write(work, about)
         _put_in_place(work, finished)
@@ -162,6 +163,9 @@ def _is_done(stage: Stage, finished: Path, work: Path, made_from: dict, key: str
 
 
 def _put_in_place(work: Path, finished: Path) -> None:
+    """Only a stage that is known to be finished needs nothing to go on from."""
+    for name in SCRATCH:
+        shutil.rmtree(work / name, ignore_errors=True)
     old = finished.with_name(f".{finished.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if finished.exists():

@@ -94,6 +94,15 @@ class CausalLM(LightningModule):
                     f"{self.settings.lr:g} (the last good checkpoint is kept)"
                 )
         checkpoint["state_dict"] = state
+        checkpoint["processes"] = processes.world_size()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        if (begun := checkpoint["processes"]) != processes.world_size():  # each keeps its own place in its own share
+            folder = Path(self.trainer.ckpt_path).parent.parent
+            raise UserError(
+                f"this training was begun with {begun} processes and goes on with as many only, not {processes.world_size()}: "
+                f"type --num_processes {begun}, or remove {folder} to begin anew"
+            )
 
 
 def fit(
@@ -114,13 +123,13 @@ def fit(
     by_step = windows_NT.view(settings.max_steps, sequences(settings), -1)
     mine = by_step[:, rank::world_size].flatten(0, 1).long()
     checkpoints = folder / "checkpoints"
-    stop, saver = StopAtSignal(checkpoints), Checkpointer(checkpoints, settings.checkpoint_every)
+    saver = Checkpointer(checkpoints, settings.checkpoint_every)
     trainer = Trainer(
         max_steps=settings.max_steps,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=settings.clip or None,
         precision=precision(settings.precision),
-        callbacks=[*callbacks, StepLog(folder / "metrics.csv"), stop, saver],
+        callbacks=[*callbacks, StepLog(folder / "metrics.csv"), StopAtSignal(saver.save), saver],
         enable_checkpointing=False,  # by Lightning's own callback
         plugins=[WholeCheckpoints(folder)],
         logger=_loggers(settings.loggers, folder),

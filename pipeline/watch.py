@@ -6,6 +6,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from pipeline.decoder import Matrix
+from pipeline.errors import UserError
 
 SAMPLE = 64  # tokens kept of the first batch, to measure the output error on: a product with more would cost seconds
 
@@ -16,7 +17,7 @@ PART = 1 << 18  # numbers
 def _add(total: Tensor, seen: Tensor) -> None:
     """Part by part on a CPU, where fresh memory for all of `seen` in float64 takes five times as long as the sum."""
     length = PART if total.device.type == "cpu" else total.numel()
-    for sum_, part in zip(total.view(-1).split(length), seen.view(-1).split(length)):
+    for sum_, part in zip(total.view(-1).split(length), seen.reshape(-1).split(length)):
         sum_ += part.double()
 
 
@@ -71,8 +72,13 @@ class InputWatch:
         if leader in self.totals:
             _add(self.totals[leader], seen)
         else:
-            self.totals[leader] = seen.double()
+            self.totals[leader] = seen.double().contiguous()
             self.samples[leader] = input_NI[:SAMPLE].clone()
+
+    def leader_of(self, name: str) -> str:
+        if name not in self.leader:
+            raise UserError(f"{name} saw no calibration text: the layer never calls it")
+        return self.leader[name]
 
     def next_batch(self) -> None:
         self._left = set(self.matrices)

@@ -13,7 +13,7 @@ import pytest
 
 import launch
 from callbacks.stop_at_signal import StopAtSignal
-from pipeline import checksums, interrupt
+from pipeline import checksums, interrupt, stages
 from pipeline.errors import Stopped
 from tests.conftest import PRUNE
 from tests.harm import change_weights, flip
@@ -160,6 +160,24 @@ def test_a_method_of_ones_own_that_changed_prunes_again(tiny_llama, tmp_path, ty
         path.write_text(text)
         code, said, _ = typed(*settings)
         assert code == 0 and says in said, said
+
+
+def test_what_a_stage_goes_on_from_stays_until_it_is_known_to_be_finished(trained, tmp_path, typed, monkeypatch):
+    whole, settings = trained
+
+    fates = iter(["dies", "lives", "dies", "lives"])
+
+    def machine() -> str:  # asked between the end of a stage's work and its record
+        if next(fates) == "dies":
+            raise OSError("died")
+        return "a machine"
+
+    monkeypatch.setattr(stages.hardware, "machine", machine)
+    codes, said, _ = zip(*(typed(*settings, f"run_dir={tmp_path}/run") for _ in range(3)))
+    assert codes == (2, 2, 0)
+    assert "3 of 3 layers were pruned before" in said[1] and "going on from step=60.ckpt" in said[2]
+    assert weights(tmp_path / "run") == weights(whole)
+    assert not [path for name in stages.SCRATCH for path in (tmp_path / "run").glob(f"*/{name}")]
 
 
 def test_a_kill_between_the_end_of_a_stage_and_its_renaming(trained, typed):

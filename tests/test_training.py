@@ -9,6 +9,7 @@ from torch import nn
 
 from callbacks.mask_keeper import MaskKeeper
 from callbacks.validation import Validation
+from pipeline import checksums
 from pipeline.errors import UserError
 from pipeline.masks import Masks
 from pipeline.recipe import Finetune
@@ -186,6 +187,17 @@ def test_a_checkpoint_that_is_not_whole_is_written_anew(tmp_path):
     resumed = with_dropout()
     fit(resumed, WINDOWS, schedule(), 0, tmp_path / "broken")
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_another_number_of_processes_does_not_go_on_and_says_so(tmp_path):
+    fit(small_model("llama"), WINDOWS, schedule(max_steps=10), 0, tmp_path)
+    (path,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    torch.save(torch.load(path, weights_only=True) | {"processes": 4}, path)
+    checksums.record(tmp_path, path)
+    with pytest.raises(
+        UserError, match=f"begun with 4 processes .*: type --num_processes 4, or remove {tmp_path} to begin"
+    ):
+        fit(small_model("llama"), WINDOWS, schedule(max_steps=10), 0, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
