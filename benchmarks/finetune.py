@@ -5,7 +5,8 @@
 
 A step is forward, backward, AdamW, and for the cached form making the masked weights anew. Prints medians, ratios to plain
 LoRA, and the peak of memory of each way alone: allocated on a GPU, else of a process of its own, as the kernel counts it
-(with its libraries, 0.4 GiB in all of them; samples of a process's memory miss the short peaks of a backward pass).
+(with its libraries, 0.4 GiB in all of them; samples of a process's memory miss the short peaks of a backward pass). Each
+tensor there has a mapping of its own, so that holes in the heap, up to a GiB and different each time, do not count.
 """
 
 import argparse
@@ -82,7 +83,9 @@ def peak_gib(way: str, tokens: int, args: argparse.Namespace) -> float:
             training.step(batch(tokens, args))
         return torch.cuda.max_memory_allocated() / GIB
     command = [sys.executable, __file__, *sys.argv[1:], "--alone", way, "--tokens", str(tokens)]
-    _, status, usage = os.wait4(os.spawnv(os.P_NOWAIT, command[0], command), 0)
+    _, status, usage = os.wait4(
+        os.spawnve(os.P_NOWAIT, command[0], command, os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}), 0
+    )
     assert status == 0, f"{way} failed"
     return usage.ru_maxrss / 2**20  # KiB
 

@@ -30,7 +30,7 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        _listening = False
+        _listening, _asked = False, None
         if _in_main_thread():
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -43,8 +43,9 @@ def asked() -> str | None:
 def be_patient() -> None:
     """Also takes the signals back from Lightning, whose own handler would start a collective wherever it interrupts."""
     global _patient
-    _patient = True
-    _listen()
+    if _listening:  # else they are not ours
+        _patient = True
+        _listen()
 
 
 def be_prompt() -> None:
