@@ -30,8 +30,7 @@ class Validation(Callback):
             trainer.should_stop = True
 
     def _check_best(self) -> None:
-        name, damaged = str(self.best.relative_to(self.folder)), checksums.damaged(self.folder)
-        if name in damaged or name not in checksums.recorded(self.folder):
+        if not checksums.is_whole(self.folder, self.best):
             raise UserError(f"{self.best} is damaged or missing: remove {self.folder} and repeat the command")
 
     def _is_over(self) -> bool:
@@ -57,7 +56,7 @@ class Validation(Callback):
                 trainer.should_stop = True
 
     @torch.no_grad()
-    def measure(self, module, context: Callable[[], AbstractContextManager] | None = None) -> float:
+    def measure(self, module, context: Callable[[], AbstractContextManager] = nullcontext) -> float:
         """exp of the mean loss of all predicted tokens, the same on any number of processes; `context`: the precision's,
         in which Lightning calls no hook."""
         world_size, rank = processes.world_size(), processes.rank()
@@ -67,7 +66,7 @@ class Validation(Callback):
         for start in range(0, len(batches), world_size):
             mine = min(start + rank, len(batches) - 1)  # a sharded model needs every rank, a rank without a batch too
             ids_BT = batches[mine].long().to(module.device)
-            with context() if context else nullcontext():
+            with context():
                 loss = module.model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
             if mine == start + rank:
                 total += torch.tensor([loss.item() * len(ids_BT), len(ids_BT)], device=module.device, dtype=total.dtype)

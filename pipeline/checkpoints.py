@@ -32,9 +32,8 @@ def newest(folder: Path) -> Path | None:
 
 
 def _newest(folder: Path) -> Path | None:
-    whole = checksums.recorded(folder).keys() - set(checksums.damaged(folder))
     for path in sorted((folder / "checkpoints").glob("*.ckpt"), key=_step, reverse=True):
-        if str(path.relative_to(folder)) in whole:
+        if checksums.is_whole(folder, path):
             return path
         processes.say(f"  {path.name} is damaged or was not written whole: going on from the one before it")
         path.unlink()

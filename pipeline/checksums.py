@@ -29,9 +29,8 @@ def read(folder: Path) -> dict[str, Any] | None:
 def record(folder: Path, *paths: Path) -> None:
     """Adds files of an unfinished stage, so that a resumed run knows them to be whole; forgets those that are gone."""
     about = read(folder) or {}
-    known = {name: entry for name, entry in recorded(folder).items() if (folder / name).exists()}
-    # resolved, as Lightning does with some paths: a run_dir such as runs/tiny is not
-    known |= {str(path.resolve().relative_to(folder.resolve())): _entry(path) for path in paths}
+    known = {name: entry for name, entry in about.get("artefacts", {}).items() if (folder / name).exists()}
+    known |= {_name(folder, path): _entry(path) for path in paths}
     write(folder, about | {"artefacts": known})
 
 
@@ -54,6 +53,17 @@ def of(folder: Path, without: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]
 def damaged(folder: Path) -> list[str]:
     """The recorded files that are missing, or are not what they were."""
     return [name for name, entry in recorded(folder).items() if not _is_as_recorded(folder / name, entry)]
+
+
+def is_whole(folder: Path, path: Path) -> bool:
+    """Whether a file of a stage is recorded, and is as recorded."""
+    entry = recorded(folder).get(_name(folder, path))
+    return entry is not None and _is_as_recorded(path, entry)
+
+
+def _name(folder: Path, path: Path) -> str:
+    # resolved, as Lightning does with some paths: a run_dir such as runs/tiny is not
+    return str(path.resolve().relative_to(folder.resolve()))
 
 
 def _entry(path: Path) -> dict[str, Any]:

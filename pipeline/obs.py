@@ -23,7 +23,7 @@ def hessian(input_NI: Tensor) -> Tensor:
     input_NI = input_NI.float()
     inputs = input_NI.shape[1]
     packed = input_NI.new_empty(sum(rows * columns for _, rows, columns in _bands(inputs)))
-    for (first, rows, _), band in zip(_bands(inputs), _split(packed, inputs)):
+    for first, rows, band in _views(packed, inputs):
         torch.mm(input_NI[:, first : first + rows].T, input_NI[:, first:], out=band)
     return packed
 
@@ -31,16 +31,17 @@ def hessian(input_NI: Tensor) -> Tensor:
 def unpacked(packed: Tensor, inputs: int) -> Tensor:
     """The Hessian, (I, I), in the dtype of `packed`."""
     hessian_II = packed.new_empty(inputs, inputs)
-    for (first, rows, _), band in zip(_bands(inputs), _split(packed, inputs)):
+    for first, rows, band in _views(packed, inputs):
         hessian_II[first : first + rows, first:] = band
         hessian_II[first + rows :, first : first + rows] = band[:, rows:].T
     return hessian_II
 
 
-def _split(packed: Tensor, inputs: int) -> list[Tensor]:
-    """Views of its bands of rows, each from the diagonal on."""
-    parts = packed.split([rows * columns for _, rows, columns in _bands(inputs)])
-    return [part.view(rows, columns) for part, (_, rows, columns) in zip(parts, _bands(inputs))]
+def _views(packed: Tensor, inputs: int) -> list[tuple[int, int, Tensor]]:
+    """(first row, rows, view of them from the diagonal on) of each band."""
+    bands = _bands(inputs)
+    parts = packed.split([rows * columns for _, rows, columns in bands])
+    return [(first, rows, part.view(rows, columns)) for part, (first, rows, columns) in zip(parts, bands)]
 
 
 def _bands(inputs: int) -> list[tuple[int, int, int]]:
@@ -77,7 +78,9 @@ def _inverse(upper_II: Tensor) -> Tensor:
     """Of an upper triangular matrix, by halves: a third of the products of a solve against the identity."""
     inputs = len(upper_II)
     if inputs <= 2 * BLOCK:
-        return torch.linalg.solve_triangular(upper_II, torch.eye(inputs).to(upper_II), upper=True)
+        return torch.linalg.solve_triangular(
+            upper_II, torch.eye(inputs, dtype=upper_II.dtype, device=upper_II.device), upper=True
+        )
     half = inputs // 2
     inverse_II = torch.zeros_like(upper_II)
     inverse_II[:half, :half] = first = _inverse(upper_II[:half, :half])

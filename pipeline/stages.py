@@ -9,6 +9,7 @@ import shutil
 import socket
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -222,18 +223,19 @@ def _traceback_kept(run_dir: Path) -> Iterator[None]:
 def _read_from_outside(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What the stages read from outside, so that a changed model, text, task or method of the user's own is seen, and a
     missing one before any work."""
-    found: dict[str, dict[str, Any]] = {"prune": {"code": files.fingerprint(own_code(recipe.prune))}}
+    found: dict[str, dict[str, Any]] = defaultdict(dict)
+    found["prune"]["code"] = files.fingerprint(own_code(recipe.prune))
     if "evaluate" in recipe.stages:
         asked = (recipe.mirror, recipe.evaluate.fewshot)
-        found["evaluate"] = {"tasks": {name: tasks.identity(name, *asked) for name in recipe.evaluate.tasks}}
+        found["evaluate"]["tasks"] = {name: tasks.identity(name, *asked) for name in recipe.evaluate.tasks}
     if recipe.model is not None:
         identity = models.identity(models.locate(recipe.model, recipe.revision))
         for name in ("prune", "evaluate"):
-            found[name] = found.get(name, {}) | {"model": identity}
+            found[name]["model"] = identity
     for name in ("prune", "reconstruct", "finetune", "evaluate"):
         if name in recipe.stages:
             texts = {str(source): sources.identity(source) for source in sources.of_stage(recipe, name)}
-            found[name] = found.get(name, {}) | {"data": texts}
+            found[name]["data"] = texts
     return found
 
 

@@ -68,9 +68,8 @@ def run(cells: dict[str, list[str]], main: Callable[[], int]) -> int:
 
     `main` is the command itself, which reads `sys.argv`. Each process of a launch walks the cells in this order.
     """
-    settings = [
-        recipe_reader.load(arguments) for arguments in cells.values()
-    ]  # a mistake in any is answered before all work
+    # a mistake in any is answered before all work
+    settings = [recipe_reader.load(arguments) for arguments in cells.values()]
     from pipeline import processes, stages  # noqa: F401  # what all cells need is loaded before they part
 
     failed = []

@@ -9,12 +9,10 @@ from pipeline.decoder import Matrix
 from pipeline.errors import UserError
 
 SAMPLE = 64  # tokens kept of the first batch, to measure the output error on: a product with more would cost seconds
+PART = 1 << 18  # numbers that are summed at once on a CPU
 
 
-PART = 1 << 18  # numbers
-
-
-def _add(total: Tensor, seen: Tensor) -> None:
+def _add_to(total: Tensor, seen: Tensor) -> None:
     """Part by part on a CPU, where fresh memory for all of `seen` in float64 takes five times as long as the sum."""
     length = PART if total.device.type == "cpu" else total.numel()
     for sum_, part in zip(total.view(-1).split(length), seen.reshape(-1).split(length)):
@@ -70,7 +68,7 @@ class InputWatch:
         seen = self.observe(input_NI)
         self.tokens[leader] += len(input_NI)
         if leader in self.totals:
-            _add(self.totals[leader], seen)
+            _add_to(self.totals[leader], seen)
         else:
             self.totals[leader] = seen.double().contiguous()
             self.samples[leader] = input_NI[:SAMPLE].clone()
