@@ -43,7 +43,7 @@ def refresh_all(model: nn.Module) -> int:
 def attach(model: nn.Module, masks: Masks, settings: Finetune, cached: bool | None = None) -> PeftModel:
     """`model` with a masked LoRA on the chosen matrices; only A and B train, and the biases that `settings` names.
 
-    `cached`: see `MaskedLinear`; None chooses by `settings` and free memory.
+    `cached`: see `MaskedLinear`; None chooses by `settings`, device and free memory.
     """
     config = lora_config(masks, settings)
     adapted = get_peft_model(model, _custom(config), adapter_name=ADAPTER)
@@ -69,6 +69,8 @@ def _keeps_weights(model: nn.Module, settings: Finetune) -> bool:
         return settings.effective == "cached"
     if settings.quantize or settings.strategy == "fsdp" or settings.dropout:
         return False
+    if processes.device().type == "cpu":
+        return False  # costs 1% of a step of 2048 tokens there, and no memory (benchmarks/RESULTS.md)
     more = sum(p.numel() * (p.element_size() + 1) for p in model.parameters()) / memory.GIB
     return more < memory.free_gib(processes.device()) / 2  # the other half is for activations
 

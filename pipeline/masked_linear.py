@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline import sharding
 from pipeline.errors import UserError
-from pipeline.masks import apply_, pack, unpack
+from pipeline.masks import apply_, multiply_, pack, strays, unpack
 from pipeline.quantize import dequantized
 
 ADAPTER = "default"
@@ -50,23 +50,24 @@ class _RecomputedLinear(torch.autograd.Function):
     def forward(ctx, input_NI, dropped_NI, bias_O, a_RI, b_OR, layer):
         ctx.layer = layer
         ctx.save_for_backward(input_NI, dropped_NI, a_RI, b_OR)
+        mask_OI = layer.mask()
         if dropped_NI is None:
-            return F.linear(input_NI, layer.effective(a_RI, b_OR).to(input_NI.dtype), bias_O)
-        delta_OI = layer.delta(a_RI, b_OR).to(input_NI.dtype)
+            return F.linear(input_NI, layer.counted(a_RI, b_OR, mask_OI).to(input_NI.dtype), bias_O)
+        delta_OI = layer.delta(a_RI, b_OR, mask_OI).to(input_NI.dtype)
         return F.linear(input_NI, layer.base_OI().to(input_NI.dtype), bias_O) + F.linear(dropped_NI, delta_OI)
 
     @staticmethod
     def backward(ctx, grad_NO):
         input_NI, dropped_NI, a_RI, b_OR = ctx.saved_tensors
-        layer, grad_input, grad_dropped = ctx.layer, None, None
+        layer, mask_OI, grad_input, grad_dropped = ctx.layer, ctx.layer.mask(), None, None
         if ctx.needs_input_grad[0]:
-            weight_OI = layer.effective(a_RI, b_OR, count=False) if dropped_NI is None else layer.base_OI()
+            weight_OI = layer.effective(a_RI, b_OR, mask_OI) if dropped_NI is None else layer.base_OI()
             grad_input = grad_NO @ weight_OI.to(grad_NO.dtype)
         if ctx.needs_input_grad[1]:
-            grad_dropped = grad_NO @ layer.delta(a_RI, b_OR).to(grad_NO.dtype)
+            grad_dropped = grad_NO @ layer.delta(a_RI, b_OR, mask_OI).to(grad_NO.dtype)
         grad_bias = grad_NO.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         seen_NI = input_NI if dropped_NI is None else dropped_NI
-        grad_a, grad_b = _of_a_and_b(_of_weight(grad_NO, seen_NI), a_RI, b_OR, layer.mask(), layer.scale)
+        grad_a, grad_b = _of_a_and_b(_of_weight(grad_NO, seen_NI), a_RI, b_OR, mask_OI, layer.scale)
         return grad_input, grad_dropped, grad_bias, grad_a, grad_b, None
 
 
@@ -75,7 +76,7 @@ def _of_weight(grad_NO: Tensor, input_NI: Tensor) -> Tensor:
 
 
 def _of_a_and_b(grad_OI: Tensor, a_RI: Tensor, b_OR: Tensor, mask_OI: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    grad_OI = grad_OI.mul_(mask_OI).to(a_RI.dtype)
+    grad_OI = multiply_(grad_OI, mask_OI).to(a_RI.dtype)
     return scale * (b_OR.T @ grad_OI), scale * (grad_OI @ a_RI.T)
 
 
@@ -85,7 +86,7 @@ class MaskedLinear(LoraLinear):
     It has one of two forms. Cached: the effective weights are kept and must be made anew by `refresh` after each change of
     A or B; fast, but takes the memory of the weights once more, and a byte for each. Recomputed: they are made where they
     are used, from a mask of one bit a weight; for weights that are quantised or shared out over processes, for dropout,
-    and where memory is short.
+    where memory is short, and on a CPU.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs) -> None:
@@ -123,25 +124,28 @@ class MaskedLinear(LoraLinear):
         """The frozen weights, unquantised."""
         return self._oriented(dequantized(self.get_base_layer().weight))
 
-    def delta(self, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+    def delta(self, a_RI: Tensor, b_OR: Tensor, mask_OI: Tensor) -> Tensor:
         """M * (scale * B A), (O, I)."""
         with torch.autocast(b_OR.device.type, enabled=False):
-            return apply_(self.scale * (b_OR @ a_RI), self.mask())
+            return apply_(self.scale * (b_OR @ a_RI), mask_OI)
 
-    def effective(self, a_RI: Tensor, b_OR: Tensor, base_OI: Tensor | None = None, count: bool = True) -> Tensor:
+    def effective(self, a_RI: Tensor, b_OR: Tensor, mask_OI: Tensor, base_OI: Tensor | None = None) -> Tensor:
         """M * (W + scale * B A), (O, I), in the dtype of W (`base_OI`, else the layer's own)."""
-        base_OI, mask_OI = self.base_OI() if base_OI is None else base_OI, self.mask()
+        base_OI = self.base_OI() if base_OI is None else base_OI
         with torch.autocast(base_OI.device.type, enabled=False):  # as in `merged_weight`, where there is none
             made_OI = torch.addmm(base_OI.to(b_OR.dtype), b_OR, a_RI, alpha=self.scale).to(base_OI.dtype)
-        apply_(made_OI, mask_OI)
-        if count:
-            self.strays = made_OI.masked_fill(mask_OI, 0).count_nonzero()
+        return apply_(made_OI, mask_OI)
+
+    def counted(self, a_RI: Tensor, b_OR: Tensor, mask_OI: Tensor) -> Tensor:
+        """The effective weights that forward uses, their strays counted."""
+        made_OI = self.effective(a_RI, b_OR, mask_OI)
+        self.strays = strays(made_OI, mask_OI).count_nonzero()
         return made_OI
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Makes the cached effective weights anew from the pruned ones and A and B."""
-        self.effective_OI.copy_(self.effective(self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight))
+        self.effective_OI.copy_(self.counted(self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight, self.mask_OI))
 
     @torch.no_grad()
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
@@ -150,11 +154,11 @@ class MaskedLinear(LoraLinear):
         sharded model must call."""
         a_RI, b_OR = (sharding.whole(part[ADAPTER].weight) for part in (self.lora_A, self.lora_B))
         base_OI = None if weight is None else self._oriented(weight).to(a_RI.device)
-        return self._oriented(self.effective(a_RI, b_OR, base_OI))
+        return self._oriented(self.effective(a_RI, b_OR, self.mask(), base_OI))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """M * (scale * B A) in the shape of the stored weight; peft's own merge goes through here."""
-        return self._oriented(self.delta(self.lora_A[adapter].weight, self.lora_B[adapter].weight))
+        return self._oriented(self.delta(self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.mask()))
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.disable_adapters or self.merged:

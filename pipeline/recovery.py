@@ -13,7 +13,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from pipeline import lora, processes, sharding
-from pipeline.masks import Masks, apply_
+from pipeline.masks import Masks, apply_, multiply_, strays
 from pipeline.recipe import Finetune
 
 
@@ -101,15 +101,15 @@ class SparseFull:
     def mask_gradients(self) -> None:
         for parameter, mask in self._masked():
             if parameter.grad is not None:
-                sharding.local(parameter.grad).mul_(mask)
+                multiply_(sharding.local(parameter.grad), mask)
 
     @torch.no_grad()
     def reapply(self) -> int:
-        strays = 0
+        count = 0
         for parameter, mask in self._masked():
             part = apply_(sharding.local(parameter), mask)
-            strays = strays + part.masked_fill(mask, 0).count_nonzero()
-        return int(strays)
+            count = count + strays(part, mask).count_nonzero()
+        return int(count)
 
     def merged(self, name: str, weight: Tensor) -> Tensor | None:
         return sharding.whole(self.model.get_parameter(name).detach())

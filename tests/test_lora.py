@@ -47,21 +47,24 @@ SETTINGS = Finetune(rank=4, alpha=8.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("cached", [True, False])
 @torch.no_grad()
-def test_at_the_start_nothing_changes(family):
+def test_at_the_start_nothing_changes(family, cached):
     model, masks = with_masks(small_model(family))
     ids = torch.randint(3, 61, (2, 16))
     before = model(input_ids=ids).logits
-    torch.testing.assert_close(lora.attach(model, masks, SETTINGS)(input_ids=ids).logits, before, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        lora.attach(model, masks, SETTINGS, cached)(input_ids=ids).logits, before, atol=1e-6, rtol=1e-5
+    )
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("dropout", "cached"), [(0.0, True), (0.0, False), (0.3, False)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merge_is_forward_and_exactly_sparse(family, dropout):
+def test_merge_is_forward_and_exactly_sparse(family, dropout, cached):
     model, masks = with_masks(small_model(family))
     plain = copy.deepcopy(model)
     settings = Finetune(rank=4, alpha=8.0, dropout=dropout)
-    adapted = trained(lora.attach(model, masks, settings))
+    adapted = trained(lora.attach(model, masks, settings, cached))
     merged = {name: layer.merged_weight() for name, layer in lora.masked_layers(adapted).items()}
     assert set(merged) == set(masks)
     assert masks.violations(iter(merged.items())) == []

@@ -19,7 +19,7 @@ from tests.test_lora import trained, with_masks
 
 WAYS = {
     "lora": [],
-    "recomputed": ["finetune.effective=recomputed"],
+    "cached": ["finetune.effective=cached"],
     "dropout": ["finetune.dropout=0.2"],
     "full": ["finetune.method=full"],
     "nf4": ["finetune.quantize=nf4"],

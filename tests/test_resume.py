@@ -148,7 +148,7 @@ def test_stages_made_from_other_weights_than_are_there_now_are_made_again(traine
 
 def test_what_decides_nothing_does_not_run_a_stage_again(trained, typed):
     run_dir, settings = trained
-    changed = ("finetune.checkpoint_every=7", "finetune.effective=recomputed", "prune.hidden_states=cpu")
+    changed = ("finetune.checkpoint_every=7", "finetune.effective=cached", "prune.hidden_states=cpu")
     code, said, _ = typed(*settings, f"run_dir={run_dir}", *changed)
     assert code == 0 and said.count("done before") == 2, said
 
