@@ -38,8 +38,14 @@ class LayerPruner(Callback):
         raise NotImplementedError
 
     def select(self, name: str, score_OI: Tensor) -> Tensor:
-        """The mask of the weights that stay, (O, I)."""
-        return self.patterns[name].select(score_OI, self.whole_matrix)
+        """The mask of the weights that stay, (O, I); `UserError` where a pattern of one's own gives something else."""
+        mask_OI = self.patterns[name].select(score_OI, self.whole_matrix)
+        if mask_OI.dtype != torch.bool or mask_OI.shape != score_OI.shape:
+            raise UserError(
+                f"{self.patterns[name]}.select gave {mask_OI.dtype} of {tuple(mask_OI.shape)} for {name}: "
+                f"it should give torch.bool of {tuple(score_OI.shape)}"
+            )
+        return mask_OI
 
     def prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
         """Zeroes in place the weights (O, I) of matrices that share their inputs, and returns their masks."""

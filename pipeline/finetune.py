@@ -11,7 +11,8 @@ from torch import Tensor
 from callbacks.mask_keeper import MaskKeeper
 from callbacks.validation import Validation
 from pipeline import card, data, files, lora, models, processes, quantize, sources
-from pipeline.decoder import Decoder, matrices
+from pipeline.allocation import allocate
+from pipeline.decoder import Decoder
 from pipeline.errors import UserError
 from pipeline.masks import Masks
 from pipeline.recipe import Recipe
@@ -30,9 +31,7 @@ def check(recipe: Recipe) -> None:
     if settings.bias == "all" and "16" in stored and precision(settings.precision) == "32-true":
         raise UserError("finetune.bias=all trains in float32: type finetune.precision=bf16-mixed, or dtype=float32")
     if settings.targets != lora.ALL:
-        decoder = Decoder(models.skeleton(folder, recipe))
-        names = (decoder.parameter_name(i, name) for i, layer in enumerate(decoder.layers) for name in matrices(layer))
-        lora.targets(names, settings.targets)
+        lora.targets(allocate(Decoder(models.skeleton(folder, recipe)), recipe.prune), settings.targets)
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:

@@ -15,6 +15,16 @@ MASKS = "{here}/run/prune/masks.safetensors"
 ON_DISK = "run_dir={here}/disk/run"
 
 
+FLOAT_MASK = """
+from pipeline.patterns import Pattern
+
+class Half(Pattern):
+    ratio = 0.5
+    def select(self, score_OI, whole_matrix=False):
+        return (score_OI > score_OI.median()).float()
+"""
+
+
 class Case(NamedTuple):
     """What is typed in a folder that holds `model/` and a finished `run/` of it, after `harm`, and what the answer says."""
 
@@ -112,6 +122,12 @@ CASES: dict[str, list[Case]] = {
         Case("prune.sparsity=./none.py", "prune.sparsity=none.py: no such file"),
         Case(
             "prune.sparsity={here}/p.py", "should define one subclass of Pattern", put("p.py", "x = 1"), "holds `x = 1`"
+        ),
+        Case(
+            "prune.sparsity={here}/p.py",
+            "Half.select gave torch.float32 of (32, 32) for model.layers.0.self_attn.q_proj.weight: it should give torch.bool",
+            put("p.py", FLOAT_MASK),
+            "its masks are floats",
         ),
         Case("prune.method=wandda", "did you mean 'wanda'?"),
         Case("prune.method=./none.py", "no such file"),
@@ -250,6 +266,10 @@ CASES: dict[str, list[Case]] = {
         Case("finetune.effective=cached finetune.dropout=0.1", "type finetune.effective=auto"),
         Case("finetune.patience=3", "type finetune.validation="),
         Case("prune.sparsity=0.6 finetune.targets=[query]", "no pruned matrix is called 'query'"),
+        Case(
+            "'prune.overrides={{\"*q_proj*\": dense}}' finetune.targets=[q_proj]",
+            "no pruned matrix is called 'q_proj'",
+        ),
         Case("finetune.targets=[]", "finetune.targets is empty"),
         Case("dtype=bfloat16 finetune.bias=all", "type finetune.precision=bf16-mixed, or dtype=float32"),
         Case("finetune.strategy=fsdp finetune.optimizer=adamw_8bit", "type finetune.optimizer=adamw"),
