@@ -14,7 +14,7 @@ from pipeline.decoder import Decoder
 from pipeline.errors import UserError
 from pipeline.masks import Masks, by_matrix
 from tests import textbook
-from tests.conftest import QUICK, ROOT, command, environment, espalier
+from tests.conftest import QUICK, ROOT, command, environment
 from tests.test_decoder import FAMILIES, small_model
 
 SETTINGS = [s for s in QUICK if not s.startswith("stages")]
@@ -249,17 +249,6 @@ for method in METHODS:
         processes.barrier()
 processes.stop()
 """
-
-
-def test_the_command_with_two_processes_prunes_as_one(tiny_llama, tmp_path):
-    for processes in (1, 2):
-        espalier(
-            f"model={tiny_llama}", *QUICK, "stages=[prune]", f"run_dir={tmp_path}/{processes}", processes=processes
-        )
-    one, two = (tmp_path / str(n) / "prune" for n in (1, 2))
-    assert (one / "masks.safetensors").read_bytes() == (two / "masks.safetensors").read_bytes()
-    for shard in (one / "model").glob("*.safetensors"):
-        assert shard.read_bytes() == (two / "model" / shard.name).read_bytes()
 
 
 def test_bad_input_says_what_to_type(tiny_llama, tmp_path):

@@ -39,14 +39,13 @@ def test_its_keys_and_methods_exist():
                 assert name in recipe_reader.available()
 
 
-@pytest.mark.parametrize(
-    ("says", "setting"), [("LayerPruner", "prune.method"), ("(Pattern)", "prune.sparsity")], ids=["method", "pattern"]
-)
-def test_its_snippets_run_through_the_whole_pipeline(tiny_llama, tmp_path, says, setting):
-    text = snippet(says)
-    assert len(text.splitlines()) <= 20
-    (tmp_path / "mine.py").write_text(text)
-    espalier(f"model={tiny_llama}", *QUICK, f"{setting}={tmp_path}/mine.py", f"run_dir={tmp_path}/run")
+def test_its_snippets_run_through_the_whole_pipeline(tiny_llama, tmp_path):
+    mine = {"prune.method": snippet("LayerPruner"), "prune.sparsity": snippet("(Pattern)")}
+    for setting, text in mine.items():
+        assert len(text.splitlines()) <= 20
+        (tmp_path / f"{setting}.py").write_text(text)
+    chosen = [f"{setting}={tmp_path}/{setting}.py" for setting in mine]
+    espalier(f"model={tiny_llama}", *QUICK, *chosen, f"run_dir={tmp_path}/run")
     masks, _ = Masks.load(tmp_path / "run/prune/masks.safetensors")
     assert masks.sparsity() == pytest.approx(0.5)
     results = json.loads((tmp_path / "run/evaluate/results.json").read_text())["models"]
