@@ -9,6 +9,7 @@ in test_resume.py.
 
 import contextlib
 import io
+import re
 import shlex
 import shutil
 import sys
@@ -55,7 +56,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def answer(case: Case, here: Path) -> tuple[int, str, list[str]]:
     words = shlex.split(case.typed)
-    words = [word.replace("{here}", str(here)).replace("{{", "{").replace("}}", "}") for word in words]
+    words = [word.replace("{here}", str(here)) for word in words]
     return typed(*words) if words[:1] in (["compare"], ["verify"], ["apply"]) else typed(*settings(here), *words)
 
 
@@ -161,6 +162,7 @@ def main() -> None:
 
 def _row(here: Path, *cells: str) -> None:
     row = " | ".join(cell.removeprefix("espalier: ").replace("|", "\\|").replace("\n", " ") for cell in cells)
+    row = re.sub(r"\.\d+\.part", ".PID.part", row)
     print(f"| {row} |".replace(str(here), "HERE").replace("{here}", "HERE").replace(str(Path.cwd()), "."))
 
 
