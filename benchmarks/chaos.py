@@ -23,6 +23,8 @@ from tests.launches import end, fork
 
 SHORT = (
     "recipe=tiny",
+    f"stages=[{','.join(STAGES)}]",
+    "reconstruct.epochs=2",
     "pretrain.steps=300",
     "finetune.max_steps=40",
     "finetune.checkpoint_every=10",
