@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.masks import apply_, stray
+from pipeline.masks import apply_, violation_of
 
 
 def token_error(out_BTD: Tensor, target_BTD: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def fit(
                 parameter.copy_(masters[name])
                 if name in masks:
                     apply_(parameter, masks[name])
-                    violation = stray(name, parameter, masks[name])
+                    violation = violation_of(name, parameter, masks[name])
                     assert violation is None, violation
         now = judge()
         if not now <= max(1.0, before):

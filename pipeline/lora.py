@@ -70,7 +70,7 @@ def _keeps_weights(model: nn.Module, settings: Finetune) -> bool:
     if settings.quantize or settings.strategy == "fsdp" or settings.dropout:
         return False
     if processes.device().type == "cpu":
-        return False  # costs 1% of a step of 2048 tokens there, and no memory (benchmarks/RESULTS.md)
+        return False  # making them anew costs 1% of a step of 2048 tokens there (benchmarks/RESULTS.md)
     more = sum(p.numel() * (p.element_size() + 1) for p in model.parameters()) / memory.GIB
     return more < memory.free_gib(processes.device()) / 2  # the other half is for activations
 

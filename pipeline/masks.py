@@ -165,7 +165,7 @@ class Masks(Mapping[str, Tensor]):
 
     def violations(self, weights: Iterable[tuple[str, Tensor]]) -> list[Violation]:
         """The pruned weights that are not zero; a `UserError` as in `matched`."""
-        found = (stray(name, weight, self[name]) for name, weight in self.matched(weights))
+        found = (violation_of(name, weight, self[name]) for name, weight in self.matched(weights))
         return [violation for violation in found if violation]
 
 
@@ -183,7 +183,7 @@ def strays(weight: Tensor, mask: Tensor) -> Tensor:
     return (weight != 0) & ~mask
 
 
-def stray(name: str, weight: Tensor, mask: Tensor) -> Violation | None:
+def violation_of(name: str, weight: Tensor, mask: Tensor) -> Violation | None:
     """The pruned weights of one parameter that are not zero, if there are any."""
     wrong = strays(weight, mask.to(weight.device)).cpu().numpy()
     if not (count := int(np.count_nonzero(wrong))):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline import models
 from pipeline.errors import UserError
-from pipeline.masks import Masks, Violation, stray
+from pipeline.masks import Masks, Violation, violation_of
 from pipeline.recipe import Recipe
 
 USAGE = "type `python launch.py verify MODEL_FOLDER MASKS_FILE`"
@@ -31,7 +31,7 @@ def checked(folder: Path, masks: Masks, recipe: Recipe) -> Iterator[Checked]:
     # loaded, not read file by file: old checkpoints name their tensors otherwise, and keep experts apart
     model = models.load(folder, recipe, dtype="auto")
     for name, weight in masks.matched(model.named_parameters()):
-        yield Checked(name, weight.numel(), int((weight == 0).sum()), stray(name, weight, masks[name]))
+        yield Checked(name, weight.numel(), int((weight == 0).sum()), violation_of(name, weight, masks[name]))
 
 
 def main(arguments: list[str]) -> None:

@@ -13,8 +13,6 @@ from tests.harm import Harm, change_weights, cut, disk, put, remove
 UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
 MASKS = "{here}/run/prune/masks.safetensors"
 ON_DISK = "run_dir={here}/disk/run"
-
-
 FLOAT_MASK = """
 from pipeline.patterns import Pattern
 
@@ -286,6 +284,7 @@ CASES: dict[str, list[Case]] = {
     "Evaluation": [
         Case("evaluate.tasks=arc_easy", "type 'evaluate.tasks=[arc_easy]'"),
         Case("evaluate.tasks=[arc_esy]", "unknown task 'arc_esy': did you mean arc_easy"),
+        Case("evaluate.tasks=[world_home]", "world_homes"),
         Case("evaluate.tasks=[./none.yaml]", "no task at"),
         Case("evaluate.tasks=[humaneval]", "task 'humaneval' runs code that the model writes"),
         Case("evaluate.seq_len=129", "exceeds the model's 128 positions: type evaluate.seq_len=128"),

@@ -99,7 +99,7 @@ def test_the_masks_are_checked_after_every_step(tiny_llama, tmp_path, monkeypatc
     masks, _ = pruned(tiny_llama, tmp_path / "prune")
     checked = []
     monkeypatch.setattr(
-        layer_fit, "stray", lambda name, weight, mask: checked.append(bool(weight[~mask].any())) or None
+        layer_fit, "violation_of", lambda name, weight, mask: checked.append(bool(weight[~mask].any())) or None
     )
     reconstructed(tiny_llama, tmp_path)
     assert len(checked) == len(masks) * 3 * 7  # epochs, and steps: one of eight judges
