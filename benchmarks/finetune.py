@@ -22,9 +22,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pipeline.decoder import Decoder, matrices
+
 from benchmarks.prune import SHAPES, build, wait
 from pipeline import lora, processes
-from pipeline.decoder import Decoder, matrices
 from pipeline.masks import Masks, apply_
 from pipeline.memory import GIB
 from pipeline.patterns import NofM

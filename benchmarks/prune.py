@@ -19,11 +19,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pipeline.decoder import Decoder, matrices
+
 from callbacks.layer_writer import LayerWriter
 from callbacks.methods import pruner
 from pipeline import patterns, processes
 from pipeline.allocation import allocate
-from pipeline.decoder import Decoder, matrices
 from pipeline.patterns import Pattern
 from pipeline.recipe import Prune
 from pipeline.walk import LayerWalk, tour

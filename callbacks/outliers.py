@@ -1,31 +1,27 @@
-"""Measures each dense layer's share of outlying scores, from which OWL allots the ratios."""
+"""Measures each dense block's share of outlying scores, from which OWL allots the ratios."""
 
 from lightning.pytorch import Callback
-from torch import nn
 
 from pipeline import processes, scores
-from pipeline.decoder import matrices
-from pipeline.watch import InputWatch
+from pipeline.matrices import matrices
 
 
 class OutlierShares(Callback):
-    """`shares` holds, by layer, the share of Wanda scores above `times` the layer's mean."""
+    """`shares` holds, by the block's index, the share of Wanda scores above `times` the block's mean."""
 
     def __init__(self, times: float) -> None:
         self.times = times
-        self.shares: list[float] = []
+        self.shares: dict[int, float] = {}
 
-    def on_predict_batch_start(self, trainer, walk, layer: nn.Module, index: int, dataloader_idx: int = 0) -> None:
-        walk.watch = InputWatch(matrices(layer), scores.square_sum)
-
-    def on_predict_batch_end(self, trainer, walk, outputs, layer, index: int, dataloader_idx: int = 0) -> None:
-        watch, walk.watch = walk.watch, None
-        watch.close()
-        leaders = {name: watch.leader_of(name) for name in matrices(layer)}
-        # in the order of the matrices, for that in which experts are reached differs from rank to rank
-        totals = {leader: processes.all_sum(watch.totals[leader]) for leader in dict.fromkeys(leaders.values())}
-        found = [scores.wanda(m.weight_OI, totals[leaders[name]]) for name, m in matrices(layer).items()]
-        self.shares.append(scores.outlier_share(found, self.times))
+    def on_predict_batch_end(self, trainer, walk, outputs, block, number: int, dataloader_idx: int = 0) -> None:
+        found = matrices(block, walk.blocks)
+        observed = walk.observe(found, scores.square_sum)
+        known = [
+            scores.wanda(found[name].weight_OI, observed.totals[key]) for name, key in observed.shared_input_key.items()
+        ]
+        if not known:
+            return
+        self.shares[block.index] = scores.outlier_share(known, self.times)
         processes.say(
-            f"  layer {index + 1}/{len(walk.decoder.layers)}: {self.shares[-1]:.4%} of the scores are outliers"
+            f"  layer {block.index + 1}/{len(walk.blocks)}: {self.shares[block.index]:.4%} of the scores are outliers"
         )

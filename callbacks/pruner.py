@@ -1,25 +1,24 @@
-"""Prunes each decoder layer as the walk passes it. A new method is a subclass with a score."""
+"""Prunes each block as the walk reaches it. A new method is a subclass with a score."""
 
 import time
 from collections import defaultdict
 
 import torch
 from lightning.pytorch import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline import masks, processes, scores
-from pipeline.decoder import Matrix, matrices
 from pipeline.errors import UserError
+from pipeline.matrices import matrices
 from pipeline.memory import peak_gib
 from pipeline.patterns import Pattern
 from pipeline.recipe import Prune
-from pipeline.watch import InputWatch
 
 FEW_TOKENS = 32  # below, an expert's statistics say more of the sample than of the expert
 
 
 class LayerPruner(Callback):
-    """Watches the inputs of a layer's matrices, sums what `observe` makes of them over all ranks, and prunes by `score`.
+    """Sums what `observe` makes of the inputs of a block's matrices, over all tokens and ranks, and prunes by `score`.
 
     `patterns` gives the pattern of each matrix by its parameter's name; a matrix that it lacks stays dense.
     """
@@ -58,27 +57,28 @@ class LayerPruner(Callback):
             masks.apply_(weight_OI, found[name])
         return found
 
-    def on_predict_batch_start(self, trainer, walk, layer: nn.Module, index: int, dataloader_idx: int = 0) -> None:
-        if not walk.is_finished(index):
-            self.started = time.perf_counter()
-            walk.watch = InputWatch(matrices(layer), self.observe)
+    def on_predict_start(self, trainer, walk) -> None:
+        self.started = time.perf_counter()
 
-    def on_predict_batch_end(self, trainer, walk, outputs, layer, index: int, dataloader_idx: int = 0) -> None:
-        if walk.watch is None:
+    def on_predict_batch_end(self, trainer, walk, outputs, block, number: int, dataloader_idx: int = 0) -> None:
+        if walk.is_finished(block):
+            self.started = time.perf_counter()
             return
-        watch, walk.watch = walk.watch, None
-        watch.close()
-        found = matrices(layer)
-        names = {matrix: walk.decoder.parameter_name(index, matrix) for matrix in found}
-        groups = defaultdict(dict)  # leader -> the matrices with the same inputs, by parameter name
+        found = matrices(block, walk.blocks)
+        observed = walk.observe(found, self.observe)
+        groups = defaultdict(dict)  # matrices with the same inputs, by name
         for name, matrix in found.items():
-            leader = watch.leader_of(name)
-            if names[name] in self.patterns:
-                groups[leader][names[name]] = matrix
+            if name in self.patterns and name in observed.shared_input_key:
+                groups[observed.shared_input_key[name]][name] = matrix
         rows = []
-        self.starved: list[str] = []
-        for leader, members in groups.items():
-            total = self._total(watch, leader, members)
+        undersampled: list[str] = []
+        for key, members in groups.items():
+            total = observed.totals.pop(key)
+            first = next(iter(members.values()))
+            if first.routed and observed.tokens[key] < FEW_TOKENS:
+                undersampled += [f"{name} ({observed.tokens[key]})" for name in members]
+                # that of inputs which are all alike
+                total = self.observe(torch.eye(first.weight_OI.shape[1], device=total.device)).double()
             weights = {name: matrix.weight_OI for name, matrix in members.items()}
             _check_finite(weights, total)
             dense_OI = {name: weight.clone() for name, weight in weights.items()}
@@ -88,30 +88,21 @@ class LayerPruner(Callback):
                     raise UserError(f"{type(self).__name__} on {name}: {problem}")
                 walk.masks.add(name, matrix.stored(masks_OI[name]), str(self.patterns[name]), matrix.transposed)
                 share, error = 1 - masks_OI[name].count_nonzero().item() / masks_OI[name].numel(), None
-                if len(watch.samples[leader]):  # no token of this rank reached some experts
-                    error = scores.relative_error(watch.samples[leader], dense_OI[name], weights[name])
-                rows.append({"layer": index, "matrix": name, "sparsity": share, "relative_output_error": error})
-        if self.starved:
-            processes.say(f"  fewer than {FEW_TOKENS} tokens, so judged by weight alone: {', '.join(self.starved)}")
-        self._log(walk, index, rows)
+                if len(observed.samples[key]):  # no token of this rank reached some experts
+                    error = scores.relative_error(observed.samples[key], dense_OI[name], weights[name])
+                rows.append({"layer": block.index, "matrix": name, "sparsity": share, "relative_output_error": error})
+        if undersampled:
+            processes.say(f"  fewer than {FEW_TOKENS} tokens, so judged by weight alone: {', '.join(undersampled)}")
+        for name in self.patterns.keys() & (found.keys() - observed.shared_input_key.keys()):
+            processes.say(f"  stays dense, for the model never calls it with calibration text: {name}")
+        self._log(walk, block, rows)
 
-    def _total(self, watch: InputWatch, leader: str, members: dict[str, Matrix]) -> Tensor:
-        """The sum over all ranks; for an expert that hardly a token reached, that of inputs which are all alike."""
-        total = processes.all_sum(watch.totals.pop(leader))
-        first = next(iter(members.values()))
-        if first.expert is not None:
-            tokens = processes.all_sum(torch.tensor(watch.tokens[leader], device=total.device)).item()
-            if tokens < FEW_TOKENS:
-                self.starved += [f"{name} ({tokens})" for name in members]
-                return self.observe(torch.eye(first.weight_OI.shape[1], device=total.device)).double()
-        return total
-
-    def _log(self, walk, index: int, rows: list[dict]) -> None:
-        seconds = time.perf_counter() - self.started
+    def _log(self, walk, block, rows: list[dict]) -> None:
+        seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
         errors = [row["relative_output_error"] for row in rows if row["relative_output_error"] is not None]
         error, sparsity = sum(errors) / max(1, len(errors)), walk.masks.sparsity()
         walk.log_row = {
-            "layer": index,
+            "layer": block.index,
             "seconds": round(seconds, 4),
             "tokens_per_second": round(walk.tokens * processes.world_size() / seconds, 1),
             "sparsity": sparsity,
@@ -120,8 +111,7 @@ class LayerPruner(Callback):
             "matrices": rows,
         }
         processes.say(
-            f"  layer {index + 1}/{len(walk.decoder.layers)}: sparsity {sparsity:.4f}, "
-            f"output error {error:.3f}, {seconds:.1f} s"
+            f"  layer {block.index + 1}/{len(walk.blocks)}: sparsity {sparsity:.4f}, output error {error:.3f}, {seconds:.1f} s"
         )
 
 

@@ -3,14 +3,16 @@
 import itertools
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from lightning.pytorch import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline import layer_fit, processes
-from pipeline.decoder import Decoder, release
+from pipeline.blocks import Block
 from pipeline.errors import UserError
+from pipeline.layerwise import LayerwiseForwards
 from pipeline.masks import Masks
 from pipeline.memory import peak_gib
 from pipeline.recipe import Reconstruct
@@ -19,53 +21,60 @@ PATIENCE = 30  # seconds that a layer may take before each of its epochs says a 
 
 
 class LayerReconstructor(Callback):
-    """Owns the dense model's hidden states and carries them along beside the walk's, which are the pruned model's.
+    """Takes the forwards of the dense model along with the walk's, those of the pruned model.
 
     A layer's inputs are what the layers before it give, reconstructed already; its targets are the hidden states of the
     dense model, so that it makes good what the layers before it got wrong as well. `steps` are the batches of each
     optimizer step, see `layer_fit.fit`; the batches after them judge.
     """
 
-    def __init__(self, dense: Decoder, masks: Masks, settings: Reconstruct, seed: int, steps: list[range]) -> None:
+    def __init__(
+        self, dense: LayerwiseForwards, masks: Masks, settings: Reconstruct, seed: int, steps: list[range]
+    ) -> None:
         self.dense, self.masks, self.settings, self.seed, self.steps = dense, masks, settings, seed, steps
         self.targets: list[Tensor] = []
 
     def on_predict_epoch_start(self, trainer, walk) -> None:
-        # but for its layers' weights the dense model is the same: it calls and embeds alike
-        self.dense.calls, self.targets = walk.decoder.calls, list(walk.hidden)
+        self.dense.start()
+        self.targets = [torch.empty(0)] * len(walk.batches)
         self.judging = range(self.steps[-1].stop, len(walk.batches))
         tokens = sum(walk.batches[i].numel() for i in self.judging)
         self.tokens = processes.all_sum(torch.tensor(tokens, device=walk.device)).item()
 
-    def on_predict_batch_end(
-        self, trainer, walk, outputs, layer: nn.Module, index: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_predict_batch_end(self, trainer, walk, outputs, block, number: int, dataloader_idx: int = 0) -> None:
         started = time.perf_counter()
-        teacher = self.dense.layers[index].to(walk.device)
-        for i, hidden in enumerate(self.targets):
-            self.targets[i] = walk.keep(self.dense.run(index, teacher, hidden.to(walk.device, non_blocking=True)))
-        release(teacher)
-        if walk.is_finished(index):
+
+        def see(i: int, hidden: Tensor) -> None:
+            self.targets[i] = hidden if walk.store is None else hidden.to(walk.store)
+
+        while self.dense.at.index != block.index:  # blocks that the model calls again
+            self._advance()
+        self._advance(see)
+        if walk.is_finished(block):
             return
-        before, after = self._fit(walk, layer, index)
+        before, after = self._fit(walk, block)
         seconds = time.perf_counter() - started
         walk.log_row = {
-            "layer": index,
+            "layer": block.index,
             "seconds": round(seconds, 4),
             "error_before": before,
             "error_after": after,
             "memory_gib": round(peak_gib(walk.device), 3),
         }
         found = f"{before:.4f} -> {after:.4f}" if after < before else f"{before:.4f}, no better: it stays as it was"
-        processes.say(f"  layer {index + 1}/{len(walk.decoder.layers)}: held-out error {found}, {seconds:.1f} s")
+        processes.say(f"  layer {block.index + 1}/{len(walk.blocks)}: held-out error {found}, {seconds:.1f} s")
 
-    def _fit(self, walk, layer: nn.Module, index: int) -> tuple[float, float]:
+    def _advance(self, see: Callable[[int, Tensor], None] | None = None) -> None:
+        for _ in self.dense.advance(see):
+            pass
+
+    def _fit(self, walk, block: Block) -> tuple[float, float]:
         started, epochs_done = time.perf_counter(), itertools.count()
         epochs, lr = self.settings.epochs, self.settings.lr
 
         def error(batch: int) -> Tensor:
-            hidden, target = (kept[batch].to(walk.device, non_blocking=True) for kept in (walk.hidden, self.targets))
-            return layer_fit.token_error(walk.decoder.run(index, layer, hidden), target)
+            target = self.targets[batch].to(walk.device, non_blocking=True)
+            return layer_fit.token_error(walk.forwards.try_on(batch), target)
 
         def judge() -> float:
             """Root of the mean over tokens."""
@@ -79,13 +88,15 @@ class LayerReconstructor(Callback):
             return found
 
         masks = {}
-        for name, parameter in layer.named_parameters():
-            mask = self.masks.of(walk.decoder.parameter_name(index, name), parameter)
+        for name, parameter in block.module.named_parameters():
+            mask = self.masks.of(f"{block.name}.{name}", parameter)
             if mask is not None:
                 masks[name] = mask.to(walk.device)
         try:
-            return layer_fit.fit(layer, masks, self.steps, error, judge, processes.all_sum, epochs, lr, self.seed)
+            return layer_fit.fit(
+                block.module, masks, self.steps, error, judge, processes.all_sum, epochs, lr, self.seed
+            )
         except UserError as problem:
             raise UserError(
-                f"the reconstruction of {walk.decoder.prefix}.{index} diverges, {problem}: type reconstruct.lr={lr / 10:g}"
+                f"the reconstruction of {block.name} diverges, {problem}: type reconstruct.lr={lr / 10:g}"
             ) from None

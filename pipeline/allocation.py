@@ -3,27 +3,28 @@
 from fnmatch import fnmatch
 
 from pipeline import patterns, scores
-from pipeline.decoder import Decoder, matrices
+from pipeline.blocks import Block
 from pipeline.errors import UserError
+from pipeline.matrices import matrices
 from pipeline.patterns import Pattern, Unstructured
 from pipeline.recipe import Prune
 
 
-def allocate(decoder: Decoder, settings: Prune, shares: list[float] | None = None) -> dict[str, Pattern]:
+def allocate(blocks: list[Block], settings: Prune, shares: dict[int, float] | None = None) -> dict[str, Pattern]:
     """Pattern by parameter name; a matrix that stays dense is not there.
 
-    `shares` are the layers' outlier shares for OWL. `prune.overrides` maps a glob over parameter names to a pattern or
-    to `dense`; the last one that matches counts. `UserError` where a pattern cannot hold or a glob matches nothing.
+    `shares` are the outlier shares for OWL by the block's index. `prune.overrides` maps a glob over parameter names to a
+    pattern or to `dense`; the last one that matches counts. `UserError` where a pattern cannot hold or a glob matches nothing.
     """
     usual = patterns.parse(settings.sparsity)
-    by_layer: list[Pattern] = [usual] * len(decoder.layers)
+    by_block: dict[int, Pattern] = {}
     if shares is not None:
-        ratios = scores.owl_ratios(shares, usual.ratio, settings.owl_spread)
-        by_layer = [Unstructured(min(max(ratio, 0.0), 0.99)) for ratio in ratios]
+        ratios = scores.owl_ratios(list(shares.values()), usual.ratio, settings.owl_spread)
+        by_block = {i: Unstructured(min(max(ratio, 0.0), 0.99)) for i, ratio in zip(shares, ratios)}
     named = {
-        decoder.parameter_name(index, name): (by_layer[index], matrix.weight_OI.shape[1])
-        for index, layer in enumerate(decoder.layers)
-        for name, matrix in matrices(layer).items()
+        name: (by_block.get(block.index, usual), matrix.weight_OI.shape[1])
+        for block in blocks
+        for name, matrix in matrices(block, blocks).items()
     }
     instead = {  # each once, so that matrices of one override share a pattern
         glob: None if value == "dense" else patterns.parse(value, f"prune.overrides[{glob}]")

@@ -3,17 +3,17 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import data, memory, models, processes, sources
-from pipeline.decoder import Decoder
+from pipeline.blocks import find_blocks
 from pipeline.errors import UserError
 from pipeline.recipe import Calibration, Recipe
 
 
-def batches(recipe: Recipe, text: Calibration, section: str, origin: Path, decoder: Decoder) -> list[Tensor]:
+def batches(recipe: Recipe, text: Calibration, section: str, origin: Path, model: nn.Module) -> list[Tensor]:
     """This rank's batches of tokens, each (batch_size, seq_len); `section` is where the recipe sets `text`."""
-    config = decoder.model.config
+    config = model.config
     models.check_length(config, f"{section}.seq_len", text.seq_len)
     source = sources.source(text.dataset, recipe.mirror, text.split, text.config)
     tokenizer = models.tokenizer(origin, recipe)
@@ -30,22 +30,24 @@ def batches(recipe: Recipe, text: Calibration, section: str, origin: Path, decod
 
 
 def plan_memory(
-    decoder: Decoder, batches: list[Tensor], where: str, streams: int = 1, per_weight: int = 0
+    model: nn.Module, batches: list[Tensor], where: str, streams: int = 1, per_weight: int = 0
 ) -> torch.device:
     """Says what will be needed and what is free, and chooses where the hidden states wait between layers.
 
-    Each of `streams` carries hidden states and has a layer at hand, one has the next one too; training a layer takes
+    Each of `streams` holds paused forwards and has a layer at hand, one has the next one too; training a layer takes
     `per_weight` bytes for each of its weights.
     """
     device = processes.device()
-    largest = max(decoder.layers, key=memory.size_gib)
+    blocks = [block.module for block in find_blocks(model)]
+    largest = max(blocks, key=memory.size_gib)
     layers = (1 + streams) * memory.size_gib(largest)
     training = per_weight * sum(parameter.numel() for parameter in largest.parameters()) / memory.GIB
-    outside = memory.size_gib(decoder.model) - sum(memory.size_gib(layer) for layer in decoder.layers)
-    width = decoder.model.config.get_text_config().hidden_size * decoder.model.dtype.itemsize
-    hidden = streams * sum(batch.numel() for batch in batches) * width / memory.GIB
+    outside = memory.size_gib(model) - sum(map(memory.size_gib, blocks))
+    width = model.config.get_text_config().hidden_size * model.dtype.itemsize
+    # a paused forward keeps the embeddings as well as the hidden states
+    hidden = 2 * streams * sum(batch.numel() for batch in batches) * width / memory.GIB
     free = memory.free_gib(device)
-    fits = layers + training + outside + 2 * hidden < 0.8 * free
+    fits = layers + training + outside + 1.5 * hidden < 0.8 * free
     store = device if device.type == "cpu" or where == "gpu" or (where == "auto" and fits) else torch.device("cpu")
     processes.say(
         f"  memory: {memory.text(layers)} for {'two' if streams == 1 else 'three'} layers, "

@@ -106,9 +106,10 @@ def _weights(name: str, folder: Path, masks: Masks, recipe: Recipe) -> dict[str,
             f"{name} model: {worst.count} pruned weights of {worst.name} are not zero, the first at {list(worst.first)} "
             f"({len(violations)} matrices are broken): {folder} does not keep its masks"
         )
-    layers: dict[int, list[verify.Checked]] = defaultdict(list)
+    layers: dict[tuple[str, int], list[verify.Checked]] = defaultdict(list)
     for matrix in matrices:
-        layers[int(re.search(r"\.(\d+)\.", matrix.name)[1])].append(matrix)
+        found = re.match(r"(.*?)\.(\d+)\.", matrix.name)  # model.layers.3.mlp.up_proj.weight: layer 3 of model.layers
+        layers[found[1], int(found[2])].append(matrix)
     sparsity = {
         "overall": _share(matrices),
         "by_layer": [_share(layers[layer]) for layer in sorted(layers)],

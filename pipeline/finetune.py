@@ -12,7 +12,7 @@ from callbacks.mask_keeper import MaskKeeper
 from callbacks.validation import Validation
 from pipeline import card, data, files, lora, models, processes, quantize, sources
 from pipeline.allocation import allocate
-from pipeline.decoder import Decoder
+from pipeline.blocks import find_blocks
 from pipeline.errors import UserError
 from pipeline.masks import Masks
 from pipeline.recipe import Recipe
@@ -31,7 +31,7 @@ def check(recipe: Recipe) -> None:
     if settings.bias == "all" and "16" in stored and precision(settings.precision) == "32-true":
         raise UserError("finetune.bias=all trains in float32: type finetune.precision=bf16-mixed, or dtype=float32")
     if settings.targets != lora.ALL:
-        lora.targets(allocate(Decoder(models.skeleton(folder, recipe)), recipe.prune), settings.targets)
+        lora.targets(allocate(find_blocks(models.skeleton(folder, recipe)), recipe.prune), settings.targets)
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:

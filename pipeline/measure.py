@@ -13,7 +13,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from pipeline import continuations, data, files, models, paired, placement, processes, sources
-from pipeline.decoder import Decoder
 from pipeline.errors import UserError
 from pipeline.perplexity import perplexity, streamed, whole, window_losses, windows
 from pipeline.recipe import Recipe
@@ -62,9 +61,9 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
             tell = _at_times(f"  {name}: perplexity on {spec}, ")
             windows_NT = windows(data.joined(source, tokenizer(), settings.seq_len), settings.seq_len)
             if where() == "stream":
-                decoder = Decoder(subject.load(recipe))
-                models.check_vocabulary(decoder.model.config, windows_NT, source)
-                logits = streamed(decoder, processes.device(), tell)
+                layerwise = subject.load(recipe)
+                models.check_vocabulary(layerwise.config, windows_NT, source)
+                logits = streamed(layerwise, processes.device(), tell)
                 at_once = placement.number(settings.batch_size)
             else:
                 models.check_vocabulary(model().config, windows_NT, source)

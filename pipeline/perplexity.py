@@ -3,14 +3,16 @@
 Shapes: N = windows, B = windows of a batch, T = seq_len tokens, D = width, V = vocabulary.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.decoder import Decoder, release
+from pipeline.blocks import find_blocks
 from pipeline.errors import UserError
+from pipeline.layerwise import LayerwiseForwards
 
 # positions whose logits are in float32 at a time: with a vocabulary of 256K 256 MiB, where a whole window takes 2 GiB
 POSITIONS = 256
@@ -35,21 +37,18 @@ def whole(model: nn.Module) -> Logits:
     return lambda batches: (model(input_ids=batch.to(model.device), use_cache=False).logits for batch in batches)
 
 
-def streamed(decoder: Decoder, device: torch.device, tell: Tell = lambda text: None) -> Logits:
-    """The same, layer by layer: the device holds one layer, the embeddings and the head; the hidden states of all batches
-    wait in the host's memory. To the bit what `whole` gives on that device. Each layer is released behind it, so this
-    works once."""
+def streamed(model: nn.Module, device: torch.device, tell: Tell = lambda text: None) -> Logits:
+    """The same, layer by layer: the device holds one layer, the embeddings and the head; the forwards of all batches wait in
+    the host's memory. To the bit what `whole` gives on that device."""
 
     def logits(batches: list[Tensor]) -> Iterator[Tensor]:
-        decoder.place(device)
-        hidden = [decoder.embed(batch.to(device)).cpu() for batch in batches]
-        for index, layer in enumerate(decoder.layers if batches else ()):
-            layer.to(device)
-            for i, hidden_BTD in enumerate(hidden):
-                hidden[i] = decoder.run(index, layer, hidden_BTD.to(device)).cpu()
-            release(layer)
-            tell(f"layer {index + 1} of {len(decoder.layers)}")
-        yield from (decoder.head(batch.to(device), hidden_BTD.to(device)) for batch, hidden_BTD in zip(batches, hidden))
+        blocks, passed = find_blocks(model), itertools.count(1)
+        forwards = LayerwiseForwards(model, blocks, call, batches, device, torch.device("cpu"))
+        with forwards:
+            yield from forwards.results(lambda block: tell(f"layer {next(passed)} of {len(blocks)}"))
+
+    def call(batch_BT: Tensor) -> Tensor:
+        return model(input_ids=batch_BT, use_cache=False).logits
 
     return logits
 

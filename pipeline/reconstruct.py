@@ -9,11 +9,11 @@ from pathlib import Path
 from callbacks.layer_writer import LayerWriter
 from callbacks.reconstructor import LayerReconstructor
 from pipeline import calibration, card, memory, models, processes
-from pipeline.decoder import Decoder
+from pipeline.block_files import write_rows
 from pipeline.errors import UserError
 from pipeline.masks import Masks
 from pipeline.recipe import Calibration, Recipe, reconstruction_text
-from pipeline.walk import LayerWalk, tour, write_outside, write_rows
+from pipeline.walk import LayerWalk, run_layerwise
 
 HELD_OUT = 8  # the samples of one step in so many judge instead of training
 BYTES_PER_WEIGHT = 4 + 8 + 8 + 4 + 4  # in fp32, Adam's moments, gradients in float64 and fp32, the best so far
@@ -30,19 +30,19 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     settings, text, origin = recipe.reconstruct, reconstruction_text(recipe), inputs["prune"] / "model"
     steps = plan_steps(text, settings.accumulate, processes.world_size())
     masks, _ = Masks.load(inputs["prune"] / "masks.safetensors")
-    decoder = Decoder(models.load(origin, recipe))
-    dense = Decoder(models.load(models.dense_folder(recipe, inputs), recipe))
-    batches = calibration.batches(recipe, text, "reconstruct", origin, decoder)
-    store = calibration.plan_memory(decoder, batches, recipe.prune.hidden_states, 2, BYTES_PER_WEIGHT)
-    walk = LayerWalk(decoder, batches, folder, store)
-    if walk.finished_before:
-        processes.say(f"  {len(walk.finished_before)} of {len(decoder.layers)} layers were done before: passed through")
-    tour(walk, [LayerReconstructor(dense, masks, settings, recipe.seed, steps), LayerWriter(folder)])
+    model = models.load(origin, recipe)
+    dense = models.load(models.dense_folder(recipe, inputs), recipe)
+    batches = calibration.batches(recipe, text, "reconstruct", origin, model)
+    store = calibration.plan_memory(model, batches, recipe.prune.hidden_states, 2, BYTES_PER_WEIGHT)
+    walk = LayerWalk(model, batches, store, folder)
+    if done := walk.files.finished_before:
+        processes.say(f"  {len(done)} of {len(walk.blocks)} layers were done before: passed through")
+    with walk.forwards_of(dense) as forwards:
+        run_layerwise(walk, [LayerReconstructor(forwards, masks, settings, recipe.seed, steps), LayerWriter()])
     processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
     if processes.is_main():
-        write_outside(walk, origin, recipe.dtype)
-        rows = [Masks.load(walk.masks_file(index))[1] for index in range(len(decoder.layers))]
-        write_rows(folder / "layers.csv", rows)
+        walk.files.write_rest(origin, recipe.dtype)
+        write_rows(folder / "layers.csv", walk.files.logs())
         card.write_model_card(folder / "model", recipe, "reconstruct")
 
 

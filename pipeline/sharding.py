@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from pipeline.decoder import find_layers
+from pipeline.blocks import find_blocks
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -29,8 +29,8 @@ def shard_(model: nn.Module, mesh: DeviceMesh) -> None:
     if isinstance(model, FSDPModule):
         return
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for layer in find_layers(base)[1]:
-        fully_shard(layer, mesh=mesh)
+    for block in find_blocks(base):
+        fully_shard(block.module, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 

@@ -1,96 +1,116 @@
-"""Owns the walk over the decoder layers, in which a batch is a layer; pruning or reconstructing it is a callback."""
+"""Owns the walk over a model's blocks, in which a batch is a block; pruning or reconstructing it is a callback."""
 
-import contextlib
-import csv
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from callbacks.stop_at_signal import StopAtSignal
-from pipeline import checksums, files, models, processes
-from pipeline.decoder import Decoder, release
+from pipeline import processes
+from pipeline.block_files import BlockFiles
+from pipeline.blocks import Block, find_blocks
+from pipeline.layerwise import LayerwiseForwards
 from pipeline.masks import Masks
-from pipeline.watch import EveryInputSeen, InputWatch
+from pipeline.matrices import Matrix
+from pipeline.observe import InputObserver, Observed
 
 
 class LayerWalk(LightningModule):
-    """Owns this rank's hidden states and carries them from layer to layer.
+    """Owns a model's blocks, and the forwards of this rank's batches, which are paused at the block at hand.
 
-    A step forwards them through the layer just finished, so that each layer sees what the new model will give it, and
-    then, where a callback watches, shows them to the next layer, whose matrices' inputs decide what goes. A layer
-    whose shard and masks lie whole in `folder` was finished by an earlier try: its weights are read from there, and it is only
-    passed through.
+    A block that an earlier try finished, as `files` knows, is given its weights and only passed through. Without files
+    nothing is written, and no callback may change the weights.
     """
 
     def __init__(
-        self, decoder: Decoder, batches: list[Tensor], folder: Path | None, store: torch.device | None
+        self, model: nn.Module, batches: list[Tensor], store: torch.device | None, folder: Path | None = None
     ) -> None:
         super().__init__()
-        object.__setattr__(self, "decoder", decoder)  # not in _modules: Lightning must not move, wrap or save the model
-        self.batches, self.folder, self.store = batches, folder, store
+        object.__setattr__(self, "model", model)  # not in _modules: Lightning must not move, wrap or save the model
+        self.blocks = find_blocks(model)
+        self.batches, self.store = batches, store
         self.tokens = sum(batch.numel() for batch in batches)
-        self.hidden: list[Tensor] = []
-        self.previous: nn.Module | None = None
-        self.watch: InputWatch | None = None
-        self.masks = Masks()  # of the layer at hand
+        self.files = BlockFiles(folder, model, self.blocks) if folder else None
+        self.forwards = self.forwards_of(model, self.files)
+        self.masks = Masks()  # of the block at hand
         self.log_row: dict = {}
-        self.finished_before = processes.from_main(
-            self._find_finished() if folder and processes.is_main() else frozenset()
-        )
 
-    def _find_finished(self) -> frozenset[int]:
-        damaged = checksums.damaged(self.folder)
-        if damaged:
-            processes.say(f"  damaged, so made again: {', '.join(damaged)}")
-        whole = {self.folder / name for name in checksums.recorded(self.folder) if name not in damaged}
-        return frozenset(i for i in range(len(self.decoder.layers)) if {self.shard(i), self.masks_file(i)} <= whole)
+    def is_finished(self, block: Block) -> bool:
+        return self.files is not None and self.files.is_finished(block)
 
-    def is_finished(self, index: int) -> bool:
-        return index in self.finished_before
+    def forwards_of(self, model: nn.Module, files: BlockFiles | None = None) -> LayerwiseForwards:
+        """Those of `model` over this rank's batches."""
 
-    def shard(self, index: int) -> Path:
-        count = len(self.decoder.layers) + 1
-        return self.folder / "model" / f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+        def call(batch_BT: Tensor) -> None:
+            model.base_model(input_ids=batch_BT, use_cache=False)
 
-    def masks_file(self, index: int) -> Path:
-        return self.folder / "masks" / f"{index:05d}.safetensors"
+        known = (files.restore, files.finished_before) if files else ()
+        return LayerwiseForwards(model, find_blocks(model), call, self.batches, processes.device(), self.store, *known)
 
-    def on_predict_start(self) -> None:
-        self.decoder.place(self.device)
-        self.hidden = [self.keep(self.decoder.embed(batch.to(self.device))) for batch in self.batches]
+    def reached(self) -> Iterator[Block]:
+        """The blocks in the order in which the model reaches them, each once. Between two of them, all batches run through
+        the block at hand as it is then, and through blocks that the model calls again. What follows the last is not run."""
+        left = {block.index for block in self.blocks}
+        self.forwards.start()
+        while left and (block := self.forwards.at) is not None:
+            if block.index in left:
+                left.discard(block.index)
+                yield block
+            if left:
+                for _ in self.forwards.advance():
+                    pass
 
-    def keep(self, hidden: Tensor) -> Tensor:
-        """Where hidden states wait: on the device, or in the host's memory, pinned so that copies overlap."""
-        if self.store is None or self.store == hidden.device:
-            return hidden
-        return torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=hidden.is_cuda).copy_(hidden, non_blocking=True)
+    def predict_step(self, block: Block, number: int) -> None:
+        self.masks, self.log_row = Masks(), {}
 
-    def predict_step(self, layer: nn.Module, index: int) -> None:
-        for i, hidden in enumerate(self.hidden if self.previous is not None else ()):
-            moved = hidden.to(self.device, non_blocking=True)
-            self.hidden[i] = self.keep(self.decoder.run(index - 1, self.previous, moved))
-        if self.previous is not None:
-            release(self.previous)
-        self.masks = Masks()
-        if self.is_finished(index):
-            weights = load_file(self.shard(index), device=str(self.device))
-            prefix = f"{self.decoder.prefix}.{index}."
-            layer.load_state_dict({name.removeprefix(prefix): w for name, w in weights.items()}, assign=True)
-        elif self.watch is not None:
-            for hidden in self.hidden:
-                self.watch.next_batch()
-                with contextlib.suppress(EveryInputSeen):
-                    self.decoder.run(index, layer, hidden.to(self.device, non_blocking=True))
-        self.previous = layer
+    @torch.no_grad()
+    def observe(self, matrices: dict[str, Matrix], observe: Callable[[Tensor], Tensor]) -> Observed:
+        """What the matrices of the block at hand see, summed over all batches of all ranks, the same on each.
+
+        An expert that no token reached has a sum of nothing. A matrix that the model never calls, such as one that is read
+        by a kernel of its own, is not in `shared_input_key`.
+        """
+        observer = InputObserver(matrices, observe)
+        for i in range(len(self.batches)):
+            with observer.batch():
+                self.forwards.try_on(i)
+        observed, known = observer.observed, {}
+        for of_rank in processes.all_ranks(observed.shared_input_key):  # an expert may be reached on some ranks alone
+            known = of_rank | known
+        routed = {name for name, matrix in matrices.items() if matrix.routed}
+        if routed & known.keys():
+            known |= {name: name for name in routed - known.keys()}
+        observed.shared_input_key = {name: known[name] for name in matrices if name in known}
+        for key in dict.fromkeys(observed.shared_input_key.values()):
+            weight_OI = matrices[key].weight_OI
+            if key not in observed.totals:
+                observed.samples[key] = weight_OI.new_zeros(0, weight_OI.shape[1])
+                observed.totals[key] = observe(observed.samples[key]).double()
+            observed.totals[key] = processes.all_sum(observed.totals[key])
+            tokens = torch.tensor(observed.tokens[key], device=weight_OI.device)
+            observed.tokens[key] = int(processes.all_sum(tokens)) if matrices[key].routed else observed.tokens[key]
+        return observed
 
 
-def tour(walk: LayerWalk, callbacks: list[Callback]) -> None:
-    """Walks all layers with the callbacks."""
+class _Reached(IterableDataset):
+    """As long as there are blocks, so that Lightning fetches none ahead: the next one depends on what is done to the last."""
+
+    def __init__(self, walk: LayerWalk) -> None:
+        self.walk = walk
+
+    def __len__(self) -> int:
+        return len(self.walk.blocks)
+
+    def __iter__(self) -> Iterator[Block]:
+        return self.walk.reached()
+
+
+def run_layerwise(walk: LayerWalk, callbacks: list[Callback]) -> None:
+    """Walks all blocks with the callbacks."""
     trainer = Trainer(
         callbacks=[*callbacks, StopAtSignal()],
         inference_mode=False,  # else the weights become inference tensors, and a later fit of them dies
@@ -100,28 +120,5 @@ def tour(walk: LayerWalk, callbacks: list[Callback]) -> None:
         **processes.trainer_arguments(),
     )
     assert trainer.world_size == processes.world_size()
-    trainer.predict(walk, DataLoader(walk.decoder.layers, batch_size=None), return_predictions=False)
-
-
-def write_outside(walk: LayerWalk, origin: Path, dtype: str) -> None:
-    """The rest of the model folder: what lies outside the layers, the index, and all that is no weight."""
-    decoder, model = walk.decoder, walk.decoder.model
-    once = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
-    state = model.state_dict()  # holds tied weights twice, which a file must not
-    in_layers = decoder.prefix + "."
-    rest = {k: v.contiguous().cpu() for k, v in state.items() if k in once and not k.startswith(in_layers)}
-    with files.whole(walk.shard(len(decoder.layers))) as beside:
-        save_file(rest, beside, {"format": "pt"})
-    models.write_index(walk.folder / "model")
-    models.copy_beside(origin, walk.folder / "model", dtype)
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """As CSV, layer and matrix first; no file without a row."""
-    if not rows:
-        return
-    columns = sorted(rows[0], key=("layer", "matrix").__contains__, reverse=True)
-    with files.whole(path) as beside, open(beside, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    with walk.forwards:
+        trainer.predict(walk, DataLoader(_Reached(walk), batch_size=None), return_predictions=False)

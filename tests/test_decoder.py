@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from pipeline.decoder import Decoder, find_layers, matrices
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.decoder import Decoder, find_layers, matrices
 from pipeline.errors import UserError
 
 SMALL = {

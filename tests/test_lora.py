@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from pipeline.decoder import Decoder, matrices
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pipeline import lora
-from pipeline.decoder import Decoder, matrices
 from pipeline.errors import UserError
 from pipeline.lora import MaskedLinear
 from pipeline.masks import Masks, apply_

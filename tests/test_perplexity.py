@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from pipeline.decoder import Decoder
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pipeline import data, paired, sources
-from pipeline.decoder import Decoder
 from pipeline.errors import UserError
 from pipeline.perplexity import perplexity, streamed, whole, window_losses, windows
 from tests.test_decoder import FAMILIES, ROUTED, small_model

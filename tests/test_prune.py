@@ -6,11 +6,11 @@ import subprocess
 
 import pytest
 import torch
+from pipeline.decoder import Decoder
 from transformers import AutoModelForCausalLM
 
 from callbacks.methods import METHODS, WandaPruner
 from pipeline import data, models, patterns, prune, recipe_reader, series, sources
-from pipeline.decoder import Decoder
 from pipeline.errors import UserError
 from pipeline.masks import Masks, by_matrix
 from tests import textbook

@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
+from pipeline.decoder import find_layers
 from transformers import AutoModelForCausalLM
 
 from pipeline import data, layer_fit, models, recipe, recipe_reader, reconstruct, sources, stages
-from pipeline.decoder import find_layers
 from pipeline.errors import UserError
 from pipeline.masks import by_matrix
 from pipeline.perplexity import whole, window_losses, windows

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipeline.decoder import Decoder, matrices
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import launch
 from pipeline import models
-from pipeline.decoder import Decoder, matrices
 from pipeline.masks import Masks
 from tests.conftest import QUICK
 from tests.test_decoder import small_model

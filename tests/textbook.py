@@ -7,9 +7,9 @@ sorts. The methods follow the published algorithms (Sun et al. 2023; Frantar & A
 import math
 
 import torch
+from pipeline.decoder import Decoder, matrices
 from torch import Tensor, nn
 
-from pipeline.decoder import Decoder, matrices
 from pipeline.patterns import NofM, Pattern
 
 
