@@ -22,11 +22,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.decoder import Decoder, matrices
-
 from benchmarks.prune import SHAPES, build, wait
 from pipeline import lora, processes
 from pipeline.masks import Masks, apply_
+from pipeline.matrices import matrices_of
 from pipeline.memory import GIB
 from pipeline.patterns import NofM
 from pipeline.recipe import Finetune
@@ -39,12 +38,10 @@ class Training:
 
     def __init__(self, way: str, args: argparse.Namespace) -> None:
         model, masks = build(args.shape, getattr(torch, args.dtype)), Masks()
-        decoder = Decoder(model)
-        for index, layer in enumerate(decoder.layers):
-            for name, matrix in matrices(layer).items():
-                mask_OI = NofM(2, 4).select(matrix.weight_OI.float().abs())
-                apply_(matrix.weight_OI, mask_OI)
-                masks.add(decoder.parameter_name(index, name), mask_OI, "2of4")
+        for name, matrix in matrices_of(model).items():
+            mask_OI = NofM(2, 4).select(matrix.weight_OI.float().abs())
+            apply_(matrix.weight_OI, mask_OI)
+            masks.add(name, mask_OI, "2of4")
         settings = Finetune(rank=args.rank, alpha=2.0 * args.rank)
         if way == WAYS[0]:
             self.model = get_peft_model(model, lora.lora_config(masks, settings))

@@ -19,15 +19,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.decoder import Decoder, matrices
-
 from callbacks.layer_writer import LayerWriter
 from callbacks.methods import pruner
 from pipeline import patterns, processes
 from pipeline.allocation import allocate
+from pipeline.matrices import matrices_of
 from pipeline.patterns import Pattern
 from pipeline.recipe import Prune
-from pipeline.walk import LayerWalk, tour
+from pipeline.walk import LayerWalk, run_layerwise
 from tests import textbook
 
 SHAPES = {
@@ -68,28 +67,26 @@ def wait() -> None:
 
 
 def ours(model, windows, method: str, pattern: str, batch_size: int) -> dict[str, float]:
-    decoder = Decoder(model)
     settings = Prune(method=method, sparsity=pattern)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        walk = LayerWalk(decoder, list(windows.split(batch_size)), Path(folder), processes.device())
-        callback = pruner(settings, allocate(decoder, settings))
+        walk = LayerWalk(model, list(windows.split(batch_size)), processes.device(), Path(folder))
+        callback = pruner(settings, allocate(walk.blocks, settings))
         callback.observe = clock.around(callback.observe)
         callback.on_predict_batch_end = clock.around(callback.on_predict_batch_end)
-        writer = LayerWriter(Path(folder))
+        writer = LayerWriter()
         writing = Clock()
         writer.write_on_batch_end = writing.around(writer.write_on_batch_end)
         wait()
         started = time.perf_counter()
-        tour(walk, [callback, writer])
+        run_layerwise(walk, [callback, writer])
         wait()
         seconds = time.perf_counter() - started - writing.total  # the textbook writes nothing
     return {"stage": seconds, "pruning": clock.total, "writing": writing.total}
 
 
 def plain(model, windows, method: str, pattern: str) -> dict[str, float]:
-    decoder = Decoder(model)
-    decoder.place(processes.device())
+    model.to(processes.device())
     clock = Clock()
     patched = {"to_prune": textbook.to_prune, "surgeon": textbook.surgeon}
     hook = textbook.Statistics.hook
@@ -99,7 +96,7 @@ def plain(model, windows, method: str, pattern: str) -> dict[str, float]:
     try:
         wait()
         started = time.perf_counter()
-        textbook.prune(decoder, windows, method, patterns.parse(pattern))
+        textbook.prune(model, windows, method, patterns.parse(pattern))
         wait()
     finally:
         setattr(textbook, outer, patched[outer])
@@ -110,7 +107,7 @@ def plain(model, windows, method: str, pattern: str) -> dict[str, float]:
 def selecting(shape: str, pattern: Pattern, repeats: int) -> tuple[float, float]:
     """Median seconds to select one layer's masks: textbook, ours."""
     model = build(shape, torch.float32) if shape == "170m" else None
-    weights = [matrix.weight_OI for matrix in matrices(Decoder(model).layers[0]).values()]
+    weights = [matrix.weight_OI for name, matrix in matrices_of(model).items() if ".layers.0." in name]
     scores = [weight.abs() * torch.rand(1, weight.shape[1], device=weight.device) for weight in weights]
     norm = torch.ones(1)
     ways = [

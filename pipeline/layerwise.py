@@ -96,13 +96,17 @@ class LayerwiseForwards:
     def __enter__(self) -> "LayerwiseForwards":
         for tensor in outside(self.model, self.blocks):
             tensor.data = tensor.data.to(self.device)
-        for block in self.blocks:
-            block.module.forward = _pausing(block.index, block.module.forward)
+        # the model's own call runs a block's hooks before it pauses and after it goes on, so here only forward is called
+        self._own = [block.module.forward for block in self.blocks]
+        for block, own in zip(self.blocks, self._own):
+            block.module.forward = _pausing(block.index, own)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for block in self.blocks:
+        for block, own in zip(self.blocks, self._own):
             del block.module.forward
+            if block.module.forward != own:  # an object's own, as accelerate's hooks set
+                block.module.forward = own
         for forward in self.forwards:
             if forward:  # paused: its frames would keep their tensors until they are collected
                 forward.throw()
@@ -127,7 +131,7 @@ class LayerwiseForwards:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         versions = [tensor._version for tensor in given]
         try:
-            return hidden_states(self.at.module(*args, **kwargs))
+            return hidden_states(self._own[self.at.index](*args, **kwargs))
         finally:
             self._put_away(i)
             if versions != [tensor._version for tensor in given]:
@@ -141,7 +145,7 @@ class LayerwiseForwards:
         """
         for i, forward in enumerate(self.forwards):
             self._bring_back(i)
-            output = self.at.module(*forward.args, **forward.kwargs)
+            output = self._own[self.at.index](*forward.args, **forward.kwargs)
             if see:
                 see(i, hidden_states(output))
             forward.args, forward.kwargs = (), {}

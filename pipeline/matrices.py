@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.blocks import Block, is_matrix
+from pipeline.blocks import Block, find_blocks, is_matrix
 from pipeline.errors import UserError
 
 ROUTER = "router"
@@ -65,6 +65,12 @@ def matrices(block: Block, blocks: list[Block]) -> dict[str, Matrix]:
     return {name: entry for name, entry in classified(block, blocks).items() if isinstance(entry, Matrix)}
 
 
+def matrices_of(model: nn.Module) -> dict[str, Matrix]:
+    """The prunable matrices of a model by parameter name."""
+    blocks = find_blocks(model)
+    return {name: matrix for block in blocks for name, matrix in matrices(block, blocks).items()}
+
+
 def classified(block: Block, blocks: list[Block]) -> dict[str, Matrix | Dense]:
     """Each parameter of two or more dimensions of a block by name: as a `Matrix` (or one for each expert), or `Dense`."""
     earlier = {id(p) for other in blocks[: block.index] for p in other.module.parameters()}
@@ -73,7 +79,8 @@ def classified(block: Block, blocks: list[Block]) -> dict[str, Matrix | Dense]:
     for path, module in block.module.named_modules():
         in_experts = dict(fused(module))
         for attribute, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in earlier or parameter.squeeze().dim() < 2 or attribute.endswith("bias"):
+            is_vector = parameter.dim() < 2 or (parameter.squeeze().dim() < 2 and not is_matrix(module))
+            if id(parameter) in earlier or is_vector or attribute.endswith("bias"):
                 continue
             name = ".".join(part for part in (block.name, path, attribute) if part)
             if attribute in in_experts:

@@ -6,7 +6,18 @@ import pytest
 
 from tests.conftest import ROOT
 
-MATH = ("scores", "patterns", "obs", "perplexity", "watch", "masks", "allocation", "decoder", "layer_fit")
+MATH = (
+    "scores",
+    "patterns",
+    "obs",
+    "perplexity",
+    "observe",
+    "masks",
+    "allocation",
+    "layerwise",
+    "matrices",
+    "layer_fit",
+)
 WIRING = ("lightning", "accelerate", "torch.distributed", "pytorch_lightning")
 
 

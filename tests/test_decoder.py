@@ -1,11 +1,15 @@
 """Layer by layer is the whole model, for every family; nothing is known by model name."""
 
+import weakref
+
 import pytest
 import torch
-from pipeline.decoder import Decoder, find_layers, matrices
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.blocks import find_blocks
 from pipeline.errors import UserError
+from pipeline.layerwise import LayerwiseForwards
+from pipeline.matrices import coverage, matrices, matrices_of
 
 SMALL = {
     "vocab_size": 61,
@@ -38,7 +42,6 @@ FAMILIES = {
         **{"shared_expert_intermediate_size": 24, "decoder_sparse_step": 1},
     },
 }
-ROUTED = ("mixtral", "qwen2_moe")
 
 
 def small_model(family: str, attention: str | None = None, **more) -> torch.nn.Module:
@@ -50,38 +53,97 @@ def small_model(family: str, attention: str | None = None, **more) -> torch.nn.M
 @pytest.mark.parametrize("attention", [None, "eager"], ids=["default", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_layer_by_layer_is_the_whole_model(family, attention):
-    model = small_model(family, attention)
-    ids = torch.randint(3, 61, (2, 24))
-    whole = []
-    _, layers = find_layers(model)
-    hook = layers[-1].register_forward_hook(lambda module, args, out: whole.append(out))
-    model(input_ids=ids, use_cache=False)
-    hook.remove()
-    expected = whole[0][0] if isinstance(whole[0], tuple) else whole[0]
-    decoder = Decoder(model)
+def test_block_by_block_is_the_whole_model_to_the_bit(family, attention):
+    model, generator = small_model(family, attention), torch.Generator().manual_seed(1)
+    batches = [torch.randint(3, 61, shape, generator=generator) for shape in ((2, 24), (2, 24), (1, 17))]
+    expected = [model(input_ids=batch, use_cache=False).logits for batch in batches]
+    blocks, order = find_blocks(model), []
 
-    hidden = decoder.embed(ids)
-    for index, layer in enumerate(decoder.layers):
-        hidden = decoder.run(index, layer, hidden)
-    if family in ROUTED:  # ours sums the experts in its own order
-        torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
-    else:
-        assert torch.equal(hidden, expected)
-    assert len(matrices(decoder.layers[0])) >= 4
+    def call(batch):
+        return model(input_ids=batch, use_cache=False).logits
+
+    with LayerwiseForwards(model, blocks, call, batches, torch.device("cpu")) as forwards:
+
+        def reached(block):
+            order.append(block.name)
+            for i in range(len(batches)):
+                forwards.try_on(i)  # changes nothing
+
+        found = list(forwards.results(reached))
+    assert order == [block.name for block in blocks] and len(order) == 3
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert torch.equal(call(batches[0]), expected[0])  # the blocks are their own again
+    assert len(matrices(blocks[0], blocks)) >= 4
+
+
+def test_a_forward_that_is_left_paused_lets_go_of_its_tensors():
+    model = small_model("llama")
+    call, batch = (lambda ids: model(input_ids=ids, use_cache=False)), torch.randint(3, 61, (2, 24))
+    with LayerwiseForwards(model, find_blocks(model), call, [batch], torch.device("cpu")) as forwards:
+        forwards.start()
+        waiting = weakref.ref(forwards.forwards[0].args[0])
+        assert waiting() is not None
+    assert waiting() is None
+
+
+def test_the_models_own_grad_mode_stays_inside_its_forward():
+    model = small_model("llama")
+
+    @torch.enable_grad()
+    def call(ids):
+        return model(input_ids=ids, use_cache=False).logits
+
+    with LayerwiseForwards(model, find_blocks(model), call, [torch.ones(1, 9).long()], torch.device("cpu")) as forwards:
+        forwards.start()
+        assert forwards.try_on(0).requires_grad == torch.is_grad_enabled() is True
+        with torch.no_grad():
+            assert not forwards.try_on(0).requires_grad
+            [logits] = forwards.advance() if forwards.at.index == 2 else [torch.zeros(1, requires_grad=True)]
+        assert torch.is_grad_enabled() and logits.requires_grad
+
+
+def test_batches_that_take_different_ways_are_refused():
+    model = small_model("llama")
+
+    def call(ids):
+        return model.model.layers[len(ids)](torch.zeros(1, 1, 32))
+
+    batches = [torch.ones(1, 2), torch.ones(2, 2)]
+    forwards = LayerwiseForwards(model, find_blocks(model), call, batches, torch.device("cpu"))
+    with forwards, pytest.raises(UserError, match=r"different ways .* one is at model.layers.1, one at model.layers.2"):
+        forwards.start()
+
+
+@torch.no_grad()
+def test_a_block_that_changes_its_inputs_is_not_tried():
+    model = small_model("llama")
+    layer = model.model.layers[1]
+    forward = layer.forward
+    layer.forward = lambda hidden, **more: forward(hidden.mul_(2), **more)
+    call = lambda ids: model(input_ids=ids, use_cache=False)  # noqa: E731
+    with LayerwiseForwards(model, find_blocks(model), call, [torch.ones(1, 9).long()], torch.device("cpu")) as forwards:
+        forwards.start()
+        forwards.try_on(0)
+        list(forwards.advance())
+        with pytest.raises(UserError, match=r"model.layers.1 changes its inputs in place"):
+            forwards.try_on(0)
+    assert layer.forward.__name__ == "<lambda>"
 
 
 def test_a_model_that_is_not_understood_says_what_was_looked_for():
-    model = small_model("llama")
-    model.config.num_hidden_layers = 5
-    with pytest.raises(UserError, match="LlamaForCausalLM is not understood: looked for one list of 5 decoder layers"):
-        Decoder(model)
+    with pytest.raises(UserError, match="Sequential is not understood: it has no list of layers"):
+        find_blocks(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 
 def test_routers_stay_dense_and_every_expert_is_a_matrix():
-    layer = Decoder(small_model("qwen2_moe")).layers[0]
-    names = set(matrices(layer))
+    blocks = find_blocks(small_model("qwen2_moe"))
+    names = {name.removeprefix("model.layers.0.") for name in matrices(blocks[0], blocks)}
     assert {f"mlp.experts.{which}_proj[{e}]" for which in ("gate_up", "down") for e in range(4)} <= names
     assert {f"mlp.shared_expert.{which}_proj.weight" for which in ("gate", "up", "down")} <= names
     assert not any("shared_expert_gate" in name or name == "mlp.gate.weight" for name in names)
     assert len(names) == 4 + 8 + 3
+    lines = list(coverage(blocks, matrices_of(small_model("qwen2_moe")).keys()))
+    assert lines[1:] == [
+        "stays dense: mlp.gate.weight (router; 3 x 128 weights)",
+        "stays dense: mlp.shared_expert_gate.weight (router; 3 x 32 weights)",
+    ]

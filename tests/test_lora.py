@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from pipeline.decoder import Decoder, matrices
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -13,6 +12,7 @@ from pipeline import lora
 from pipeline.errors import UserError
 from pipeline.lora import MaskedLinear
 from pipeline.masks import Masks, apply_
+from pipeline.matrices import matrices_of
 from pipeline.patterns import NofM
 from pipeline.recipe import Finetune
 from tests.test_decoder import small_model
@@ -20,12 +20,10 @@ from tests.test_decoder import small_model
 
 def with_masks(model) -> tuple[nn.Module, Masks]:
     masks = Masks()
-    decoder = Decoder(model)
-    for index, layer in enumerate(decoder.layers):
-        for name, matrix in matrices(layer).items():
-            mask_OI = NofM(2, 4).select(torch.rand(matrix.weight_OI.shape))
-            apply_(matrix.weight_OI, mask_OI)
-            masks.add(decoder.parameter_name(index, name), matrix.stored(mask_OI), "2of4", matrix.transposed)
+    for name, matrix in matrices_of(model).items():
+        mask_OI = NofM(2, 4).select(torch.rand(matrix.weight_OI.shape))
+        apply_(matrix.weight_OI, mask_OI)
+        masks.add(name, matrix.stored(mask_OI), "2of4", matrix.transposed)
     return model, masks
 
 

@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from pipeline.decoder import find_layers
 from transformers import AutoModelForCausalLM
 
 from pipeline import data, layer_fit, models, recipe, recipe_reader, reconstruct, sources, stages
+from pipeline.blocks import find_blocks
 from pipeline.errors import UserError
 from pipeline.masks import by_matrix
 from pipeline.perplexity import whole, window_losses, windows
@@ -45,11 +45,11 @@ def test_every_family_comes_closer_to_its_dense_layers_and_keeps_its_masks(famil
     assert [row["layer"] for row in rows] == [0, 1, 2]
     assert all(row["error_after"] < row["error_before"] for row in rows)
     assert set(weights) == set(before)
-    prefix, _ = find_layers(loaded)
+    inside = tuple(f"{block.name}." for block in find_blocks(loaded))
     before, weights = dict(by_matrix(before.items())), dict(by_matrix(weights.items()))
     changed = {name for name in weights if not weights[name].equal(before[name])}
     assert set(masks) <= changed
-    assert all(name.startswith(prefix + ".") for name in changed)
+    assert all(name.startswith(inside) for name in changed)
     for name, mask in masks.items():
         assert not weights[name][~mask].any() and not torch.signbit(weights[name][~mask]).any()
 

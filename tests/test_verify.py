@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline.decoder import Decoder, matrices
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import launch
 from pipeline import models
 from pipeline.masks import Masks
+from pipeline.matrices import matrices_of
 from tests.conftest import QUICK
 from tests.test_decoder import small_model
 
@@ -111,12 +111,10 @@ def test_matrices_that_are_stored_otherwise(tmp_path, typed, family):
     """Transposed ones, and experts, which old checkpoints keep one by one."""
     model, masks = small_model(family), Masks()
     model.save_pretrained(tmp_path / "dense")
-    decoder = Decoder(model)
-    for index, layer in enumerate(decoder.layers):
-        for name, matrix in matrices(layer).items():
-            mask_OI = torch.rand(matrix.weight_OI.shape) < 0.5
-            stored = matrix.stored(mask_OI)
-            masks.add(decoder.parameter_name(index, name), stored, "my_pattern.py", matrix.transposed)
+    for name, matrix in matrices_of(model).items():
+        mask_OI = torch.rand(matrix.weight_OI.shape) < 0.5
+        stored = matrix.stored(mask_OI)
+        masks.add(name, stored, "my_pattern.py", matrix.transposed)
     masks.save(tmp_path / "masks.safetensors")
     assert typed("verify", tmp_path / "dense", tmp_path / "masks.safetensors")[0] == 2
     assert typed("apply", tmp_path / "dense", tmp_path / "masks.safetensors", tmp_path / "target")[0] == 0

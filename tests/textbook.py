@@ -4,10 +4,10 @@ Sample by sample, two full passes a layer, a running mean over samples in fp32, 
 sorts. The methods follow the published algorithms (Sun et al. 2023; Frantar & Alistarh 2023; Zhang et al. 2024).
 """
 
+import contextlib
 import math
 
 import torch
-from pipeline.decoder import Decoder, matrices
 from torch import Tensor, nn
 
 from pipeline.patterns import NofM, Pattern
@@ -30,16 +30,32 @@ SCORES = {"wanda": wanda, "wanda_variant": wanda, "magnitude": magnitude, "ria":
 ABLATIONS = ("magnitude_seq", "magnitude_iter", "wanda_seq", "wanda_iter")
 
 
+class FirstLayerReached(Exception):
+    pass
+
+
 @torch.no_grad()
-def prune(decoder: Decoder, windows: Tensor, method: str, pattern: Pattern) -> None:
-    """Prunes the model in place; `windows` are (samples, T)."""
-    hidden = [decoder.embed(window[None]) for window in windows]
-    for index, layer in enumerate(decoder.layers):
-        modules = {name: matrix.module for name, matrix in matrices(layer).items()}
+def prune(model: nn.Module, windows: Tensor, method: str, pattern: Pattern) -> None:
+    """Prunes a Llama in place; `windows` are (samples, T)."""
+    hidden, more = [], {}
+
+    def catch(module, args, kwargs) -> None:
+        hidden.append(args[0] if args else kwargs.pop("hidden_states"))
+        more.update(kwargs)
+        raise FirstLayerReached
+
+    layers = model.model.layers
+    hook = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+    for window in windows:
+        with contextlib.suppress(FirstLayerReached):
+            model(window[None].to(model.device), use_cache=False)
+    hook.remove()
+    for layer in layers:
+        modules = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
         found = {name: Statistics(module, method) for name, module in modules.items()}
         hooks = [module.register_forward_hook(found[name].hook()) for name, module in modules.items()]
         for h in hidden:
-            decoder.run(index, layer, h)
+            layer(h, **more)
         for hook in hooks:
             hook.remove()
         for name, module in modules.items():
@@ -47,7 +63,7 @@ def prune(decoder: Decoder, windows: Tensor, method: str, pattern: Pattern) -> N
                 module.weight.data[to_prune(method, module.weight.data, found[name].norm(), pattern)] = 0
             else:
                 surgeon(module, found[name], method, pattern)
-        hidden = [decoder.run(index, layer, h) for h in hidden]
+        hidden = [layer(h, **more) for h in hidden]
 
 
 class Statistics:
