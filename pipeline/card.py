@@ -39,7 +39,11 @@ def markdown(facts: dict[str, Any]) -> str:
         told = ("name", "time", "memory", "processes", "finished")
         header = ["stage", f"time{SINCE}", "peak memory", "processes", "finished (UTC)"]
         parts += ["## Stages", grid(header, [[stage[key] for key in told] for stage in facts["stages"]])]
-    for title, pairs in (("Protocol", facts["protocol"]), ("What it was made with", facts["origin"])):
+    for title, pairs in (
+        ("Weights of the layers", facts["coverage"]),
+        ("Protocol", facts["protocol"]),
+        ("What it was made with", facts["origin"]),
+    ):
         if pairs:
             parts += [f"## {title}", "\n".join(f"- {escaped(key)}: {escaped(value)}" for key, value in pairs)]
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", facts["recipe"])), default=0))

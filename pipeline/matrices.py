@@ -4,7 +4,6 @@ Shapes: E = experts, O = out_features, I = in_features.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.blocks import Block, find_blocks, is_matrix
+from pipeline.coverage import Entry
 from pipeline.errors import UserError
 
 ROUTER = "router"
@@ -101,26 +101,16 @@ def classified(block: Block, blocks: list[Block]) -> dict[str, Matrix | Dense]:
     return found
 
 
-def coverage(blocks: list[Block], pruned: set[str]) -> Iterator[str]:
-    """Lines that say how many weights of the layers are pruned, and by kind what stays dense and why."""
-    kinds: Counter[tuple[str, str]] = Counter()
-    weights: Counter[tuple[str, str]] = Counter()
-    inside = total = 0
+def entries(blocks: list[Block]) -> dict[str, Entry]:
+    """What there is to cover in the blocks, by name. To be asked before a walk, which drops the weights."""
+    found = {}
     for block in blocks:
-        for name, entry in classified(block, blocks).items():
-            count = entry.weight_OI.numel() if isinstance(entry, Matrix) else entry.parameter.numel()
-            total += count
-            if name in pruned:
-                inside += count
-                continue
-            reason = entry.reason if isinstance(entry, Dense) else "prune.overrides"
-            kind = (re.sub(r"\d+", "*", name.removeprefix(f"{block.name}.")), reason)
-            kinds[kind] += 1
-            weights[kind] += count
-    layers = f"{len(blocks)} layer{'s' * (len(blocks) > 1)}"
-    yield f"prunes {inside:,} of {total:,} weights in the matrices of {layers} ({inside / max(1, total):.1%})"
-    for (name, reason), count in kinds.items():
-        yield f"stays dense: {name} ({reason}; {count} x {weights[name, reason] // count:,} weights)"
+        for name, it in classified(block, blocks).items():
+            if isinstance(it, Matrix):
+                found[name] = Entry(block.name, it.weight_OI.numel(), None)
+            else:
+                found[name] = Entry(block.name, it.parameter.numel(), it.reason)
+    return found
 
 
 def fused(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -12,21 +12,22 @@ from pipeline import calibration, card, files, memory, models, processes
 from pipeline.allocation import allocate
 from pipeline.block_files import write_rows
 from pipeline.blocks import find_blocks
+from pipeline.coverage import Coverage
 from pipeline.masks import Masks
-from pipeline.matrices import coverage
+from pipeline.matrices import entries
 from pipeline.recipe import Recipe
 from pipeline.walk import LayerWalk, run_layerwise
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
-    """Writes `model/`, `masks.safetensors`, `layers.csv`, `matrices.csv` and `coverage.txt`."""
+    """Writes `model/`, `masks.safetensors`, `layers.csv`, `matrices.csv` and `coverage.csv`."""
     origin = models.dense_folder(recipe, inputs)
     model = models.load(origin, recipe)
     settings, blocks = recipe.prune, find_blocks(model)
     patterns = allocate(blocks, settings)  # refuses what cannot hold before any text is read
-    covered = list(coverage(blocks, patterns.keys()))
-    for line in covered:
-        processes.say(f"  {line}")
+    coverage = Coverage(entries(blocks), patterns.keys())
+    for what, text in coverage.told(patterns):
+        processes.say(f"  {what}: {text}")
     batches = calibration.batches(recipe, recipe.calibration, "calibration", origin, model)
     store = calibration.plan_memory(model, batches, settings.hidden_states)
     if settings.allocation == "owl":
@@ -38,7 +39,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     run_layerwise(walk, [pruner(settings, patterns), LayerWriter()])
     processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
     if processes.is_main():
-        finish(walk, origin, recipe)
+        finish(walk, origin, recipe, coverage)
 
 
 def outlier_shares(
@@ -56,11 +57,12 @@ def outlier_shares(
     return measure.shares
 
 
-def finish(walk: LayerWalk, origin: Path, recipe: Recipe) -> None:
+def finish(walk: LayerWalk, origin: Path, recipe: Recipe, coverage: Coverage) -> None:
     """The rest of the model folder, all masks in one file, all rows in one table."""
     folder = walk.files.folder
     walk.files.write_rest(origin, recipe.dtype)
     rows = Masks.merge(walk.files.masks_files(), folder / "masks.safetensors")
+    write_rows(folder / "coverage.csv", coverage.rows(Masks.load(folder / "masks.safetensors")[0]))
     matrices = [matrix for row in rows for matrix in row.pop("matrices")]
     write_rows(folder / "layers.csv", rows)
     write_rows(folder / "matrices.csv", matrices)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import checksums, files, page, published, series, summary
+from pipeline import checksums, coverage, files, page, published, series, summary
 from pipeline.card import SINCE, markdown
 from pipeline.recipe import STAGES, Recipe, plain
 
@@ -84,6 +84,7 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> dict[str, Any]:
         "explained": summary.explained(groups),
         "reference": f"Published: {source}." if reference else "",
         "notes": summary.notes(results),
+        "coverage": coverage.told(_rows(inputs, "prune", "coverage.csv")),
         "layers": _rows(inputs, "prune", "layers.csv"),
         "matrices": _rows(inputs, "prune", "matrices.csv"),
         "reconstruction": _rows(inputs, "reconstruct", "layers.csv"),

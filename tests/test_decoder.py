@@ -7,9 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.blocks import find_blocks
+from pipeline.coverage import Coverage
 from pipeline.errors import UserError
 from pipeline.layerwise import LayerwiseForwards
-from pipeline.matrices import coverage, matrices, matrices_of
+from pipeline.matrices import entries, matrices, matrices_of
 
 SMALL = {
     "vocab_size": 61,
@@ -142,8 +143,12 @@ def test_routers_stay_dense_and_every_expert_is_a_matrix():
     assert {f"mlp.shared_expert.{which}_proj.weight" for which in ("gate", "up", "down")} <= names
     assert not any("shared_expert_gate" in name or name == "mlp.gate.weight" for name in names)
     assert len(names) == 4 + 8 + 3
-    lines = list(coverage(blocks, matrices_of(small_model("qwen2_moe")).keys()))
-    assert lines[1:] == [
-        "stays dense: mlp.gate.weight (router; 3 x 128 weights)",
-        "stays dense: mlp.shared_expert_gate.weight (router; 3 x 32 weights)",
+    chosen = matrices_of(small_model("qwen2_moe")).keys()
+    total = 3 * (4 * 32 + 32 * (32 + 16 + 16 + 32) + 4 * 3 * 16 * 32 + 3 * 24 * 32 + 32)
+    assert Coverage(entries(blocks), chosen).told(chosen) == [
+        ("pruned", f"{total - 480:,} of {total:,} weights in the layers' matrices ({1 - 480 / total:.1%})"),
+        ("mlp.gate.weight", "stays dense: router (3 x 128 weights)"),
+        ("mlp.shared_expert_gate.weight", "stays dense: router (3 x 32 weights)"),
     ]
+    none = Coverage(entries(blocks), chosen).rows([])
+    assert {row["reason"] for row in none} == {"router", "the model never calls it with calibration text"}
