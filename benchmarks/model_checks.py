@@ -1,0 +1,296 @@
+"""What `benchmarks/models.py` checks of one family, through the command that a user types."""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import launch
+import pipeline.finetune
+from pipeline import models
+from pipeline.blocks import find_blocks
+from pipeline.masks import Masks
+from pipeline.recipe import Recipe
+from pipeline.walk import LayerWalk
+from tests import families, walking
+
+CLOSE = 1e-5  # of logits and perplexities, relative
+ROUTER = re.compile(r"(^|[.])(\w*router|gate|wg|\w*gating|shared_expert_gate)[.]", re.IGNORECASE)
+DOWN = re.compile(r"down|w2|output_linear|wo\b|c_proj|dense_4h")  # matrices whose outputs are as wide as the model
+WIDTH = 64
+QUICK = (
+    "recipe=llama7b_2of4",
+    "dtype=float32",
+    "calibration.samples=8",
+    "calibration.seq_len=32",
+    "calibration.batch_size=2",
+    "finetune.seq_len=32",
+    "finetune.max_steps=3",
+    "finetune.batch_size=2",
+    "finetune.lr=1e-2",
+    "finetune.targets=[all]",
+    "evaluate.tasks=[]",
+    "evaluate.seq_len=32",
+    "evaluate.batch_size=2",
+    "evaluate.continuations=0",
+)
+
+
+def check(name: str, work: Path) -> dict[str, Any]:
+    """The findings about a family by column; a finding begins with ok, refused, crash or WRONG. `work` is a fresh folder."""
+    found: dict[str, Any] = {"family": name}
+    try:
+        families.save(name, work / "dense")
+        model, _ = by_class(work / "dense")
+        model(input_ids=families.text(2, 32), use_cache=False).logits  # noqa: B018
+    except Exception as error:
+        return found | {"builds": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    found["builds"] = "ok"
+    return found | Checks(work).all()
+
+
+class Checks:
+    """The checks of the family whose dense model is in `work`/dense."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.dense, self.run = work, work / "dense", work / "whole/run"
+        for file, rows in (("calibration", 64), ("evaluation", 8)):
+            ids = families.text(rows, 48, seed=rows).tolist()
+            (work / f"{file}.jsonl").write_text("".join(f"{json.dumps({'input_ids': row})}\n" for row in ids))
+        self.walked: list[LayerWalk] = []
+        self.seen: dict[int, list[list[Tensor]]] = {}  # what each block was given while it was pruned, by batch
+        self.trained: list[nn.Module] = []
+        self._look_on()
+
+    def _look_on(self) -> None:
+        step, fit = LayerWalk.predict_step, pipeline.finetune.fit
+
+        def predict_step(walk, block, number):
+            self.walked.append(walk)
+            self.seen[block.index] = [walking.given(f.args, f.kwargs) for f in walk.forwards.forwards]
+            return step(walk, block, number)
+
+        def fitted(model, *args, **kwargs):
+            self.trained.append(model)
+            return fit(model, *args, **kwargs)
+
+        LayerWalk.predict_step, pipeline.finetune.fit = predict_step, fitted
+
+    def typed(self, run: Path, *settings: str) -> tuple[str, str]:
+        """What became of the command, and what it printed."""
+        calibration = self.work / "calibration.jsonl"
+        data = [f"calibration.dataset={calibration}", f"finetune.dataset={calibration}"]
+        data += [f"evaluate.perplexity=[{self.work / 'evaluation.jsonl'}]", f"model={self.dense}", f"run_dir={run}"]
+        sys.argv = ["launch.py", *QUICK, *data, *settings]
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()) as error:
+            code = launch.main()
+        if code == 0:
+            return "ok", said.getvalue()
+        lines = [
+            line.removeprefix("espalier: ") for line in error.getvalue().splitlines() if line.startswith("espalier: ")
+        ]
+        line = " / ".join(lines).replace(str(self.work), "WORK")
+        return (
+            "crash" if "a fault of Espalier" in line else "refused"
+        ) + f": {line}{self._where(run)}", said.getvalue()
+
+    def _where(self, run: Path) -> str:
+        """The place of a fault: the last line of ours, and the last of all."""
+        if not (trace := run / "traceback-0.txt").exists():
+            return ""
+        places = re.findall(r'File "([^"]+)", line (\d+)', trace.read_text())
+        trace.unlink()
+        short = [
+            (Path(file).parent.name, f"{Path(file).parent.name}/{Path(file).name}:{line}") for file, line in places
+        ]
+        ours = [place for folder, place in short if folder in ("pipeline", "callbacks")]
+        return f" [{ours[-1] if ours else '-'} -> {short[-1][1]}]" if short else ""
+
+    def all(self) -> dict[str, Any]:
+        prune, said = self.typed(self.run, "stages=[prune]")
+        found: dict[str, Any] = {"prune": prune}
+        if prune != "ok":
+            return found
+        self.masks = Masks.load(self.run / "prune/masks.safetensors")[0]
+        self.batches = self.walked[0].batches
+        self.before, self.after = self.loaded(self.dense), self.loaded(self.run / "prune/model")
+        found["coverage"], found["dense"] = self.coverage(), stays_dense(said)
+        checks: dict[str, Callable[[], str]] = {"exact": self.exact, "walk": self.walk, "reload": self.reload}
+        checks |= {"lora": self.lora, "full": self.full, "stream": self.stream}
+        for key, of in checks.items():
+            try:
+                found[key] = of()
+            except Exception as error:
+                found[key] = f"WRONG: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return found
+
+    def loaded(self, folder: Path) -> dict[str, Tensor]:
+        return models.load(folder, Recipe()).state_dict()
+
+    def coverage(self) -> float:
+        """The share of the weights in the matrices of the blocks that is pruned."""
+        model = models.load(self.dense, Recipe())
+        inside = {
+            id(parameter): parameter.numel()
+            for block in find_blocks(model)
+            for name, parameter in block.module.named_parameters()
+            if parameter.squeeze().dim() >= 2 and not name.endswith("bias")
+        }
+        return sum(mask.weights for mask in self.masks.packed.values()) / max(1, sum(inside.values()))
+
+    def exact(self) -> str:
+        """Each masked matrix is 2 of 4 along its inputs, no router is masked, and nothing else has changed by a bit."""
+        with_experts = any("expert" in name for name in self.before)  # Gemma 3n has a router of another kind
+        wrong = [f"{name} is a router" for name in self.masks if with_experts and ROUTER.search(name)]
+        if self.before.keys() != self.after.keys():
+            return f"WRONG: {sorted(self.before.keys() ^ self.after.keys())[0]} is in one model only"
+        left = set(self.masks)
+        for name, new in self.after.items():
+            mask = self.masks.of(name, new)
+            old = self.before[name] if mask is None else torch.where(mask, self.before[name], 0.0)
+            if new.dtype != old.dtype or not torch.equal(as_bytes(new), as_bytes(old)):
+                wrong.append(f"{name} has changed")
+            if mask is None:
+                continue
+            parts = {f"{name}[{e}]": part for e, part in enumerate(new)} if name not in self.masks else {name: new}
+            for key, part in parts.items():
+                if key in self.masks:
+                    left.discard(key)
+                    weight_OI = part.T if self.inputs_first(key, part) else part
+                    if not bool(((weight_OI.unflatten(1, (-1, 4)) == 0).sum(2) == 2).all()):
+                        wrong.append(f"{key} is not 2 of 4 along its inputs")
+        wrong += [f"{name} is no matrix of the model" for name in left]
+        return f"WRONG: {wrong[0]} ({len(wrong)} in all)" if wrong else "ok"
+
+    def inputs_first(self, name: str, weight: Tensor) -> bool:
+        """Of a Linear and a Conv1D the masks say it; an expert's widths do, independently of them."""
+        if not name.endswith("]") or weight.shape[0] == weight.shape[1]:
+            return self.masks.packed[name].transposed
+        return weight.shape[1] == WIDTH if DOWN.search(name) else weight.shape[0] == WIDTH
+
+    def walk(self) -> str:
+        """Block by block is the whole model, over several batches, one of them of another length."""
+        model = by_class(self.dense)[0]
+        together = walking.difference(model, [*self.batches[:3], families.text(1, 24)])
+        if not together:
+            return "ok"
+        alone = [walking.difference(model, [batch]) for batch in self.batches[:3]]
+        return f"WRONG: {together}" + ("" if any(alone) else " (not with one batch at a time)")
+
+    def reload(self) -> str:
+        """The folder loads as a plain model, under the names that its input had, and it is the model that the walk saw."""
+        model, problem = by_class(self.run / "prune/model")
+        if problem := problem or self.other_names(self.run / "prune/model"):
+            return f"WRONG: {problem}"
+        for i, batch in enumerate(self.batches):
+            calls = walking.own_calls(model, batch)
+            for index, by_batch in self.seen.items():
+                pairs = list(zip(by_batch[i], calls.get(index, ())))
+                if len(pairs) != len(by_batch[i]) or len(pairs) != len(calls[index]):
+                    return f"WRONG: block {index} is given {len(calls.get(index, ()))} tensors, {len(by_batch[i])} when pruned"
+                for one, other in pairs:
+                    # not to the bit: a product may depend on how the weights are aligned in memory, as in a file's view
+                    if not walking.same(one, other) and not walking.relative(one, other) <= CLOSE:
+                        return f"WRONG: block {index} is not given what it was when pruned: {walking.apart(one, other)}"
+        return "ok"
+
+    def other_names(self, folder: Path) -> str:
+        then, now = names_in(self.dense), names_in(folder)
+        return f"the files' names differ: {sorted(then ^ now)[0]} ({len(then ^ now)} in all)" if then != now else ""
+
+    def lora(self) -> str:
+        verdict = self.finetuned("lora")
+        if verdict.startswith(("crash", "refused")):
+            return verdict
+        with safe_open(self.run / "finetune/adapter/adapter_model.safetensors", framework="pt") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys() if "lora_A" in name]
+        adapted = sum(shape[0] if len(shape) == 3 else 1 for shape in shapes)
+        if adapted != len(self.masks):
+            return f"WRONG: {adapted} of {len(self.masks)} matrices are adapted" + verdict.removeprefix("ok").replace(
+                "WRONG", ""
+            )
+        return verdict
+
+    def full(self) -> str:
+        return self.finetuned("full")
+
+    @torch.no_grad()
+    def finetuned(self, method: str) -> str:
+        """Three steps leave a model that is exactly as sparse and computes what the trained model in memory does."""
+        verdict, _ = self.typed(self.run, "stages=[prune,finetune]", f"finetune.method={method}")
+        if verdict != "ok":
+            return verdict
+        folder, memory = self.run / "finetune/model", self.trained[-1].eval()
+        model, problem = by_class(folder)
+        if problem := problem or self.other_names(folder):
+            return f"WRONG: {problem}"
+        after = self.loaded(folder)
+        if violations := self.masks.violations(after.items()):
+            return f"WRONG: {violations[0].name} has {violations[0].count} pruned weights that are not zero"
+        logits = [own(input_ids=self.batches[0], use_cache=False).logits for own in (model, memory)]
+        if not walking.relative(*logits) <= CLOSE:
+            return f"WRONG: its logits are not those of the trained model: {walking.apart(*logits)}"
+        idle = {re.sub(r"\d+", "*", n) for n in self.masks if torch.equal(matrix(self.after, n), matrix(after, n))}
+        return "ok" + (f" (no gradient: {', '.join(sorted(idle))})" if idle else "")
+
+    def stream(self) -> str:
+        """Perplexity layer by layer is that of the whole model, dense and pruned."""
+        values = []
+        for placement in ("whole", "stream"):
+            run = (
+                self.work / placement / "run"
+            )  # what was measured is kept beside a run, so each has a place of its own
+            if not run.exists():
+                shutil.copytree(self.run, run)
+            verdict, _ = self.typed(run, "stages=[prune,evaluate]", f"evaluate.placement={placement}")
+            if verdict != "ok":
+                return verdict
+            results = json.loads((run / "evaluate/results.json").read_text())["models"]
+            values.append([next(iter(results[which]["perplexity"].values())) for which in ("dense", "pruned")])
+        if values[0] == values[1]:
+            return "ok"
+        close = all(abs(one / other - 1) < CLOSE for one, other in zip(*values))
+        return "ok (close)" if close else f"WRONG: {values[1]} is not {values[0]}"
+
+
+def by_class(folder: Path) -> tuple[nn.Module, str]:
+    """The model by plain `from_pretrained` of the class in its config, and what its files lack or have too much."""
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    wrong = [f"{kind} {sorted(map(str, keys))[0]} ({len(keys)} in all)" for kind, keys in info.items() if keys]
+    return model.float().eval(), "; ".join(wrong)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def names_in(folder: Path) -> set[str]:
+    return {name for name, _ in models.tensors(folder)}
+
+
+def matrix(state: dict[str, Tensor], name: str) -> Tensor:
+    parameter, _, expert = name.partition("[")
+    return state[parameter][int(expert[:-1])] if expert else state[name]
+
+
+def stays_dense(said: str) -> dict[str, list[str]]:
+    """What the run said stays dense: the names by reason."""
+    found: dict[str, list[str]] = {}
+    for name, reason in re.findall(r"stays dense: (\S+) \((.*); \d+ x [\d,]+ weights\)", said):
+        found.setdefault(reason, []).append(name)
+    for why, name in re.findall(r"stays dense, for the model never (\w+) it with calibration text: (\S+)", said):
+        generic = re.sub(r"\d+", "*", name)
+        if generic not in found.setdefault(f"never {why.removesuffix('s')}ed with text", []):
+            found[f"never {why.removesuffix('s')}ed with text"].append(generic)
+    return found

@@ -1,0 +1,188 @@
+"""Tries every family of causal language models that transformers has, as a tiny random model, and writes MODELS.md.
+
+    python benchmarks/models.py [--jobs 2] [--json FILE] [FAMILY ...]     # 15 minutes for all of them on two cores
+
+A family is a model type (llama), a variant (gemma4_text:moe) or a whole multimodal checkpoint (gemma3:whole), see
+`tests/families.py`. With families on the command line only those are tried, and MODELS.md stays as it is. What is checked:
+`benchmarks/model_checks.py`. Each family runs in a process forked from this one, which spares it the seconds of imports.
+"""
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from datetime import date
+from importlib.metadata import version
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+import torch
+import transformers
+
+from benchmarks.model_checks import check
+from pipeline import stages  # noqa: F401  imported once, before the forks
+from tests.families import FAMILIES
+
+VERDICTS = ("right", "refused", "wrong", "crash", "unbuilt")
+COLUMNS = ("prune", "exact", "walk", "reload", "lora", "full", "stream")
+LITTLE = 0.6  # a family of which less is pruned is marked
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", metavar="FAMILY")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="where all that was found goes")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for a family")
+    asked = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    torch.set_num_threads = lambda count: (
+        None
+    )  # the command takes all cores, which costs much where models are this small
+    gc.freeze()  # the command collects garbage often, and should not look through the imports each time
+    with tempfile.TemporaryDirectory() as work:
+        results = try_all(asked.families or list(FAMILIES), Path(work), asked.jobs, asked.timeout)
+    counts = Counter(result["verdict"] for result in results)
+    print(", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS))
+    if asked.json:
+        asked.json.write_text(json.dumps(results, indent=1))
+    if not asked.families:
+        (ROOT / "benchmarks" / "MODELS.md").write_text(
+            page(results, f"python benchmarks/models.py --jobs {asked.jobs}")
+        )
+    return int(counts["wrong"] + counts["crash"] > 0)
+
+
+def try_all(names: list[str], work: Path, jobs: int, timeout: float) -> list[dict[str, Any]]:
+    """What was found of each family, in their order; says a line as each is done."""
+    found, waiting, running = {}, list(names), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name, fork = waiting.pop(0), multiprocessing.get_context("fork")
+            folder = work / name.replace(":", "+")
+            process = fork.Process(target=try_one, args=(name, folder))
+            process.start()
+            running[process.sentinel] = (name, folder, process, time.monotonic())
+        wait(list(running), timeout=1)
+        for key, (name, folder, process, started) in list(running.items()):
+            late = time.monotonic() - started > timeout
+            if process.is_alive() and not late:
+                continue
+            process.kill()
+            process.join()
+            del running[key]
+            if (result := folder.with_suffix(".json")).exists():
+                found[name] = json.loads(result.read_text())
+            else:
+                found[name] = crashed(name, f"not done in {timeout:.0f} s" if late else f"exit code {process.exitcode}")
+            found[name]["verdict"] = verdict(found[name])
+            print(f"{len(found)}/{len(names)} {line(found[name])}", flush=True)
+            shutil.rmtree(folder, ignore_errors=True)
+    return [found[name] for name in names]
+
+
+def try_one(name: str, folder: Path) -> None:
+    """In a process of its own, what it says goes to a file."""
+    folder.mkdir()
+    with open(folder / "log", "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    try:
+        found = check(name, folder)
+    except Exception:
+        found = crashed(name, f"of the benchmark itself: {traceback.format_exc()[-800:]}")
+    found["seconds"] = round(time.process_time(), 1)  # of the CPU: other work on the machine does not count
+    folder.with_suffix(".json").write_text(json.dumps(found))
+
+
+def crashed(name: str, why: str) -> dict[str, Any]:
+    return {"family": name, "builds": "ok", "prune": f"crash: {why}", "seconds": 0.0}
+
+
+def verdict(found: dict[str, Any]) -> str:
+    if found["builds"] != "ok":
+        return "unbuilt"
+    cells = [found.get(column, "") for column in COLUMNS]
+    for verdict, start in (("wrong", "WRONG"), ("crash", "crash"), ("refused", "refused")):
+        if any(cell.startswith(start) for cell in cells):
+            return verdict
+    return "right" if found["coverage"] >= LITTLE or found["dense"] else "wrong"
+
+
+def line(found: dict[str, Any]) -> str:
+    said = [f"{column} {found[column]}" for column in COLUMNS if column in found and found[column] != "ok"]
+    if found["builds"] != "ok":
+        said = [found["builds"]]
+    return f"{found['family']}: {found['verdict']}, {covered(found)} {found['seconds']} s  " + " | ".join(said)
+
+
+def covered(found: dict[str, Any]) -> str:
+    if "coverage" not in found:
+        return ""
+    return f"{found['coverage']:.0%}" + (" (little)" if found["coverage"] < LITTLE else "")
+
+
+def page(results: list[dict[str, Any]], command: str) -> str:
+    counts = Counter(result["verdict"] for result in results)
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "peft"))
+    built = [result for result in results if result["verdict"] != "unbuilt"]
+    lines = [
+        "# Which models it works on",
+        "",
+        f"{len(results)} tried, {len(built)} build: "
+        + ", ".join(f"**{counts[verdict]} {verdict}**" for verdict in VERDICTS if verdict != "unbuilt")
+        + ".",
+        "",
+        f"Each as a tiny random model, pruned to 2:4 and trained by the command. `{command}`, {date.today()}, {libraries}, "
+        f"Python {platform.python_version()}, {sum(result['seconds'] for result in results):.0f} s of one core.",
+        "",
+        "- **right**: every check held. **refused**: one line says why. **wrong**: silently. **crash**: a fault of Espalier.",
+        "- pruned: the share of the weights in the matrices of the layers; and what the run said stays dense.",
+        "- walk: layer by layer is the model's own forward to the bit; masked matrices are exactly 2 of 4, all else unchanged.",
+        "- reload: by plain `from_pretrained`, under the names that the input's files had, as the model that pruning saw.",
+        "- LoRA, full: three steps, exactly sparse, and the files compute what the trained model did.",
+        "- stream: perplexity layer by layer is that of the whole model.",
+        "",
+        "| family | verdict | pruned | stays dense | walk | reload | LoRA | full | stream | s |",
+        "| --- | --- | ---: | --- | --- | --- | --- | --- | --- | ---: |",
+    ]
+    lines += [row(result) for result in built]
+    lines += ["", "Not built, as transformers gives them here:", "", "| family | why |", "| --- | --- |"]
+    lines += [f"| {r['family']} | {escaped(r['builds'])} |" for r in results if r["verdict"] == "unbuilt"]
+    return "\n".join(lines) + "\n"
+
+
+def row(found: dict[str, Any]) -> str:
+    dense = "; ".join(
+        f"{', '.join(f'`{name}`' for name in names)} ({why})" for why, names in found.get("dense", {}).items()
+    )
+    if found["prune"] != "ok":
+        return (
+            f"| {found['family']} | {found['verdict']} | | {escaped(found['prune'])} | | | | | | {found['seconds']} |"
+        )
+    walk = found["walk"] if found["exact"] == "ok" else found["exact"]
+    cells = [walk, *(found[column] for column in ("reload", "lora", "full", "stream"))]
+    texts = " | ".join(escaped(cell) for cell in cells)
+    return f"| {found['family']} | {found['verdict']} | {covered(found)} | {escaped(dense)} | {texts} | {found['seconds']} |"
+
+
+def escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""What it means that a walk over the blocks is the model's own forward; for the suite and for `benchmarks/models.py`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from pipeline.blocks import find_blocks
+from pipeline.layerwise import LayerwiseForwards
+
+
+@torch.no_grad()
+def difference(model: nn.Module, batches: list[Tensor]) -> str | None:
+    """Where a walk differs from the model's own forward by a bit, all batches at once and each block tried before it is run."""
+    expected = [model(input_ids=batch, use_cache=False).logits for batch in batches]
+    found: list[str] = []
+    results: list[Tensor] = []
+
+    def see(i: int, hidden: Tensor) -> None:
+        if not same(hidden, tried[i]):
+            found.append(f"{walk.at.name} tried on batch {i} gave other hidden states than when it was run")
+
+    def call(batch: Tensor) -> Tensor:
+        return model(input_ids=batch, use_cache=False).logits
+
+    with LayerwiseForwards(model, find_blocks(model), call, batches, torch.device("cpu")) as walk:
+        walk.start()
+        while walk.at is not None:
+            tried = [walk.try_on(i) for i in range(len(batches))]
+            results += walk.advance(see)
+    found += [
+        f"logits of batch {i}: {apart(given, own)}"
+        for i, (given, own) in enumerate(zip(results, expected))
+        if not same(given, own)
+    ]
+    if len(results) != len(batches):
+        found.append(f"{len(results)} results of {len(batches)} batches")
+    return found[0] if found else None
+
+
+def given(args: Any, kwargs: Any) -> list[Tensor]:
+    """A copy of the tensors in the arguments of a call."""
+    return [leaf.detach().clone() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+
+
+@torch.no_grad()
+def own_calls(model: nn.Module, batch: Tensor) -> dict[int, list[Tensor]]:
+    """What the model's own forward gives each block at its first call, by the block's index."""
+    calls: dict[int, list[Tensor]] = {}
+    hooks = []
+    for block in find_blocks(model):
+
+        def see(module, args, kwargs, index=block.index):
+            if index not in calls:
+                calls[index] = given(args, kwargs)
+
+        hooks.append(block.module.register_forward_pre_hook(see, with_kwargs=True))
+    model(input_ids=batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """To the bit, but that NaN equals itself."""
+    return (
+        one.shape == other.shape
+        and one.dtype == other.dtype
+        and torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+    )
+
+
+def apart(one: Tensor, other: Tensor) -> str:
+    """The largest difference of two tensors, relative to the largest number."""
+    if one.shape != other.shape:
+        return f"shape {tuple(one.shape)}, not {tuple(other.shape)}"
+    return f"{relative(one, other):.0e}"
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    return float((one.double() - other.double()).abs().max() / other.double().abs().max().clamp_min(1e-30))
