@@ -98,9 +98,12 @@ def plain(model: nn.Module, name: str, skeleton: nn.Module) -> nn.Module:
     for path, module in model.named_modules():
         if type(module) is not dense.get(path):
             raise UserError(f"{path} stays a {type(module).__name__}: this {name} checkpoint is not understood")
+    in_float32 = tuple(model._get_dtype_plan(model.config.dtype))  # parts of names
     for path, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.dtype.itemsize == 1:
             raise UserError(f"{path} stays {parameter.dtype}: this {name} checkpoint is not understood")
+        if not any(part in path for part in in_float32):  # transformers leaves what the files hold unquantised as it is
+            parameter.data = parameter.data.to(skeleton.get_parameter(path).dtype)
     return model
 
 

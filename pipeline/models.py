@@ -74,15 +74,16 @@ def config(folder: Path, recipe: Recipe) -> PreTrainedConfig:
         raise UserError(f"cannot load the model in {folder}: {_problem(error, folder, 'config.json')}") from error
 
 
-def skeleton(folder: Path, recipe: Recipe) -> nn.Module:
-    """The model's modules without their weights, in no time and memory."""
+def skeleton(folder: Path, recipe: Recipe, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model's modules without their weights, in no time and memory; of its config.json's `dtype` if None."""
     found = dequantize.forget(config(folder, recipe))
+    dtype = dtype or found.dtype
     chosen = model_class(folder, found, recipe.trust_remote_code)
     try:
         with torch.device("meta"):
             if chosen is AutoModelForCausalLM:
-                return chosen.from_config(found, trust_remote_code=recipe.trust_remote_code)
-            return chosen._from_config(found)
+                return chosen.from_config(found, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
+            return chosen._from_config(found, dtype=dtype)
     except Exception as error:
         raise UserError(f"cannot load the model in {folder}: {_problem(error, folder, 'config.json')}") from error
 
@@ -112,6 +113,7 @@ def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=No
     try:
         in_files = model_files.Tensors(folder)
         model_files.check_names(folder, in_files)
+        model_files.refuse_unscaled(folder, in_files)
         with dequantize.whole_blocks():
             model, info = chosen.from_pretrained(
                 folder,
@@ -128,11 +130,11 @@ def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=No
         problem = _problem(error, folder, "config.json", "*.index.json", "*.safetensors", "pytorch_model*.bin")
         raise UserError(f"cannot load the model in {folder}: {problem}") from error
     refuse_differences(folder, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
-    model_files.refuse_unscaled(folder, in_files)
     if quantized:
-        model = dequantize.plain(model, quantized, skeleton(folder, recipe))
+        model = dequantize.plain(model, quantized, skeleton(folder, recipe, model.config.dtype))
         file_names.remember(model, in_files)
-        processes.say(f"  {folder} is quantised by {quantized}: its weights are read as {model.dtype}, without it")
+        dtype = str(model.dtype).removeprefix("torch.")
+        processes.say(f"  {folder} is quantised ({quantized}): its weights are dequantised to {dtype}, and written so")
     for part in (model.config, model.config.get_text_config()):
         part.use_cache = False
     return model.eval()
