@@ -2,6 +2,7 @@
 new folder's are written beside its weights."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ WEIGHTS = ("*.safetensors", "*.bin")
 IDENTITY = ("config.json", "tokenizer*", "vocab*", "merges*", "*.model", "*.py")  # beside the weights
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "additional_chat_templates/*.jinja")
 WHOLE = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks; or the index of either
-PEFT = ("base_model.model.", ".base_layer.", ".lora_A.", ".lora_B.", ".modules_to_save.")  # in names of a PeftModel
+PEFT = ("base_model.model.", ".base_layer.")  # in the names that a PeftModel gives
 
 
 def identity(folder: Path) -> str:
@@ -73,6 +74,14 @@ class Tensors:
     def is_float8(self, name: str) -> bool:
         return name in self.files and self.files[name].get_slice(name).get_dtype().startswith("F8_E4M3")
 
+    def is_old_buffer(self, name: str) -> bool:
+        """Whether a name, with or without a prefix, is of what models compute today, but once kept in their files: a causal
+        mask (1, 1, T, T) and the number in its place, frequencies of rotary positions. transformers knows some of them."""
+        if not re.search(r"\.(masked_bias|causal_mask|inv_freq|bias)$", f".{name}"):
+            return False
+        shapes = {len(self.shape(stored)) for stored in self if name.endswith(stored) or stored.endswith(f".{name}")}
+        return shapes == {4} if re.search(r"(^|\.)(causal_mask|bias)$", name) else shapes <= {0, 1}
+
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of each weight in a folder of safetensors, one at a time, as in the files."""
@@ -107,7 +116,7 @@ def refuse_unscaled(folder: Path, tensors: Tensors) -> None:
 def check_names(folder: Path, names: Iterable[str]) -> None:
     """Refuses the names that a PeftModel gives to the weights that it wraps."""
     for name in names:
-        if any(part in f".{name}" for part in (f".{PEFT[0]}", *PEFT[1:])):
+        if any(part in name for part in PEFT):
             raise UserError(
                 f"{folder} holds the weights of a PeftModel ({name}), which no other model can load: load it with peft, "
                 "and save what merge_and_unload() returns"

@@ -129,7 +129,7 @@ def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=No
     except Exception as error:  # safetensors, pickle, json and transformers each have their own
         problem = _problem(error, folder, "config.json", "*.index.json", "*.safetensors", "pytorch_model*.bin")
         raise UserError(f"cannot load the model in {folder}: {problem}") from error
-    refuse_differences(folder, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    refuse_differences(folder, in_files, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     if quantized:
         model = dequantize.plain(model, quantized, skeleton(folder, recipe, model.config.dtype))
         file_names.remember(model, in_files)
@@ -140,8 +140,11 @@ def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=No
     return model.eval()
 
 
-def refuse_differences(folder: Path, missing: set[str], unexpected: set[str], mismatched: set[tuple]) -> None:
+def refuse_differences(
+    folder: Path, in_files: model_files.Tensors, missing: set[str], unexpected: set[str], mismatched: set[tuple]
+) -> None:
     """Refuses files that do not hold exactly the model's weights."""
+    unexpected = {name for name in unexpected if not in_files.is_old_buffer(name)}
     for name, in_files, in_model in sorted(mismatched):
         raise UserError(f"{folder}: {name} is {tuple(in_files)} in the files, {tuple(in_model)} by config.json")
     if missing:  # transformers would fill them with random numbers

@@ -35,7 +35,7 @@ def layers(folder: Path, recipe: Recipe) -> tuple[nn.Module, dict[str, Layer]]:
     model_files.check_names(folder, tensors)
     model_files.refuse_unscaled(folder, tensors)
     names = file_names.FileNames(model, {name: tensors.shape(name) for name in tensors})
-    models.refuse_differences(folder, names.missing, names.unexpected, names.mismatched)
+    models.refuse_differences(folder, tensors, names.missing, names.unexpected, names.mismatched)
     file_names.remember(model, tensors)
     return model, {layer: lambda layer=layer: names.read(layer, tensors.read) for layer in names.layers}
 

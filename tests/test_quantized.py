@@ -139,7 +139,13 @@ FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4
 def test_mxfp4(tmp_path):
     torch.manual_seed(0)
     config = GptOssConfig(
-        **{"vocab_size": 64, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_local_experts": 4},
+        **{
+            "vocab_size": 64,
+            "hidden_size": 64,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_local_experts": 4,
+        },
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2},
         **{"pad_token_id": 0, "eos_token_id": 2},
         dtype="bfloat16",
@@ -187,7 +193,9 @@ def test_what_cannot_be_dequantised_is_refused(tiny_llama, tmp_path, about):
     name_in_config(tmp_path, about)
     name = about.get("quant_method", "an unknown method")
     for read in (models.load, lambda *of: list(parameters(*of))):
-        with pytest.raises(UserError, match=f"is quantised by {name} .* set model=... to the model that it was made from"):
+        with pytest.raises(
+            UserError, match=f"is quantised by {name} .* set model=... to the model that it was made from"
+        ):
             read(tmp_path, Recipe())
 
 
