@@ -4,6 +4,7 @@ new folder's are written beside its weights."""
 import json
 import re
 import shutil
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ WEIGHTS = ("*.safetensors", "*.bin")
 IDENTITY = ("config.json", "tokenizer*", "vocab*", "merges*", "*.model", "*.py")  # beside the weights
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "additional_chat_templates/*.jinja")
 WHOLE = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks; or the index of either
+LOADED = ("config.json", "*.index.json", "*.safetensors", "pytorch_model*.bin")
 PEFT = ("base_model.model.", ".base_layer.")  # in the names that a PeftModel gives
 
 
@@ -45,6 +47,29 @@ def download(weights: str) -> dict[str, list[str]]:
     """Patterns for huggingface_hub: none of the same weights in another form (`original/`, `onnx/`, ...)."""
     folders = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*"]  # its * matches a / too; additional_chat_templates/ is wanted
     return {"allow_patterns": [*BESIDE, weights], "ignore_patterns": ["consolidated*", *folders]}
+
+
+def opened(folder: Path) -> "Tensors":
+    """The weights of a folder, which transformers will load as they are; `UserError` where it would not, or cannot."""
+    _check_beside(folder)
+    try:
+        found = Tensors(folder)
+    except Exception as error:  # safetensors, pickle and the system each have their own
+        raise UserError(cannot_load(folder, error)) from error
+    _check_names(folder, found)
+    _refuse_unscaled(folder, found)
+    return found
+
+
+def cannot_load(folder: Path, error: Exception, *patterns: str) -> str:
+    return f"cannot load the model in {folder}: {problem(folder, error, *(patterns or LOADED))}"
+
+
+def problem(folder: Path, error: Exception, *patterns: str) -> str:
+    """In words that say what to do about it: transformers' own run to a page, or to the name of a missing key."""
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is run only with trust_remote_code=true: read it before you type that"
+    return damage(folder, *patterns) or textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
 
 
 class Tensors:
@@ -91,7 +116,7 @@ def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def check_beside(folder: Path) -> None:
+def _check_beside(folder: Path) -> None:
     """Refuses what would make transformers load something else than the model in the folder."""
     _refuse_names_outside(folder)
     if (adapter := folder / "adapter_config.json").exists():
@@ -101,7 +126,7 @@ def check_beside(folder: Path) -> None:
         )
 
 
-def refuse_unscaled(folder: Path, tensors: Tensors) -> None:
+def _refuse_unscaled(folder: Path, tensors: Tensors) -> None:
     """Refuses 8-bit floats without the scales that belong to them: transformers would take them as they are."""
     names = set(tensors)
     for name in filter(tensors.is_float8, tensors.files):
@@ -113,7 +138,7 @@ def refuse_unscaled(folder: Path, tensors: Tensors) -> None:
             )
 
 
-def check_names(folder: Path, names: Iterable[str]) -> None:
+def _check_names(folder: Path, names: Iterable[str]) -> None:
     """Refuses the names that a PeftModel gives to the weights that it wraps."""
     for name in names:
         if any(part in name for part in PEFT):

@@ -1,6 +1,5 @@
 """Owns models: where one is, how it loads. What is in its folder: pipeline/model_files.py."""
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ def tokenizer(folder: Path, recipe: Recipe):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
     except Exception as error:  # damaged files raise KeyError, AttributeError and more
         raise UserError(
-            f"{folder} has no usable tokenizer: {_problem(error, folder, '*token*.json')}: copy tokenizer.json and "
+            f"{folder} has no usable tokenizer: {model_files.problem(folder, error, '*token*.json')}: copy tokenizer.json and "
             "tokenizer_config.json there from the model it was made of"
         ) from error
 
@@ -71,7 +70,7 @@ def config(folder: Path, recipe: Recipe) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
     except Exception as error:
-        raise UserError(f"cannot load the model in {folder}: {_problem(error, folder, 'config.json')}") from error
+        raise UserError(model_files.cannot_load(folder, error, "config.json")) from error
 
 
 def skeleton(folder: Path, recipe: Recipe, dtype: torch.dtype | None = None) -> nn.Module:
@@ -85,7 +84,7 @@ def skeleton(folder: Path, recipe: Recipe, dtype: torch.dtype | None = None) -> 
                 return chosen.from_config(found, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
             return chosen._from_config(found, dtype=dtype)
     except Exception as error:
-        raise UserError(f"cannot load the model in {folder}: {_problem(error, folder, 'config.json')}") from error
+        raise UserError(model_files.cannot_load(folder, error, "config.json")) from error
 
 
 def quantization(folder: Path) -> str | None:
@@ -101,7 +100,6 @@ def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=No
     `device_map` and `max_memory` of transformers. Raises `UserError` where the files are not exactly such a model's.
     """
     dtype, found, quantized = dtype or recipe.dtype, config(folder, recipe), dequantize.method(folder)
-    model_files.check_beside(folder)
     dequantize.refuse_unknown(folder)
     assert not (quantized and quantization), "weights are quantised on the way in only where they are plain"
     chosen = model_class(folder, found, recipe.trust_remote_code)
@@ -110,10 +108,8 @@ def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=No
         options["quantization_config"] = quantization  # None would make transformers ignore the checkpoint's own
     if recipe.attn_implementation:
         options["attn_implementation"] = recipe.attn_implementation
+    in_files = model_files.opened(folder)
     try:
-        in_files = model_files.Tensors(folder)
-        model_files.check_names(folder, in_files)
-        model_files.refuse_unscaled(folder, in_files)
         with dequantize.whole_blocks():
             model, info = chosen.from_pretrained(
                 folder,
@@ -124,11 +120,8 @@ def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=No
                 **options,
                 **where,
             )
-    except UserError:
-        raise
     except Exception as error:  # safetensors, pickle, json and transformers each have their own
-        problem = _problem(error, folder, "config.json", "*.index.json", "*.safetensors", "pytorch_model*.bin")
-        raise UserError(f"cannot load the model in {folder}: {problem}") from error
+        raise UserError(model_files.cannot_load(folder, error)) from error
     refuse_differences(folder, in_files, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     if quantized:
         model = dequantize.plain(model, quantized, skeleton(folder, recipe, model.config.dtype))
@@ -156,13 +149,6 @@ def refuse_differences(
             f"{folder} holds {min(unexpected)}, which its config.json has no place for ({len(unexpected)} "
             "in all): is it another model's?"
         )
-
-
-def _problem(error: Exception, folder: Path, *patterns: str) -> str:
-    """In words that say what to do about it: transformers' own run to a page, or to the name of a missing key."""
-    if "trust_remote_code" in str(error):
-        return "it brings code of its own, which is run only with trust_remote_code=true: read it before you type that"
-    return damage(folder, *patterns) or textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
 
 
 def check_length(config, key: str, seq_len: int) -> None:

@@ -18,22 +18,18 @@ def layers(folder: Path, recipe: Recipe) -> tuple[nn.Module, dict[str, Layer]]:
     """The model in a folder without its weights, and by layer what gives the name in memory and the tensor of each of its
     parameters and persistent buffers, in the files' dtype; "" is what lies outside the layers. Only what is asked for is
     read, but of a quantised model all. Raises `UserError` as `models.load` does."""
+    dequantize.refuse_unknown(folder)
     model = models.skeleton(folder, recipe)
     if dequantize.method(folder):
         whole = models.load(folder, recipe)
-        file_names.remember(model, model_files.Tensors(folder))
+        file_names.remember(model, model_files.opened(folder))
         found: dict[str, Layer] = {}
         state = file_names.saved(whole)
         for layer in dict.fromkeys(map(file_names.layer_of, state)):
             items = [item for item in state.items() if file_names.layer_of(item[0]) == layer]
             found[layer] = lambda items=items: iter(items)
         return model, found
-    model_files.check_beside(folder)
-    if problem := model_files.damage(folder, "*.index.json", "*.safetensors", "pytorch_model*.bin"):
-        raise models.UserError(f"cannot load the model in {folder}: {problem}")
-    tensors = model_files.Tensors(folder)
-    model_files.check_names(folder, tensors)
-    model_files.refuse_unscaled(folder, tensors)
+    tensors = model_files.opened(folder)
     names = file_names.FileNames(model, {name: tensors.shape(name) for name in tensors})
     models.refuse_differences(folder, tensors, names.missing, names.unexpected, names.mismatched)
     file_names.remember(model, tensors)

@@ -24,7 +24,7 @@ def check(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> No
     if needed - written > free:
         raise UserError(
             f"{stage} needs about {_text(needed - written)} more on the disk of {work.parent}, where {_text(free)} are free: "
-            "make room, or set run_dir=... on another disk"
+            "make room, or type run_dir=... on another disk"
         )
 
 

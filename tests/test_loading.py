@@ -169,6 +169,15 @@ def test_weights_that_are_not_the_models_are_refused(family, tmp_path):
     assert f"{norm} is (7,) in the files, (32,) by config.json" in refused(other)
 
 
+def test_a_shard_that_is_missing_or_damaged_is_named(tmp_path):
+    small_model("mixtral").save_pretrained(tmp_path, max_shard_size="40KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:100])
+    assert f"{shard.name} (100 bytes) is damaged" in refused(tmp_path)
+    shard.unlink()
+    assert f"No such file or directory: {shard}" in refused(tmp_path).replace('"', "")
+
+
 def test_an_expert_that_is_missing_is_refused(tmp_path):
     small_model("mixtral").save_pretrained(tmp_path / "model")
     less = changed(
