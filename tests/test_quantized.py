@@ -1,6 +1,7 @@
 """A quantised checkpoint is read as what its weights stand for, or it is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -203,3 +204,19 @@ def test_a_quantisation_that_only_the_language_model_of_a_checkpoint_names(tmp_p
     config = {"text_config": {"quantization_config": {"quant_method": "gptq"}}, "vision_config": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert models.quantization(tmp_path) == "gptq"
+
+
+def test_a_quantised_model_is_pruned_into_a_plain_one(tiny_llama, tmp_path, finishes):
+    folder, exact = tmp_path / "model", load_file(tiny_llama / "model.safetensors")
+    shutil.copytree(tiny_llama, folder)
+    weights = dict(exact)
+    for name in [name for name in weights if "_proj" in name]:
+        weights[name], weights[f"{name}_scale_inv"], exact[name] = in_float8(weights[name], (16, 16))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    name_in_config(folder, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]})
+    _, said = finishes(tmp_path / "run", f"model={folder}")
+    assert said.count("is quantised (fp8): its weights are dequantised to float32") == 1
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "run/prune/model", output_loading_info=True)
+    assert not any(info.values()) and not hasattr(model.config, "quantization_config")
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight[weight != 0], exact[name][weight != 0]), name
