@@ -404,7 +404,7 @@ DAMAGED = {  # the report is made anew wherever the run is moved to, as it is he
         *("model/model-00002-of-00004.safetensors", "layers.csv", "matrices.csv", "model/README.md"),
         *("stage.json", "stage.json: key", "stage.json: artefacts", "stage.json: sha256", "stage.json: digest"),
     ],
-    "finetune": ["model/model-00002-of-00004.safetensors", "adapter/adapter_model.safetensors", "metrics.csv"],
+    "finetune": ["model/model-00001-of-00001.safetensors", "adapter/adapter_model.safetensors", "metrics.csv"],
     "evaluate": ["results.json"],
 }
 DAMAGED_FILES = [(stage, file) for stage, files in DAMAGED.items() for file in files]
