@@ -16,6 +16,8 @@ BLOCK = 1 << 20  # bytes
 BLOCKS = 64  # read of a large file
 READ_WHOLE = BLOCK * BLOCKS  # bytes up to which a file is not a large one
 
+os.umask(UMASK := os.umask(0o077))  # it can be read only by setting it; once, before there are threads
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -27,6 +29,7 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         beside.parent.mkdir(parents=True, exist_ok=True)
         yield beside
+        beside.chmod(0o666 & ~UMASK)  # safetensors writes 0600
         _flush(beside)
         os.replace(beside, path)
         with suppress(OSError):  # some file systems cannot

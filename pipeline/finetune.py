@@ -1,22 +1,20 @@
 """The finetune stage: trains a pruned model back to health, with its masks kept."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from lightning import Callback
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from callbacks.mask_keeper import MaskKeeper
 from callbacks.validation import Validation
-from pipeline import card, data, files, lora, models, processes, quantize, sources
+from pipeline import card, data, lora, models, processes, quantize, sources
 from pipeline.allocation import allocate
 from pipeline.blocks import find_blocks
 from pipeline.errors import UserError
 from pipeline.masks import Masks
 from pipeline.recipe import Recipe
 from pipeline.recovery import METHODS
+from pipeline.rewrite import parameters, rewrite
 from pipeline.training import fit, precision, sequences, share
 
 
@@ -67,27 +65,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
 
     recovery.save(folder, masks_file)
     if settings.method != "plain_lora":
-        write_merged(recovery.merged, origin, folder / "model")
+        rewrite(origin, folder / "model", recipe, recovery.merged)
         if processes.is_main():
-            violations = masks.violations(models.tensors(folder / "model"))
+            violations = masks.violations(parameters(folder / "model", recipe))
             assert not violations, violations
             card.write_model_card(folder / "model", recipe, "finetune")
-
-
-def write_merged(merged: Callable[[str, Tensor], Tensor | None], origin: Path, target: Path) -> None:
-    """`origin` shard by shard, with the weights that `merged(name, weight)` gives for it; None leaves one as it is.
-
-    All ranks must call, since a weight may have to be put together from the parts that they hold; rank 0 writes.
-    """
-    for shard in sorted(origin.glob("*.safetensors")):
-        weights = load_file(shard)
-        for name, weight in weights.items():
-            new = merged(name, weight)
-            if new is not None and processes.is_main():
-                weights[name] = new.detach().to(weight.dtype).cpu().contiguous()
-        if processes.is_main():
-            with files.whole(target / shard.name) as beside:
-                save_file(weights, beside, {"format": "pt"})
-    if processes.is_main():
-        models.copy_beside(origin, target)
-        models.write_index(target)

@@ -1,24 +1,23 @@
-"""Owns model folders: where a model is, what it is known by, how it loads, what is copied beside new weights."""
+"""Owns models: where one is, how it loads. What is in its folder: pipeline/model_files.py."""
 
-import json
-import shutil
-import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from pipeline import files
+from pipeline import dequantize, file_names, model_files, processes
+from pipeline.architecture import model_class
 from pipeline.errors import UserError
+from pipeline.model_files import BESIDE as BESIDE
+from pipeline.model_files import WEIGHTS as WEIGHTS
+from pipeline.model_files import copy_beside as copy_beside
+from pipeline.model_files import damage as damage
+from pipeline.model_files import identity as identity
+from pipeline.model_files import tensors as tensors
+from pipeline.model_files import write_index as write_index
 from pipeline.recipe import Recipe
-
-WEIGHTS = ("*.safetensors", "*.bin")
-IDENTITY = ("config.json", "tokenizer*", "vocab*", "merges*", "*.model", "*.py")  # beside the weights
-BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")  # configuration, tokenizer, remote code
 
 
 def dense_folder(recipe: Recipe, inputs: dict[str, Path]) -> Path:
@@ -33,6 +32,7 @@ def locate(model: str, revision: str | None) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
+            model_files.refuse_adapter(folder)
             raise UserError(f"model={model} is not a model folder: it has no config.json")
         if not any(found for pattern in WEIGHTS for found in folder.glob(pattern)):
             raise UserError(f"model={model} has no weights: *.safetensors or *.bin are needed")
@@ -43,18 +43,16 @@ def locate(model: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        found = Path(snapshot_download(model, revision=revision, allow_patterns=[*BESIDE, "*.safetensors"]))
+        found = Path(snapshot_download(model, revision=revision, **model_files.download("*.safetensors")))
         if not any(found.glob("*.safetensors")):
-            found = Path(snapshot_download(model, revision=revision, allow_patterns=[*BESIDE, "*.bin"]))
+            found = Path(snapshot_download(model, revision=revision, **model_files.download("*.bin")))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"cannot fetch model={model}: {str(error).splitlines()[0]} (a local folder works too: model=./folder)"
         ) from error
+    if not (found / "config.json").is_file():
+        model_files.refuse_adapter(found)
     return found
-
-
-def identity(folder: Path) -> str:
-    return files.fingerprint({path for pattern in (*WEIGHTS, *IDENTITY) for path in folder.glob(pattern)})
 
 
 def tokenizer(folder: Path, recipe: Recipe):
@@ -62,7 +60,7 @@ def tokenizer(folder: Path, recipe: Recipe):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
     except Exception as error:  # damaged files raise KeyError, AttributeError and more
         raise UserError(
-            f"{folder} has no usable tokenizer: {_problem(error, folder, '*token*.json')}: copy tokenizer.json and "
+            f"{folder} has no usable tokenizer: {model_files.problem(folder, error, '*token*.json')}: copy tokenizer.json and "
             "tokenizer_config.json there from the model it was made of"
         ) from error
 
@@ -72,83 +70,85 @@ def config(folder: Path, recipe: Recipe) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
     except Exception as error:
-        raise UserError(f"cannot load the model in {folder}: {_problem(error, folder, 'config.json')}") from error
+        raise UserError(model_files.cannot_load(folder, error, "config.json")) from error
 
 
-def skeleton(folder: Path, recipe: Recipe) -> nn.Module:
-    """The model's modules without their weights, in no time and memory."""
-    found = config(folder, recipe)
+def skeleton(folder: Path, recipe: Recipe, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model's modules without their weights, in no time and memory; of its config.json's `dtype` if None."""
+    found = dequantize.forget(config(folder, recipe))
+    dtype = dtype or found.dtype
+    chosen = model_class(folder, found, recipe.trust_remote_code)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(found, trust_remote_code=recipe.trust_remote_code)
+            if chosen is AutoModelForCausalLM:
+                return chosen.from_config(found, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
+            return chosen._from_config(found, dtype=dtype)
     except Exception as error:
-        raise UserError(f"cannot load the model in {folder}: {_problem(error, folder, 'config.json')}") from error
+        raise UserError(model_files.cannot_load(folder, error, "config.json")) from error
+
+
+def quantization(folder: Path) -> str | None:
+    """How the weights in a folder are quantised (fp8, mxfp4, int8, nf4, fp4), which `load` undoes; None: they are plain."""
+    return dequantize.method(folder)
 
 
 def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=None, **where: Any) -> nn.Module:
-    """The model on the CPU in evaluation mode. In the file's own dtype its weights are a lazy view of the files, which
-    the ranks of a node share. `dtype` overrides the recipe's; `quantization`: see pipeline/quantize.py; `where` takes
-    it elsewhere, by the `device_map` and `max_memory` of transformers."""
-    _refuse_names_outside(folder)
-    dtype = dtype or recipe.dtype
+    """The model on the CPU in evaluation mode, whole (of a multimodal one too) and in plain weights.
+
+    In the file's own dtype its weights are a lazy view of the files, which the ranks of a node share. `dtype` overrides the
+    recipe's; `quantization` quantises plain weights, see pipeline/quantize.py; `where` takes it elsewhere, by the
+    `device_map` and `max_memory` of transformers. Raises `UserError` where the files are not exactly such a model's.
+    """
+    dtype, found, quantized = dtype or recipe.dtype, config(folder, recipe), dequantize.method(folder)
+    dequantize.refuse_unknown(folder)
+    assert not (quantized and quantization), "weights are quantised on the way in only where they are plain"
+    chosen = model_class(folder, found, recipe.trust_remote_code)
+    options = dequantize.arguments(found, quantized, folder, where)
+    if quantization:
+        options["quantization_config"] = quantization  # None would make transformers ignore the checkpoint's own
+    if recipe.attn_implementation:
+        options["attn_implementation"] = recipe.attn_implementation
+    in_files = model_files.opened(folder)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            quantization_config=quantization,
-            attn_implementation=recipe.attn_implementation,
-            trust_remote_code=recipe.trust_remote_code,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            output_loading_info=True,
-            **where,
-        )
+        with dequantize.whole_blocks():
+            model, info = chosen.from_pretrained(
+                folder,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                trust_remote_code=recipe.trust_remote_code,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+                **options,
+                **where,
+            )
     except Exception as error:  # safetensors, pickle, json and transformers each have their own
-        problem = _problem(error, folder, "config.json", "*.index.json", "*.safetensors", "pytorch_model*.bin")
-        raise UserError(f"cannot load the model in {folder}: {problem}") from error
-    for name, in_files, in_model in sorted(info["mismatched_keys"]):
-        raise UserError(f"{folder}: {name} is {tuple(in_files)} in the files, {tuple(in_model)} by config.json")
-    if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
-        raise UserError(
-            f"{folder} lacks {missing[0]} ({len(missing)} missing in all): is a file missing, or config.json another model's?"
-        )
-    model.config.use_cache = False
+        raise UserError(model_files.cannot_load(folder, error)) from error
+    refuse_differences(folder, in_files, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    if quantized:
+        model = dequantize.plain(model, quantized, skeleton(folder, recipe, model.config.dtype))
+        file_names.remember(model, in_files)
+        dtype = str(model.dtype).removeprefix("torch.")
+        processes.say(f"  {folder} is quantised ({quantized}): its weights are dequantised to {dtype}, and written so")
+    for part in (model.config, model.config.get_text_config()):
+        part.use_cache = False
     return model.eval()
 
 
-def _refuse_names_outside(folder: Path) -> None:
-    """An index that somebody else wrote must not make us read files beside the model."""
-    for index in folder.glob("*.index.json"):
-        shards = (files.read_json(index) or {}).get("weight_map")
-        for shard in shards.values() if isinstance(shards, dict) else ():
-            if Path(str(shard)).name != shard:
-                raise UserError(f"{index} names the shard '{shard}', which is not a file of its folder")
-
-
-def _problem(error: Exception, folder: Path, *patterns: str) -> str:
-    """In words that say what to do about it: transformers' own run to a page, or to the name of a missing key."""
-    if "trust_remote_code" in str(error):
-        return "it brings code of its own, which is run only with trust_remote_code=true: read it before you type that"
-    return damage(folder, *patterns) or textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
-
-
-def damage(folder: Path, *patterns: str) -> str | None:
-    """What is wrong with the first file of a folder that cannot be read: the loaders' own errors name no file."""
-    for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):
-        try:
-            if path.suffix == ".json":
-                found = dict(json.loads(path.read_text()))
-                if path.name.endswith(".index.json") and "weight_map" not in found:
-                    raise UserError("it has no weight_map")
-            elif path.suffix == ".safetensors":
-                with safe_open(path, framework="pt"):
-                    pass
-            else:
-                torch.load(path, weights_only=True, map_location="meta")
-        except Exception as error:
-            size = f"{path.stat().st_size} bytes" if path.exists() else "a link to nothing"
-            reason = str(error).split(". ")[0] or type(error).__name__
-            return f"{path.name} ({size}) is damaged or was not fetched whole: {reason}"
-    return None
+def refuse_differences(
+    folder: Path, in_files: model_files.Tensors, missing: set[str], unexpected: set[str], mismatched: set[tuple]
+) -> None:
+    """Refuses files that do not hold exactly the model's weights."""
+    unexpected = {name for name in unexpected if not in_files.is_old_buffer(name)}
+    for name, in_files, in_model in sorted(mismatched):
+        raise UserError(f"{folder}: {name} is {tuple(in_files)} in the files, {tuple(in_model)} by config.json")
+    if missing:  # transformers would fill them with random numbers
+        raise UserError(
+            f"{folder} lacks {min(missing)} ({len(missing)} missing in all): is a file missing, or config.json another model's?"
+        )
+    if unexpected:  # transformers would leave them out
+        raise UserError(
+            f"{folder} holds {min(unexpected)}, which its config.json has no place for ({len(unexpected)} "
+            "in all): is it another model's?"
+        )
 
 
 def check_length(config, key: str, seq_len: int) -> None:
@@ -164,35 +164,3 @@ def check_vocabulary(config, ids: Tensor, source) -> None:
         raise UserError(
             f"{source} holds token {strange[0]}, the model knows {vocabulary}: was it tokenised for another model?"
         )
-
-
-def copy_beside(origin: Path, target: Path, dtype: str = "auto") -> None:
-    """Copies all but the weights, so that the new folder loads as the old one did."""
-    for pattern in BESIDE:
-        for path in origin.glob(pattern):
-            if not path.name.endswith(".index.json"):
-                with files.whole(target / path.name) as beside:
-                    shutil.copyfile(path, beside)
-    if dtype != "auto":
-        config = json.loads((target / "config.json").read_text())
-        config.pop("torch_dtype", None)
-        files.write_json(target / "config.json", {**config, "dtype": dtype})
-
-
-def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of each weight in a folder of safetensors, one at a time."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)
-
-
-def write_index(folder: Path) -> None:
-    """`model.safetensors.index.json` over the shards of a folder."""
-    sizes, where = 0, {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                where[name] = path.name
-        sizes += path.stat().st_size
-    files.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": sizes}, "weight_map": where})

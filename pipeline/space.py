@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pipeline import models
+from pipeline import model_files, models
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
@@ -30,7 +30,8 @@ def check(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> No
 
 def _prune(recipe: Recipe, inputs: dict[str, Path]) -> int:
     """The model once more, and a bit per weight twice: by layer and in one file."""
-    shapes = _shapes(models.dense_folder(recipe, inputs))
+    folder = models.dense_folder(recipe, inputs)
+    shapes = _plain(folder, recipe) if models.quantization(folder) else _shapes(folder)
     size = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype).itemsize
     return sum(count * (size or itemsize) + count // 4 for count, itemsize, _ in shapes) + SMALL
 
@@ -47,10 +48,17 @@ def _little(recipe: Recipe, inputs: dict[str, Path]) -> int:
     return SMALL
 
 
+def _plain(folder: Path, recipe: Recipe) -> list[tuple[int, int, int]]:
+    """The same as `_shapes` of a quantised model's plain weights."""
+    model = models.skeleton(folder, recipe)
+    itemsize = (model.config.dtype or torch.bfloat16).itemsize
+    return [(p.numel(), itemsize, sum(p.shape) if p.dim() == 2 else 0) for p in model.parameters()]
+
+
 def _shapes(folder: Path) -> list[tuple[int, int, int]]:
     """(weights, bytes of each, rows + columns of a matrix, else 0) by tensor, from the files' headers."""
     found = []
-    for path in sorted(path for pattern in models.WEIGHTS for path in folder.glob(pattern)):
+    for path in model_files.weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():

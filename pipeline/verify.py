@@ -9,6 +9,7 @@ from pipeline import models
 from pipeline.errors import UserError
 from pipeline.masks import Masks, Violation, violation_of
 from pipeline.recipe import Recipe
+from pipeline.rewrite import parameters
 
 USAGE = "type `python launch.py verify MODEL_FOLDER MASKS_FILE`"
 
@@ -28,9 +29,7 @@ def checked(folder: Path, masks: Masks, recipe: Recipe) -> Iterator[Checked]:
 
     Raises `UserError` where the folder is damaged, or a masked matrix is missing or of another shape.
     """
-    # loaded, not read file by file: old checkpoints name their tensors otherwise, and keep experts apart
-    model = models.load(folder, recipe, dtype="auto")
-    for name, weight in masks.matched(model.named_parameters()):
+    for name, weight in masks.matched(parameters(folder, recipe)):
         yield Checked(name, weight.numel(), int((weight == 0).sum()), violation_of(name, weight, masks[name]))
 
 

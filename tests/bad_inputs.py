@@ -169,6 +169,27 @@ CASES: dict[str, list[Case]] = {
         ),
         Case("", "model.layers.3.", changed("model/config.json", num_hidden_layers=4), "`num_hidden_layers` is 4"),
         Case(
+            "", "holds model.layers.2.", changed("model/config.json", num_hidden_layers=2), "`num_hidden_layers` is 2"
+        ),
+        Case(
+            "",
+            "is quantised by gptq",
+            changed("model/config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+            "`quantization_config` names gptq",
+        ),
+        Case(
+            "",
+            "holds a BertForMaskedLM",
+            changed("model/config.json", architectures=["BertForMaskedLM"]),
+            "`architectures` is `[BertForMaskedLM]`",
+        ),
+        Case(
+            "seed=1",
+            "makes transformers load an adapter",
+            put("model/adapter_config.json", "{}"),
+            "`adapter_config.json` lies beside the weights",
+        ),
+        Case(
             "",
             f"lacks {UP} (1 missing in all)",
             change_weights(lambda weights: weights.pop(UP), "model/model.safetensors"),
@@ -383,7 +404,7 @@ DAMAGED = {  # the report is made anew wherever the run is moved to, as it is he
         *("model/model-00002-of-00004.safetensors", "layers.csv", "matrices.csv", "model/README.md"),
         *("stage.json", "stage.json: key", "stage.json: artefacts", "stage.json: sha256", "stage.json: digest"),
     ],
-    "finetune": ["model/model-00002-of-00004.safetensors", "adapter/adapter_model.safetensors", "metrics.csv"],
+    "finetune": ["model/model-00001-of-00001.safetensors", "adapter/adapter_model.safetensors", "metrics.csv"],
     "evaluate": ["results.json"],
 }
 DAMAGED_FILES = [(stage, file) for stage, files in DAMAGED.items() for file in files]
