@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.prune import SHAPES
-from pipeline import models, world
+from pipeline import model_files, world
 
 
 def write_model(folder: Path, shape: str) -> int:
@@ -48,7 +48,7 @@ def write_model(folder: Path, shape: str) -> int:
             if "norm" in name:
                 tensors[name].fill_(1.0)
         save_file(tensors, folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors", {"format": "pt"})
-    models.write_index(folder)
+    model_files.write_index(folder)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 

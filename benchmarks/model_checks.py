@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import launch
 import pipeline.finetune
-from pipeline import models
+from pipeline import model_files, models
 from pipeline.blocks import find_blocks
 from pipeline.masks import Masks
 from pipeline.recipe import Recipe
@@ -276,7 +276,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def names_in(folder: Path) -> set[str]:
-    return {name for name, _ in models.tensors(folder)}
+    return {name for name, _ in model_files.tensors(folder)}
 
 
 def matrix(state: dict[str, Tensor], name: str) -> Tensor:

@@ -6,9 +6,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline import checksums, files, models, processes
+from pipeline import checksums, file_names, files, model_files, processes
 from pipeline.blocks import Block
-from pipeline.file_names import converts, to_files
 from pipeline.masks import Masks
 
 
@@ -23,7 +22,7 @@ class BlockFiles:
             name for name, _ in named
         }  # state_dict holds shared and tied weights twice, which a file must not
         # files that name or cut the weights otherwise than the model does cannot be read back block by block
-        self._converts = converts(model)
+        self._converts = file_names.converts(model)
         self.finished_before: frozenset[int] = processes.from_main(self._find() if processes.is_main() else frozenset())
 
     def _find(self) -> frozenset[int]:
@@ -74,9 +73,9 @@ class BlockFiles:
         if self._converts:
             for index in range(len(self.blocks) + 1):
                 path = self.shard(index)
-                _save(to_files(self.model, load_file(path)), target / path.name)
-        models.write_index(target)
-        models.copy_beside(origin, target, dtype)
+                _save(file_names.to_files(self.model, load_file(path)), target / path.name)
+        model_files.write_index(target)
+        model_files.copy_beside(origin, target, dtype)
 
     def logs(self) -> list[dict]:
         """What was logged with the masks of each block that was reached."""

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from pipeline import continuations, data, files, models, paired, placement, processes, sources
+from pipeline import continuations, data, files, model_files, models, paired, placement, processes, sources
 from pipeline.errors import UserError
 from pipeline.perplexity import perplexity, streamed, whole, window_losses, windows
 from pipeline.recipe import Recipe
@@ -36,7 +36,7 @@ class Subject:
         return PeftModel.from_pretrained(model, self.adapter).get_base_model().eval() if self.adapter else model
 
     def identity(self) -> str:
-        known_as = models.identity(self.folder)
+        known_as = model_files.identity(self.folder)
         return files.digest([known_as, files.fingerprint(self.adapter.iterdir())]) if self.adapter else known_as
 
 

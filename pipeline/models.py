@@ -10,13 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from pipeline import dequantize, file_names, model_files, processes
 from pipeline.architecture import model_class
 from pipeline.errors import UserError
-from pipeline.model_files import BESIDE as BESIDE
-from pipeline.model_files import WEIGHTS as WEIGHTS
-from pipeline.model_files import copy_beside as copy_beside
-from pipeline.model_files import damage as damage
-from pipeline.model_files import identity as identity
-from pipeline.model_files import tensors as tensors
-from pipeline.model_files import write_index as write_index
 from pipeline.recipe import Recipe
 
 
@@ -34,7 +27,7 @@ def locate(model: str, revision: str | None) -> Path:
         if not (folder / "config.json").is_file():
             model_files.refuse_adapter(folder)
             raise UserError(f"model={model} is not a model folder: it has no config.json")
-        if not any(found for pattern in WEIGHTS for found in folder.glob(pattern)):
+        if not any(found for pattern in model_files.WEIGHTS for found in folder.glob(pattern)):
             raise UserError(f"model={model} has no weights: *.safetensors or *.bin are needed")
         return folder
     if model.startswith((".", "/", "~")):

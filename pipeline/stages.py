@@ -26,6 +26,7 @@ from pipeline import (
     hardware,
     lock,
     memory,
+    model_files,
     models,
     pretrain,
     processes,
@@ -229,7 +230,7 @@ def _read_from_outside(recipe: Recipe) -> dict[str, dict[str, Any]]:
         asked = (recipe.mirror, recipe.evaluate.fewshot)
         found["evaluate"]["tasks"] = {name: tasks.identity(name, *asked) for name in recipe.evaluate.tasks}
     if recipe.model is not None:
-        identity = models.identity(models.locate(recipe.model, recipe.revision))
+        identity = model_files.identity(models.locate(recipe.model, recipe.revision))
         for name in ("prune", "evaluate"):
             found[name]["model"] = identity
     for name in ("prune", "reconstruct", "finetune", "evaluate"):

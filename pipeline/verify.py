@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import models
+from pipeline import model_files, models
 from pipeline.errors import UserError
 from pipeline.masks import Masks, Violation, violation_of
 from pipeline.recipe import Recipe
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
                 f"{matrix.name} {list(violation.first)} is {violation.value:g} and should be zero"
                 + (f", and {count - 1} more of this matrix" if count > 1 else "")
             )
-    print(f"model {folder}: {models.identity(folder)}")
+    print(f"model {folder}: {model_files.identity(folder)}")
     print(f"masks {path}: sha256 {sha256(path)}")
     if problems:
         more = f" ({len(problems) - 1} more matrices have problems)" if len(problems) > 1 else ""

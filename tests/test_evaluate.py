@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 import launch
-from pipeline import checksums, continuations, models, world
+from pipeline import checksums, continuations, model_files, models, world
 from pipeline.errors import UserError
 from pipeline.masks import Masks
 from pipeline.recipe import Recipe
@@ -67,7 +67,10 @@ def test_errors_differences_continuations_and_hashes(finished, tiny_llama):
     assert len(found["protocol"]["prompts"]) == len(dense["continuations"]) == len(pruned["continuations"]) == 3
     texts = world.documents("test")
     assert all(any(text.startswith(prompt) for text in texts) for prompt in found["protocol"]["prompts"])
-    assert (dense["hash"], pruned["hash"]) == (models.identity(tiny_llama), models.identity(finished / "prune/model"))
+    assert (dense["hash"], pruned["hash"]) == (
+        model_files.identity(tiny_llama),
+        model_files.identity(finished / "prune/model"),
+    )
     masks = (finished / "prune/masks.safetensors").read_bytes()
     assert found["protocol"]["masks"] == hashlib.sha256(masks).hexdigest()
     assert "sparsity" in dense and "mask_violations" not in dense and pruned["mask_violations"] == 0

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline import models
+from pipeline import model_files
 
 UP = "model.layers.1.mlp.up_proj.weight"
 NORM = "model.layers.1.post_attention_layernorm.weight"
@@ -119,7 +119,7 @@ def test_a_damaged_model_folder(forms, whole_masks, tmp_path, refused, finishes,
 def test_the_same_model_in_another_form_is_pruned_the_same(forms, whole_masks, tmp_path, finishes, form):
     assert finishes(tmp_path, f"model={forms[form]}")[0] == whole_masks
     assert not list((tmp_path / "prune/model").glob("*.bin*"))
-    dense = dict(models.tensors(forms["one"]))
+    dense = dict(model_files.tensors(forms["one"]))
     for name, weight in AutoModelForCausalLM.from_pretrained(tmp_path / "prune/model").named_parameters():
         assert weight[weight != 0].equal(dense[name][weight != 0])
 
@@ -167,5 +167,5 @@ def test_a_singular_hessian_is_damped_until_it_is_not(tiny_llama, tmp_path, fini
     few = ("calibration.samples=1", "calibration.seq_len=8", "prune.damp=0", f"prune.method={method}")
     _, said = finishes(tmp_path, f"model={tiny_llama}", *few)
     assert "model.layers.0.mlp.down_proj.weight: the Hessian is singular at damping 0: trying 0.0001" in said
-    for name, weight in models.tensors(tmp_path / "prune/model"):
+    for name, weight in model_files.tensors(tmp_path / "prune/model"):
         assert weight.isfinite().all(), name

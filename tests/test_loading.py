@@ -90,7 +90,7 @@ def test_a_family_is_written_under_the_names_it_had(family, tmp_path, monkeypatc
 
     rewrite(folder, tmp_path / "same", Recipe(), lambda name, weight: None)
     assert len(list((tmp_path / "same").glob("*.safetensors"))) > 1
-    same(dict(models.tensors(tmp_path / "same")), before)
+    same(dict(model_files.tensors(tmp_path / "same")), before)
     same(by_its_class(name, tmp_path / "same").state_dict(), model.state_dict())
 
     seen = set()

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from callbacks.methods import METHODS, WandaPruner
-from pipeline import data, models, patterns, prune, recipe_reader, series, sources
+from pipeline import data, model_files, models, patterns, prune, recipe_reader, series, sources
 from pipeline.errors import UserError
 from pipeline.masks import Masks, by_matrix
 from tests import textbook
@@ -26,7 +26,7 @@ def settings(model, *more):
 def pruned(model, folder, *more):
     folder.mkdir(exist_ok=True)
     prune.run(settings(model, *more), folder, {})
-    return Masks.load(folder / "masks.safetensors")[0], dict(models.tensors(folder / "model"))
+    return Masks.load(folder / "masks.safetensors")[0], dict(model_files.tensors(folder / "model"))
 
 
 @pytest.mark.parametrize("sparsity", ["2of4", "4of8", "0.5", "0.7"])
@@ -94,7 +94,7 @@ def test_every_method_on_every_pattern(tiny_llama, tmp_path, method):
 
 def test_magnitude_is_one_threshold_for_a_matrix(tiny_llama, tmp_path):
     masks, weights = pruned(tiny_llama, tmp_path / "p", "prune.method=magnitude", "prune.sparsity=0.6")
-    dense = dict(models.tensors(tiny_llama))
+    dense = dict(model_files.tensors(tiny_llama))
     for name, mask in masks.items():
         assert dense[name][mask].abs().min() >= dense[name][~mask].abs().max()
 
@@ -181,7 +181,7 @@ def test_owl_prunes_less_where_outliers_are_and_as_much_on_the_whole(tiny_llama,
 def test_overrides_by_name(tiny_llama, tmp_path):
     more = 'prune.overrides={"*.layers.0.*": dense, "*down_proj*": 4of8, "*.layers.2.*.q_proj.*": 0.25}'
     masks, weights = pruned(tiny_llama, tmp_path / "p", more)
-    dense = dict(models.tensors(tiny_llama))
+    dense = dict(model_files.tensors(tiny_llama))
     assert masks.patterns["model.layers.1.mlp.down_proj.weight"] == "4of8"
     assert masks.patterns["model.layers.2.self_attn.q_proj.weight"] == "0.25"
     assert masks.patterns["model.layers.2.self_attn.k_proj.weight"] == "2of4"
@@ -227,8 +227,8 @@ def test_two_processes_prune_as_one_by_every_method(tiny_llama, tmp_path):
         for sparsity in ("2of4", "0.5"):
             one, two = (tmp_path / n / f"{method}-{sparsity}" for n in "12")
             assert (one / "masks.safetensors").read_bytes() == (two / "masks.safetensors").read_bytes(), method
-            other = dict(models.tensors(two / "model"))
-            for name, weight in models.tensors(one / "model"):
+            other = dict(model_files.tensors(two / "model"))
+            for name, weight in model_files.tensors(one / "model"):
                 torch.testing.assert_close(other[name], weight, rtol=1e-5, atol=1e-6)
 
 

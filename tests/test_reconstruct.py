@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import data, layer_fit, models, recipe, recipe_reader, reconstruct, sources, stages
+from pipeline import data, layer_fit, model_files, models, recipe, recipe_reader, reconstruct, sources, stages
 from pipeline.blocks import find_blocks
 from pipeline.errors import UserError
 from pipeline.masks import by_matrix
@@ -32,7 +32,7 @@ def reconstructed(model, where, *more):
     reconstruct.run(settings(model, *more), folder, {"prune": where / "prune"})
     with open(folder / "layers.csv", newline="") as file:
         rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    return dict(models.tensors(folder / "model")), rows
+    return dict(model_files.tensors(folder / "model")), rows
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ALIKE])
@@ -158,15 +158,15 @@ def test_the_command_with_two_processes_ends_as_one_and_tells_of_each_model(tiny
     espalier(f"model={tiny_llama}", *QUICK, *SETTINGS, chosen, f"run_dir={tmp_path}/two", processes=2)
     masks, _ = pruned(tiny_llama, tmp_path / "prune")
     one, _ = reconstructed(tiny_llama, tmp_path)
-    for name, weight in models.tensors(tmp_path / "two/reconstruct/model"):
+    for name, weight in model_files.tensors(tmp_path / "two/reconstruct/model"):
         torch.testing.assert_close(weight, one[name], rtol=1e-4, atol=1e-4)
     results = json.loads((tmp_path / "two/evaluate/results.json").read_text())["models"]
     assert list(results) == ["dense", "pruned", "reconstructed", "finetuned"]
     assert results["reconstructed"]["mask_violations"] == results["finetuned"]["mask_violations"] == 0
-    merged = dict(models.tensors(tmp_path / "two/finetune/model"))
+    merged = dict(model_files.tensors(tmp_path / "two/finetune/model"))
     untrained = [name for name in one if name not in masks]  # norms: the LoRA started from the reconstructed model
     assert all(torch.allclose(merged[name], one[name], rtol=1e-4, atol=1e-4) for name in untrained)
-    assert any(not merged[name].equal(dict(models.tensors(tiny_llama))[name]) for name in untrained)
+    assert any(not merged[name].equal(dict(model_files.tensors(tiny_llama))[name]) for name in untrained)
 
 
 def test_bad_input_says_what_to_type(tiny_llama, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import distill, finetune, lora, models, prune, quantize, recipe, recipe_reader
+from pipeline import distill, finetune, lora, model_files, prune, quantize, recipe, recipe_reader
 from pipeline.errors import UserError
 from pipeline.masks import Masks, apply_, pack, unpack
 from pipeline.recipe import Finetune
@@ -47,8 +47,8 @@ def test_every_way_ends_exactly_sparse_and_has_learnt(pruned, tiny_llama, tmp_pa
     masks, _ = Masks.load(pruned / "masks.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert masks.violations(model.named_parameters()) == []
-    before = dict(models.tensors(pruned / "model"))
-    for name, weight in models.tensors(tmp_path / "model"):
+    before = dict(model_files.tensors(pruned / "model"))
+    for name, weight in model_files.tensors(tmp_path / "model"):
         if name in masks:
             assert weight.dtype == before[name].dtype
             assert not torch.equal(weight, before[name]), name
@@ -266,7 +266,7 @@ def test_two_processes_train_as_one_by_ddp_and_by_fsdp_and_resume_to_the_bit(tin
             assert column(tmp_path / run / "metrics.csv", 1) == pytest.approx(one, abs=1e-4), run
             model = AutoModelForCausalLM.from_pretrained(tmp_path / run / "model")
             assert masks.violations(model.named_parameters()) == [], run
-            whole, resumed = (dict(models.tensors(tmp_path / f"{run}{end}/model")) for end in ("", "-resumed"))
+            whole, resumed = (dict(model_files.tensors(tmp_path / f"{run}{end}/model")) for end in ("", "-resumed"))
             assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items()), run
             if way == "distill":
                 expected = column(tmp_path / f"1/{way}-ddp/metrics.csv", -1)
@@ -292,6 +292,6 @@ def test_stories_lora_and_full_give_bits_of_bfloat16_models(stories, tmp_path):
     for way in ("lora", "full"):
         more = [f"finetune.method={way}", f"finetune.dataset={text}", "finetune.precision=bf16-mixed"]
         finetune.run(settings(stories, *more), tmp_path / way, {"prune": tmp_path})
-        after = dict(models.tensors(tmp_path / way / "model"))
+        after = dict(model_files.tensors(tmp_path / way / "model"))
         assert {weight.dtype for weight in after.values()} == {torch.bfloat16}
         assert masks.violations(iter(after.items())) == []

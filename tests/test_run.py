@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from pipeline import lora, models
+from pipeline import lora, model_files
 from pipeline.masks import Masks
 from tests.conftest import QUICK, ROOT, command, environment, espalier
 
@@ -53,7 +53,7 @@ def test_the_adapter_on_the_pruned_model_is_the_merged_model(finished):
     run_dir, _, _ = finished
     pruned = AutoModelForCausalLM.from_pretrained(run_dir / "prune/model")
     adapted = lora.load_adapter(pruned, run_dir / "finetune/adapter")
-    merged = dict(models.tensors(run_dir / "finetune/model"))
+    merged = dict(model_files.tensors(run_dir / "finetune/model"))
     for name, layer in lora.masked_layers(adapted).items():
         assert layer.merged_weight().equal(merged[name])
 

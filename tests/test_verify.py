@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import launch
-from pipeline import models
+from pipeline import model_files
 from pipeline.masks import Masks
 from pipeline.matrices import matrices_of
 from tests.conftest import QUICK
@@ -62,7 +62,7 @@ def test_a_clean_model_in_any_form(pruned, tmp_path, typed, form):
     assert row[1:4] == ["48", "x", "32"] and row[4] == "0.6"
     assert row[5:] == [f"{100 * 19 / 32:.2f}", f"{100 * 19 / 32:.2f}", "0"]  # int(32 * 0.6) of each row
     assert "21 matrices" in said and "no violations" in said
-    assert models.identity(tmp_path) in said
+    assert model_files.identity(tmp_path) in said
 
 
 def test_one_flipped_weight_is_named(pruned, tmp_path, typed):
@@ -96,7 +96,7 @@ def test_apply_makes_the_pruned_model_from_the_dense_one(tiny_llama, pruned, tmp
     dense = in_another_form(tiny_llama, tmp_path / "dense", form)
     code, said, lines = typed("apply", dense, pruned / "masks.safetensors", tmp_path / "target")
     assert (code, lines) == (0, []) and "21 matrices masked" in said
-    ours, theirs = (dict(models.tensors(folder)) for folder in (tmp_path / "target", pruned / "model"))
+    ours, theirs = (dict(model_files.tensors(folder)) for folder in (tmp_path / "target", pruned / "model"))
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
         assert weight.numpy().tobytes() == ours[name].numpy().tobytes(), name  # +0.0 too

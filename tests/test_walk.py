@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from callbacks.methods import WandaPruner
-from pipeline import data, models, series, sources
+from pipeline import data, model_files, models, series, sources
 from pipeline.masks import by_matrix
 from pipeline.patterns import NofM
 from tests.conftest import PRUNE, espalier
@@ -118,7 +118,7 @@ def test_shared_weights_are_pruned_and_written_once(origin, tokens, tmp_path):
     masks, weights = pruned(folder, tmp_path / "p", tokens)
     once = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
     assert set(masks) <= set(once)
-    assert weights.keys() == dict(models.tensors(folder)).keys()
+    assert weights.keys() == dict(model_files.tensors(folder)).keys()
     shared = [name for name in masks if "shared_transformer" in name]
     assert len(shared) == len({name.partition("shared_transformer")[2] for name in shared}) > 0
 
