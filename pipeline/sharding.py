@@ -8,8 +8,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-
-from pipeline.decoder import find_layers
+from transformers.pytorch_utils import Conv1D
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -24,12 +23,23 @@ class ShardedStrategy(ModelParallelStrategy):
         return get_model_state_dict(self.model, options=options)
 
 
+def units(model: nn.Module) -> list[nn.Module]:
+    """What a model calls one after the other, such as its decoder layers: the members of its outermost module lists that
+    hold matrices."""
+    found: dict[nn.Module, None] = {}
+    within: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not name.startswith(within):
+            within = (*within, f"{name}.")
+            found |= {member: None for member in module if any(isinstance(m, nn.Linear | Conv1D) for m in member.modules())}
+    return list(found)
+
+
 def shard_(model: nn.Module, mesh: DeviceMesh) -> None:
     """Each decoder layer is one unit: gathered when it is called, let go of afterwards."""
     if isinstance(model, FSDPModule):
         return
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for layer in find_layers(base)[1]:
+    for layer in units(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

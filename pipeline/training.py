@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -33,6 +34,13 @@ def share(settings: Finetune, world_size: int) -> tuple[int, int]:
             f"cannot be shared evenly by {world_size} processes: type accumulate={world_size}, or another number of processes"
         )
     return size, each // size
+
+
+def next_token_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+    """The mean cross-entropy of all predicted tokens, in nats. Not the model's own `.loss`: that of a multimodal family takes
+    the first positions for its image (GIT), and others add a loss of their routers."""
+    next_BT = F.pad(ids_BT[:, 1:], (0, 1), value=-100)  # the last token predicts nothing
+    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), next_BT.flatten())
 
 
 class CausalLM(LightningModule):
@@ -69,7 +77,7 @@ class CausalLM(LightningModule):
 
     def _loss(self, ids_BT: Tensor) -> Tensor:
         if self.teacher is None:
-            return self.model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+            return next_token_loss(self.model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
         with torch.no_grad():
             teacher_BTV = self.teacher(input_ids=ids_BT, use_cache=False).logits
         student_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
@@ -102,6 +110,12 @@ class CausalLM(LightningModule):
             raise UserError(
                 f"this training was begun with {begun} processes and goes on with as many only, not {processes.world_size()}: "
                 f"type --num_processes {begun}, or remove {folder} to begin anew"
+            )
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if differ := trained ^ checkpoint["state_dict"].keys():  # `strict_loading` would not see it
+            folder = Path(self.trainer.ckpt_path).parent.parent
+            raise UserError(
+                f"this training was begun with other weights ({sorted(differ)[0]} is new or gone): remove {folder} to begin anew"
             )
 
 

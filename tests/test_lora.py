@@ -74,9 +74,6 @@ def test_merge_is_forward_and_exactly_sparse(family, dropout, cached):
     with torch.no_grad():
         forward = adapted(input_ids=ids).logits
         torch.testing.assert_close(plain.eval()(input_ids=ids).logits, forward, atol=1e-5, rtol=1e-5)
-        by_peft = adapted.merge_and_unload()
-        torch.testing.assert_close(by_peft(input_ids=ids).logits, forward, atol=1e-5, rtol=1e-5)
-    assert masks.violations(by_peft.named_parameters()) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
