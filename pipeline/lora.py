@@ -92,7 +92,9 @@ def _attach(model: nn.Module, masks: Masks, config: LoraConfig, cached: bool, re
     for name in masks:
         if target_of(name) in config.target_modules:
             asked.setdefault(parameter_of(name), []).append(name)
-    scope, modules = Scope(sharding.units(model), recomputed), list(model.modules())
+    modules = list(model.modules())
+    # inside of a checkpointed layer, so that it runs again with the layer
+    scope = Scope((block for layer in sharding.units(model) for block in layer.children()), recomputed)
     around: dict[nn.Module, MaskedLinear] = {}
     biases: list[nn.Parameter] = []
     for name, places in _places(model, asked).items():

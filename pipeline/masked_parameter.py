@@ -3,7 +3,7 @@
 Shapes: E = experts, O = out_features, I = in_features, R = rank; the E is absent where the parameter is one matrix.
 """
 
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from pipeline.masks import apply_, multiply_, pack, strays, unpack
 
 
 class Call:
-    """The effective weights that one call of a decoder layer reads. Each is made once, however often it is read, and let go
+    """The effective weights that one call of a block reads. Each is made once, however often it is read, and let go
     of when the call ends. What autograd saves of one is only a note of which it was: backward makes the weight again."""
 
     def __init__(self) -> None:
@@ -39,32 +39,31 @@ class Call:
 
 
 class Scope:
-    """Decoder layers, one call of which has one `Call`.
+    """Blocks of a model (attention, experts, ...), one call of which has one `Call`.
 
-    `recomputed`: backward makes the weights again. Not where the layers' activations are checkpointed: their whole forward
-    is then run again, and hooks on saved tensors would keep from the checkpoint what it should drop.
+    `recomputed`: backward makes the weights again. Not where activations are checkpointed: the whole block is then run again,
+    and hooks on saved tensors inside of the checkpoint would keep from it what it should drop.
     """
 
-    def __init__(self, layers: list[nn.Module], recomputed: bool) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], recomputed: bool) -> None:
         self.recomputed, self.used = recomputed, False
-        self.call: Call | None = None
-        self.hooks: Any = None
-        for layer in layers:
-            layer.register_forward_pre_hook(self._enter)
-            layer.register_forward_hook(self._leave, always_call=True)
+        self.calls: list[tuple[Call, Any]] = []  # that are running, the innermost last
+        for block in dict.fromkeys(blocks):
+            block.register_forward_pre_hook(self._enter)
+            block.register_forward_hook(self._leave, always_call=True)
 
-    def _enter(self, layer: nn.Module, args: tuple) -> None:
-        self.call = Call()
+    def _enter(self, block: nn.Module, args: tuple) -> None:
+        call, hooks = Call(), None
         if self.recomputed and self.used and torch.is_grad_enabled():
-            self.hooks = torch.autograd.graph.saved_tensors_hooks(self.call.pack, self.call.unpack)
-            self.hooks.__enter__()
+            hooks = torch.autograd.graph.saved_tensors_hooks(call.pack, call.unpack)
+            hooks.__enter__()
+        self.calls.append((call, hooks))
 
-    def _leave(self, layer: nn.Module, args: tuple, out: Any) -> None:
-        if self.hooks is not None:
-            self.hooks.__exit__(None, None, None)
-        if self.call is not None:
-            self.call.made.clear()
-        self.call, self.hooks = None, None
+    def _leave(self, block: nn.Module, args: tuple, out: Any) -> None:
+        call, hooks = self.calls.pop()
+        if hooks is not None:
+            hooks.__exit__(None, None, None)
+        call.made.clear()
 
 
 class _Effective(torch.autograd.Function):
@@ -89,12 +88,12 @@ def read(masked: nn.Module) -> Tensor:
     device, scope = masked.a.device.type, masked.scope
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     key = (masked, dtype, torch.is_grad_enabled())  # what was read without gradients must not be used with them
-    if scope is None or scope.call is None:
+    if scope is None or not scope.calls:
         return _Effective.apply(masked.a, masked.b, key, None)
-    scope.used = True
-    if key not in scope.call.made:
-        scope.call.made[key] = _Effective.apply(masked.a, masked.b, key, scope.call)
-    return scope.call.made[key]
+    scope.used, (call, _) = True, scope.calls[-1]
+    if key not in call.made:
+        call.made[key] = _Effective.apply(masked.a, masked.b, key, call)
+    return call.made[key]
 
 
 def _made(key: tuple, a: Tensor, b: Tensor) -> Tensor:

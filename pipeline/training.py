@@ -112,7 +112,8 @@ class CausalLM(LightningModule):
                 f"type --num_processes {begun}, or remove {folder} to begin anew"
             )
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        if differ := trained ^ checkpoint["state_dict"].keys():  # `strict_loading` would not see it
+        saved = checkpoint.get("state_dict", trained)  # FSDP gives it to one rank
+        if differ := trained ^ set(saved):  # `strict_loading` is off
             folder = Path(self.trainer.ckpt_path).parent.parent
             raise UserError(
                 f"this training was begun with other weights ({sorted(differ)[0]} is new or gone): remove {folder} to begin anew"

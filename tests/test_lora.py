@@ -1,31 +1,42 @@
 """A masked LoRA trains A and B as if the mask stood in the forward, and merges into exactly what forward computed."""
 
 import copy
+import re
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from pipeline import lora
-from pipeline.decoder import Decoder, matrices
 from pipeline.errors import UserError
 from pipeline.lora import MaskedLinear
-from pipeline.masks import Masks, apply_
+from pipeline.masks import Masks, apply_, by_matrix
 from pipeline.patterns import NofM
 from pipeline.recipe import Finetune
 from tests.test_decoder import small_model
 
 
 def with_masks(model) -> tuple[nn.Module, Masks]:
+    """The model with 2 of 4 pruned of every matrix of its layers, fused experts too, along their inputs."""
     masks = Masks()
-    decoder = Decoder(model)
-    for index, layer in enumerate(decoder.layers):
-        for name, matrix in matrices(layer).items():
-            mask_OI = NofM(2, 4).select(torch.rand(matrix.weight_OI.shape))
-            apply_(matrix.weight_OI, mask_OI)
-            masks.add(decoder.parameter_name(index, name), matrix.stored(mask_OI), "2of4", matrix.transposed)
+    for name, parameter in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if not re.search(r"\.(layers?|h|blocks)\.\d+\.", name) or re.search(r"bias$|(router|gate)\.", name):
+            continue
+        linear = isinstance(module, nn.Linear | Conv1D) or name.endswith(("mlp.w1", "mlp.v1", "mlp.w2"))  # DBRX
+        if parameter.dim() != (2 if linear else 3) or min(parameter.shape) < 4 or isinstance(module, nn.Conv1d):
+            continue
+        transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", "Llama4" in type(module).__name__)
+        transposed = transposed and not isinstance(module, nn.Linear)
+        for matrix, part in by_matrix([(name, parameter.data)]):
+            shape = part.T.shape if transposed else part.shape
+            mask = NofM(2, 4).select(torch.rand(shape))
+            mask = mask.T.contiguous() if transposed else mask
+            apply_(part, mask)
+            masks.add(matrix, mask, "2of4", transposed)
     return model, masks
 
 
