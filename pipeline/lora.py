@@ -110,7 +110,9 @@ def _attach(model: nn.Module, masks: Masks, config: LoraConfig, cached: bool, re
             _check_shapes(name, asked[name], masks, parameter.shape)
             mask = masks.of(name, parameter)
             layer = MaskedParameter(module, attribute, config.r, config.lora_alpha / config.r, transposed)
-            layer.set_mask(mask, [e for e in range(len(parameter)) if asked[name] != [name] and f"{name}[{e}]" not in masks])
+            layer.set_mask(
+                mask, [e for e in range(len(parameter)) if asked[name] != [name] and f"{name}[{e}]" not in masks]
+            )
             for other, its_attribute in places[1:]:
                 layer.attach(other, its_attribute)
         layer.scope = scope

@@ -130,7 +130,9 @@ class MaskedParameter(nn.Module):
 
     def attach(self, module: nn.Module, name: str) -> None:
         """To `module` too, which holds the same parameter."""
-        parametrize.register_parametrization(module, name, self, unsafe=True)  # safe would make the weights to see their shape
+        parametrize.register_parametrization(
+            module, name, self, unsafe=True
+        )  # safe would make the weights to see their shape
         self.home = [module.parametrizations[name]]  # in a list: no child of this module
 
     def set_mask(self, mask: Tensor, dense: list[int]) -> None:

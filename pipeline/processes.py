@@ -194,8 +194,7 @@ def trainer_arguments(strategy: str = "ddp") -> dict[str, Any]:
         several = ShardedStrategy(world_size(), _timeout)
     elif world_size() > 1:
         # every rank's buffers are made from the same files and steps: nothing to broadcast before each forward
-        # experts that a batch did not reach, and parts that no text reaches, get no gradient
-        several = DDPStrategy(timeout=_timeout, broadcast_buffers=False, find_unused_parameters=True)
+        several = DDPStrategy(timeout=_timeout, broadcast_buffers=False)
     return {
         "accelerator": "gpu" if torch.cuda.is_available() else "cpu",
         "devices": local_world_size(),

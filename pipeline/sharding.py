@@ -10,6 +10,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.errors import UserError
+
 
 class ShardedStrategy(ModelParallelStrategy):
     """FSDP2 over all processes, with checkpoints in one file that holds only what trains."""
@@ -31,15 +33,23 @@ def units(model: nn.Module) -> list[nn.Module]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not name.startswith(within):
             within = (*within, f"{name}.")
-            found |= {member: None for member in module if any(isinstance(m, nn.Linear | Conv1D) for m in member.modules())}
+            found |= {
+                member: None for member in module if any(isinstance(m, nn.Linear | Conv1D) for m in member.modules())
+            }
     return list(found)
 
 
 def shard_(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Each decoder layer is one unit: gathered when it is called, let go of afterwards."""
+    """Each decoder layer is one unit: gathered when it is called, let go of afterwards. `UserError` where two layers hold the
+    same weights, which FSDP2 cannot do."""
     if isinstance(model, FSDPModule):
         return
-    for layer in units(model):
+    layers = units(model)
+    if len(held := [p for layer in layers for p in layer.parameters()]) > len(set(held)):
+        raise UserError(
+            "finetune.strategy=fsdp cannot share out layers that hold the same weights: set finetune.strategy=ddp"
+        )
+    for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
