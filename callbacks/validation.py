@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline import checksums, files, processes, sharding
 from pipeline.errors import UserError
+from pipeline.training import next_token_loss
 
 
 class Validation(Callback):
@@ -67,7 +68,7 @@ class Validation(Callback):
             mine = min(start + rank, len(batches) - 1)  # a sharded model needs every rank, a rank without a batch too
             ids_BT = batches[mine].long().to(module.device)
             with context():
-                loss = module.model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+                loss = next_token_loss(module.model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
             if mine == start + rank:
                 total += torch.tensor([loss.item() * len(ids_BT), len(ids_BT)], device=module.device, dtype=total.dtype)
         module.model.train()

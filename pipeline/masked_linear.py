@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline import sharding
 from pipeline.errors import UserError
+from pipeline.masked_parameter import Scope, read
 from pipeline.masks import apply_, multiply_, pack, strays, unpack
 from pipeline.quantize import dequantized
 
@@ -94,6 +95,7 @@ class MaskedLinear(LoraLinear):
             raise UserError("DoRA cannot keep a mask: its magnitudes act on the whole of a row. Leave use_dora out")
         super().__init__(base_layer, adapter_name, config, **kwargs)
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)  # weights stored (in, out)
+        self.scope: Scope | None = None
         self.strays: Tensor | int = 0  # pruned weights that were not zero when forward last used them
         for name in ("mask_OI", "effective_OI", "mask_bits"):
             self.register_buffer(name, None, persistent=False)
@@ -113,6 +115,32 @@ class MaskedLinear(LoraLinear):
     @property
     def scale(self) -> float:
         return self.scaling[ADAPTER]
+
+    @property
+    def a(self) -> Tensor:
+        return self.lora_A[ADAPTER].weight
+
+    @property
+    def b(self) -> Tensor:
+        return self.lora_B[ADAPTER].weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weights: some models read a Linear's weight and never call it (Mamba's dt_proj, fused kernels)."""
+        return read(self)
+
+    def effective_weight(self, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+        """In the shape of the stored weight."""
+        return self._oriented(self.counted(a_RI, b_OR, self.mask()))
+
+    def gradients(self, grad: Tensor, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+        """Of A and B, from that of the stored weight."""
+        return _of_a_and_b(self._oriented(grad).clone(), a_RI, b_OR, self.mask(), self.scale)
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """As the weight is stored, if it were not packed."""
+        return (self.in_features, self.out_features)[:: 1 if self.fan_in_fan_out else -1]
 
     def _oriented(self, tensor: Tensor) -> Tensor:
         return tensor.T if self.fan_in_fan_out else tensor
@@ -145,27 +173,21 @@ class MaskedLinear(LoraLinear):
     @torch.no_grad()
     def refresh(self) -> None:
         """Makes the cached effective weights anew from the pruned ones and A and B."""
-        self.effective_OI.copy_(self.counted(self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight, self.mask_OI))
+        self.effective_OI.copy_(self.counted(self.a, self.b, self.mask_OI))
 
     @torch.no_grad()
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
         """The effective weights in the shape of the stored weight: what forward computes with, bit for bit (mixed precision
         rounds them there). `weight`: the unquantised weight to merge into, where the layer holds another; all ranks of a
         sharded model must call."""
-        a_RI, b_OR = (sharding.whole(part[ADAPTER].weight) for part in (self.lora_A, self.lora_B))
+        a_RI, b_OR = sharding.whole(self.a), sharding.whole(self.b)
         base_OI = None if weight is None else self._oriented(weight).to(a_RI.device)
         return self._oriented(self.effective(a_RI, b_OR, self.mask(), base_OI))
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """M * (scale * B A) in the shape of the stored weight; peft's own merge goes through here."""
-        return self._oriented(self.delta(self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.mask()))
-
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if self.disable_adapters or self.merged:
-            return super().forward(x, *args, **kwargs)
+    def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        a, b = self.a, self.b
         bias = self.get_base_layer().bias
         if bias is not None:
             bias = bias.to(x.dtype)

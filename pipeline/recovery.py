@@ -5,14 +5,17 @@ All have the same four methods: `reapply` (after each real step; returns how man
 """
 
 import functools
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from pipeline import lora, processes, sharding
+from pipeline.errors import UserError
 from pipeline.masks import Masks, apply_, multiply_, strays
 from pipeline.recipe import Finetune
 
@@ -25,7 +28,26 @@ class PlainLora:
         self.model = self.attach(model, masks, settings)
 
     def attach(self, model: nn.Module, masks: Masks, settings: Finetune) -> nn.Module:
-        return get_peft_model(model, lora.lora_config(masks, settings), adapter_name=lora.ADAPTER)
+        """Refuses what peft would not adapt, or would adapt instead: it has no LoRA for some experts and names, and moves
+        some targets to others."""
+        config = lora.lora_config(masks, settings)
+        asked, why = set(config.target_modules), ""
+        modules = {name for name, _ in model.named_modules()}
+        adapted = asked & modules
+        if adapted == asked:
+            try:
+                model = get_peft_model(model, config, adapter_name=lora.ADAPTER)
+                layers = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+                adapted = {name.removeprefix("base_model.model.") for name in layers}
+            except ValueError as error:
+                adapted, why = set(), f" ({textwrap.shorten(str(error), 160, placeholder=' ...')})"
+        if differ := adapted ^ asked:
+            ends = ", ".join(sorted({name.rpartition(".")[2] for name in differ}))
+            raise UserError(
+                f"peft's LoRA cannot adapt exactly what finetune.targets asks for: {len(differ)} matrices differ, called "
+                f"{ends}{why}: set finetune.targets to others, or finetune.method=lora"
+            )
+        return model
 
     def mask_gradients(self) -> None:
         """A and B are not masked: B starts at zero, and what they change is masked where it is made."""
@@ -50,7 +72,7 @@ class MaskedLora(PlainLora):
         return lora.attach(model, masks, settings)
 
     @functools.cached_property
-    def layers(self) -> dict[str, lora.MaskedLinear]:
+    def layers(self) -> dict[str, lora.Masked]:
         return lora.masked_layers(self.model)
 
     @functools.cached_property  # not before training: sharding replaces the parameters
@@ -111,8 +133,13 @@ class SparseFull:
             count = count + strays(part, mask).count_nonzero()
         return int(count)
 
+    @functools.cached_property  # not before training: sharding replaces the parameters
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters(remove_duplicate=False))
+
     def merged(self, name: str, weight: Tensor) -> Tensor | None:
-        return sharding.whole(self.model.get_parameter(name).detach())
+        """None for what is no parameter: buffers do not train."""
+        return sharding.whole(self.parameters[name].detach()) if name in self.parameters else None
 
     def save(self, folder: Path, masks_file: Path) -> None:
         """There is nothing beside the model."""

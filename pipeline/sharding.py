@@ -9,7 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from pipeline.blocks import find_blocks
+from pipeline.blocks import find_blocks, shared_parameters
+from pipeline.errors import UserError
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -25,11 +26,16 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def shard_(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Each decoder layer is one unit: gathered when it is called, let go of afterwards."""
+    """Each decoder layer is one unit: gathered when it is called, let go of afterwards. `UserError` where two layers hold the
+    same weights, which FSDP2 cannot do."""
     if isinstance(model, FSDPModule):
         return
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for block in find_blocks(base):
+    blocks = find_blocks(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    if shared_parameters(blocks):
+        raise UserError(
+            "finetune.strategy=fsdp cannot share out layers that hold the same weights: set finetune.strategy=ddp"
+        )
+    for block in blocks:
         fully_shard(block.module, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -35,6 +36,27 @@ def share(settings: Finetune, world_size: int) -> tuple[int, int]:
     return size, each // size
 
 
+def next_token_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+    """The mean cross-entropy of all predicted tokens, in nats. Not the model's own `.loss`: that of a multimodal family takes
+    the first positions for its image (GIT), and others add a loss of their routers."""
+    next_BT = F.pad(ids_BT[:, 1:], (0, 1), value=-100)  # the last token predicts nothing
+    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), next_BT.flatten())
+
+
+class _Reach(torch.autograd.Function):
+    """The loss itself, with an edge to each parameter along which no gradient flows. DDP waits for all parameters, and would
+    fail on those that no token reaches (experts of other tokens, an image encoder, an indexer that is not differentiable).
+    Its own `find_unused_parameters` walks the graph each step, and warns wherever there are none."""
+
+    @staticmethod
+    def forward(ctx, loss, *parameters):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
 class CausalLM(LightningModule):
     """`teacher`: the dense model to distil from, by the share `finetune.distill` of the loss."""
 
@@ -44,6 +66,7 @@ class CausalLM(LightningModule):
         self.val_perplexity: float | None = None  # of the step at hand, where it was validated
         object.__setattr__(self, "teacher", teacher)  # not in _modules: it is neither wrapped, trained nor saved
         self.strict_loading = False  # checkpoints hold only what trains
+        self.reached: set[nn.Parameter] = set()  # by the gradients of a step, on this rank
 
     def configure_model(self) -> None:
         if self.settings.strategy == "fsdp" and processes.world_size() > 1:
@@ -52,6 +75,9 @@ class CausalLM(LightningModule):
                 sharding.shard_(self.teacher, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
+        if self._by_ddp():
+            for parameter in self._trained():
+                parameter.register_post_accumulate_grad_hook(self._note)
         if self.teacher is not None:
             self.teacher.to(self.device)
 
@@ -65,11 +91,29 @@ class CausalLM(LightningModule):
                 f"{self.settings.lr:g}, or precision=bf16-mixed where float16 overflows (the last good checkpoint is kept)"
             )
         self.log("loss", loss, prog_bar=True, logger=False)
-        return loss
+        return _Reach.apply(loss, *self._trained()) if self._by_ddp() else loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """DDP gives a gradient of zeros to what no rank reached. One process gives none, and no weight decay either."""
+        if self._by_ddp():
+            for parameter in self._trained():
+                if parameter not in self.reached and parameter.grad is not None and not parameter.grad.any():
+                    parameter.grad = None
+            self.reached.clear()
+
+    def _note(self, parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:
+            self.reached.add(parameter)
+
+    def _by_ddp(self) -> bool:
+        return self.settings.strategy == "ddp" and processes.world_size() > 1
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def _loss(self, ids_BT: Tensor) -> Tensor:
         if self.teacher is None:
-            return self.model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+            return next_token_loss(self.model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
         with torch.no_grad():
             teacher_BTV = self.teacher(input_ids=ids_BT, use_cache=False).logits
         student_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
@@ -77,9 +121,7 @@ class CausalLM(LightningModule):
 
     def configure_optimizers(self) -> dict:
         settings = self.settings
-        optimizer = _optimizer(
-            [parameter for parameter in self.model.parameters() if parameter.requires_grad], settings
-        )
+        optimizer = _optimizer(self._trained(), settings)
         warmup = round(settings.warmup * settings.max_steps)
         scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, settings.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -102,6 +144,13 @@ class CausalLM(LightningModule):
             raise UserError(
                 f"this training was begun with {begun} processes and goes on with as many only, not {processes.world_size()}: "
                 f"type --num_processes {begun}, or remove {folder} to begin anew"
+            )
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        saved = checkpoint.get("state_dict", trained)  # FSDP gives it to one rank
+        if differ := trained ^ set(saved):  # `strict_loading` is off
+            folder = Path(self.trainer.ckpt_path).parent.parent
+            raise UserError(
+                f"this training was begun with other weights (such as {sorted(differ)[0]}): remove {folder} to begin anew"
             )
 
 
