@@ -315,15 +315,17 @@ def test_layers_that_hold_the_same_weights_are_not_shared_out():
 
 
 def test_what_is_adapted_is_what_was_asked_where_names_end_alike():
-    """peft would match `layers.0.fc` to `other.layers.0.fc` too."""
+    """peft would match `layers.0.0` to `deep.layers.0.0` too."""
+
+    def layers() -> nn.ModuleList:
+        return nn.ModuleList([nn.Sequential(nn.Linear(8, 8))])
+
     model = nn.Module()
-    for name in ("layers", "other"):
-        setattr(model, name, nn.ModuleList([nn.Linear(8, 8)]))
-    model.add_module("deep", nn.Module())
-    model.deep.layers = nn.ModuleList([nn.Linear(8, 8)])
+    model.layers, model.other, model.deep = layers(), layers(), nn.Module()
+    model.deep.layers = layers()
     masks = Masks()
-    masks.add("layers.0.weight", torch.rand(8, 8) < 0.5, "0.5")
-    assert lora.masked_layers(lora.attach(model, masks, SETTINGS)).keys() == {"layers.0.weight"}
+    masks.add("layers.0.0.weight", torch.rand(8, 8) < 0.5, "0.5")
+    assert lora.masked_layers(lora.attach(model, masks, SETTINGS)).keys() == {"layers.0.0.weight"}
 
 
 SCRIPT = """
