@@ -1,11 +1,8 @@
 """What `benchmarks/models.py` checks of one family, through the command that a user types."""
 
-import contextlib
-import io
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,35 +12,19 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import launch
 import pipeline.finetune
+from benchmarks.model_command import Command
 from pipeline import models
 from pipeline.blocks import find_blocks
 from pipeline.masks import Masks
 from pipeline.recipe import Recipe
 from pipeline.walk import LayerWalk
 from tests import families, walking
+from tests.family_sizes import WIDTH
 
 CLOSE = 1e-5  # of logits and perplexities, relative
 ROUTER = re.compile(r"(^|[.])(\w*router|gate|wg|\w*gating|shared_expert_gate)[.]", re.IGNORECASE)
 DOWN = re.compile(r"down|w2|output_linear|wo\b|c_proj|dense_4h")  # matrices whose outputs are as wide as the model
-WIDTH = 64
-QUICK = (
-    "recipe=llama7b_2of4",
-    "dtype=float32",
-    "calibration.samples=8",
-    "calibration.seq_len=32",
-    "calibration.batch_size=2",
-    "finetune.seq_len=32",
-    "finetune.max_steps=3",
-    "finetune.batch_size=2",
-    "finetune.lr=1e-2",
-    "finetune.targets=[all]",
-    "evaluate.tasks=[]",
-    "evaluate.seq_len=32",
-    "evaluate.batch_size=2",
-    "evaluate.continuations=0",
-)
 
 
 def check(name: str, work: Path) -> dict[str, Any]:
@@ -64,9 +45,7 @@ class Checks:
 
     def __init__(self, work: Path) -> None:
         self.work, self.dense, self.run = work, work / "dense", work / "whole/run"
-        for file, rows in (("calibration", 64), ("evaluation", 8)):
-            ids = families.text(rows, 48, seed=rows).tolist()
-            (work / f"{file}.jsonl").write_text("".join(f"{json.dumps({'input_ids': row})}\n" for row in ids))
+        self.command = Command(work)
         self.walked: list[LayerWalk] = []
         self.seen: dict[int, list[list[Tensor]]] = {}  # what each block was given while it was pruned, by batch
         self.trained: list[nn.Module] = []
@@ -86,38 +65,8 @@ class Checks:
 
         LayerWalk.predict_step, pipeline.finetune.fit = predict_step, fitted
 
-    def typed(self, run: Path, *settings: str) -> tuple[str, str]:
-        """What became of the command, and what it printed."""
-        calibration = self.work / "calibration.jsonl"
-        data = [f"calibration.dataset={calibration}", f"finetune.dataset={calibration}"]
-        data += [f"evaluate.perplexity=[{self.work / 'evaluation.jsonl'}]", f"model={self.dense}", f"run_dir={run}"]
-        sys.argv = ["launch.py", *QUICK, *data, *settings]
-        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()) as error:
-            code = launch.main()
-        if code == 0:
-            return "ok", said.getvalue()
-        lines = [
-            line.removeprefix("espalier: ") for line in error.getvalue().splitlines() if line.startswith("espalier: ")
-        ]
-        line = " / ".join(lines).replace(str(self.work), "WORK")
-        return (
-            "crash" if "a fault of Espalier" in line else "refused"
-        ) + f": {line}{self._where(run)}", said.getvalue()
-
-    def _where(self, run: Path) -> str:
-        """The place of a fault: the last line of ours, and the last of all."""
-        if not (trace := run / "traceback-0.txt").exists():
-            return ""
-        places = re.findall(r'File "([^"]+)", line (\d+)', trace.read_text())
-        trace.unlink()
-        short = [
-            (Path(file).parent.name, f"{Path(file).parent.name}/{Path(file).name}:{line}") for file, line in places
-        ]
-        ours = [place for folder, place in short if folder in ("pipeline", "callbacks")]
-        return f" [{ours[-1] if ours else '-'} -> {short[-1][1]}]" if short else ""
-
     def all(self) -> dict[str, Any]:
-        prune, said = self.typed(self.run, "stages=[prune]")
+        prune, said = self.command.typed(self.run, "stages=[prune]")
         found: dict[str, Any] = {"prune": prune}
         if prune != "ok":
             return found
@@ -227,7 +176,7 @@ class Checks:
     @torch.no_grad()
     def finetuned(self, method: str) -> str:
         """Three steps leave a model that is exactly as sparse and computes what the trained model in memory does."""
-        verdict, _ = self.typed(self.run, "stages=[prune,finetune]", f"finetune.method={method}")
+        verdict, _ = self.command.typed(self.run, "stages=[prune,finetune]", f"finetune.method={method}")
         if verdict != "ok":
             return verdict
         folder, memory = self.run / "finetune/model", self.trained[-1].eval()
@@ -252,7 +201,7 @@ class Checks:
             )  # what was measured is kept beside a run, so each has a place of its own
             if not run.exists():
                 shutil.copytree(self.run, run)
-            verdict, _ = self.typed(run, "stages=[prune,evaluate]", f"evaluate.placement={placement}")
+            verdict, _ = self.command.typed(run, "stages=[prune,evaluate]", f"evaluate.placement={placement}")
             if verdict != "ok":
                 return verdict
             results = json.loads((run / "evaluate/results.json").read_text())["models"]
