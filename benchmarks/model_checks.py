@@ -84,7 +84,10 @@ class Checks:
         return found
 
     def loaded(self, folder: Path) -> dict[str, Tensor]:
-        return models.load(folder, Recipe()).state_dict()
+        """All that is saved of a model, each shared weight under the first of its names."""
+        model = models.load(folder, Recipe())
+        once = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+        return {name: tensor for name, tensor in model.state_dict().items() if name in once}
 
     def coverage(self) -> float:
         """The share of the weights in the matrices of the blocks that is pruned."""
