@@ -25,6 +25,7 @@ from tests.family_sizes import WIDTH
 CLOSE = 1e-5  # of logits and perplexities, relative
 ROUTER = re.compile(r"(^|[.])(\w*router|gate|wg|\w*gating|shared_expert_gate)[.]", re.IGNORECASE)
 DOWN = re.compile(r"down|w2|output_linear|wo\b|c_proj|dense_4h")  # matrices whose outputs are as wide as the model
+VERBS = {"calls": "called", "reaches": "reached"}
 
 
 def check(name: str, work: Path) -> dict[str, Any]:
@@ -192,7 +193,7 @@ class Checks:
         logits = [own(input_ids=self.batches[0], use_cache=False).logits for own in (model, memory)]
         if not walking.relative(*logits) <= CLOSE:
             return f"WRONG: its logits are not those of the trained model: {walking.apart(*logits)}"
-        idle = {re.sub(r"\d+", "*", n) for n in self.masks if torch.equal(matrix(self.after, n), matrix(after, n))}
+        idle = {generic(n) for n in self.masks if torch.equal(matrix(self.after, n), matrix(after, n))}
         return "ok" + (f" (no gradient: {', '.join(sorted(idle))})" if idle else "")
 
     def stream(self) -> str:
@@ -237,12 +238,17 @@ def matrix(state: dict[str, Tensor], name: str) -> Tensor:
 
 
 def stays_dense(said: str) -> dict[str, list[str]]:
-    """What the run said stays dense: the names by reason."""
-    found: dict[str, list[str]] = {}
+    """What the run said stays dense: the names, without numbers, by reason."""
+    found: dict[str, dict[str, None]] = {}
     for name, reason in re.findall(r"stays dense: (\S+) \((.*); \d+ x [\d,]+ weights\)", said):
-        found.setdefault(reason, []).append(name)
-    for why, name in re.findall(r"stays dense, for the model never (\w+) it with calibration text: (\S+)", said):
-        generic = re.sub(r"\d+", "*", name)
-        if generic not in found.setdefault(f"never {why.removesuffix('s')}ed with text", []):
-            found[f"never {why.removesuffix('s')}ed with text"].append(generic)
-    return found
+        found.setdefault(reason, {})[name] = None
+    for verb, name in re.findall(
+        r"stays dense, for the model never (calls|reaches) it with calibration text: (\S+)", said
+    ):
+        found.setdefault(f"never {VERBS[verb]} with text", {})[generic(name)] = None
+    return {reason: list(names) for reason, names in found.items()}
+
+
+def generic(name: str) -> str:
+    """A name of any layer and expert, such as model.layers.*.mlp.experts.down_proj[*]."""
+    return re.sub(r"(?<=[.[])\d+(?=[].]|$)", "*", name)
