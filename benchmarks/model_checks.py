@@ -1,11 +1,8 @@
 """What `benchmarks/models.py` checks of one family, through the command that a user types."""
 
-import contextlib
-import io
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,35 +12,19 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import launch
 import pipeline.finetune
-from pipeline import model_files, models
+from benchmarks.model_command import Command
+from pipeline import coverage, model_files, models, series
 from pipeline.blocks import find_blocks
 from pipeline.masks import Masks
 from pipeline.recipe import Recipe
 from pipeline.walk import LayerWalk
 from tests import families, walking
+from tests.family_sizes import WIDTH
 
 CLOSE = 1e-5  # of logits and perplexities, relative
 ROUTER = re.compile(r"(^|[.])(\w*router|gate|wg|\w*gating|shared_expert_gate)[.]", re.IGNORECASE)
 DOWN = re.compile(r"down|w2|output_linear|wo\b|c_proj|dense_4h")  # matrices whose outputs are as wide as the model
-WIDTH = 64
-QUICK = (
-    "recipe=llama7b_2of4",
-    "dtype=float32",
-    "calibration.samples=8",
-    "calibration.seq_len=32",
-    "calibration.batch_size=2",
-    "finetune.seq_len=32",
-    "finetune.max_steps=3",
-    "finetune.batch_size=2",
-    "finetune.lr=1e-2",
-    "finetune.targets=[all]",
-    "evaluate.tasks=[]",
-    "evaluate.seq_len=32",
-    "evaluate.batch_size=2",
-    "evaluate.continuations=0",
-)
 
 
 def check(name: str, work: Path) -> dict[str, Any]:
@@ -64,9 +45,7 @@ class Checks:
 
     def __init__(self, work: Path) -> None:
         self.work, self.dense, self.run = work, work / "dense", work / "whole/run"
-        for file, rows in (("calibration", 64), ("evaluation", 8)):
-            ids = families.text(rows, 48, seed=rows).tolist()
-            (work / f"{file}.jsonl").write_text("".join(f"{json.dumps({'input_ids': row})}\n" for row in ids))
+        self.command = Command(work)
         self.walked: list[LayerWalk] = []
         self.seen: dict[int, list[list[Tensor]]] = {}  # what each block was given while it was pruned, by batch
         self.trained: list[nn.Module] = []
@@ -86,45 +65,15 @@ class Checks:
 
         LayerWalk.predict_step, pipeline.finetune.fit = predict_step, fitted
 
-    def typed(self, run: Path, *settings: str) -> tuple[str, str]:
-        """What became of the command, and what it printed."""
-        calibration = self.work / "calibration.jsonl"
-        data = [f"calibration.dataset={calibration}", f"finetune.dataset={calibration}"]
-        data += [f"evaluate.perplexity=[{self.work / 'evaluation.jsonl'}]", f"model={self.dense}", f"run_dir={run}"]
-        sys.argv = ["launch.py", *QUICK, *data, *settings]
-        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()) as error:
-            code = launch.main()
-        if code == 0:
-            return "ok", said.getvalue()
-        lines = [
-            line.removeprefix("espalier: ") for line in error.getvalue().splitlines() if line.startswith("espalier: ")
-        ]
-        line = " / ".join(lines).replace(str(self.work), "WORK")
-        return (
-            "crash" if "a fault of Espalier" in line else "refused"
-        ) + f": {line}{self._where(run)}", said.getvalue()
-
-    def _where(self, run: Path) -> str:
-        """The place of a fault: the last line of ours, and the last of all."""
-        if not (trace := run / "traceback-0.txt").exists():
-            return ""
-        places = re.findall(r'File "([^"]+)", line (\d+)', trace.read_text())
-        trace.unlink()
-        short = [
-            (Path(file).parent.name, f"{Path(file).parent.name}/{Path(file).name}:{line}") for file, line in places
-        ]
-        ours = [place for folder, place in short if folder in ("pipeline", "callbacks")]
-        return f" [{ours[-1] if ours else '-'} -> {short[-1][1]}]" if short else ""
-
     def all(self) -> dict[str, Any]:
-        prune, said = self.typed(self.run, "stages=[prune]")
+        prune, _ = self.command.typed(self.run, "stages=[prune]")
         found: dict[str, Any] = {"prune": prune}
         if prune != "ok":
             return found
         self.masks = Masks.load(self.run / "prune/masks.safetensors")[0]
         self.batches = self.walked[0].batches
         self.before, self.after = self.loaded(self.dense), self.loaded(self.run / "prune/model")
-        found["coverage"], found["dense"] = self.coverage(), stays_dense(said)
+        found["coverage"], found["dense"] = self.coverage(), stays_dense(self.run)
         checks: dict[str, Callable[[], str]] = {"exact": self.exact, "walk": self.walk, "reload": self.reload}
         checks |= {"lora": self.lora, "full": self.full, "stream": self.stream}
         for key, of in checks.items():
@@ -135,7 +84,10 @@ class Checks:
         return found
 
     def loaded(self, folder: Path) -> dict[str, Tensor]:
-        return models.load(folder, Recipe()).state_dict()
+        """All that is saved of a model, each shared weight under the first of its names."""
+        model = models.load(folder, Recipe())
+        once = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+        return {name: tensor for name, tensor in model.state_dict().items() if name in once}
 
     def coverage(self) -> float:
         """The share of the weights in the matrices of the blocks that is pruned."""
@@ -227,7 +179,7 @@ class Checks:
     @torch.no_grad()
     def finetuned(self, method: str) -> str:
         """Three steps leave a model that is exactly as sparse and computes what the trained model in memory does."""
-        verdict, _ = self.typed(self.run, "stages=[prune,finetune]", f"finetune.method={method}")
+        verdict, _ = self.command.typed(self.run, "stages=[prune,finetune]", f"finetune.method={method}")
         if verdict != "ok":
             return verdict
         folder, memory = self.run / "finetune/model", self.trained[-1].eval()
@@ -240,7 +192,7 @@ class Checks:
         logits = [own(input_ids=self.batches[0], use_cache=False).logits for own in (model, memory)]
         if not walking.relative(*logits) <= CLOSE:
             return f"WRONG: its logits are not those of the trained model: {walking.apart(*logits)}"
-        idle = {re.sub(r"\d+", "*", n) for n in self.masks if torch.equal(matrix(self.after, n), matrix(after, n))}
+        idle = {generic(n) for n in self.masks if torch.equal(matrix(self.after, n), matrix(after, n))}
         return "ok" + (f" (no gradient: {', '.join(sorted(idle))})" if idle else "")
 
     def stream(self) -> str:
@@ -252,7 +204,7 @@ class Checks:
             )  # what was measured is kept beside a run, so each has a place of its own
             if not run.exists():
                 shutil.copytree(self.run, run)
-            verdict, _ = self.typed(run, "stages=[prune,evaluate]", f"evaluate.placement={placement}")
+            verdict, _ = self.command.typed(run, "stages=[prune,evaluate]", f"evaluate.placement={placement}")
             if verdict != "ok":
                 return verdict
             results = json.loads((run / "evaluate/results.json").read_text())["models"]
@@ -284,13 +236,15 @@ def matrix(state: dict[str, Tensor], name: str) -> Tensor:
     return state[parameter][int(expert[:-1])] if expert else state[name]
 
 
-def stays_dense(said: str) -> dict[str, list[str]]:
-    """What the run said stays dense: the names by reason."""
+def stays_dense(run: Path) -> dict[str, list[str]]:
+    """What the run says stays dense: the names, without numbers, by reason."""
     found: dict[str, list[str]] = {}
-    for name, reason in re.findall(r"stays dense: (\S+) \((.*); \d+ x [\d,]+ weights\)", said):
-        found.setdefault(reason, []).append(name)
-    for why, name in re.findall(r"stays dense, for the model never (\w+) it with calibration text: (\S+)", said):
-        generic = re.sub(r"\d+", "*", name)
-        if generic not in found.setdefault(f"never {why.removesuffix('s')}ed with text", []):
-            found[f"never {why.removesuffix('s')}ed with text"].append(generic)
+    for row in series.read(run / "prune/coverage.csv"):
+        if row["reason"] != coverage.PRUNED:
+            found.setdefault(row["reason"], []).append(row["kind"])
     return found
+
+
+def generic(name: str) -> str:
+    """A name of any layer and expert, such as model.layers.*.mlp.experts.down_proj[*]."""
+    return re.sub(r"(?<=[.[])\d+(?=[].]|$)", "*", name)
