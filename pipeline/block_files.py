@@ -17,10 +17,7 @@ class BlockFiles:
 
     def __init__(self, folder: Path, model: nn.Module, blocks: list[Block]) -> None:
         self.folder, self.model, self.blocks = folder, model, blocks
-        named = [*model.named_parameters(), *model.named_buffers()]
-        self._once = {
-            name for name, _ in named
-        }  # state_dict holds shared and tied weights twice, which a file must not
+        self._names = file_names.saved(model).keys()  # a shared or tied weight has one of its names here
         # files that name or cut the weights otherwise than the model does cannot be read back block by block
         self._converts = file_names.converts(model)
         self.finished_before: frozenset[int] = processes.from_main(self._find() if processes.is_main() else frozenset())
@@ -66,7 +63,9 @@ class BlockFiles:
                 self._save(block.index, self._state(block))
         inside = tuple(f"{block.name}." for block in self.blocks)
         rest = {
-            name: t for name, t in self.model.state_dict().items() if name in self._once and not name.startswith(inside)
+            name: t
+            for name, t in self.model.state_dict().items()
+            if name in self._names and not name.startswith(inside)
         }
         self._save(len(self.blocks), rest)
         target = self.folder / "model"
@@ -86,7 +85,7 @@ class BlockFiles:
 
     def _state(self, block: Block) -> dict[str, Tensor]:
         state = {f"{block.name}.{name}": tensor for name, tensor in block.module.state_dict().items()}
-        return {name: tensor for name, tensor in state.items() if name in self._once}
+        return {name: tensor for name, tensor in state.items() if name in self._names}
 
     def _save(self, index: int, state: dict[str, Tensor]) -> None:
         _save(state, self.shard(index))

@@ -43,7 +43,8 @@ def plan_memory(
     layers = (1 + streams) * memory.size_gib(largest)
     training = per_weight * sum(parameter.numel() for parameter in largest.parameters()) / memory.GIB
     outside = memory.size_gib(model) - sum(map(memory.size_gib, blocks))
-    width = model.config.get_text_config().hidden_size * model.dtype.itemsize
+    config = model.config.get_text_config()
+    width = getattr(config, "hidden_size", model.get_input_embeddings().weight.shape[1]) * model.dtype.itemsize
     # a paused forward keeps the embeddings as well as the hidden states
     hidden = 2 * streams * sum(batch.numel() for batch in batches) * width / memory.GIB
     free = memory.free_gib(device)

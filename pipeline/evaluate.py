@@ -45,7 +45,9 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     if recipe.trust_remote_code:
         protocol["notes"].append("trust_remote_code=true: code that came with the model was run")
     if quantized := models.quantization(dense):
-        protocol["notes"].append(f"the files of the dense model are quantised ({quantized}): its weights were dequantised")
+        protocol["notes"].append(
+            f"the files of the dense model are quantised ({quantized}): its weights were dequantised"
+        )
     protocol["prompts"] = _prompts(recipe, dense)
     subjects = _subjects(dense, inputs)
     results, samples = {}, {}
