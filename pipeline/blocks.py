@@ -1,12 +1,16 @@
 """Owns which modules of a model are its decoder layers ("blocks"): an ordered list, found by structure, not by model name."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UserError
+
+OTHER_INPUT = re.compile("Audio|Image|Speech|Video|Vision")  # in the name of a class
 
 
 class Block:
@@ -50,7 +54,8 @@ def language_model(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside = set(decoder.modules())
     others: list[str] = []
     for name, module in model.named_modules():
-        if getattr(module, "main_input_name", "input_ids") != "input_ids" and module is not model:
+        is_beside = isinstance(module, PreTrainedModel) and decoder not in set(module.modules())
+        if is_beside and (module.main_input_name != "input_ids" or OTHER_INPUT.search(type(module).__name__)):
             others.append(f"{name}.")
         if module in inside and not f"{name}.".startswith(tuple(others)):
             yield name, module

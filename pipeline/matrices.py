@@ -161,8 +161,10 @@ def _experts(block: nn.Module) -> dict[str, int]:
 
 
 def _is_router(path: str, module: nn.Module, experts: dict[str, int]) -> bool:
-    """A product beside the experts that is called a router, or has one output for each expert, or one alone, as the gate
-    of a shared expert."""
+    """A product that is called a router; or beside experts is called a gate, or has one output for each expert, or one
+    alone, as the gate of a shared expert."""
+    if "router" in path.rpartition(".")[2]:  # Gemma 3n has one without experts
+        return True
     for place, count in experts.items():
         parent = place.rpartition(".")[0]
         if path.startswith(f"{place}.") or not path.startswith(f"{parent}." if parent else ""):

@@ -146,7 +146,7 @@ def refuse_differences(
 
 def check_length(config, key: str, seq_len: int) -> None:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions and seq_len > positions:
+    if positions and 0 < positions < seq_len:  # XLNet's -1 means any
         raise UserError(f"{key}={seq_len} exceeds the model's {positions} positions: type {key}={positions}")
 
 
