@@ -90,6 +90,11 @@ class CausalLM(LightningModule):
                 f"the loss at step {self.trainer.global_step + 1} is {loss.item()}: type a smaller lr than "
                 f"{self.settings.lr:g}, or precision=bf16-mixed where float16 overflows (the last good checkpoint is kept)"
             )
+        if not loss.requires_grad:
+            raise UserError(
+                f"{type(self.model).__name__} gives no gradient to what trains (its layers are reversible, or it computes without "
+                "gradients): set finetune.method=full, or stages without finetune"
+            )
         self.log("loss", loss, prog_bar=True, logger=False)
         return _Reach.apply(loss, *self._trained()) if self._by_ddp() else loss
 
