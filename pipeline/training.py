@@ -92,7 +92,7 @@ class CausalLM(LightningModule):
             )
         if not loss.requires_grad:
             raise UserError(
-                f"{type(self.model).__name__} gives no gradient to what trains (its layers are reversible, or it computes without "
+                f"{type(self.model).__name__} gives no gradient to what trains (reversible layers, or code without "
                 "gradients): set finetune.method=full, or stages without finetune"
             )
         self.log("loss", loss, prog_bar=True, logger=False)
