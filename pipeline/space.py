@@ -16,11 +16,20 @@ GIB = 2**30
 SMALL = 2**17  # tables, logs, a report
 
 
+RUN = "the run"  # all of its stages
+
+
 def check(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> None:
-    """`UserError` where the disk of `work` has no room for what the stage will write and has not written yet."""
-    needed = {"prune": _prune, "reconstruct": _prune, "finetune": _finetune}.get(stage, _little)(recipe, inputs)
+    """`UserError` where the disk of `work` has no room for what the stage will write and has not written yet.
+
+    For the stage `RUN`, `work` is the run's folder, which need not be there yet, and what a stage reads from another before
+    that is there is taken to be as large as the dense model.
+    """
+    needs = {"prune": _prune, "reconstruct": _prune, "finetune": _finetune}
+    stages = recipe.stages if stage == RUN else [stage]
+    needed = sum(needs.get(name, _little)(recipe, inputs) for name in stages)
     written = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-    free = shutil.disk_usage(work).free
+    free = shutil.disk_usage(next(path for path in (work, *work.absolute().parents) if path.exists())).free
     if needed - written > free:
         raise UserError(
             f"{stage} needs about {_text(needed - written)} more on the disk of {work.parent}, where {_text(free)} are free: "
@@ -38,7 +47,8 @@ def _prune(recipe: Recipe, inputs: dict[str, Path]) -> int:
 def _finetune(recipe: Recipe, inputs: dict[str, Path]) -> int:
     """The model once more; what trains, in float32, at its best and at the end; and twice with both moments of the
     optimizer, for a checkpoint replaces the one before."""
-    shapes, settings = _shapes(inputs["prune"] / "model"), recipe.finetune
+    origin = inputs["prune"] / "model" if "prune" in inputs else models.dense_folder(recipe, inputs)
+    shapes, settings = _shapes(origin), recipe.finetune
     trained = sum(count if settings.method == "full" else settings.rank * width for count, _, width in shapes)
     return sum(count * itemsize for count, itemsize, _ in shapes) + 4 * trained * (2 + 2 * 3) + SMALL
 

@@ -27,6 +27,7 @@ from pipeline import (
     lock,
     memory,
     models,
+    preflight,
     pretrain,
     processes,
     prune,
@@ -75,6 +76,7 @@ def run(recipe: Recipe) -> None:
         reconstruct.check(recipe)
         finetune.check(recipe)
         evaluate.check(recipe)
+        preflight.check(recipe)
         with _locked(run_dir):
             done: dict[str, str] = {}  # stage -> what came out of it
             for stage in (stage for stage in STAGES if stage.name in recipe.stages):
