@@ -6,6 +6,7 @@ first rows, of a model its config.json and the headers of its files. For a local
 """
 
 import itertools
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +36,15 @@ def check(recipe: Recipe) -> None:
         processes.say(line)
 
 
+def check_disk(recipe: Recipe) -> None:
+    """`UserError` where the run's folder, which is there, has no room for what all its stages will write. On rank 0.
+
+    A small model that is trained here needs next to nothing; the cells of a sweep share stages, which is not known yet.
+    """
+    if recipe.model is not None and processes.CELL not in os.environ:
+        space.check(space.RUN, recipe, {}, Path(recipe.run_dir))
+
+
 def _look(recipe: Recipe) -> list[str]:
     tokenizer, config, folder = _model(recipe)
     special_tokens.check(tokenizer, config, folder)
@@ -47,8 +57,6 @@ def _look(recipe: Recipe) -> list[str]:
     for stage, found in texts.items():
         for source in found:
             _text(recipe, stage, source, tokenizer, config)
-    if recipe.model is not None:
-        space.check(space.RUN, recipe, {}, Path(recipe.run_dir))
     return said
 
 

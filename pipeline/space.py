@@ -22,14 +22,17 @@ RUN = "the run"  # all of its stages
 def check(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> None:
     """`UserError` where the disk of `work` has no room for what the stage will write and has not written yet.
 
-    For the stage `RUN`, `work` is the run's folder, which need not be there yet, and what a stage reads from another before
-    that is there is taken to be as large as the dense model.
+    For the stage `RUN`, `work` is the run's folder, in which the stages that are finished need nothing more, and what a
+    stage reads from one before is taken to be as large as the dense model.
     """
     needs = {"prune": _prune, "reconstruct": _prune, "finetune": _finetune}
-    stages = recipe.stages if stage == RUN else [stage]
+    stages, folders = [stage], [work]
+    if stage == RUN:
+        stages = [name for name in recipe.stages if not (work / name).exists()]
+        folders = [work / f".{name}" for name in stages]
     needed = sum(needs.get(name, _little)(recipe, inputs) for name in stages)
-    written = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-    free = shutil.disk_usage(next(path for path in (work, *work.absolute().parents) if path.exists())).free
+    written = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(work).free
     if needed - written > free:
         raise UserError(
             f"{stage} needs about {_text(needed - written)} more on the disk of {work.parent}, where {_text(free)} are free: "

@@ -46,6 +46,15 @@ class Found(NamedTuple):
     paths: tuple[Path, ...]
 
 
+class Told(NamedTuple):
+    """What a file's name, or a folder above it, tells of its split: its name as it is spelt there, the usual split that this
+    means, and whether it surely is one."""
+
+    own: str | None = None
+    usual: str | None = None
+    sure: bool = False
+
+
 class NoSplit(UserError):
     """`splits`: those that are there."""
 
@@ -109,8 +118,8 @@ def _single(path: Path, split: str, named: bool) -> Found:
             f" (of what is compressed, such as {path.stem}.jsonl{path.suffix}, the name must tell it)" if packed else ""
         )
         raise UserError(f"cannot read {path}: the formats are {', '.join(FORMATS)}{hint}")
-    own, word = _split_of(Path(path.name))
-    if named and split != own and SPLITS.get(split, split) != word:
+    told = _split_of(Path(path.name))
+    if named and split != told.own and SPLITS.get(split, split) != told.usual:
         raise NoSplit(f"{path} is one file, which has no split '{split}': leave out @{split}", [])
     return Found(form, (path,))
 
@@ -153,15 +162,15 @@ def _is_data(path: Path, root: Path) -> bool:
 def _of_split(folder: Path, files: dict[Path, Path], split: str, named: bool) -> list[Path]:
     """Those of `files` that belong to the split; all where no file names one and none was asked for by name."""
     told = {path: _split_of(relative) for path, relative in files.items()}
-    if not all(word for _, word in told.values()):  # "my-train-trip.txt" among other texts names no split
-        told = {path: (own, SPLITS.get(own or "")) for path, (own, _) in told.items()}
+    if not all(it.usual for it in told.values()):  # "my-train-trip.txt" among other texts names no split
+        told = {path: it if it.sure else Told() for path, it in told.items()}
     wanted = SPLITS.get(split, split)
-    chosen = [path for path, (own, word) in told.items() if split == own or wanted == word]
-    splits = sorted({word or own for own, word in told.values() if own})
+    chosen = [path for path, it in told.items() if split == it.own or wanted == it.usual]
+    splits = sorted({it.usual or it.own for it in told.values() if it.own})
     meaningless = len(splits) == 1 and not set(re.split(r"[-._ \d]+", splits[0])) & SPLITS.keys()  # part-00000-of-00010
     if not chosen and (named or (splits and not meaningless)):
         raise _no_split(folder, split, splits)
-    by_name = [path for path in chosen if _split_of(Path(path.name))[0]]
+    by_name = [path for path in chosen if _split_of(Path(path.name)).own]
     places = sorted({str(files[path].parent) for path in by_name})
     if "default" in places:
         return [path for path in chosen if str(files[path].parent) == "default"]
@@ -177,12 +186,9 @@ def _no_split(folder: Path, split: str, splits: list[str]) -> NoSplit:
     return NoSplit(f"{folder} has no split '{split}': {there}", splits)
 
 
-def _split_of(path: Path) -> tuple[str | None, str | None]:
-    """(the split's name as the file's, or a folder above it, spells it; the usual split that this means).
-
-    `c4-train.00000-of-01024.json.gz` is train; shards of `train_sft` are a split of that name and not train, as on the
-    hub; `my_train.jsonl` is train, for it may be called so only to tell it from `my_test.jsonl`.
-    """
+def _split_of(path: Path) -> Told:
+    """`c4-train.00000-of-01024.json.gz` is train; shards of `train_sft` are a split of that name and not train, as on the
+    hub; `my_train.jsonl` is train where all files have such names, for then they tell one from the other."""
     stem = path.name
     for suffix in reversed(path.suffixes):
         if suffix.lower() in (*FORMATS, *COMPRESSED):
@@ -190,11 +196,11 @@ def _split_of(path: Path) -> tuple[str | None, str | None]:
     shard = SHARD.fullmatch(stem)
     name = shard[1] if shard else re.sub(r"[-._ ]*\d+$", "", stem)
     words = re.split(r"[-. ]+" if shard else r"[-._ \d]+", name.lower())
-    word = next((SPLITS[word] for word in words if word in SPLITS), None)
-    if shard or word:
-        return name, word
+    usual = next((SPLITS[word] for word in words if word in SPLITS), None)
+    if shard or usual:
+        return Told(name, usual, bool(shard) or name.lower() in SPLITS)
     above = next((part for part in reversed(path.parts[:-1]) if part.lower() in SPLITS), None)
-    return (above, SPLITS[above.lower()]) if above else (None, None)
+    return Told(above, SPLITS[above.lower()], True) if above else Told()
 
 
 def _checked(where: Path, found: Found) -> Found:
