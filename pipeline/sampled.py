@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -51,8 +52,8 @@ def samples(recipe: Recipe, dense: Path, count: int, seq_len: int) -> Tensor:
     }
     cache = Path(recipe.run_dir).parent / ".sampled" / files.digest(about)
     batches = range(-(-count // BATCH))
-    there = processes.from_main([batch for batch in batches if (cache / f"{batch}.safetensors").is_file()])
-    missing = [batch for batch in batches if batch not in there]
+    parts = [cache / f"{batch}.safetensors" for batch in batches]
+    missing = processes.from_main([batch for batch in batches if _read(parts[batch], seq_len) is None])
     mine = missing[processes.rank() :: processes.world_size()]
     if missing:
         processes.say(f"  self: the dense model writes {count} samples of {seq_len} tokens")
@@ -63,12 +64,12 @@ def samples(recipe: Recipe, dense: Path, count: int, seq_len: int) -> Tensor:
                 tell = _teller(f"  self: {number} of {len(mine)} batches of {BATCH} samples")
                 seed = recipe.seed * 1_000_003 + batch
                 written = write(model, start(tokenizer, config), tokenizer.eos_token_id, seq_len, seed, tell)
-                with files.whole(cache / f"{batch}.safetensors") as beside:
+                with files.whole(parts[batch]) as beside:
                     save_file({"ids": written}, beside)
             del model
             memory.let_go()
         processes.barrier()
-    return torch.cat([_read(cache / f"{batch}.safetensors", seq_len) for batch in batches])[:count]
+    return torch.cat([_read(part, seq_len) for part in parts])[:count]
 
 
 @torch.no_grad()
@@ -149,10 +150,10 @@ def _teller(beginning: str) -> Callable[[int], None]:
     return tell
 
 
-def _read(path: Path, seq_len: int) -> Tensor:
+def _read(path: Path, seq_len: int) -> Tensor | None:
+    """None where there is no such file, or no whole one."""
     try:
         ids = load_file(path)["ids"]
-        assert ids.shape == (BATCH, seq_len)
-        return ids
-    except Exception as error:  # safetensors' own, or another's file
-        raise UserError(f"{path} is damaged ({type(error).__name__}): remove it, and it is written again") from error
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return ids if ids.shape == (BATCH, seq_len) else None

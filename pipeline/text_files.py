@@ -170,7 +170,7 @@ def _of_split(folder: Path, files: dict[Path, Path], split: str, named: bool) ->
     meaningless = len(splits) == 1 and not set(re.split(r"[-._ \d]+", splits[0])) & SPLITS.keys()  # part-00000-of-00010
     if not chosen and (named or (splits and not meaningless)):
         raise _no_split(folder, split, splits)
-    by_name = [path for path in chosen if _split_of(Path(path.name)).own]
+    by_name = [path for path in chosen if (it := _split_of(Path(path.name))).usual or it.own == split]
     places = sorted({str(files[path].parent) for path in by_name})
     if "default" in places:
         return [path for path in chosen if str(files[path].parent) == "default"]
@@ -197,10 +197,11 @@ def _split_of(path: Path) -> Told:
     name = shard[1] if shard else re.sub(r"[-._ ]*\d+$", "", stem)
     words = re.split(r"[-. ]+" if shard else r"[-._ \d]+", name.lower())
     usual = next((SPLITS[word] for word in words if word in SPLITS), None)
-    if shard or usual:
+    if usual:
         return Told(name, usual, bool(shard) or name.lower() in SPLITS)
-    above = next((part for part in reversed(path.parts[:-1]) if part.lower() in SPLITS), None)
-    return Told(above, SPLITS[above.lower()], True) if above else Told()
+    if above := next((part for part in reversed(path.parts[:-1]) if part.lower() in SPLITS), None):
+        return Told(above, SPLITS[above.lower()], True)
+    return Told(name, None, True) if shard else Told()
 
 
 def _checked(where: Path, found: Found) -> Found:

@@ -74,6 +74,15 @@ READ = {
     "a split's own name": (SFT, "{here}@train_sft", ["train_sft"]),
     "shards that name no split": (PARTS, "{here}", ["0", "1"]),
     "folders named after splits": (DIRECTORIES, "{here}@train", ["a", "b"]),
+    "shards in folders named after splits": (
+        {
+            f"{split}/{year}/part-00000-of-00001.parquet": parquet(split + year)
+            for split in ("train", "test")
+            for year in "12"
+        },
+        "{here}",
+        ["train1", "train2"],
+    ),
     "several files of one split": (
         {"train_1.jsonl": jsonl("1"), "train_2.jsonl": jsonl("2"), "valid.jsonl": jsonl("v")},
         "{here}",
