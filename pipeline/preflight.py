@@ -21,6 +21,7 @@ from pipeline.recipe import Recipe, plain, reconstruction_text
 from pipeline.training import share
 
 READERS = ("prune", "reconstruct", "finetune", "evaluate")  # the stages that read text
+MOST = 200_000  # tokens of a text that are counted: half a second
 PACKAGES = {
     "tensorboard": "finetune.loggers=[]",
     "wandb": "finetune.loggers=[]",
@@ -120,46 +121,56 @@ def _packages(recipe: Recipe) -> None:
 
 def _text(recipe: Recipe, stage: str, source: sources.Source, tokenizer: Any, config: PreTrainedConfig) -> None:
     """Whether a text can be read and is long enough; of one of the hub, which is fetched, by a stage that is not done."""
+    loss = recipe.finetune.loss if stage == "finetune" else "all"
     if source.name == sources.SELF:
         sampled.start(tokenizer, config)
         return
     if source.is_local:
         rows = sources.first_rows(source)
-    elif _is_done(recipe, stage) or (source.name == "world" and stage != "evaluate"):
+    elif _is_done(recipe, stage) or (source.name == "world" and stage != "evaluate" and loss == "all"):
         return
     else:
         rows = iter(sources.documents(source))
     first = next(rows, None)
     if first is None:
         raise UserError(f"{source} holds no text")
-    loss = recipe.finetune.loss if stage == "finetune" else "all"
     if loss != "all":
         data.refuse_without_conversations(source, first)
     if chat.is_chat(first):
         data.chat_tokens(first, tokenizer, source, loss)
+    _long_enough(recipe, stage, source, tokenizer, itertools.chain([first], rows))
+
+
+def _long_enough(recipe: Recipe, stage: str, source: sources.Source, tokenizer: Any, rows: Iterator[dict]) -> None:
+    """Whether there is text for a window to evaluate, and for the samples to reconstruct by, where pruning takes others.
+
+    Reads until there surely is; only a short text is read whole, and then as the stage will.
+    """
+    text, bos = reconstruction_text(recipe), None
     if stage == "evaluate":
-        _long_enough(recipe, source, tokenizer, itertools.chain([first], rows))
-
-
-def _long_enough(recipe: Recipe, source: sources.Source, tokenizer: Any, rows: Iterator[dict]) -> None:
-    """Whether there is text for one window. Reads until there surely is; only a short text is read whole."""
-    needed, there = recipe.evaluate.seq_len, 0
+        seq_len = recipe.evaluate.seq_len
+        needed = 2 * seq_len  # a document's own special tokens are not in the joined text
+        bos = special_tokens.bos(tokenizer) if recipe.evaluate.bos else None
+    elif stage == "reconstruct" and source.name not in sources.KNOWN and text != recipe.calibration:
+        seq_len, needed = text.seq_len, min(text.samples * text.seq_len, MOST)
+    else:
+        return
+    there = 0
     while part := list(itertools.islice(rows, 100)):
         columns = {name: [row[name] for row in part] for name in part[0]}
         if "text" in columns:
-            columns["text"] = [text[: 16 * needed] for text in columns["text"]]  # a row may be a book
+            columns["text"] = [text[: 8 * needed] for text in columns["text"]]  # a row may be a book
         there += sum(map(len, data.tokenised(columns, tokenizer, source)))
-        if there > 2 * needed:  # a document's own special tokens are not in the joined text
+        if there >= needed:
             return
     try:
-        windows(
-            data.joined(source, tokenizer, needed),
-            needed,
-            1,
-            special_tokens.bos(tokenizer) if recipe.evaluate.bos else None,
-        )
+        if stage == "evaluate":
+            windows(data.joined(source, tokenizer, seq_len), seq_len, 1, bos)
+        else:
+            data.calibration(source, tokenizer, text.samples, seq_len, recipe.seed, stage)
     except UserError as error:
-        raise UserError(f"{source}: {error}") from error
+        told = str(error)
+        raise UserError(told if str(source) in told else f"{source}: {told}") from error
 
 
 def _is_done(recipe: Recipe, stage: str) -> bool:

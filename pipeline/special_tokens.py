@@ -72,13 +72,15 @@ def check(tokenizer: Any, config: PreTrainedConfig, folder: object) -> None:
 
 
 def for_questions(tokenizer: Any, config: PreTrainedConfig) -> tuple[Any, list[str]]:
-    """A copy to ask a model with (tasks, prompts), which has an end-of-sequence and a padding token that the model knows,
-    and appends nothing to a text that is to be continued; and what was mended, in words.
+    """What to ask a model with (tasks, prompts): it has an end-of-sequence and a padding token that the model knows, and
+    appends nothing to a text that is to be continued; and what was mended, in words.
 
-    `UserError` where there is no token to mend it with.
+    It is the tokenizer itself, or a copy where it would read texts otherwise. `UserError` where there is no token to mend it
+    with.
     """
-    known, mended = rows(config), []
-    asking = copy.deepcopy(tokenizer)
+    known, mended, behind = rows(config), [], around(tokenizer).behind
+    sound = tokenizer.eos_token_id is not None and not behind and (tokenizer.bos_token_id or 0) < known
+    asking = tokenizer if sound else copy.deepcopy(tokenizer)  # a second, of a large vocabulary
     if asking.bos_token_id is not None and asking.bos_token_id >= known:  # not put around, or `check` refuses it
         mended.append(f"bos token '{asking.bos_token}' has id {asking.bos_token_id} of {known}: left out")
         asking.bos_token = None
@@ -100,7 +102,7 @@ def for_questions(tokenizer: Any, config: PreTrainedConfig) -> tuple[Any, list[s
         if pad is not None:
             mended.append(f"padding token '{asking.pad_token}' has id {pad} of {known}: '{instead}' pads instead")
         asking.pad_token = instead
-    if behind := around(asking).behind:
+    if behind:
         names = " ".join(asking.convert_ids_to_tokens(behind))
         _append_nothing(asking)
         mended.append(f"it appends {names} to every text: not to questions and prompts, which go on")

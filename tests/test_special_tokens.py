@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig
 
+import launch
 from pipeline import special_tokens, world
 from pipeline.errors import UserError
 from pipeline.zero_shot import zero_shot
@@ -130,31 +132,53 @@ def changed(folder: Path, **entries) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
+RUN = [
+    *QUICK,
+    "stages=[prune,evaluate]",
+    "evaluate.tasks=[world_tools]",
+    "evaluate.limit=4",
+    "evaluate.continuations=1",
+]
+
+
+def outcome(run_dir: Path) -> tuple:
+    models = json.loads((run_dir / "evaluate/results.json").read_text())["models"]
+    told = [{key: it[key] for key in ("perplexity", "zero_shot", "continuations")} for it in models.values()]
+    return (run_dir / "prune/masks.safetensors").read_bytes(), told
+
+
+@pytest.fixture(scope="module")
+def sound(tiny_llama, tmp_path_factory) -> tuple:
+    run_dir = tmp_path_factory.mktemp("sound") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["launch.py", *RUN, f"model={tiny_llama}", f"run_dir={run_dir}"])
+        assert launch.main() == 0
+    return outcome(run_dir)
+
+
 @pytest.mark.parametrize("change", ["[PAD]", "no end", "appends"])
-def test_a_whole_run_with_each(tiny_llama, tmp_path, typed, change):
-    """Its masks, perplexity and scores are those of the same model with a sound tokenizer, and what was mended is said."""
-    found = []
-    for name in ("sound", "other"):
-        folder = tmp_path / name
-        shutil.copytree(tiny_llama, folder)
-        if name == "other":
-            ours = AutoTokenizer.from_pretrained(folder)
-            if change == "[PAD]":
-                ours.add_special_tokens({"pad_token": "[PAD]"})
-            elif change == "appends":
-                template = TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 1)])
-                ours.backend_tokenizer.post_processor = template
-            ours.save_pretrained(folder)
-            if change == "no end":
-                changed(folder, eos_token=None)
-        settings = [*QUICK, "evaluate.tasks=[world_tools]", "evaluate.continuations=1", "finetune.max_steps=2"]
-        code, said, lines = typed(*settings, f"model={folder}", f"run_dir={tmp_path}/runs-{name}/run")
-        assert code == 0, lines
-        assert ("the tokenizer of" in said) == (name == "other")
-        results = json.loads((tmp_path / f"runs-{name}/run/evaluate/results.json").read_text())["models"]
-        masks = (tmp_path / f"runs-{name}/run/prune/masks.safetensors").read_bytes()
-        found.append((masks, [(it["zero_shot"], it["continuations"]) for it in results.values()][:2]))
-    if change != "no end":  # where documents have no end, packed text has other tokens
-        assert found[0] == found[1]
+def test_a_whole_run_with_each(tiny_llama, sound, tmp_path, typed, change):
+    """All that it finds is as with a sound tokenizer, and what was mended is said."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    ours = AutoTokenizer.from_pretrained(folder)
+    if change == "[PAD]":
+        ours.add_special_tokens({"pad_token": "[PAD]"})
+    elif change == "appends":
+        template = TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 1)])
+        ours.backend_tokenizer.post_processor = template
+    ours.save_pretrained(folder)
+    if change == "no end":
+        changed(folder, eos_token=None)
+    code, said, lines = typed(*RUN, f"model={folder}", f"run_dir={tmp_path}/runs/run")
+    assert code == 0, lines
+    assert f"the tokenizer of {folder}: " in said
+    masks, models = outcome(tmp_path / "runs/run")
+    if change == "no end":  # packed documents then follow each other without one, and other weights are pruned
+        assert models[0] == sound[1][0]
+    elif change == "appends":  # the joined text of the perplexity ends in one, which may make a window more
+        assert masks == sound[0]
+        assert [it["zero_shot"] for it in models] == [it["zero_shot"] for it in sound[1]]
+        assert [it["continuations"] for it in models] == [it["continuations"] for it in sound[1]]
     else:
-        assert found[0][1][0] == found[1][1][0]  # the dense model's
+        assert (masks, models) == sound
