@@ -59,8 +59,8 @@ def check(tokenizer: Any, config: PreTrainedConfig, folder: object) -> None:
     )
     if highest >= known:
         raise UserError(
-            f"the tokenizer of {folder} has token {highest} ('{name}'), the model only {known} embedding rows: it is another "
-            "model's tokenizer"
+            f"the tokenizer of {folder} has token {highest} ('{name}'), the model only {known} embedding rows: it, or "
+            "config.json, is another model's"
         )
     put_around = {id_ for ids in around(tokenizer) for id_ in ids}
     for kind, name, id_ in _special(tokenizer):

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from pipeline import files
+from pipeline import caches, files
 from pipeline.errors import UserError
 
 # a dataset_path among these reads the files that the task itself names; any other is a repository of the hub
@@ -53,11 +53,16 @@ def load_tasks(names: list[str], mirror: str | None = None, fewshot: int = 0) ->
 
     wanted, definitions = _plan(names, mirror, fewshot)
     with tempfile.TemporaryDirectory() as folder:
-        for number, definition in enumerate(definitions):
+        for number, definition in enumerate(copy.deepcopy(definitions)):
+            data_files = definition.get("dataset_kwargs", {}).get("data_files", {})
+            for split, paths in data_files.items():  # which datasets would take for patterns
+                data_files[split] = list(map(glob.escape, paths))
             Path(folder, f"{number}.yaml").write_text(yaml.safe_dump(definition))
         try:
             loaded = TaskManager(include_path=folder, include_defaults=False).load(wanted)
         except Exception as error:  # lm-eval, datasets, pyarrow and the hub each have their own
+            if cache := caches.problem(error):
+                raise UserError(cache) from error
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(f"cannot load {', '.join(names)} of lm-eval, or its data: {reason}") from error
     for task in loaded["tasks"].values():

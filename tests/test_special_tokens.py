@@ -86,7 +86,7 @@ REFUSED = {
         f"eos token '\\[END\\]' with id {WORDS}, the model {WORDS} embedding rows",
     ),
     "an unknown token without a row": ({"unk": "[UNK]"}, CONFIG, "set unk_token in its tokenizer_config.json"),
-    "another model's": ({}, LlamaConfig(vocab_size=WORDS - 9), "it is another model's tokenizer"),
+    "another model's": ({}, LlamaConfig(vocab_size=WORDS - 9), "it, or config.json, is another model's"),
 }
 
 
