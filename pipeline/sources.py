@@ -95,6 +95,8 @@ def source(
     section: str = "calibration",
 ) -> Source:
     """Where `dataset[:config][@split]` is; a `UserError` names the file that is missing, or the splits that there are."""
+    if not spec.strip():
+        raise UserError(f"the section {section} names a data set by nothing: type one, such as c4 or ./text.jsonl")
     name, chosen_config, chosen_split = _parts(spec)
     split, config = chosen_split or split, chosen_config or config
     reads = {"columns": ((column,),) if column else text_rows.COLUMNS, "section": section}
