@@ -33,6 +33,20 @@ def problem(error: BaseException) -> str | None:
     return None
 
 
+def is_missing(dataset: str) -> bool:
+    """Whether a data set of the hub is surely out of reach: the hub may not be asked, and no cache has heard of it."""
+    import datasets
+
+    if not datasets.config.HF_HUB_OFFLINE:
+        return False
+    known = {
+        "HF_DATASETS_CACHE": dataset.replace("/", "___"),
+        "HF_HUB_CACHE": f"datasets--{dataset.replace('/', '--')}",
+    }
+    there = {path.name.lower() for folder in folders().values() for path in folder.glob("*")}
+    return not {name.lower() for name in known.values()} & there
+
+
 def check_datasets() -> None:
     """`UserError` where the cache of `datasets`, which also holds what is made of local files, cannot be written."""
     folder = folders()["HF_DATASETS_CACHE"]

@@ -18,6 +18,7 @@ from pipeline import caches, chat, checksums, data, models, pretrain, processes,
 from pipeline.errors import UserError
 from pipeline.perplexity import windows
 from pipeline.recipe import Recipe, plain, reconstruction_text
+from pipeline.tasks import hub_data
 from pipeline.training import share
 
 READERS = ("prune", "reconstruct", "finetune", "evaluate")  # the stages that read text
@@ -52,6 +53,7 @@ def _look(recipe: Recipe) -> list[str]:
     _lengths(recipe, config)
     said = [f"the tokenizer of {folder}: {text}" for text in _questions(recipe, tokenizer, config)]
     _packages(recipe)
+    _tasks(recipe)
     texts = {stage: sources.of_stage(recipe, stage) for stage in READERS if stage in recipe.stages}
     if any(source.name not in ("world", sources.SELF) for found in texts.values() for source in found):
         caches.check_datasets()
@@ -116,6 +118,18 @@ def _packages(recipe: Recipe) -> None:
         if find_spec(name) is None:
             raise UserError(
                 f"the finetune stage needs a package: type pip install {name} (or do without: {PACKAGES[name]})"
+            )
+
+
+def _tasks(recipe: Recipe) -> None:
+    """Whether the data of tasks can be had at all; `check_tasks` has found their names, and what they read of a mirror."""
+    if "evaluate" not in recipe.stages or recipe.mirror or _is_done(recipe, "evaluate"):
+        return
+    for task, dataset in hub_data(recipe.evaluate.tasks).items():
+        if caches.is_missing(dataset):
+            raise UserError(
+                f"task '{task}' reads {dataset}, which is in no cache here, and HF_HUB_OFFLINE forbids to fetch it: fetch "
+                "it where there is a network, type mirror=FOLDER, or leave the task out"
             )
 
 

@@ -42,6 +42,14 @@ def identity(name: str, mirror: str | None = None, fewshot: int = 0) -> str:
     return f"lm-eval {version('lm_eval')}, {files.fingerprint(read)}"
 
 
+def hub_data(names: list[str]) -> dict[str, str]:
+    """{task: the hub's data set that it reads}, of those that read one."""
+    entries: dict[str, Any] = {}
+    _plan(names, None, 0, entries)
+    read = {name: (entry.cfg or {}).get("dataset_path") for name, entry in entries.items()}
+    return {name: str(path) for name, path in read.items() if path and path not in LOCAL_FORMATS}
+
+
 def load_tasks(names: list[str], mirror: str | None = None, fewshot: int = 0) -> dict:
     """lm-eval's tasks and groups, with their data, as `lm_eval.evaluate` takes them.
 
@@ -72,15 +80,18 @@ def load_tasks(names: list[str], mirror: str | None = None, fewshot: int = 0) ->
     return loaded
 
 
-def _plan(names: list[str], mirror: str | None, fewshot: int) -> tuple[list[str | dict], list[dict]]:
+def _plan(
+    names: list[str], mirror: str | None, fewshot: int, entries: dict[str, Any] | None = None
+) -> tuple[list[str | dict], list[dict]]:
     """What lm-eval is to load, and the definitions (its YAML, as data) of all tasks and groups that this stands for.
 
-    A definition includes lm-eval's own file and changes only where the data is: the way that lm-eval documents.
+    A definition includes lm-eval's own file and changes only where the data is: the way that lm-eval documents. `entries`
+    is filled with lm-eval's own, by name.
     """
     from pipeline.world import TASKS
 
     wanted: list[str | dict] = []
-    entries: dict[str, Any] = {}
+    entries = {} if entries is None else entries
     for name in names:
         if name in TASKS:
             wanted.append(copy.deepcopy(TASKS[name]))

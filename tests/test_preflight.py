@@ -167,3 +167,20 @@ def test_a_cache_that_becomes_full_while_it_is_written(tmp_path, monkeypatch):
 def test_other_faults_are_no_matter_of_the_cache(tmp_path):
     assert caches.problem(PermissionError(13, "no", str(tmp_path / "elsewhere"))) is None
     assert caches.problem(ValueError("a")) is None
+
+
+def test_a_task_whose_data_is_nowhere_is_refused_where_the_hub_may_not_be_asked(
+    tiny_llama, tmp_path, monkeypatch, refused
+):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    settings = [*QUICK, f"model={tiny_llama}", "evaluate.tasks=[arc_easy,world_tools]"]
+    line = refused(tmp_path / "run", *settings)
+    assert (
+        "task 'arc_easy' reads allenai/ai2_arc, which is in no cache here, and HF_HUB_OFFLINE forbids to fetch it"
+        in line
+    )
+    (tmp_path / "cache/allenai___ai2_arc").mkdir(parents=True)
+    assert not caches.is_missing("allenai/ai2_arc") and caches.is_missing("allenai/other")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    assert not caches.is_missing("allenai/other")
