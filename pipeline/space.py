@@ -35,7 +35,7 @@ def check(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> No
     free = shutil.disk_usage(work).free
     if needed - written > free:
         raise UserError(
-            f"{stage} needs about {_text(needed - written)} more on the disk of {work.parent}, where {_text(free)} are free: "
+            f"{', '.join(stages)} need{'s' * (len(stages) == 1)} about {_text(needed - written)} more on the disk of {work.parent}, where {_text(free)} are free: "
             "make room, or type run_dir=... on another disk"
         )
 

@@ -94,7 +94,7 @@ def test_the_disk_must_hold_all_stages(tiny_llama, tmp_path, refused, typed):
         pytest.skip(str(error))
     try:
         settings = [*QUICK, f"model={tiny_llama}", "finetune.method=full", f"run_dir={tmp_path}/disk/run"]
-        assert "the run needs about" in refused(tmp_path / "disk/run", *settings)
+        assert "prune, finetune, evaluate, report need about" in refused(tmp_path / "disk/run", *settings)
         assert typed(*settings, "stages=[prune]")[0] == 0  # alone, it has room
     finally:
         harm.undo(tmp_path)
