@@ -34,9 +34,10 @@ def check(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> No
     written = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(work).free
     if needed - written > free:
+        who = f"{', '.join(stages)} need{'s' * (len(stages) == 1)}"
         raise UserError(
-            f"{', '.join(stages)} need{'s' * (len(stages) == 1)} about {_text(needed - written)} more on the disk of {work.parent}, where {_text(free)} are free: "
-            "make room, or type run_dir=... on another disk"
+            f"{who} about {_text(needed - written)} more on the disk of {work.parent}, where {_text(free)} are free: make room, "
+            " or type run_dir=... on another disk"
         )
 
 
