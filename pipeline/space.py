@@ -36,8 +36,8 @@ def check(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> No
     if needed - written > free:
         who = f"{', '.join(stages)} need{'s' * (len(stages) == 1)}"
         raise UserError(
-            f"{who} about {_text(needed - written)} more on the disk of {work.parent}, where {_text(free)} are free: make room, "
-            " or type run_dir=... on another disk"
+            f"{who} about {_text(needed - written)} more on the disk of {work.parent}, where {_text(free)} are free: make "
+            "room, or type run_dir=... on another disk"
         )
 
 
