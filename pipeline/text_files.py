@@ -69,7 +69,7 @@ def find(path: Path, split: str, config: str | None = None, named: bool = False)
     `config` is a folder below it. `named`: the split was asked for by name, so files that name none are not meant; else
     they are all read. A `UserError` says what is missing or ambiguous.
     """
-    if config:
+    if config and path.is_dir():
         folders = [folder for folder in (path / config, path / "data" / config) if folder.is_dir()]
         if not folders:
             there = sorted(p.name for p in path.glob("*/") if p.is_dir() and not p.name.startswith("."))

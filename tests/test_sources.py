@@ -172,6 +172,7 @@ REFUSED = {
         "such as a.jsonl.gz, the name must tell it",
     ),
     "another form": ({"a.docx": "x"}, "{here}/a.docx", "the formats are .parquet, .json"),
+    "a configuration of nothing": ({}, "{here}/none:en@train", "no dataset at {here}/none"),
     "nothing there": ({}, "{here}/a.txt", "no dataset at"),
     "a pointer of git-lfs": (
         {"a.txt": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"},
