@@ -346,7 +346,8 @@ CASES: dict[str, list[Case]] = {
     ],
     "Texts": [
         Case("calibration.dataset=./nowhere", "no dataset at"),
-        Case("calibration.dataset=", "the section calibration names a data set by nothing"),
+        Case("calibration.dataset=", "calibration.dataset=None: a word is needed"),
+        Case("calibration.dataset=\"''\"", "the section calibration names a data set by nothing"),
         Case("calibration.dataset=nobody/nothing", "cannot load nobody/nothing@train"),
         Case("calibration.dataset=c4@test", "c4 has no split 'test': type one of train, validation"),
         Case("calibration.dataset={here}/t.docx", "the formats are .parquet", put("t.docx", "a"), "is no text file"),
