@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline import checksums, files, processes, sharding
+from pipeline import checksums, data, files, processes, sharding
 from pipeline.errors import UserError
 from pipeline.training import next_token_loss
 
@@ -58,7 +58,7 @@ class Validation(Callback):
 
     @torch.no_grad()
     def measure(self, module, context: Callable[[], AbstractContextManager] = nullcontext) -> float:
-        """exp of the mean loss of all predicted tokens, the same on any number of processes; `context`: the precision's,
+        """exp of the mean loss of all tokens that bear one, the same on any number of processes; `context`: the precision's,
         in which Lightning calls no hook."""
         world_size, rank = processes.world_size(), processes.rank()
         batches = self.windows_NT.split(self.batch_size)
@@ -66,14 +66,15 @@ class Validation(Callback):
         module.model.eval()
         for start in range(0, len(batches), world_size):
             mine = min(start + rank, len(batches) - 1)  # a sharded model needs every rank, a rank without a batch too
-            ids_BT = batches[mine].long().to(module.device)
+            ids_BT, labels_BT = data.ids_and_labels(batches[mine].long().to(module.device))
             with context():
-                loss = next_token_loss(module.model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
+                logits_BTV = module.model(input_ids=ids_BT, use_cache=False).logits
+                loss = next_token_loss(logits_BTV, labels_BT, "sum")
             if mine == start + rank:
-                total += torch.tensor([loss.item() * len(ids_BT), len(ids_BT)], device=module.device, dtype=total.dtype)
+                total += torch.stack([loss.double(), (labels_BT[:, 1:] >= 0).sum().double()])
         module.model.train()
         loss, count = processes.all_sum(total).tolist()
-        return math.exp(min(loss / count, 700.0))
+        return math.exp(min(loss / max(count, 1.0), 700.0))
 
     def _keep(self, model) -> None:
         trained = sharding.trained(model)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline import data, memory, models, processes, sources
+from pipeline import data, memory, models, processes, sampled, sources
 from pipeline.blocks import find_blocks
 from pipeline.errors import UserError
 from pipeline.recipe import Calibration, Recipe
@@ -15,9 +15,12 @@ def batches(recipe: Recipe, text: Calibration, section: str, origin: Path, model
     """This rank's batches of tokens, each (batch_size, seq_len); `section` is where the recipe sets `text`."""
     config = model.config
     models.check_length(config, f"{section}.seq_len", text.seq_len)
-    source = sources.source(text.dataset, recipe.mirror, text.split, text.config)
-    tokenizer = models.tokenizer(origin, recipe)
-    windows_NT = data.calibration(source, tokenizer, text.samples, text.seq_len, recipe.seed, section)
+    source = sources.of_text(text, recipe.mirror, section)
+    if source.name == sources.SELF:
+        windows_NT = sampled.samples(recipe, sampled.dense(recipe), text.samples, text.seq_len)
+    else:
+        tokenizer = models.tokenizer(origin, recipe)
+        windows_NT = data.calibration(source, tokenizer, text.samples, text.seq_len, recipe.seed, section)
     models.check_vocabulary(config, windows_NT, source)
     # batches are cut before they are shared out: a batch is computed the same on any number of processes
     found = windows_NT.split(text.batch_size)

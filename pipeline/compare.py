@@ -127,7 +127,9 @@ def _explained(found: list[Run], tasks: list[str]) -> str:
     if not runs.differing_protocol(found):
         protocol = found[0].results.get("protocol", {})
         limit = "all" if protocol.get("limit") is None else protocol["limit"]
-        said.append(f"Windows of {protocol.get('seq_len')} tokens; {limit} questions per task.")
+        windows = f", the first {protocol['windows']} of each text" if protocol.get("windows") else ""
+        bos = ", each after BOS" if protocol.get("bos") else ""
+        said.append(f"Windows of {protocol.get('seq_len')} tokens{windows}{bos}; {limit} questions per task.")
     return " ".join(said)
 
 

@@ -7,6 +7,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import GenerationConfig
 
+from pipeline import chat, special_tokens
 from pipeline.errors import UserError
 
 WORDS = 24  # of a prompt; a text of twice as many is long enough to begin with
@@ -16,13 +17,17 @@ SCAN = 1000  # texts looked at for one prompt
 def prompts(rows: Dataset, tokenizer: Any, count: int, room: int) -> list[str]:
     """The beginnings of `count` texts, spread evenly over `rows`: their first 24 words, or half of shorter texts.
 
-    Each is of at most `room` tokens. Rows of `input_ids` are decoded. Equal beginnings are told once.
+    Each is of at most `room` tokens. Rows of `input_ids` are decoded, of a conversation its first turn is taken. Equal
+    beginnings are told once.
     """
     found = []
     for number in range(count):
         start = number * len(rows) // count
         part = rows[start : min(start + SCAN, (number + 1) * len(rows) // count)]
-        texts = part["text"] if "text" in part else tokenizer.batch_decode(part["input_ids"], skip_special_tokens=True)
+        if "input_ids" in part:
+            texts = tokenizer.batch_decode(part["input_ids"], skip_special_tokens=True)
+        else:
+            texts = part["text"] if "text" in part else chat.first_turns(part)
         words = next((text.split() for text in texts if len(text.split()) >= 2 * WORDS), None)
         words = words or max((text.split() for text in texts), key=len, default=[])
         words = words[: max(1, min(WORDS, len(words) // 2))]
@@ -40,6 +45,7 @@ def continuations(model: nn.Module, tokenizer: Any, prompts: list[str], tokens: 
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     own = model.generation_config
+    tokenizer, _ = special_tokens.for_questions(tokenizer, model.config)
     found = []
     for prompt in prompts:
         ids_1T = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)

@@ -1,6 +1,7 @@
 """Owns the token windows that are cut from text: for calibration, for training, for perplexity. All are seeded.
 
-Shapes: a window is (seq_len,) token ids.
+Shapes: a window is (seq_len,) token ids. Of a training on the assistant's words only, a token that bears no loss is stored
+as its complement, ~id, which is negative: one tensor then goes through packing, sharing out and resuming.
 """
 
 import random
@@ -9,10 +10,19 @@ from array import array
 import torch
 from torch import Tensor
 
+from pipeline import chat
 from pipeline.errors import UserError
 from pipeline.sources import KNOWN, Source, documents
 
 CHUNK = 1000  # documents tokenised at once: ten times faster than one by one
+IGNORED = -100  # the label of a token without loss, as torch and transformers have it
+
+
+def ids_and_labels(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """The token ids, and the same with IGNORED where a token bears no loss; the windows themselves where all do."""
+    if not (windows < 0).any():
+        return windows, windows
+    return torch.where(windows < 0, ~windows, windows), windows.masked_fill(windows < 0, IGNORED)
 
 
 def joined(source: Source, tokenizer, seq_len: int | None = None) -> Tensor:
@@ -23,6 +33,8 @@ def joined(source: Source, tokenizer, seq_len: int | None = None) -> Tensor:
     rows = documents(source)
     if "input_ids" in rows.column_names:
         return torch.tensor([token for ids in rows["input_ids"] for token in ids])
+    if chat.is_chat(rows.column_names):
+        return torch.tensor([token for row in rows for token in chat_tokens(row, tokenizer, source)])
     known = KNOWN.get(source.name)
     separator = (known.separators if known and known.separators else {}).get(source.split, "\n\n")
     if source.name == "c4" and source.split == "validation":
@@ -31,11 +43,13 @@ def joined(source: Source, tokenizer, seq_len: int | None = None) -> Tensor:
     return _ids(tokenizer, separator.join(rows["text"]))
 
 
-def packed(source: Source, tokenizer, seq_len: int, samples: int, seed: int, once: str | None = None) -> Tensor:
+def packed(
+    source: Source, tokenizer, seq_len: int, samples: int, seed: int, once: str | None = None, loss: str = "all"
+) -> Tensor:
     """(samples, seq_len) windows of the documents in a shuffled order, end to end.
 
     When the documents are used up, they are shuffled anew; where that must not be, `once` names the section of the recipe
-    that asked, for the `UserError`.
+    that asked, for the `UserError`. `loss`: see `finetune.loss`; `assistant` needs conversations.
     """
     rows, enough = documents(source), samples * seq_len
     order = list(range(len(rows)))
@@ -45,7 +59,7 @@ def packed(source: Source, tokenizer, seq_len: int, samples: int, seed: int, onc
         before = len(tokens)
         draw.shuffle(order)
         for start in range(0, len(order), CHUNK):
-            for ids in _documents(rows[order[start : start + CHUNK]], tokenizer):
+            for ids in tokenised(rows[order[start : start + CHUNK]], tokenizer, source, loss):
                 tokens.extend(ids)
             if len(tokens) >= enough:
                 break
@@ -107,10 +121,29 @@ def _ids(tokenizer, text: str) -> Tensor:
     )  # verbose: no warning that all of it exceeds the context
 
 
-def _documents(rows: dict[str, list], tokenizer) -> list[list[int]]:
+def chat_tokens(row: dict, tokenizer, source: Source, loss: str = "all") -> list[int]:
+    """`chat.tokens`, of whose errors the source is told."""
+    chat.check(tokenizer, source)
+    try:
+        return chat.tokens(row, tokenizer, loss)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def refuse_without_conversations(source: Source, columns) -> None:
+    if not chat.is_chat(columns):
+        raise UserError(f"{source} holds no conversations, which finetune.loss=assistant needs: type finetune.loss=all")
+
+
+def tokenised(rows: dict[str, list], tokenizer, source: Source, loss: str = "all") -> list[list[int]]:
     """The tokens of each document, ended by the tokenizer's end-of-sequence token where it has one."""
+    if loss != "all":
+        refuse_without_conversations(source, rows)
     if "input_ids" in rows:
         return rows["input_ids"]
+    if chat.is_chat(rows):
+        turns = (dict(zip(rows, values)) for values in zip(*rows.values()))
+        return [chat_tokens(row, tokenizer, source, loss) for row in turns]
     end = tokenizer.eos_token_id
     found = tokenizer(rows["text"], verbose=False).input_ids
     return [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in found]

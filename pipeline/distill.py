@@ -11,22 +11,40 @@ from torch.utils.checkpoint import checkpoint
 TOKENS = 1024  # of a chunk: the float32 logits of a whole batch would be its largest tensors
 
 
-def loss(student_BTV: Tensor, teacher_BTV: Tensor, ids_BT: Tensor, share: float, temperature: float) -> Tensor:
+def loss(
+    student_BTV: Tensor,
+    teacher_BTV: Tensor | None,
+    labels_BT: Tensor,
+    share: float,
+    temperature: float,
+    count: float | None = None,
+) -> Tensor:
     """(1 - share) * cross-entropy of the next token + share * t^2 * KL(teacher || student) at temperature t, the mean
-    over all predicted tokens in nats (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2)."""
+    over all predicted tokens in nats (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2).
+
+    A label of -100 bears no loss. With `count`, the sum is divided by that instead of the number of predicted tokens.
+    Without a teacher it is the cross-entropy alone.
+    """
     vocabulary = student_BTV.shape[-1]
     student = student_BTV[:, :-1].reshape(-1, vocabulary).split(TOKENS)
-    teacher = teacher_BTV[:, :-1].reshape(-1, vocabulary).split(TOKENS)
-    targets = ids_BT[:, 1:].reshape(-1).split(TOKENS)
+    targets = labels_BT[:, 1:].reshape(-1).split(TOKENS)
+    if teacher_BTV is None:
+        teacher, share = [None] * len(student), 0.0
+    else:
+        teacher = teacher_BTV[:, :-1].reshape(-1, vocabulary).split(TOKENS)
     sums = [
         checkpoint(_chunk, s, t, i, share, temperature, use_reentrant=False)
         for s, t, i in zip(student, teacher, targets)
     ]
-    return torch.stack(sums).sum() / ids_BT[:, 1:].numel()
+    return torch.stack(sums).sum() / (labels_BT[:, 1:].numel() if count is None else max(count, 1e-9))
 
 
-def _chunk(student_PV: Tensor, teacher_PV: Tensor, ids_P: Tensor, share: float, temperature: float) -> Tensor:
-    hard = F.cross_entropy(student_PV.float(), ids_P, reduction="sum")
+def _chunk(student_PV: Tensor, teacher_PV: Tensor | None, ids_P: Tensor, share: float, temperature: float) -> Tensor:
+    hard = F.cross_entropy(student_PV.float(), ids_P, reduction="sum")  # of no label but -100 it is 0
+    if teacher_PV is None:
+        return hard
+    if (ids_P < 0).any():
+        student_PV, teacher_PV = student_PV[ids_P >= 0], teacher_PV[ids_P >= 0]
     student_PV = F.log_softmax(student_PV.float() / temperature, dim=-1)
     teacher_PV = F.log_softmax(teacher_PV.float() / temperature, dim=-1)
     soft = F.kl_div(student_PV, teacher_PV, reduction="sum", log_target=True)

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import continuations, files, memory, models, paired, processes, sources, verify
+from pipeline import continuations, files, memory, models, paired, processes, sources, special_tokens, verify
 from pipeline.errors import UserError
 from pipeline.masks import Masks
 from pipeline.measure import Subject, measure
@@ -41,12 +41,18 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     settings, dense = recipe.evaluate, models.dense_folder(recipe, inputs)
     _check_length(dense, recipe)
     protocol: dict[str, Any] = {"datasets": {}, "notes": []}
-    protocol |= {key: getattr(settings, key) for key in ("seq_len", "limit", "fewshot")}
+    protocol |= {key: getattr(settings, key) for key in ("seq_len", "limit", "fewshot", "windows", "bos")}
     if recipe.trust_remote_code:
         protocol["notes"].append("trust_remote_code=true: code that came with the model was run")
     if quantized := models.quantization(dense):
         protocol["notes"].append(
             f"the files of the dense model are quantised ({quantized}): its weights were dequantised"
+        )
+    tokenizer = models.tokenizer(dense, recipe)
+    if settings.perplexity and not settings.bos and special_tokens.adds_bos(tokenizer):
+        protocol["notes"].append(
+            f"the tokenizer begins each text with {tokenizer.bos_token}, which only the first window of a text has, as in the "
+            "papers: models that cannot do without, such as Gemma, need evaluate.bos=true"
         )
     protocol["prompts"] = _prompts(recipe, dense)
     subjects = _subjects(dense, inputs)

@@ -46,15 +46,18 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     models.check_length(pruned.config, "finetune.seq_len", settings.seq_len)
     source, *held_out = sources.of_stage(recipe, "finetune")
     samples = settings.max_steps * sequences(settings)
-    windows_NT = data.packed(source, tokenizer, settings.seq_len, samples, recipe.seed)
-    models.check_vocabulary(pruned.config, windows_NT, source)
+    windows_NT = data.packed(source, tokenizer, settings.seq_len, samples, recipe.seed, loss=settings.loss)
+    ids_NT = data.ids_and_labels(windows_NT)[0] if settings.loss != "all" else windows_NT
+    models.check_vocabulary(pruned.config, ids_NT, source)
 
     torch.manual_seed(recipe.seed)  # of A; B starts at zero
     recovery = METHODS[settings.method](pruned, masks, settings)
     callbacks: list[Callback] = [MaskKeeper(recovery)]
     validation = None
     if held_out:
-        windows = data.packed(held_out[0], tokenizer, settings.seq_len, settings.validation_samples, 0)
+        windows = data.packed(
+            held_out[0], tokenizer, settings.seq_len, settings.validation_samples, 0, loss=settings.loss
+        )
         validation = Validation(windows, settings.batch_size, settings.validate_every, settings.patience, folder)
         callbacks.insert(0, validation)
     teacher = models.load(models.dense_folder(recipe, inputs), recipe) if settings.distill else None

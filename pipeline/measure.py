@@ -12,7 +12,18 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from pipeline import continuations, data, files, model_files, models, paired, placement, processes, sources
+from pipeline import (
+    continuations,
+    data,
+    files,
+    model_files,
+    models,
+    paired,
+    placement,
+    processes,
+    sources,
+    special_tokens,
+)
 from pipeline.errors import UserError
 from pipeline.perplexity import perplexity, streamed, whole, window_losses, windows
 from pipeline.recipe import Recipe
@@ -59,7 +70,9 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
 
         def measure_losses(spec=spec, source=source) -> list[float]:
             tell = _at_times(f"  {name}: perplexity on {spec}, ")
-            windows_NT = windows(data.joined(source, tokenizer(), settings.seq_len), settings.seq_len)
+            bos = special_tokens.bos(tokenizer()) if settings.bos else None
+            ids = data.joined(source, tokenizer(), settings.seq_len)
+            windows_NT = windows(ids, settings.seq_len, settings.windows, bos)
             if where() == "stream":
                 layerwise = subject.load(recipe)
                 models.check_vocabulary(layerwise.config, windows_NT, source)
@@ -73,11 +86,14 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
             return window_losses(logits, windows_NT, at_once, *share, tell).tolist()
 
         about = about_model | {"text": str(source), "data": sources.identity(source), "seq_len": settings.seq_len}
+        about |= {key: value for key in ("column", "windows", "bos") if (value := getattr(settings, key))}
         losses[spec] = once(about, measure_losses)
         found["perplexity"][spec] = value = perplexity(torch.tensor(losses[spec], dtype=torch.float64))
         if (error := paired.standard_error(losses[spec])) is not None:
             found["perplexity_stderr"][spec] = value * error  # the error of exp(x) is exp(x) times that of x
-        protocol["datasets"][spec] = f"{source}, {len(losses[spec])} windows of {settings.seq_len} tokens"
+        protocol["datasets"][spec] = (
+            f"{source}, {'the first ' if settings.windows else ''}{len(losses[spec])} windows of {settings.seq_len} tokens"
+        )
         if source.note and source.note not in protocol["notes"]:
             protocol["notes"].append(source.note)
         processes.say(f"  {name}: perplexity on {spec} {value:.3f}")

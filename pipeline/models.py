@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from pipeline import dequantize, file_names, model_files, processes
+from pipeline import caches, dequantize, file_names, model_files, processes
 from pipeline.architecture import model_class
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
@@ -40,6 +40,8 @@ def locate(model: str, revision: str | None) -> Path:
         if not any(found.glob("*.safetensors")):
             found = Path(snapshot_download(model, revision=revision, **model_files.download("*.bin")))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if unusable := caches.problem(error):
+            raise UserError(unusable) from error
         raise UserError(
             f"cannot fetch model={model}: {str(error).splitlines()[0]} (a local folder works too: model=./folder)"
         ) from error

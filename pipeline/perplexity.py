@@ -21,15 +21,19 @@ Logits = Callable[[list[Tensor]], Iterator[Tensor]]  # batches (B, T) -> the log
 Tell = Callable[[str], None]  # is told how far it is, such as "12 of 166 windows"
 
 
-def windows(ids: Tensor, seq_len: int) -> Tensor:
+def windows(ids: Tensor, seq_len: int, count: int | None = None, bos: int | None = None) -> Tensor:
     """Cuts token ids (tokens,) into (tokens // seq_len, seq_len) windows end to end; what is left over is not used.
 
-    Raises `UserError` where the text is shorter than one window.
+    `count`: only so many, the first. With `bos`, each window is that token and seq_len - 1 of the text, in which a `bos` at
+    the beginning does not count. Raises `UserError` where the text is shorter than one window.
     """
+    if bos is not None:
+        body = windows(ids[1:] if ids[:1].tolist() == [bos] else ids, seq_len - 1, count)
+        return torch.cat([torch.full((len(body), 1), bos, dtype=body.dtype), body], dim=1)
     if len(ids) < max(seq_len, 2):
         hint = f"type evaluate.seq_len={len(ids)} or less" if len(ids) > 1 else "choose another text"
         raise UserError(f"the text gives {len(ids)} tokens, too few for one window of {seq_len}: {hint}")
-    return ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
+    return ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)[:count]
 
 
 def whole(model: nn.Module) -> Logits:

@@ -6,28 +6,37 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline import data, processes, sources, world
-from pipeline.recipe import Finetune, Recipe
+from pipeline.errors import UserError
+from pipeline.recipe import Finetune, Pretrain, Recipe
 from pipeline.training import fit, sequences
+
+
+def configuration(settings: Pretrain, tokenizer) -> LlamaConfig:
+    """Of the model that will be trained; `UserError` where its sizes do not go together."""
+    try:
+        return LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.hidden_size,
+            intermediate_size=settings.intermediate_size,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.kv_heads,
+            max_position_embeddings=settings.max_positions,
+            tie_word_embeddings=False,
+            initializer_range=0.1,  # so narrow a model starts to learn facts several times later at the usual 0.02
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    except Exception as error:  # transformers' own check of a configuration, which wraps a ValueError
+        raise UserError(f"the sizes in the recipe's section pretrain do not go together: {error}") from error
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes `model/` and `metrics.csv`."""
     settings = recipe.pretrain
     tokenizer = world.tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.kv_heads,
-        max_position_embeddings=settings.max_positions,
-        tie_word_embeddings=False,
-        initializer_range=0.1,  # so narrow a model starts to learn facts several times later at the usual 0.02
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = configuration(settings, tokenizer)
     torch.manual_seed(recipe.seed)
     model = LlamaForCausalLM(config)
     schedule = Finetune(max_steps=settings.steps, batch_size=settings.batch_size, lr=settings.lr)

@@ -14,7 +14,11 @@ TEXT = "wikitext-2-raw-v1@test"  # the tokenised configuration gives other numbe
 def find(recipe: Recipe, protocol: dict) -> tuple[dict[str, float], str]:
     """({model: perplexity on wikitext2}, source), both empty where nothing comparable was published."""
     name, settings = Path(recipe.model or "").name.lower(), recipe.prune
-    if TEXT not in str((protocol.get("datasets") or {}).get("wikitext2")):
+    if (
+        TEXT not in str((protocol.get("datasets") or {}).get("wikitext2"))
+        or protocol.get("windows")
+        or protocol.get("bos")
+    ):
         return {}, ""
     pruned = f"{settings.method} {pattern_name(settings.sparsity)}"
     rows = {"dense": "dense"}

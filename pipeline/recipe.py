@@ -44,9 +44,10 @@ class Pretrain:
 
 @dataclass
 class Calibration:
-    dataset: str = "c4"
+    dataset: str = "c4"  # or self: text that the dense model writes
     config: str | None = None
     split: str = "train"
+    column: str | None = None  # with the text, where it is not called so; of nested ones, with dots: data.text
     samples: int = setting(128, low=1)
     seq_len: int = setting(2048, low=1)
     batch_size: int = setting(1, low=1)  # samples per forward pass
@@ -75,6 +76,7 @@ class Prune:
 @dataclass
 class Reconstruct:
     dataset: str | None = None  # dataset[:config][@split]; null: as in calibration, so with samples and seq_len
+    column: str | None = None
     samples: int | None = setting(None, low=2)
     seq_len: int | None = setting(None, low=1)
     batch_size: int = setting(1, low=1)  # samples per forward pass
@@ -91,6 +93,8 @@ class Finetune:
     dataset: str = "c4"
     config: str | None = None
     split: str = "train"
+    column: str | None = None
+    loss: str = setting("all", choices=("all", "assistant"))  # on all tokens, or on what the assistant of a chat says
     seq_len: int = setting(1024, low=2)
     max_steps: int = setting(1000, low=1)  # optimizer steps
     batch_size: int = setting(8, low=1)  # sequences per forward pass
@@ -127,6 +131,9 @@ class Finetune:
 @dataclass
 class Evaluate:
     perplexity: list[str] = setting(["wikitext2"])  # dataset[:config][@split]
+    column: str | None = None
+    windows: int | None = setting(None, low=1)  # of each text, for a quick look; null is all, as in the papers
+    bos: bool = False  # begin each window with BOS: not as in the papers, but Gemma-like models need it
     tasks: list[str] = setting(["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"])
     seq_len: int = setting(2048, low=2)
     batch_size: int | str = setting(8, low=1, words=("auto",))  # auto: what the GPU has room for
@@ -182,6 +189,6 @@ def own_code(settings: Prune) -> list[Path]:
 def reconstruction_text(recipe: Recipe) -> Calibration:
     """What the reconstruct stage reads: its own settings, and the calibration's where it has none."""
     own = recipe.reconstruct
-    text = Calibration(own.dataset) if own.dataset else recipe.calibration
+    text = Calibration(own.dataset, column=own.column) if own.dataset else recipe.calibration
     samples, seq_len = own.samples or recipe.calibration.samples, own.seq_len or recipe.calibration.seq_len
     return dataclasses.replace(text, samples=samples, seq_len=seq_len, batch_size=own.batch_size)

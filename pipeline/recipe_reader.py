@@ -6,6 +6,7 @@ defaults < `extends:` chain < recipe file < `key=value` on the command line.
 import dataclasses
 import difflib
 import math
+import os
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
@@ -37,6 +38,7 @@ def load(argv: list[str]) -> Recipe:
         except OmegaConfBaseException as error:
             raise UserError(_mismatch(layer, error.full_key)) from None
     recipe = OmegaConf.to_object(merged)
+    _expand_homes(recipe)
     recipe.run_dir = recipe.run_dir or f"runs/{Path(names[-1]).stem}"
     _check(recipe, "")
     _check_stages(recipe)
@@ -53,7 +55,7 @@ def _files(name: str) -> list[dict]:
     seen: list[Path] = []
     folder = RECIPES
     while name:
-        candidates = [folder / f"{name}.yaml", RECIPES / f"{name}.yaml", Path(name)]
+        candidates = [folder / f"{name}.yaml", RECIPES / f"{name}.yaml", Path(os.path.expanduser(name))]
         path = next((c.resolve() for c in candidates if c.suffix == ".yaml" and c.is_file()), None)
         if path is None:
             raise UserError(f"no recipe '{name}'{_did_you_mean(name, available())}: `ls recipes` lists what there is")
@@ -74,13 +76,53 @@ def _files(name: str) -> list[dict]:
 def _from_dotlist(arguments: list[str]) -> dict:
     given = OmegaConf.create()
     for argument in arguments:
+        key, _, value = argument.partition("=")
         try:
-            given.merge_with_dotlist([argument])
+            if _is_word(key) and value not in ("", "null"):  # a path as it stands: YAML would cut it at " #"
+                OmegaConf.update(given, key, _unquoted(value))
+            else:
+                given.merge_with_dotlist([argument])
         except Exception:  # yaml's own say little of a value typed on a command line
             raise UserError(
                 f"cannot read {argument}: is a bracket or a quote left open, or a key given both a value and keys of its own?"
             ) from None
     return OmegaConf.to_container(given)
+
+
+def _is_word(key: str) -> bool:
+    """Whether the schema has text at `key`, and only that."""
+    kind: Any = Recipe
+    for part in key.split("."):
+        fields = {f.name: f.type for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+        kind = fields.get(part)
+    return kind is str or kind == str | None
+
+
+def _unquoted(value: str) -> str:
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return value[1:-1] if quoted else value
+
+
+def _expand_homes(recipe: Recipe) -> None:
+    """`~` in every setting that is a path. Those of data sets, which may have a split behind them, are for
+    pipeline/sources.py."""
+    recipe.model, recipe.run_dir, recipe.mirror = (
+        _expanded(key, getattr(recipe, key)) for key in ("model", "run_dir", "mirror")
+    )
+    settings = recipe.prune
+    settings.method = _expanded("prune.method", settings.method)
+    settings.sparsity = _expanded("prune.sparsity", settings.sparsity)
+    settings.overrides = {name: _expanded(f"prune.overrides[{name}]", it) for name, it in settings.overrides.items()}
+    recipe.evaluate.tasks = [_expanded("evaluate.tasks", name) for name in recipe.evaluate.tasks]
+
+
+def _expanded(key: str, value: Any) -> Any:
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        raise UserError(f"{key}={value}: there is no such home folder; a name that begins with ~ is typed ./{value}")
+    return path
 
 
 def _mismatch(layer: dict, key: str) -> str:
@@ -169,6 +211,12 @@ def _check_stages(recipe: Recipe) -> None:
             )
     if "report" in recipe.stages and "evaluate" not in recipe.stages:
         raise UserError("report needs evaluate in stages (a finished stage is not run again)")
+    texts = {"finetune.dataset": [recipe.finetune.dataset], "finetune.validation": [recipe.finetune.validation]}
+    for key, names in (texts | {"evaluate.perplexity": recipe.evaluate.perplexity}).items():
+        if "self" in names:
+            raise UserError(
+                f"{key}=self: what the model itself writes is text to calibrate by only: choose another text"
+            )
     _check_finetune(recipe.finetune)
     method = recipe.prune.method
     if method not in METHODS and not method.endswith(".py"):

@@ -20,7 +20,10 @@ from pipeline import checksums, coverage, files, page, published, series, summar
 from pipeline.card import SINCE, markdown
 from pipeline.recipe import STAGES, Recipe, plain
 
-PROTOCOL = {"seq_len": "tokens per window", "limit": "questions per task", "fewshot": "examples per question"}
+PROTOCOL = {
+    **{"seq_len": "tokens per window", "limit": "questions per task", "fewshot": "examples per question"},
+    **{"windows": "windows of each text", "bos": "each window begins with BOS"},
+}
 TOLD_ELSEWHERE = ("datasets", "notes", "prompts", "masks")  # of the protocol
 
 
@@ -145,7 +148,10 @@ def _stage(name: str, about: dict) -> dict[str, Any]:
 def _protocol(protocol: dict) -> list[tuple[str, str]]:
     told = [(PROTOCOL.get(key, key), value) for key, value in protocol.items() if key not in TOLD_ELSEWHERE]
     texts = [(name, str(text)) for name, text in (protocol.get("datasets") or {}).items()]
-    return [(key, "all" if value is None else str(value)) for key, value in told] + texts
+    words = {None: "all", True: "yes", False: "no"}
+    return [
+        (key, words[value] if value is None or isinstance(value, bool) else str(value)) for key, value in told
+    ] + texts
 
 
 def _origin(recipe: Recipe, results: dict, about: dict[str, dict]) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ SECTIONS = {
     "finetuned": ("finetune",),
 }
 OWN_PLACE = ("model", "prune.method", "prune.sparsity", "finetune.method")  # told by the rows' and columns' names
-PROTOCOL = ("seq_len", "limit", "fewshot")
+PROTOCOL = ("seq_len", "limit", "fewshot", "windows", "bos")
 
 
 class Run(NamedTuple):
@@ -88,7 +88,7 @@ def row_of(run: Run, state: str, runs: list[Run]) -> Row:
 
 
 def differing_protocol(runs: list[Run]) -> list[str]:
-    return [key for key in PROTOCOL if len({run.results.get("protocol", {}).get(key) for run in runs}) > 1]
+    return [key for key in PROTOCOL if len({run.results.get("protocol", {}).get(key) or None for run in runs}) > 1]
 
 
 def _differing(run: Run, runs: list[Run], sections: tuple[str, ...]) -> list[str]:

@@ -1,20 +1,32 @@
 """Owns where text comes from: a data set's name -> the rows of one split, from the hub, a mirror or local files.
 
-A data set is a known name (c4, wikitext2, ptb, world), a hub id, or a local file or folder of parquet, json(l)(.gz) or
-txt files with a `text` column. Rows of a column `input_ids` are taken as they stand.
+A data set is a known name (c4, wikitext2, ptb, world), `self` (text that the dense model writes: see pipeline/sampled.py),
+a hub id, or a local file or folder: pipeline/text_files.py holds the rules for the latter, and for mirrors.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, load_dataset
-
-from pipeline import files
+from pipeline import files, text_files, text_rows
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, reconstruction_text
+from pipeline.text_rows import documents, first_rows
 
-FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".gz": "json", ".zst": "json", ".txt": "text"}
+__all__ = ["documents", "first_rows", "identity", "of_stage", "of_text", "source"]
+
 TOKENISED_WIKITEXT = "wikitext-2-v1"
+SELF = "self"
+# what rows hold where no column is chosen, the first that is there; several columns are those of a conversation
+COLUMNS = (
+    ("input_ids",),
+    ("text",),
+    ("messages",),
+    ("conversations",),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,10 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class Source:
-    """One split of one dataset: `files` are read where there are any, else the hub's `path`."""
+    """One split of one dataset: `files` are read where there are any, else the hub's `path`.
+
+    `columns` may hold the text, the first that are there: see text_rows; `section` is where the recipe chooses one.
+    """
 
     name: str
     path: str
@@ -58,114 +73,113 @@ class Source:
     files: tuple[str, ...] = ()
     revision: str | None = None
     note: str | None = None
+    form: str | None = None  # of the files: see text_files
+    columns: tuple[tuple[str, ...], ...] = text_rows.COLUMNS
+    section: str = "calibration"
 
     def __str__(self) -> str:
         return self.path + (f":{self.config}" if self.config else "") + f"@{self.split}"
 
+    @property
+    def is_local(self) -> bool:
+        """Whether its rows can be read at once, without the hub."""
+        return bool(self.files) and "://" not in self.files[0]
 
-def source(spec: str, mirror: str | None = None, split: str = "train", config: str | None = None) -> Source:
-    """Where `dataset[:config][@split]` is; a `UserError` names the file that is missing."""
-    name, _, chosen_split = spec.partition("@")
-    split = chosen_split or split
-    if name == "world":
-        return Source(name, name, None, split)
-    if name.startswith((".", "/", "~")) or (Path(name).exists() and name not in KNOWN and not _in_mirror(mirror, name)):
-        return Source(name, name, None, split, _local_files(Path(name).expanduser(), split))
-    name, _, chosen_config = name.partition(":")
-    config = chosen_config or config
+
+def source(
+    spec: str,
+    mirror: str | None = None,
+    split: str = "train",
+    config: str | None = None,
+    column: str | None = None,
+    section: str = "calibration",
+) -> Source:
+    """Where `dataset[:config][@split]` is; a `UserError` names the file that is missing, or the splits that there are."""
+    if not spec.strip():
+        raise UserError(f"the section {section} names a data set by nothing: type one, such as c4 or ./text.jsonl")
+    name, chosen_config, chosen_split = _parts(spec)
+    split, config = chosen_split or split, chosen_config or config
+    reads = {"columns": ((column,),) if column else text_rows.COLUMNS, "section": section}
+    if name in ("world", SELF):
+        return Source(name, name, None, split, **reads)
+    where = _path(name)
+    if name.startswith((".", "/", "~")) or (where.exists() and name not in KNOWN and not _in_mirror(mirror, name)):
+        found = text_files.find(where, split, config, named=bool(chosen_split))
+        return Source(name, name, config, split, _absolute(found), form=found.form, **reads)
     known = KNOWN.get(name, Known(name, None))
-    if not config:
-        config = known.config
-        chosen_config = ""
+    if name in KNOWN:
+        reads["columns"] = (("input_ids",), (known.column,))
+    fixed = bool(chosen_config)
+    config = config or known.config
     if mirror:
-        files, found, note = _mirror_files(Path(mirror), known, config, split, fixed=bool(chosen_config))
-        return Source(name, known.path, found, split, files, note=note)
-    files = ()
+        found, config, note = _in_mirror_files(_path(mirror), known, config, split, fixed)
+        return Source(name, known.path, config, split, _absolute(found), note=note, form=found.form, **reads)
+    hub_files, form = (), None
     if known.shards:
         if split not in known.shards:
             raise UserError(f"{name} has no split '{split}': type one of {', '.join(known.shards)}")
-        files = (f"hf://datasets/{known.path}/{config}/{known.shards[split]}",)
-    return Source(name, known.path, config, split, files, known.revision)
+        hub_files, form = (f"hf://datasets/{known.path}/{config}/{known.shards[split]}",), "json"
+    return Source(name, known.path, config, split, hub_files, known.revision, form=form, **reads)
+
+
+def of_text(text: Any, mirror: str | None, section: str) -> Source:
+    """Of a section of the recipe (or what stands for one) with `dataset`, `split`, `config` and `column`."""
+    return source(text.dataset, mirror, text.split, text.config, text.column, section)
 
 
 def of_stage(recipe: Recipe, stage: str) -> list[Source]:
     """The texts that a stage reads."""
     if stage == "evaluate":
+        column = recipe.evaluate.column
         return [
-            source(spec, recipe.mirror, split="test" if spec != "c4" else "validation")
+            source(spec, recipe.mirror, "validation" if spec == "c4" else "test", None, column, "evaluate")
             for spec in recipe.evaluate.perplexity
         ]
-    if stage == "finetune" and recipe.finetune.validation:
-        held_out = [source(recipe.finetune.validation, recipe.mirror, split="validation")]
-    else:
-        held_out = []
-    settings = {
-        "prune": recipe.calibration,
-        "reconstruct": reconstruction_text(recipe),
-        "finetune": recipe.finetune,
+    settings, section = {
+        "prune": (recipe.calibration, "calibration"),
+        "reconstruct": (reconstruction_text(recipe), "reconstruct" if recipe.reconstruct.dataset else "calibration"),
+        "finetune": (recipe.finetune, "finetune"),
     }[stage]
-    return [source(settings.dataset, recipe.mirror, settings.split, settings.config), *held_out]
+    found = [of_text(settings, recipe.mirror, section)]
+    if stage == "finetune" and recipe.finetune.validation:
+        spec, column = recipe.finetune.validation, recipe.finetune.column
+        found.append(source(spec, recipe.mirror, "validation", None, column, "finetune"))
+    return found
 
 
 def identity(source: Source) -> str:
     """Changes when the text does: by content for local files, by name and revision for the hub's."""
-    local = [Path(name) for name in source.files if "://" not in name]
-    return files.fingerprint(local) if local else str(source.revision)
+    return files.fingerprint(map(Path, source.files)) if source.is_local else str(source.revision)
 
 
-def documents(source: Source) -> Dataset:
-    """The rows, with a column `text` or `input_ids`."""
-    if source.name == "world":
-        from pipeline import world
+def _parts(spec: str) -> tuple[str, str | None, str | None]:
+    """(name or path, configuration, split); `@` and `:` may also stand in a path that exists."""
+    if _path(spec).exists():
+        return spec, None, None
+    name, _, split = spec.rpartition("@")
+    if not name or "/" in split:
+        name, split = spec, ""
+    if _path(name).exists():
+        return name, None, split or None
+    path, _, config = name.rpartition(":")
+    if not path or "/" in config:
+        path, config = name, ""
+    return path, config or None, split or None
 
-        return Dataset.from_dict({"text": world.documents(source.split)})
-    try:
-        if source.files:
-            form = FORMATS[Path(source.files[0]).suffix]
-            rows = load_dataset(form, data_files={source.split: list(source.files)}, split=source.split)
-        else:
-            rows = load_dataset(source.path, source.config, split=source.split, revision=source.revision)
-    except Exception as error:  # datasets, pyarrow, gzip and the hub each have their own
-        reason = str(error.__cause__ or error) or type(error).__name__
-        raise UserError(f"cannot load {source}: {' '.join(reason.split())[:300]}") from error
-    column = KNOWN[source.name].column if source.name in KNOWN else "text"
-    column = next((name for name in ("input_ids", column) if name in rows.column_names), None)
-    if column is None:
-        raise UserError(f"{source} has no column 'text' or 'input_ids': it has {', '.join(rows.column_names)}")
-    rows = rows.select_columns([column])
-    if rows.data.column(column).null_count:
-        rows = rows.filter(lambda value: value is not None, input_columns=column)
-    if len(rows) == 0:
-        raise UserError(f"{source} holds no text")
-    first = rows[0][column]
-    ready = isinstance(first, list) and all(isinstance(token, int) for token in first)
-    if not (ready if column == "input_ids" else isinstance(first, str)):
-        wanted = "token ids" if column == "input_ids" else "text"
-        raise UserError(f"column '{column}' of {source} should hold {wanted}: its first row is {str(first)[:60]}")
-    return rows.rename_columns({column: "text"} if column == "sentence" else {})
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # Path's own raises where there is no such user
+
+
+def _absolute(found: text_files.Found) -> tuple[str, ...]:
+    return tuple(str(path.absolute()) for path in found.paths)
 
 
 def _in_mirror(mirror: str | None, name: str) -> bool:
-    return bool(mirror) and (Path(mirror) / name).is_dir()
+    return bool(mirror) and (_path(mirror) / name).is_dir()
 
 
-def _local_files(path: Path, split: str) -> tuple[str, ...]:
-    """`path` itself, or the data files of a folder; where some are named after the split, only those."""
-    if path.is_file():
-        files = [path]
-    else:
-        files = sorted(p for p in path.glob("**/*") if p.suffix in FORMATS and p.is_file())
-        files = [p for p in files if p.name.startswith(split)] or files
-    if not files:
-        raise UserError(f"no dataset at {path}: a .parquet, .json(l)(.gz) or .txt file, or a folder of them, is needed")
-    if not any(file.stat().st_size for file in files):
-        raise UserError(f"{path} is empty")
-    if files[0].suffix not in FORMATS:
-        raise UserError(f"cannot read {files[0]}: the formats are {', '.join(FORMATS)}")
-    return tuple(map(str, files))
-
-
-def _mirror_files(mirror: Path, known: Known, config: str | None, split: str, fixed: bool):
+def _in_mirror_files(mirror: Path, known: Known, config: str | None, split: str, fixed: bool):
     """The split's files under <mirror>/<org>/<name>/<config>/, the configuration found, and a note for the report."""
     folder = mirror / known.path
     configs = sorted(p.name for p in folder.glob("*/") if p.is_dir())
@@ -184,10 +198,15 @@ def _mirror_files(mirror: Path, known: Known, config: str | None, split: str, fi
             f"{known.path} has configurations {', '.join(configs)} in {mirror}: type {known.path}:{configs[0]}"
         )
     where = folder / (found or "default")
-    files = sorted(p for p in where.glob("*") if p.name.removeprefix("c4-").startswith(split) and p.suffix in FORMATS)
-    if not files:
-        there = sorted({p.name.split("-")[0] for p in where.glob("*")})
-        raise UserError(
-            f"the mirror has no {where}/{split}-*.parquet" + (f" (splits there: {', '.join(there)})" if there else "")
-        )
-    return tuple(map(str, files)), found, note
+    splits: list[str] = []
+    if where.is_dir():
+        try:
+            return text_files.find(where, split, named=True), found, note
+        except text_files.NoSplit as error:
+            splits = error.splits
+        except UserError:
+            if any(where.glob(f"*{split}*")):
+                raise
+    raise UserError(
+        f"the mirror has no {where}/{split}-*.parquet" + (f" (splits there: {', '.join(splits)})" if splits else "")
+    )

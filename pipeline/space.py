@@ -16,15 +16,28 @@ GIB = 2**30
 SMALL = 2**17  # tables, logs, a report
 
 
+RUN = "the run"  # all of its stages
+
+
 def check(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> None:
-    """`UserError` where the disk of `work` has no room for what the stage will write and has not written yet."""
-    needed = {"prune": _prune, "reconstruct": _prune, "finetune": _finetune}.get(stage, _little)(recipe, inputs)
-    written = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    """`UserError` where the disk of `work` has no room for what the stage will write and has not written yet.
+
+    For the stage `RUN`, `work` is the run's folder, in which the stages that are finished need nothing more, and what a
+    stage reads from one before is taken to be as large as the dense model.
+    """
+    needs = {"prune": _prune, "reconstruct": _prune, "finetune": _finetune}
+    stages, folders = [stage], [work]
+    if stage == RUN:
+        stages = [name for name in recipe.stages if not (work / name).exists()]
+        folders = [work / f".{name}" for name in stages]
+    needed = sum(needs.get(name, _little)(recipe, inputs) for name in stages)
+    written = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(work).free
     if needed - written > free:
+        who = f"{', '.join(stages)} need{'s' * (len(stages) == 1)}"
         raise UserError(
-            f"{stage} needs about {_text(needed - written)} more on the disk of {work.parent}, where {_text(free)} are free: "
-            "make room, or type run_dir=... on another disk"
+            f"{who} about {_text(needed - written)} more on the disk of {work.parent}, where {_text(free)} are free: make "
+            "room, or type run_dir=... on another disk"
         )
 
 
@@ -39,7 +52,8 @@ def _prune(recipe: Recipe, inputs: dict[str, Path]) -> int:
 def _finetune(recipe: Recipe, inputs: dict[str, Path]) -> int:
     """The model once more; what trains, in float32, at its best and at the end; and twice with both moments of the
     optimizer, for a checkpoint replaces the one before."""
-    shapes, settings = _shapes(inputs["prune"] / "model"), recipe.finetune
+    origin = inputs["prune"] / "model" if "prune" in inputs else models.dense_folder(recipe, inputs)
+    shapes, settings = _shapes(origin), recipe.finetune
     trained = sum(count if settings.method == "full" else settings.rank * width for count, _, width in shapes)
     return sum(count * itemsize for count, itemsize, _ in shapes) + 4 * trained * (2 + 2 * 3) + SMALL
 

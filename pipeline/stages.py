@@ -28,6 +28,7 @@ from pipeline import (
     memory,
     model_files,
     models,
+    preflight,
     pretrain,
     processes,
     prune,
@@ -76,7 +77,10 @@ def run(recipe: Recipe) -> None:
         reconstruct.check(recipe)
         finetune.check(recipe)
         evaluate.check(recipe)
+        preflight.check(recipe)
         with _locked(run_dir):
+            if processes.is_main():
+                preflight.check_disk(recipe)
             done: dict[str, str] = {}  # stage -> what came out of it
             for stage in (stage for stage in STAGES if stage.name in recipe.stages):
                 inputs = {name: run_dir / name for name in stage.reads if name in done}

@@ -42,7 +42,7 @@ def groups(results: dict, published: dict[str, float] | None = None) -> Groups:
     fewshot = results.get("protocol", {}).get("fewshot") or 0
     language, tasks, weights = [], [], []
     for dataset in keys(model.get("perplexity") for model in models):
-        language.append((dataset, [perplexity_cell(model, dataset) for model in models]))
+        language.append((f"{dataset}{_part(results)}", [perplexity_cell(model, dataset) for model in models]))
         if dataset == "wikitext2" and published:
             told = [published.get(name) for name in names]
             language.append((f"{dataset}, published", [Cell("" if it is None else perplexity(it)) for it in told]))
@@ -65,6 +65,12 @@ def groups(results: dict, published: dict[str, float] | None = None) -> Groups:
     shots = f"{fewshot}-shot" if fewshot else "Zero-shot"
     titles = ("Perplexity (lower is better)", f"{shots}, % (higher is better)", "Weights")
     return [(title, rows) for title, rows in zip(titles, (language, tasks, weights), strict=True) if rows]
+
+
+def _part(results: dict) -> str:
+    """Marks perplexities that are of the beginning of a text only."""
+    windows = results.get("protocol", {}).get("windows")
+    return f" (first {windows} windows)" if windows else ""
 
 
 def explained(groups: Groups) -> str:
@@ -197,7 +203,7 @@ def headline(recipe: Recipe, results: dict) -> str:
         sentence += f", pruned with {method_name(recipe)} to {recipe.prune.sparsity}{share},"
     dataset = next(iter(keys(model.get("perplexity") for model in models.values())), None)
     if dataset:
-        kind, write = f"{dataset} perplexity", perplexity
+        kind, write = f"{dataset}{_part(results)} perplexity", perplexity
         scores = {name: (models[name].get("perplexity") or {}).get(dataset) for name in columns(results)}
     else:
         kind, write = "mean zero-shot accuracy in %", lambda value: f"{100 * value:.1f}"

@@ -44,7 +44,11 @@ def cells(arguments: list[str]) -> dict[str, list[str]]:
         name = "_".join(_name(key, value, swept[key]) for key, value in chosen.items())
         if name in found:
             raise UserError(f"two cells of the sweep are called {name}: is a value given twice?")
-        found[name] = [*fixed, *(f"{key}={value}" for key, value in chosen.items()), f"run_dir={folder / name}"]
+        found[name] = [
+            *fixed,
+            *(f"{key}={value}" for key, value in chosen.items()),
+            f"run_dir={_quoted(str(folder / name))}",
+        ]
     return found
 
 
@@ -117,7 +121,9 @@ def _check(key: str, values: list[str]) -> None:
     for part in key.split("."):
         default = default.get(part) if isinstance(default, dict) else None
     if key in ("run_dir", "debug"):
-        raise UserError(f"{key} holds for the whole sweep: give it one value")
+        raise UserError(
+            f"{key} holds for the whole sweep: give it one value (in quotes, where the comma belongs to it)"
+        )
     if "" in values:
         raise UserError(f"{key}={','.join(values)}: a value is missing beside a comma")
     if isinstance(default, list) and not all(value.startswith("[") for value in values):
@@ -129,6 +135,12 @@ def _folder(first: list[str], recipes: list[str] | None) -> Path:
     if recipes and not any(argument.startswith("run_dir=") for argument in first):
         return Path("runs") / "-".join(Path(name).stem for name in recipes)
     return Path(recipe_reader.load(first).run_dir)
+
+
+def _quoted(path: str) -> str:
+    """A cell reads its arguments as any run does, and a comma in the folder's name is no sweep there either."""
+    quote = '"' if "'" in path else "'"
+    return f"{quote}{path}{quote}" if "," in path else path
 
 
 def _name(key: str, value: str, values: list[str]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from pipeline import files
+from pipeline import caches, files
 from pipeline.errors import UserError
 
 # a dataset_path among these reads the files that the task itself names; any other is a repository of the hub
@@ -42,6 +42,14 @@ def identity(name: str, mirror: str | None = None, fewshot: int = 0) -> str:
     return f"lm-eval {version('lm_eval')}, {files.fingerprint(read)}"
 
 
+def hub_data(names: list[str]) -> dict[str, str]:
+    """{task: the hub's data set that it reads}, of those that read one."""
+    entries: dict[str, Any] = {}
+    _plan(names, None, 0, entries)
+    read = {name: (entry.cfg or {}).get("dataset_path") for name, entry in entries.items()}
+    return {name: str(path) for name, path in read.items() if path and path not in LOCAL_FORMATS}
+
+
 def load_tasks(names: list[str], mirror: str | None = None, fewshot: int = 0) -> dict:
     """lm-eval's tasks and groups, with their data, as `lm_eval.evaluate` takes them.
 
@@ -53,11 +61,16 @@ def load_tasks(names: list[str], mirror: str | None = None, fewshot: int = 0) ->
 
     wanted, definitions = _plan(names, mirror, fewshot)
     with tempfile.TemporaryDirectory() as folder:
-        for number, definition in enumerate(definitions):
+        for number, definition in enumerate(copy.deepcopy(definitions)):
+            data_files = definition.get("dataset_kwargs", {}).get("data_files", {})
+            for split, paths in data_files.items():  # which datasets would take for patterns
+                data_files[split] = list(map(glob.escape, paths))
             Path(folder, f"{number}.yaml").write_text(yaml.safe_dump(definition))
         try:
             loaded = TaskManager(include_path=folder, include_defaults=False).load(wanted)
         except Exception as error:  # lm-eval, datasets, pyarrow and the hub each have their own
+            if cache := caches.problem(error):
+                raise UserError(cache) from error
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(f"cannot load {', '.join(names)} of lm-eval, or its data: {reason}") from error
     for task in loaded["tasks"].values():
@@ -67,15 +80,18 @@ def load_tasks(names: list[str], mirror: str | None = None, fewshot: int = 0) ->
     return loaded
 
 
-def _plan(names: list[str], mirror: str | None, fewshot: int) -> tuple[list[str | dict], list[dict]]:
+def _plan(
+    names: list[str], mirror: str | None, fewshot: int, entries: dict[str, Any] | None = None
+) -> tuple[list[str | dict], list[dict]]:
     """What lm-eval is to load, and the definitions (its YAML, as data) of all tasks and groups that this stands for.
 
-    A definition includes lm-eval's own file and changes only where the data is: the way that lm-eval documents.
+    A definition includes lm-eval's own file and changes only where the data is: the way that lm-eval documents. `entries`
+    is filled with lm-eval's own, by name.
     """
     from pipeline.world import TASKS
 
     wanted: list[str | dict] = []
-    entries: dict[str, Any] = {}
+    entries = {} if entries is None else entries
     for name in names:
         if name in TASKS:
             wanted.append(copy.deepcopy(TASKS[name]))

@@ -13,7 +13,7 @@ from transformers import get_cosine_schedule_with_warmup
 from callbacks.checkpointer import Checkpointer
 from callbacks.step_log import StepLog
 from callbacks.stop_at_signal import StopAtSignal
-from pipeline import distill, processes, sharding
+from pipeline import data, distill, processes, sharding
 from pipeline.checkpoints import WholeCheckpoints, newest
 from pipeline.errors import UserError
 from pipeline.recipe import Finetune
@@ -36,11 +36,11 @@ def share(settings: Finetune, world_size: int) -> tuple[int, int]:
     return size, each // size
 
 
-def next_token_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-    """The mean cross-entropy of all predicted tokens, in nats. Not the model's own `.loss`: that of a multimodal family takes
-    the first positions for its image (GIT), and others add a loss of their routers."""
-    next_BT = F.pad(ids_BT[:, 1:], (0, 1), value=-100)  # the last token predicts nothing
-    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), next_BT.flatten())
+def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor, reduction: str = "mean") -> Tensor:
+    """The cross-entropy of all predicted tokens, in nats; a label of -100 bears none. Not the model's own `.loss`: that of a
+    multimodal family takes the first positions for its image (GIT), and others add a loss of their routers."""
+    next_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)  # the last token predicts nothing
+    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), next_BT.flatten(), reduction=reduction)
 
 
 class _Reach(torch.autograd.Function):
@@ -58,11 +58,22 @@ class _Reach(torch.autograd.Function):
 
 
 class CausalLM(LightningModule):
-    """`teacher`: the dense model to distil from, by the share `finetune.distill` of the loss."""
+    """`teacher`: the dense model to distil from, by the share `finetune.distill` of the loss.
 
-    def __init__(self, model: nn.Module, settings: Finetune, seed: int, teacher: nn.Module | None = None) -> None:
+    `counts`, where tokens without loss are among the windows: of each batch, how many a batch of its step bears on the
+    average of all processes. So each token counts the same, however a step is cut into batches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Finetune,
+        seed: int,
+        teacher: nn.Module | None = None,
+        counts: list[float] | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.settings, self.seed = model, settings, seed
+        self.model, self.settings, self.seed, self.counts = model, settings, seed, counts
         self.val_perplexity: float | None = None  # of the step at hand, where it was validated
         object.__setattr__(self, "teacher", teacher)  # not in _modules: it is neither wrapped, trained nor saved
         self.strict_loading = False  # checkpoints hold only what trains
@@ -84,7 +95,7 @@ class CausalLM(LightningModule):
     def training_step(self, ids_BT: Tensor, index: int) -> Tensor:
         # dropout of a resumed run must be that of an uninterrupted one: its seed is the batch's, not history's
         torch.manual_seed((self.seed * 1_000_003 + index) * processes.world_size() + processes.rank())
-        loss = self._loss(ids_BT)
+        loss = self._loss(ids_BT, index)
         if not loss.isfinite():
             raise UserError(
                 f"the loss at step {self.trainer.global_step + 1} is {loss.item()}: type a smaller lr than "
@@ -116,13 +127,18 @@ class CausalLM(LightningModule):
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def _loss(self, ids_BT: Tensor) -> Tensor:
-        if self.teacher is None:
-            return next_token_loss(self.model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
-        with torch.no_grad():
-            teacher_BTV = self.teacher(input_ids=ids_BT, use_cache=False).logits
+    def _loss(self, windows_BT: Tensor, index: int) -> Tensor:
+        ids_BT, labels_BT = data.ids_and_labels(windows_BT)
+        teacher_BTV = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_BTV = self.teacher(input_ids=ids_BT, use_cache=False).logits
         student_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
-        return distill.loss(student_BTV, teacher_BTV, ids_BT, self.settings.distill, self.settings.temperature)
+        if self.teacher is None and self.counts is None:
+            return next_token_loss(student_BTV, labels_BT)
+        count = self.counts[index] if self.counts else None
+        share, temperature = self.settings.distill, self.settings.temperature
+        return distill.loss(student_BTV, teacher_BTV, labels_BT, share, temperature, count)
 
     def configure_optimizers(self) -> dict:
         settings = self.settings
@@ -170,11 +186,16 @@ def fit(
 ) -> None:
     """Trains `model` in place on (steps * sequences, T) windows, in their order; goes on from a checkpoint in `folder`.
 
+    Windows may hold tokens without loss, as `data.ids_and_labels` reads them.
     Leaves `folder/metrics.csv`. The checkpoints are the caller's to remove once its stage is whole.
     """
     rank, world_size = processes.rank(), processes.world_size()
     batch_size, accumulate = share(settings, world_size)
     by_step = windows_NT.view(settings.max_steps, sequences(settings), -1)
+    counts = None
+    if (windows_NT < 0).any():
+        bearing = (by_step[..., 1:] >= 0).sum((1, 2)) / (accumulate * world_size)
+        counts = [count for count in bearing.tolist() for _ in range(accumulate)]
     mine = by_step[:, rank::world_size].flatten(0, 1).long()
     checkpoints = folder / "checkpoints"
     saver = Checkpointer(checkpoints, settings.checkpoint_every)
@@ -199,7 +220,7 @@ def fit(
     last = newest(folder)
     if last:
         processes.say(f"  going on from {last.name}")
-    trainer.fit(CausalLM(model, settings, seed, teacher), loader, ckpt_path=last, weights_only=True)
+    trainer.fit(CausalLM(model, settings, seed, teacher, counts), loader, ckpt_path=last, weights_only=True)
     if "wandb" in settings.loggers:
         import wandb
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pipeline import special_tokens
 from pipeline.tasks import load_tasks
 
 BOOTSTRAP = 1000  # draws for a metric without a closed-form standard error (F1, Matthews); that of a mean has one
@@ -40,8 +41,8 @@ def zero_shot(
     `names`, `mirror` and `fewshot` as in `load_tasks`; `limit` is in questions per task; `batch_size` may be `auto`, by
     trying. With world_size > 1 the questions are shared out over the ranks of the default process group, and every rank
     returns the same. A group with an aggregate of its own (mmlu) is one entry, without its questions; any other group
-    or tag is replaced by its tasks. Every name is seeded on its own, so its scores do not depend on the others. A
-    tokenizer without a padding token is given one. `tell` hears how far this rank is.
+    or tag is replaced by its tasks. Every name is seeded on its own, so its scores do not depend on the others. What a
+    tokenizer lacks for this is mended (`special_tokens.for_questions`). `tell` hears how far this rank is.
     """
     scores: dict[str, dict[str, float]] = {}
     correct: dict[str, list[float]] = {}
@@ -94,7 +95,8 @@ def _language_model(
     """
     from lm_eval.models.huggingface import HFLM
 
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    asking, _ = special_tokens.for_questions(tokenizer, model.config)
+    lm = HFLM(pretrained=model, tokenizer=asking, batch_size=batch_size)
     for method in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         setattr(lm, method, functools.partial(_shared, getattr(lm, method), rank, world_size, model, tell))
     return lm

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer
 
 from pipeline.masks import Masks
 from tests.harm import Harm, change_weights, cut, disk, put, remove
@@ -64,6 +66,39 @@ def one_weight_not_zero(folder: Path) -> None:
     change_weights(lambda weights: weights[UP][row].__setitem__(column, 0.25), index["weight_map"][UP])(
         folder / "pruned"
     )
+
+
+def tokenizer_with(**tokens: str) -> Harm:
+    """Special tokens that the model has no embedding for."""
+
+    def harm(folder: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        tokenizer.add_special_tokens({f"{kind}_token": token for kind, token in tokens.items()})
+        tokenizer.save_pretrained(folder / "model")
+
+    return harm
+
+
+def saved_splits(folder: Path) -> None:
+    rows = Dataset.from_dict({"text": ["the cat sat on the mat ."]})
+    DatasetDict({"train": rows, "test": rows}).save_to_disk(folder / "d")
+
+
+def split_files(*names: str) -> Harm:
+    def harm(folder: Path) -> None:
+        for name in names:
+            (folder / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+            Dataset.from_dict({"text": ["the cat sat on the mat ."]}).to_parquet(folder / "d" / name)
+
+    return harm
+
+
+def together(*harms: Harm) -> Harm:
+    return lambda folder: [harm(folder) for harm in harms]
+
+
+CHAT = json.dumps({"messages": [{"role": "user", "content": "who ?"}, {"role": "assistant", "content": "I ."}]})
+SPLITS = ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet")
 
 
 def no_tokenizer(folder: Path) -> None:
@@ -231,8 +266,109 @@ CASES: dict[str, list[Case]] = {
             "", "tokenizer_config.json (", cut("model/tokenizer_config.json"), "`tokenizer_config.json` is cut in half"
         ),
     ],
+    "Special tokens and chats": [
+        Case(
+            "",
+            "has the eos token '[END]' with id 552, the model 552 embedding rows: set eos_token in its tokenizer_config.json",
+            tokenizer_with(eos="[END]"),
+            "the token that ends a text has no embedding",
+        ),
+        Case("", "has the unk token '[UNK]' with id 552", tokenizer_with(unk="[UNK]"), "nor has that of unknown words"),
+        Case(
+            "",
+            "the model only 9 embedding rows: it, or config.json, is another model's",
+            changed("model/config.json", vocab_size=9),
+            "`vocab_size` is 9",
+        ),
+        Case(
+            "calibration.dataset={here}/c.jsonl",
+            "holds conversations, and the model's tokenizer has no chat template",
+            put("c.jsonl", CHAT),
+            f"holds `{CHAT}`",
+        ),
+        Case(
+            "finetune.dataset={here}/c.jsonl finetune.loss=assistant",
+            "the chat template does not take a conversation of user, assistant: no",
+            together(put("c.jsonl", CHAT), put("model/chat_template.jinja", "{{ raise_exception('no') }}")),
+            "its chat template refuses all",
+        ),
+        Case(
+            "finetune.dataset={here}/c.jsonl finetune.loss=assistant",
+            "a conversation has a turn of 'narrator': the roles are user, human, assistant",
+            together(
+                put("c.jsonl", CHAT.replace("user", "narrator")), put("model/chat_template.jinja", "{{ messages }}")
+            ),
+            "a narrator speaks",
+        ),
+    ],
+    "Folders of text": [
+        Case(
+            "calibration.dataset={here}/d@validation",
+            "has no split 'validation': the splits there are test, train",
+            split_files(*SPLITS),
+            "holds train and test",
+        ),
+        Case(
+            "finetune.validation={here}/d",
+            "has no split 'validation': the splits there are test, train",
+            split_files(*SPLITS),
+            "holds train and test",
+        ),
+        Case(
+            "calibration.dataset={here}/d@validation",
+            "the splits there are train, test",
+            saved_splits,
+            "was left by `save_to_disk`, with train and test",
+        ),
+        Case(
+            "calibration.dataset={here}/d",
+            "has configurations de, en: type the one that is meant",
+            split_files(*(f"{config}/{name}" for config in ("de", "en") for name in SPLITS)),
+            "holds two configurations",
+        ),
+        Case(
+            "calibration.dataset={here}/d:fr",
+            "has no configuration 'fr': it has de",
+            split_files("de/train.parquet"),
+            "holds one configuration",
+        ),
+        Case(
+            "calibration.dataset={here}/d",
+            "several forms (a.parquet, b.txt)",
+            together(split_files("a.parquet"), put("d/b.txt", "the cat")),
+            "holds two forms",
+        ),
+        Case(
+            "calibration.dataset={here}/d",
+            "it holds no file of text",
+            put("d/dataset_info.json", "{}"),
+            "holds metadata only",
+        ),
+        Case("calibration.dataset={here}/t.gz", "such as t.jsonl.gz", put("t.gz", "a"), "does not tell its form"),
+        Case(
+            "calibration.dataset={here}/t.txt",
+            "is a pointer of git-lfs",
+            put("t.txt", "version https://git-lfs.github.com/spec/v1"),
+            "is a pointer of git-lfs",
+        ),
+        Case("calibration.dataset={here}/t.txt@test", "is one file", put("t.txt", "a"), "is one file"),
+        Case(
+            "finetune.dataset={here}/t.jsonl",
+            "it has id, data.body; set finetune.column",
+            put("t.jsonl", '{"id": 1, "data": {"body": "a"}}'),
+            'holds `{"id": 1, "data": {"body": "a"}}`',
+        ),
+        Case(
+            "evaluate.column=data.text 'evaluate.perplexity=[{here}/t.jsonl]'",
+            "has no column 'data.text': it has id, data.body; set evaluate.column",
+            put("t.jsonl", '{"id": 1, "data": {"body": "a"}}'),
+            'holds `{"id": 1, "data": {"body": "a"}}`',
+        ),
+    ],
     "Texts": [
         Case("calibration.dataset=./nowhere", "no dataset at"),
+        Case("calibration.dataset=", "calibration.dataset=None: a word is needed"),
+        Case("calibration.dataset=\"''\"", "the section calibration names a data set by nothing"),
         Case("calibration.dataset=nobody/nothing", "cannot load nobody/nothing@train"),
         Case("calibration.dataset=c4@test", "c4 has no split 'test': type one of train, validation"),
         Case("calibration.dataset={here}/t.docx", "the formats are .parquet", put("t.docx", "a"), "is no text file"),
@@ -274,6 +410,9 @@ CASES: dict[str, list[Case]] = {
         Case("mirror={here} evaluate.tasks=[boolq]", "no {here}/aps/super_glue/boolq/validation-*.parquet"),
     ],
     "Training": [
+        Case("finetune.loss=assistant", "holds no conversations, which finetune.loss=assistant needs"),
+        Case("finetune.loss=assistent", "is not one of all, assistant: did you mean 'assistant'?"),
+        Case("finetune.dataset=self", "what the model itself writes is text to calibrate by only"),
         Case("finetune.rank=0", "finetune.rank=0 is out of range"),
         Case("finetune.rank=many", "finetune.rank=many: a whole number is needed"),
         Case("finetune.lr=nan", "finetune.lr=nan is not a finite number"),
@@ -303,6 +442,9 @@ CASES: dict[str, list[Case]] = {
         Case("stages=[prune,reconstruct] reconstruct.dataset=./nowhere", "no dataset at"),
     ],
     "Evaluation": [
+        Case("'evaluate.perplexity=[self]'", "evaluate.perplexity=self"),
+        Case("evaluate.windows=0", "evaluate.windows=0 is out of range"),
+        Case("evaluate.bos=maybe", "evaluate.bos=maybe: true or false is needed"),
         Case("evaluate.tasks=arc_easy", "type 'evaluate.tasks=[arc_easy]'"),
         Case("evaluate.tasks=[arc_esy]", "unknown task 'arc_esy': did you mean arc_easy"),
         Case("evaluate.tasks=[world_home]", "world_homes"),
@@ -385,6 +527,7 @@ CASES: dict[str, list[Case]] = {
         ),
     ],
     "Folders": [
+        Case("run_dir=~nobody-here/x", "there is no such home folder"),
         Case("run_dir={here}/file", "cannot write {here}/file/.lock", put("file", ""), "`file` is a file"),
         Case("run_dir={here}/file/below", "cannot write {here}/file/below/.lock", put("file", ""), "`file` is a file"),
         Case("run_dir=/proc/run", "cannot write /proc/run/.lock"),

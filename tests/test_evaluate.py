@@ -112,15 +112,17 @@ def test_a_new_task_and_a_new_run_measure_only_what_is_new(run_dir, tiny_llama, 
 
 
 def test_what_was_measured_before_a_fault_is_kept(tiny_llama, tmp_path, typed):
-    text = tmp_path / "text.txt"
-    text.write_text("Ivy lives in Otterby.\n")
+    """Of a text that begins well and is another model's further on, which no look before the work finds."""
+    text = tmp_path / "ids.jsonl"
+    rows = [json.dumps({"input_ids": [5, 6, 7, 8] * 20})] * 9
+    text.write_text("\n".join([*rows, json.dumps({"input_ids": [10**6] * 64})]))
     settings = (f"model={tiny_llama}", "stages=[evaluate]", f"run_dir={tmp_path}/runs/one")
     settings += (f"evaluate.perplexity=[world,{text}]",)
     code, _, (line,) = typed(*settings)
-    assert code == 2 and "tokens, too few for one window of 64: type evaluate.seq_len=" in line
+    assert code == 2 and "holds token 1000000, the model knows" in line
     before = kept(tmp_path / "runs")
     assert len(before) == 1 and not (tmp_path / "runs/one/evaluate").exists()
-    text.write_text("Ivy lives in Otterby.\n" * 40)
+    text.write_text("\n".join(rows))
     assert typed(*settings)[0] == 0
     assert before.items() <= kept(tmp_path / "runs").items()
 
@@ -218,3 +220,50 @@ def test_an_adapter_kept_apart_is_evaluated_on_the_pruned_model(run_dir, tiny_ll
     assert model["differences"].keys() == {"dense", "pruned"}
     assert "mask_violations" not in model and "sparsity" not in model
     assert any("finetuned: a dense LoRA" in note for note in found["whole"]["protocol"]["notes"])
+
+
+def test_a_quick_look_is_marked_and_its_windows_are_the_first(finished, tiny_llama, run_dir, typed):
+    whole = results(finished)
+    (text,) = whole["protocol"]["datasets"].values()
+    code, said, lines = typed(
+        f"model={tiny_llama}", f"run_dir={run_dir}", "evaluate.windows=4", "stages=[prune,evaluate,report]"
+    )
+    assert code == 0, lines
+    assert "world (first 4 windows)" in said
+    found = results(run_dir)
+    assert (
+        found["protocol"]["windows"] == 4
+        and "the first 4 windows of 64 tokens" in found["protocol"]["datasets"]["world"]
+    )
+    assert "windows of each text" in (run_dir / "report/report.md").read_text()
+    assert found["models"]["dense"]["perplexity"] != whole["models"]["dense"]["perplexity"]
+    assert "first" not in text and whole["protocol"]["windows"] is None
+
+
+def test_windows_begin_with_bos_where_asked_and_a_note_says_where_not(finished, tiny_llama, run_dir, typed):
+    assert any("evaluate.bos=true" in note for note in results(finished)["protocol"]["notes"])
+    before = len(kept(run_dir.parent))
+    code, _, lines = typed(f"model={tiny_llama}", f"run_dir={run_dir}", "evaluate.bos=true")
+    assert code == 0, lines
+    found = results(run_dir)
+    assert found["protocol"]["bos"] and not any("evaluate.bos" in note for note in found["protocol"]["notes"])
+    assert found["models"]["dense"]["perplexity"] != results(finished)["models"]["dense"]["perplexity"]
+    assert len(kept(run_dir.parent)) == before + 2  # the perplexity of both models, and nothing else, was measured anew
+
+
+def test_a_column_tells_which_text_is_measured(tiny_llama, tmp_path, typed):
+    rows = {"text": ["the cat sat on the mat ."] * 40, "other": ["the dove sings to the mason ."] * 40}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    found = []
+    for column in ("text", "other"):
+        settings = [
+            f"model={tiny_llama}",
+            f"run_dir={tmp_path}/runs/run",
+            "stages=[evaluate]",
+            f"evaluate.column={column}",
+        ]
+        code, _, lines = typed(*settings, f"evaluate.perplexity=[{tmp_path}/rows.parquet]", "evaluate.tasks=[]")
+        assert code == 0, lines
+        (value,) = results(tmp_path / "runs/run")["models"]["dense"]["perplexity"].values()
+        found.append(value)
+    assert found[0] != found[1]

@@ -51,6 +51,23 @@ def papers_loop(model, ids: torch.Tensor, seq_len: int) -> float:
     return math.exp(total / (count * seq_len))
 
 
+@torch.no_grad()
+def test_windows_that_begin_with_bos_predict_each_token_once():
+    """Each is BOS and seq_len - 1 tokens of the text: all of them are predicted, and none is lost between two windows."""
+    model, bos = tiny_llama().eval(), 5
+    ids = torch.randint(6, VOCABULARY, (41,), generator=torch.Generator().manual_seed(2))
+    for text in (ids, torch.cat([torch.tensor([bos]), ids])):  # a tokenizer may have put one at the beginning itself
+        found = windows(text, 11, bos=bos)
+        assert found.shape == (4, 11) and (found[:, 0] == bos).all()
+        assert torch.equal(found[:, 1:].flatten(), ids[:40])
+    expected = torch.tensor([model(it[None], labels=it[None]).loss for it in found]).mean().exp().item()
+    assert measured(model, found, 3) == pytest.approx(expected, rel=1e-6)
+    assert torch.equal(windows(ids, 11, 2, bos), found[:2])
+    assert torch.equal(windows(ids, 10, 2), ids[:20].view(2, 10))
+    with pytest.raises(UserError, match="too few for one window"):
+        windows(ids[:5], 11, bos=bos)
+
+
 @pytest.mark.parametrize("seq_len", [2, 40, 300])  # 300: more positions than are held in float32 at a time
 def test_is_the_papers_loop(seq_len):
     model = tiny_llama().eval()

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pipeline import recipe_reader
+from pipeline import recipe_reader, sweep
 from pipeline.errors import UserError
 from tests.conftest import ROOT
 
@@ -102,3 +102,55 @@ def test_answered_before_anything_heavy_loads():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "False"]
     assert done.stderr.strip() == "espalier: unknown key 'finetune.rnak': did you mean 'finetune.rank'?"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "./a b",
+        "./größe/日本",
+        "./a,b",
+        "./a[0-9]*/{b}",
+        "./v@2/x:y",
+        "./a #1",
+        "./a: b",
+        "./it's",
+        "12e4567",
+        "0123",
+        "on",
+        "a=b",
+    ],
+)
+def test_a_path_is_taken_as_it_stands(path):
+    """YAML would read some of these as a comment, a number, a list or a mapping."""
+    quoted = f'"{path}"'
+    for typed in (quoted, *([path] if "," not in path else [])):  # a comma without quotes makes a sweep
+        arguments = sweep.cells([f"model={typed}", f"calibration.dataset={typed}", "stages=[prune]"])
+        assert list(arguments) == [""]
+        loaded = recipe_reader.load([*arguments[""], f"run_dir={typed}", f"mirror={typed}"])
+        assert [loaded.model, loaded.calibration.dataset, loaded.run_dir, loaded.mirror] == [path] * 4
+
+
+def test_a_sweep_in_a_folder_with_a_comma():
+    for folder in ("./a,b", "./it's,b"):
+        cells = sweep.cells(["seed=1,2", f'run_dir="{folder}"', "model=m", "stages=[prune]"])
+        for name, arguments in cells.items():
+            (again,) = sweep.cells(arguments).values()
+            assert recipe_reader.load(again).run_dir == f"{folder.removeprefix('./')}/{name}"
+
+
+def test_home_is_known_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.py").write_text("")
+    (tmp_path / "r.yaml").write_text("model: ~/model\nstages: [prune]\nevaluate: {tasks: [~/t.yaml, boolq]}\n")
+    more = ["run_dir=~/runs/x", "mirror=~/hub", "prune.method=~/own.py"]
+    loaded = recipe_reader.load(["recipe=~/r.yaml", *more])
+    assert [loaded.model, loaded.run_dir, loaded.mirror] == [f"{tmp_path}/{it}" for it in ("model", "runs/x", "hub")]
+    assert loaded.prune.method == f"{tmp_path}/own.py"
+    assert loaded.evaluate.tasks == [f"{tmp_path}/t.yaml", "boolq"]
+    with pytest.raises(UserError, match="run_dir=~nobody-here/x: there is no such home folder"):
+        recipe_reader.load(["recipe=~/r.yaml", "run_dir=~nobody-here/x"])
+
+
+def test_null_is_still_nothing():
+    assert recipe_reader.load(["model=m", "stages=[prune]", "revision=null"]).revision is None

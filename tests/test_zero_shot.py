@@ -135,6 +135,13 @@ def test_scores_do_not_depend_on_the_other_names(mirror):
     assert (both["arc_challenge"], correct["arc_challenge"]) == tuple(found["arc_challenge"] for found in alone)
 
 
+def test_a_mirror_may_be_called_anything(tmp_path):
+    folder = tmp_path / "a [0-9], *@ü"
+    write(folder, "allenai/ai2_arc", "ARC-Easy", "test", arc_rows(3, "all"))
+    assert len(load_tasks(["arc_easy"], str(folder))["tasks"]["arc_easy"].eval_docs) == 3
+    tasks.identity("arc_easy", str(folder))
+
+
 def test_examples_come_from_the_training_split(mirror):
     for fewshot in (0, 2):
         task = load_tasks(["arc_easy"], mirror, fewshot)["tasks"]["arc_easy"]
