@@ -44,13 +44,16 @@ FAMILIES = (
 )
 
 
-def tiny(name: str) -> nn.Module:
+def tiny(name: str, **more: Any) -> nn.Module:
     """The model of a family in float32 and evaluation mode, always the same; every parameter matters to what it gives.
+    `more` goes into its configuration.
 
     Raises what transformers raises where it cannot build one of these sizes: `gemma3n` needs timm, for example.
     """
     auto = AutoModelForImageTextToText if name.endswith(":whole") else AutoModelForCausalLM
     small = configuration(name)
+    for key, value in more.items():
+        setattr(small, key, value)
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in auto.from_config(small).parameters())
     if weights > TOO_LARGE:

@@ -41,24 +41,24 @@ from pipeline.recipe import Recipe
 from pipeline.rewrite import layers, parameters, rewrite
 from pipeline.verify import checked
 from tests.conftest import ROOT
+from tests.families import WHOLE, tiny
 from tests.test_decoder import small_model
-from tests.tiny import MULTIMODAL, multimodal
 
 IDS = torch.arange(3, 27).view(1, -1)
 FUSED = ("mixtral", "qwen2_moe")
 CONVERTED = (*FUSED, "gemma3", "llava", "mistral3", "mllama", "qwen2_5_vl", "qwen3_5_moe")
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "opt", "bloom", *FUSED, *MULTIMODAL])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "opt", "bloom", *FUSED, *WHOLE])
 def family(request, tmp_path_factory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp(request.param)
-    (multimodal if request.param in MULTIMODAL else small_model)(request.param).save_pretrained(folder)
+    (tiny(f"{request.param}:whole") if request.param in WHOLE else small_model(request.param)).save_pretrained(folder)
     return request.param, folder
 
 
 def by_its_class(name: str, folder: Path) -> nn.Module:
     """As anybody loads it, with no key missing and none left over."""
-    chosen = AutoModelForImageTextToText if name in MULTIMODAL else AutoModelForCausalLM
+    chosen = AutoModelForImageTextToText if name in WHOLE else AutoModelForCausalLM
     model, info = chosen.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()
