@@ -7,7 +7,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import GenerationConfig
 
-from pipeline import chat, special_tokens
+from pipeline import chat, models, special_tokens
 from pipeline.errors import UserError
 
 WORDS = 24  # of a prompt; a text of twice as many is long enough to begin with
@@ -43,7 +43,7 @@ def continuations(model: nn.Module, tokenizer: Any, prompts: list[str], tokens: 
 
     One prompt at a time, since padding would change the numbers. Raises `UserError` where a prompt fills all positions.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = models.positions(model.config)
     own = model.generation_config
     tokenizer, _ = special_tokens.for_questions(tokenizer, model.config)
     found = []

@@ -101,7 +101,7 @@ def _prompts(recipe: Recipe, dense: Path) -> list[str]:
     if settings.continuations == 0 or settings.prompts or not settings.perplexity:
         return settings.prompts if settings.continuations else []
     rows = sources.documents(sources.of_stage(recipe, "evaluate")[0])
-    positions = getattr(models.config(dense, recipe).get_text_config(), "max_position_embeddings", None)
+    positions = models.positions(models.config(dense, recipe))
     room = min(PROMPT, positions // 2) if positions else PROMPT
     return continuations.prompts(rows, models.tokenizer(dense, recipe), settings.continuations, room)
 

@@ -146,10 +146,16 @@ def refuse_differences(
         )
 
 
-def check_length(config, key: str, seq_len: int) -> None:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions and 0 < positions < seq_len:  # XLNet's -1 means any
-        raise UserError(f"{key}={seq_len} exceeds the model's {positions} positions: type {key}={positions}")
+def positions(config: PreTrainedConfig) -> int | None:
+    """How long a text the model takes, where its configuration says so; XLNet's -1 means any."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if found and found > 0 else None
+
+
+def check_length(config: PreTrainedConfig, key: str, seq_len: int) -> None:
+    known = positions(config)
+    if known and seq_len > known:
+        raise UserError(f"{key}={seq_len} exceeds the model's {known} positions: type {key}={known}")
 
 
 def check_vocabulary(config, ids: Tensor, source) -> None:

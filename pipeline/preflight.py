@@ -97,7 +97,7 @@ def _questions(recipe: Recipe, tokenizer: Any, config: PreTrainedConfig) -> list
     if not (settings.tasks or prompted):
         return []
     asking, mended = special_tokens.for_questions(tokenizer, config)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = models.positions(config)
     for prompt in settings.prompts if prompted else ():
         length = len(asking(prompt).input_ids)
         if length == 0:

@@ -18,15 +18,6 @@ __all__ = ["documents", "first_rows", "identity", "of_stage", "of_text", "source
 
 TOKENISED_WIKITEXT = "wikitext-2-v1"
 SELF = "self"
-# what rows hold where no column is chosen, the first that is there; several columns are those of a conversation
-COLUMNS = (
-    ("input_ids",),
-    ("text",),
-    ("messages",),
-    ("conversations",),
-    ("prompt", "response"),
-    ("prompt", "completion"),
-)
 
 
 @dataclass(frozen=True)
