@@ -132,6 +132,8 @@ class LayerwiseForwards:
         versions = [tensor._version for tensor in given]
         try:
             return hidden_states(self._own[self.at.index](*args, **kwargs))
+        except StopIteration as error:  # Lightning would take it for the end of the data, and end the walk in silence
+            raise UserError(f"{self.at.name} raises StopIteration in its forward, which its code must not") from error
         finally:
             self._put_away(i)
             if versions != [tensor._version for tensor in given]:
@@ -217,5 +219,10 @@ class LayerwiseForwards:
 
 
 def hidden_states(output: Any) -> Tensor:
-    """The hidden states among what a block returns: the first tensor of it."""
-    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+    """The hidden states among what a block returns: the first tensor of it; `UserError` where none is found."""
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            return leaf
+    raise UserError(
+        f"the layers return a {type(output).__name__}, in which no tensor is found: return a tensor or a tuple"
+    )

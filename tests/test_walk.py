@@ -4,14 +4,17 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from callbacks.methods import WandaPruner
 from pipeline import data, model_files, models, series, sources
+from pipeline.errors import UserError
+from pipeline.layerwise import hidden_states
 from pipeline.masks import by_matrix
 from pipeline.patterns import NofM
 from tests.conftest import PRUNE, espalier
-from tests.families import save, text
+from tests.families import save, text, tiny
 from tests.test_prune import Killed, pruned, settings
 
 
@@ -136,3 +139,22 @@ def test_experts_that_a_process_never_reaches_count_with_what_others_saw(origin,
         path.read_bytes() for path in (tmp_path / "one/masks.safetensors", tmp_path / "two/prune/masks.safetensors")
     )
     assert one == two
+
+
+class PastTheEnd(nn.Module):
+    def forward(self, *args, **kwargs):
+        return next(iter(()))
+
+
+def test_a_layer_that_raises_stop_iteration_is_refused_and_does_not_end_the_walk(origin, tokens, tmp_path, monkeypatch):
+    """Lightning takes a StopIteration for the end of the data: the layers from there on would stay dense, in silence."""
+    model = tiny("llama")
+    model.model.layers[1].input_layernorm = PastTheEnd()
+    monkeypatch.setattr(models, "load", lambda *args: model)
+    with pytest.raises(UserError, match="model.layers.1 raises StopIteration"):
+        pruned(origin("llama"), tmp_path / "p", tokens)
+
+
+def test_a_layer_that_returns_no_tensor_is_refused():
+    with pytest.raises(UserError, match="return a object, in which no tensor"):
+        hidden_states(object())
