@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from lightning.pytorch import Callback
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import layer_fit, processes
 from pipeline.blocks import Block
@@ -33,6 +33,7 @@ class LayerReconstructor(Callback):
     ) -> None:
         self.dense, self.masks, self.settings, self.seed, self.steps = dense, masks, settings, seed, steps
         self.targets: list[Tensor] = []
+        self.passed: set[int] = set()  # the ids of parameters of the blocks before
 
     def on_predict_epoch_start(self, trainer, walk) -> None:
         self.dense.start()
@@ -51,8 +52,10 @@ class LayerReconstructor(Callback):
             self._advance()
         self._advance(see)
         if walk.is_finished(block):
+            self.passed |= set(map(id, block.module.parameters()))
             return
         before, after = self._fit(walk, block)
+        self.passed |= set(map(id, block.module.parameters()))
         seconds = time.perf_counter() - started
         walk.log_row = {
             "layer": block.index,
@@ -63,6 +66,11 @@ class LayerReconstructor(Callback):
         }
         found = f"{before:.4f} -> {after:.4f}" if after < before else f"{before:.4f}, no better: it stays as it was"
         processes.say(f"  layer {block.index + 1}/{len(walk.blocks)}: held-out error {found}, {seconds:.1f} s")
+
+    def _own(self, walk, block: Block) -> dict[str, nn.Parameter]:
+        """What the block's shard will hold, but for what a block before it uses as well, which has been trained there."""
+        named = block.module.named_parameters()
+        return {n: p for n, p in named if walk.files.holds(block, n) and id(p) not in self.passed}
 
     def _advance(self, see: Callable[[int, Tensor], None] | None = None) -> None:
         for _ in self.dense.advance(see):
@@ -87,15 +95,13 @@ class LayerReconstructor(Callback):
                 processes.say(f"    epoch {epoch}/{epochs}: held-out error {found:.4f}, {seconds:.0f} s")
             return found
 
-        masks = {}
-        for name, parameter in block.module.named_parameters():
+        parameters, masks = self._own(walk, block), {}
+        for name, parameter in parameters.items():
             mask = self.masks.of(f"{block.name}.{name}", parameter)
             if mask is not None:
                 masks[name] = mask.to(walk.device)
         try:
-            return layer_fit.fit(
-                block.module, masks, self.steps, error, judge, processes.all_sum, epochs, lr, self.seed
-            )
+            return layer_fit.fit(parameters, masks, self.steps, error, judge, processes.all_sum, epochs, lr, self.seed)
         except UserError as problem:
             raise UserError(
                 f"the reconstruction of {block.name} diverges, {problem}: type reconstruct.lr={lr / 10:g}"

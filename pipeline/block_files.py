@@ -40,6 +40,10 @@ class BlockFiles:
     def is_finished(self, block: Block) -> bool:
         return block.index in self.finished_before
 
+    def holds(self, block: Block, name: str) -> bool:
+        """Whether the shard of a block holds its parameter `name`; one that blocks share has its place in one of them."""
+        return f"{block.name}.{name}" in self._names
+
     def write(self, block: Block, masks: Masks, log: dict) -> None:
         masks.save(self.masks_file(block.index), log)
         self._save(block.index, self._state(block))

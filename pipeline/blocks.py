@@ -38,12 +38,27 @@ def find_blocks(model: nn.Module) -> list[Block]:
         inside = name.startswith(tuple(f"{outer}." for outer in lists))
         if isinstance(module, nn.ModuleList) and not inside and any(map(_holds_matrices, module)):
             lists[name] = module
-    found = [(f"{name}.{i}", block) for name, blocks in lists.items() for i, block in enumerate(blocks)]
-    if not found:
+    kinds = Counter(re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name) for name in lists)
+    found: dict[nn.Module, str] = {}
+    for outer, modules in lists.items():
+        for name, module in _items(outer, modules):
+            found.setdefault(module, name)  # one that is there several times is one block
+    if not found or max(kinds.values()) > 1:
+        what = f"lists inside of layers ({next(iter(lists))} and others)" if found else "no list of layers"
         raise UserError(
-            f"{type(model).__name__} is not understood: it has no list of layers with Linear or Conv1D matrices in them"
+            f"{type(model).__name__} is not understood: looked for module lists of layers with Linear or Conv1D matrices, "
+            f"found {what}"
         )
-    return [Block(index, name, module) for index, (name, module) in enumerate(found)]
+    return [Block(index, name, module) for index, (module, name) in enumerate(found.items())]
+
+
+def _items(name: str, modules: nn.ModuleList) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of a list, or of lists in a list."""
+    for i, item in enumerate(modules):
+        if isinstance(item, nn.ModuleList):
+            yield from _items(f"{name}.{i}", item)
+        else:
+            yield f"{name}.{i}", item
 
 
 def language_model(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

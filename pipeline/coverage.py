@@ -5,6 +5,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 PRUNED = "pruned"
+OUTSIDE = "outside the layers"
 NEVER_CALLED = "the model never calls it with calibration text"
 
 
@@ -40,7 +41,7 @@ class Coverage:
 
 def told(rows: list[dict]) -> list[tuple[str, str]]:
     """(what, how much) for people, of `rows` as they are or as a CSV holds them."""
-    total = sum(int(row["weights"]) for row in rows)
+    total = sum(int(row["weights"]) for row in rows if row["reason"] != OUTSIDE)
     pairs = []
     for row in rows:
         count, weights = int(row["matrices"]), int(row["weights"])

@@ -27,7 +27,7 @@ def token_error(out_BTD: Tensor, target_BTD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fit(
-    layer: nn.Module,
+    parameters: dict[str, nn.Parameter],
     masks: dict[str, Tensor],
     steps: list[range],
     error: Callable[[int], Tensor],
@@ -37,7 +37,7 @@ def fit(
     lr: float,
     seed: int,
 ) -> tuple[float, float]:
-    """Trains all parameters of `layer` in place, with Adam and a cosine; returns what `judge` found before and at the end.
+    """Trains `parameters`, those of a layer, in place, with Adam and a cosine; returns what `judge` found first and last.
 
     `masks` has the masks of the pruned parameters by name. Each of `steps` names the batches of an optimizer step, and an
     epoch takes the steps in an order of its own; `error(i)` is this rank's error of batch i, `judge()` the error of all
@@ -45,13 +45,15 @@ def fit(
     stay, the pruned ones among them, so that no layer ends worse than it began. `UserError` where the error exceeds that of
     an output of zeros, which is 1.
     """
-    parameters = dict(layer.named_parameters())
+    if not parameters:  # all are those of blocks before it
+        return (found := judge()), found
     # fp32, since a step is finer than bf16 can tell; of fp32 parameters these are the parameters themselves
     masters = {name: parameter.detach().float() for name, parameter in parameters.items()}
     optimizer = torch.optim.Adam([{"params": [master], "lr": lr * _size(master)} for master in masters.values()])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(steps))
     order = torch.Generator().manual_seed(seed)
-    layer.requires_grad_(True)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
 
     before = best = judge()
     kept = _copy(parameters)

@@ -107,9 +107,11 @@ class LayerwiseForwards:
             del block.module.forward
             if block.module.forward != own:  # an object's own, as accelerate's hooks set
                 block.module.forward = own
+        outer = torch.is_grad_enabled()
         for forward in self.forwards:
             if forward:  # paused: its frames would keep their tensors until they are collected
                 forward.throw()
+        torch.set_grad_enabled(outer)  # as those that ended have left their own mode
         self.forwards = []
 
     @torch.no_grad()
@@ -122,7 +124,8 @@ class LayerwiseForwards:
         self._arrive()
 
     def try_on(self, i: int) -> Tensor:
-        """The hidden states that the block at hand gives for batch i. May be repeated, for it changes nothing."""
+        """The hidden states that the block at hand gives for batch i. May be repeated, for it changes nothing: neither tensors
+        nor lists and dicts among its arguments. (An object of the model's own that a block changes would see it twice.)"""
         self._bring_back(i)
         forward = self.forwards[i]
         # aliases: a gradient may need them when the originals have been put away

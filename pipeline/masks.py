@@ -137,7 +137,7 @@ class Masks(Mapping[str, Tensor]):
 
     def sparsity(self) -> float:
         entries = self.packed.values()
-        return 1 - sum(entry.kept for entry in entries) / max(1, sum(entry.weights for entry in entries))
+        return sum(entry.weights - entry.kept for entry in entries) / max(1, sum(entry.weights for entry in entries))
 
     def check_patterns(self) -> None:
         """Raises `UserError` where a mask does not hold the ratio or N of M that it claims."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.blocks import Block, find_blocks, is_matrix
-from pipeline.coverage import Entry
+from pipeline.blocks import Block, find_blocks, is_matrix, language_model
+from pipeline.coverage import OUTSIDE, Entry
 from pipeline.errors import UserError
 
 ROUTER = "router"
@@ -82,6 +82,7 @@ def classified(block: Block, blocks: list[Block]) -> dict[str, Matrix | Dense]:
             is_vector = parameter.dim() < 2 or (parameter.squeeze().dim() < 2 and not is_matrix(module))
             if id(parameter) in earlier or is_vector or attribute.endswith("bias"):
                 continue
+            earlier.add(id(parameter))  # two modules of a block may share one
             name = ".".join(part for part in (block.name, path, attribute) if part)
             if attribute in in_experts:
                 transposed = _is_transposed(module, attribute, parameter)
@@ -101,8 +102,9 @@ def classified(block: Block, blocks: list[Block]) -> dict[str, Matrix | Dense]:
     return found
 
 
-def entries(blocks: list[Block]) -> dict[str, Entry]:
-    """What there is to cover in the blocks, by name. To be asked before a walk, which drops the weights."""
+def entries(model: nn.Module, blocks: list[Block]) -> dict[str, Entry]:
+    """What there is to cover, by name: in the blocks, and the matrices of the language model outside them but for its head.
+    To be asked before a walk, which drops the weights."""
     found = {}
     for block in blocks:
         for name, it in classified(block, blocks).items():
@@ -110,6 +112,11 @@ def entries(blocks: list[Block]) -> dict[str, Entry]:
                 found[name] = Entry(block.name, it.weight_OI.numel(), None)
             else:
                 found[name] = Entry(block.name, it.parameter.numel(), it.reason)
+    inside = {module for block in blocks for module in block.module.modules()}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for path, module in language_model(model):
+        if is_matrix(module) and module not in inside and module is not head:
+            found[f"{path}.weight"] = Entry("", module.weight.numel(), OUTSIDE)
     return found
 
 

@@ -54,6 +54,7 @@ def tokenizer(folder: Path, recipe: Recipe):
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
     except Exception as error:  # damaged files raise KeyError, AttributeError and more
+        config(folder, recipe)  # which the tokenizer is chosen by: what is wrong with it is told as such
         raise UserError(
             f"{folder} has no usable tokenizer: {model_files.problem(folder, error, '*token*.json')}: copy tokenizer.json and "
             "tokenizer_config.json there from the model it was made of"

@@ -22,10 +22,11 @@ PART = 1 << 18  # numbers that are summed at once on a CPU
 # products of an input with a weight, and the dimension of the weight that is summed over
 LINEAR = (F.linear,)
 MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm)
+PRODUCT_ARGUMENTS = ("input", "weight", "other", "mat2")
 
 
 class EveryInputSeen(Exception):
-    """Raised inside a block once each matrix has seen its input: the rest of the block need not be computed."""
+    """Raised inside a block once each matrix has seen all its inputs: the rest of the block need not be computed."""
 
 
 @dataclass
@@ -46,17 +47,18 @@ class InputObserver:
     def __init__(self, matrices: dict[str, Matrix], observe: Callable[[Tensor], Tensor]) -> None:
         self.matrices, self.observe = matrices, observe
         self.observed = Observed()
+        self._usual: Counter[str] | None = None  # calls of each matrix in the first batch, where no batch makes others
         self._linear = {name: matrix for name, matrix in matrices.items() if matrix.expert is None}
         self._fused = _FusedProducts({n: m for n, m in matrices.items() if m.expert is not None}, self._see)
 
     @contextmanager
     def batch(self) -> Iterator[None]:
         """While one batch flows through the block."""
-        self._left = set(self.matrices)
-        self._last: tuple[Tensor, str] | None = None
+        self._calls: Counter[str] = Counter()
+        self._last: tuple[Tensor, int, str] | None = None
         with ExitStack() as stack:
             for name, matrix in self._linear.items():
-                stack.callback(matrix.module.register_forward_pre_hook(self._hook(name)).remove)
+                stack.callback(matrix.module.register_forward_pre_hook(self._hook(name), with_kwargs=True).remove)
                 if type(matrix.module).forward not in PRODUCTS and name not in self.observed.shared_input_key:
                     stack.callback(matrix.module.register_forward_hook(_check_product).remove)
             if self._fused.matrices:
@@ -68,22 +70,27 @@ class InputObserver:
                 pass
             finally:
                 self._last = None
+        for name, key in self.observed.shared_input_key.items():
+            if self._calls[name] and self._calls[name] != self._calls[key] and not self.matrices[name].routed:
+                raise UserError(f"{name} shares some of its inputs with {key}, and not all: that is not understood")
+        if self._usual is None and not any(matrix.routed for matrix in self.matrices.values()):
+            self._usual = self._calls
 
     def _hook(self, name: str) -> Callable:
-        def see(module: nn.Module, args: tuple) -> None:  # must return None: anything else would replace the inputs
-            self._see(name, args[0])
+        def see(module: nn.Module, args: tuple, kwargs: dict) -> None:  # None, for a value would replace the inputs
+            self._see(name, args[0] if args else next(iter(kwargs.values())))
 
         return see
 
     def _see(self, name: str, tensor: Tensor) -> None:
         found = self.observed
-        if self._last is None or self._last[0] is not tensor:
-            self._last = (tensor, found.shared_input_key.setdefault(name, name))
-            self._add(self._last[1], tensor.detach().flatten(0, -2))
+        if self._last is None or self._last[0] is not tensor or self._last[1] != tensor._version:
+            self._last = (tensor, tensor._version, found.shared_input_key.setdefault(name, name))
+            self._add(self._last[2], tensor.detach().flatten(0, -2))
         else:
-            found.shared_input_key.setdefault(name, self._last[1])
-        self._left.discard(name)
-        if not self._left:
+            found.shared_input_key.setdefault(name, self._last[2])
+        self._calls[name] += 1
+        if self._calls == self._usual:
             raise EveryInputSeen
 
     def _add(self, key: str, input_NI: Tensor) -> None:
@@ -112,7 +119,8 @@ class _FusedProducts(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in LINEAR or func in MATMUL:
-            self._look_at(args[0], args[1], summed=-1 if func in LINEAR else -2)
+            named = [*args, *(kwargs[key] for key in PRODUCT_ARGUMENTS if kwargs and key in kwargs)]
+            self._look_at(named[0], named[1], summed=-1 if func in LINEAR else -2)
         return func(*args, **(kwargs or {}))
 
     def _look_at(self, left: Tensor, weight: Tensor, summed: int) -> None:

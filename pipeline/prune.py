@@ -13,6 +13,7 @@ from pipeline.allocation import allocate
 from pipeline.block_files import write_rows
 from pipeline.blocks import find_blocks
 from pipeline.coverage import Coverage
+from pipeline.errors import UserError
 from pipeline.masks import Masks
 from pipeline.matrices import entries
 from pipeline.recipe import Recipe
@@ -25,7 +26,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     model = models.load(origin, recipe)
     settings, blocks = recipe.prune, find_blocks(model)
     patterns = allocate(blocks, settings)  # refuses what cannot hold before any text is read
-    coverage = Coverage(entries(blocks), patterns.keys())
+    coverage = Coverage(entries(model, blocks), patterns.keys())
     for what, text in coverage.told(patterns):
         processes.say(f"  {what}: {text}")
     batches = calibration.batches(recipe, recipe.calibration, "calibration", origin, model)
@@ -60,6 +61,8 @@ def outlier_shares(
 def finish(walk: LayerWalk, origin: Path, recipe: Recipe, coverage: Coverage) -> None:
     """The rest of the model folder, all masks in one file, all rows in one table."""
     folder = walk.files.folder
+    if not any(row["matrices"] for row in walk.files.logs()):
+        raise UserError("nothing was pruned: the model calls none of the matrices of its layers with calibration text")
     walk.files.write_rest(origin, recipe.dtype)
     rows = Masks.merge(walk.files.masks_files(), folder / "masks.safetensors")
     write_rows(folder / "coverage.csv", coverage.rows(Masks.load(folder / "masks.safetensors")[0]))

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from pipeline import files, memory, models, placement, processes, special_tokens
+from pipeline import files, memory, model_files, models, placement, processes, special_tokens
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
@@ -41,7 +41,7 @@ def samples(recipe: Recipe, dense: Path, count: int, seq_len: int) -> Tensor:
     fewer samples are the first of more.
     """
     tokenizer = models.tokenizer(dense, recipe)
-    known_as = processes.from_main(models.identity(dense) if processes.is_main() else None)
+    known_as = processes.from_main(model_files.identity(dense) if processes.is_main() else None)
     about = {
         "model": known_as,
         "dtype": recipe.dtype,

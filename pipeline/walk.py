@@ -13,6 +13,7 @@ from callbacks.stop_at_signal import StopAtSignal
 from pipeline import processes
 from pipeline.block_files import BlockFiles
 from pipeline.blocks import Block, find_blocks
+from pipeline.errors import UserError
 from pipeline.layerwise import LayerwiseForwards
 from pipeline.masks import Masks
 from pipeline.matrices import Matrix
@@ -55,14 +56,29 @@ class LayerWalk(LightningModule):
         """The blocks in the order in which the model reaches them, each once. Between two of them, all batches run through
         the block at hand as it is then, and through blocks that the model calls again. What follows the last is not run."""
         left = {block.index for block in self.blocks}
+        self.begun = self.ended = 0
         self.forwards.start()
         while left and (block := self.forwards.at) is not None:
             if block.index in left:
+                self._check_owner(block, left)
                 left.discard(block.index)
+                self.begun += 1
                 yield block
             if left:
                 for _ in self.forwards.advance():
                     pass
+
+    def _check_owner(self, block: Block, left: set[int]) -> None:
+        """Shared weights are pruned with the first block that holds them, so it must be the first that is reached, too."""
+        own = set(map(id, block.module.parameters()))
+        for other in self.blocks[: block.index]:
+            if other.index in left and own & set(map(id, other.module.parameters())):
+                raise UserError(
+                    f"{block.name} is reached before {other.name}, with which it shares weights: not understood"
+                )
+
+    def on_predict_batch_end(self, outputs, block: Block, number: int, dataloader_idx: int = 0) -> None:
+        self.ended += 1
 
     def predict_step(self, block: Block, number: int) -> None:
         self.masks, self.log_row = Masks(), {}
@@ -122,3 +138,5 @@ def run_layerwise(walk: LayerWalk, callbacks: list[Callback]) -> None:
     assert trainer.world_size == processes.world_size()
     with walk.forwards:
         trainer.predict(walk, DataLoader(_Reached(walk), batch_size=None), return_predictions=False)
+    if walk.ended != walk.begun:  # a StopIteration of whatever code: Lightning takes it for the end of the data
+        raise UserError(f"the walk ended in the midst of layer {walk.begun}: something in it raised StopIteration")

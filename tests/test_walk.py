@@ -8,11 +8,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from callbacks.methods import WandaPruner
-from pipeline import data, model_files, models, series, sources
+from pipeline import calibration, data, model_files, models, recipe, reconstruct, scores, series, sources
+from pipeline.blocks import Block, find_blocks
+from pipeline.coverage import Coverage
 from pipeline.errors import UserError
 from pipeline.layerwise import hidden_states
 from pipeline.masks import by_matrix
+from pipeline.matrices import entries, matrices, matrices_of
+from pipeline.observe import InputObserver
 from pipeline.patterns import NofM
+from pipeline.walk import LayerWalk
 from tests.conftest import PRUNE, espalier
 from tests.families import save, text, tiny
 from tests.test_prune import Killed, pruned, settings
@@ -158,3 +163,84 @@ def test_a_layer_that_raises_stop_iteration_is_refused_and_does_not_end_the_walk
 def test_a_layer_that_returns_no_tensor_is_refused():
     with pytest.raises(UserError, match="return a object, in which no tensor"):
         hidden_states(object())
+
+
+def test_reconstruction_of_shared_blocks_writes_the_model_that_it_walked(origin, tokens, tmp_path, monkeypatch):
+    """What blocks share is trained with the first of them: its shard has been written when the others are trained."""
+    folder, reached = origin("zamba2"), []
+    pruned(folder, tmp_path / "prune", tokens)
+    (tmp_path / "reconstruct").mkdir()
+
+    def predict_step(self, block, number, original=LayerWalk.predict_step):
+        reached.append((block.name, self.forwards.forwards[0].args[0].clone()))
+        return original(self, block, number)
+
+    monkeypatch.setattr(LayerWalk, "predict_step", predict_step)
+    chosen = settings(folder, tokens, "reconstruct.epochs=1", "reconstruct.samples=8", "reconstruct.accumulate=2")
+    reconstruct.run(chosen, tmp_path / "reconstruct", {"prune": tmp_path / "prune"})
+    model, given = AutoModelForCausalLM.from_pretrained(tmp_path / "reconstruct/model"), {}
+    for name, _ in reached:
+        layer = model.get_submodule(name)
+        layer.register_forward_pre_hook(lambda layer, args, name=name: given.update({name: args[0]}))
+    batch = calibration.batches(chosen, recipe.reconstruction_text(chosen), "reconstruct", folder, model)[0]
+    with torch.no_grad():
+        model(input_ids=batch, use_cache=False)
+    for name, hidden in reached:
+        torch.testing.assert_close(given[name], hidden, rtol=1e-5, atol=1e-5)
+
+
+class Layer(nn.Module):
+    """q sees the input twice, or k sees it changed in place; both products are of one width."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.q, self.k, self.kind = nn.Linear(8, 8), nn.Linear(8, 8), kind
+
+    def forward(self, hidden):
+        if self.kind == "twice":
+            return self.q(self.q(hidden) + 1) + self.k(input=hidden * 2)
+        changed = hidden.clone()
+        first = self.q(changed)
+        changed += 1
+        return first + self.k(changed)
+
+
+@pytest.mark.parametrize("kind", ["twice", "in place"])
+def test_every_input_of_a_matrix_counts(kind):
+    layer, batches = Layer(kind), [torch.randn(3, 8) for _ in range(3)]
+    block = Block(0, "layers.0", layer)
+    found, seen = matrices(block, [block]), {"layers.0.q.weight": [], "layers.0.k.weight": []}
+    observer = InputObserver(found, scores.square_sum)
+    for name, kept in seen.items():
+        module = found[name].module
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs, kept=kept: kept.append([*args, *kwargs.values()][0].clone()), with_kwargs=True
+        )
+    with torch.no_grad():
+        for batch in batches:
+            layer(batch)  # the plain loop
+        expected = {name: torch.cat(kept).double().square().sum(0) for name, kept in seen.items()}
+        for batch in batches:
+            with observer.batch():
+                layer(batch)
+    for name, total in expected.items():
+        torch.testing.assert_close(observer.observed.totals[name], total, rtol=1e-6, atol=0)
+
+
+def test_lists_of_lists_are_flattened_and_a_layer_that_is_listed_twice_is_one_block():
+    model, layer = nn.Module(), Layer("twice")
+    model.layers = nn.ModuleList([nn.ModuleList([layer, Layer("twice")]), nn.ModuleList([layer])])
+    assert [block.name for block in find_blocks(model)] == ["layers.0.0", "layers.0.1"]
+
+
+def test_layers_in_containers_that_are_not_lists_are_refused_or_told():
+    model = nn.Module()
+    model.layers = nn.Sequential(*(nn.Sequential(nn.ModuleList([Layer("twice")])) for _ in range(2)))
+    with pytest.raises(UserError, match="found lists inside of layers"):
+        find_blocks(model)
+    model.layers, model.more = nn.ModuleList([Layer("twice")]), nn.Sequential(Layer("twice"))
+    rows = Coverage(entries(model, find_blocks(model)), matrices_of(model)).rows(matrices_of(model))
+    assert [row["kind"] for row in rows if row["reason"] == "outside the layers"] == [
+        "more.*.q.weight",
+        "more.*.k.weight",
+    ]
