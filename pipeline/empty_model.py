@@ -58,14 +58,16 @@ def dtype_in_memory(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dt
     return _owner(model, name).dtype
 
 
-def place(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Gives a parameter or buffer its tensor, without a copy where the dtype is the model's."""
-    path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
-    if attribute in module._parameters:
-        module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        module._buffers[attribute] = tensor
+def place(model: nn.Module, names: list[str], tensor: Tensor) -> None:
+    """Gives a parameter or buffer its tensor, under all the names that it has."""
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        if attribute in module._parameters:
+            module._parameters[attribute] = parameter
+        else:
+            module._buffers[attribute] = tensor
 
 
 def _owner(model: nn.Module, name: str) -> Tensor:
