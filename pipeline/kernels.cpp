@@ -15,6 +15,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -23,7 +24,6 @@
 #include <cstring>
 #include <optional>
 #include <type_traits>
-#include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -61,7 +61,87 @@ inline void for_each_word(const uint8_t* mask, int64_t columns, const Step& step
   if (start < columns) step(start, last_word(mask + start / 8, (columns - start + 7) / 8));
 }
 
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#if defined(EXPANDS)
+constexpr bool VECTORS = true;
+
+// A register of zeros that the compiler takes for some register. An expansion into it keeps the zeros; the form of the
+// instruction that writes zeros itself waits, on AMD, for what its register held before: twice the time for a product.
+inline __m512i nothing() {
+  __m512i zeros = _mm512_setzero_si512();
+  asm("" : "+v"(zeros));
+  return zeros;
+}
+
+inline uint32_t first(int64_t count, int most) {  // as many bits, from none to `most`
+  return count >= 32 ? ~0u : count <= 0 ? 0u : count >= most ? (1ull << most) - 1 : (1u << count) - 1;
+}
+
+template <class D>
+struct Wide : D {
+  using Acc = __m512;
+  static Acc zero() { return _mm512_setzero_ps(); }
+  static Acc plus(Acc a, Acc b) { return _mm512_add_ps(a, b); }
+  static float sum(Acc acc) { return _mm512_reduce_add_ps(acc); }
+};
+
+template <class D>
+struct Words : Wide<D> {  // 32 weights of 16 bits
+  using V = typename D::V;
+  using Vector = __m512i;
+  static constexpr int BLOCK = 32;
+  using Mask = __mmask32;
+  static Vector load(const V* p) { return _mm512_loadu_si512(p); }
+  static Vector load(const V* p, int64_t count) { return _mm512_maskz_loadu_epi16(first(count, 32), p); }
+  static Vector spread(Mask mask, Vector v) { return _mm512_mask_expand_epi16(nothing(), mask, v); }
+  static void store(V* p, Vector v, int64_t count) { _mm512_mask_storeu_epi16(p, first(count, 32), v); }
+};
+
+struct KBFloat16 : Words<BFloat16> {
+#if defined(__AVX512BF16__)
+  using X = uint16_t;
+  static void pack(const V* from, X* to, int64_t count) { std::memcpy(to, from, 2 * count); }
+  static Acc add(Acc acc, Vector v, const X* x) {
+    return _mm512_dpbf16_ps(acc, (__m512bh)v, (__m512bh)_mm512_loadu_si512(x));
+  }
+#else
+  using X = float;
+  static void pack(const V* from, X* to, int64_t count) {  // of each 32 the even ones, then the odd ones
+    for (int64_t i = 0; i < count; i++) to[i / 32 * 32 + i % 2 * 16 + i % 32 / 2] = from[i];
+  }
+  static Acc add(Acc acc, Vector v, const X* x) {
+    const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+    const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xffff0000)));
+    return _mm512_fmadd_ps(odd, _mm512_loadu_ps(x + 16), _mm512_fmadd_ps(even, _mm512_loadu_ps(x), acc));
+  }
+#endif
+};
+
+struct KHalf : Words<Half> {
+  using X = float;
+  static void pack(const V* from, X* to, int64_t count) {
+    for (int64_t i = 0; i < count; i++) to[i] = from[i];
+  }
+  static Acc add(Acc acc, Vector v, const X* x) {
+    const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(v));
+    const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1));
+    return _mm512_fmadd_ps(high, _mm512_loadu_ps(x + 16), _mm512_fmadd_ps(low, _mm512_loadu_ps(x), acc));
+  }
+};
+
+struct KFloat : Wide<Float> {  // 16 weights
+  using X = float;
+  using Vector = __m512;
+  static constexpr int BLOCK = 16;
+  using Mask = __mmask16;
+  static void pack(const V* from, X* to, int64_t count) { std::memcpy(to, from, 4 * count); }
+  static Vector load(const V* p) { return _mm512_loadu_ps(p); }
+  static Vector load(const V* p, int64_t count) { return _mm512_maskz_loadu_ps(first(count, 16), p); }
+  static Vector spread(Mask mask, Vector v) { return _mm512_mask_expand_ps(_mm512_castsi512_ps(nothing()), mask, v); }
+  static void store(V* p, Vector v, int64_t count) { _mm512_mask_storeu_ps(p, first(count, 16), v); }
+  static Acc add(Acc acc, Vector v, const X* x) { return _mm512_fmadd_ps(v, _mm512_loadu_ps(x), acc); }
+};
+
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 constexpr bool VECTORS = true;
 
 // by 8 bits of mask, which value goes to each of 8 places; below zero: none does
@@ -72,8 +152,7 @@ const auto PLACES = [] {
   return table;
 }();
 
-// 8 weights as float32. For those of 32 bits and for float16 it is faster than AVX-512's expansions (on AMD: 25 against
-// 36, 28 against 54 microseconds for 576 x 576 weights, half of them kept).
+// 8 weights as float32
 template <class D>
 struct Eight : D {
   using V = typename D::V;
@@ -108,52 +187,13 @@ struct Eight : D {
   }
   static Vector spread(Mask mask, Vector v) {
     const __m256i places = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(PLACES[mask].data())));
-#if defined(__AVX512VL__)
-    return _mm256_maskz_permutexvar_ps(mask, places, v);
-#else
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(v, places), zero(), _mm256_castsi256_ps(places));
-#endif
   }
   static Acc add(Acc acc, Vector v, const X* x) { return _mm256_fmadd_ps(v, _mm256_loadu_ps(x), acc); }
 };
+using KBFloat16 = Eight<BFloat16>;
 using KHalf = Eight<Half>;
 using KFloat = Eight<Float>;
-
-#if defined(EXPANDS)
-struct KBFloat16 : BFloat16 {  // 32 weights
-  using Vector = __m512i;
-  using Acc = __m512;
-  static constexpr int BLOCK = 32;
-  using Mask = __mmask32;
-  static Acc zero() { return _mm512_setzero_ps(); }
-  static Acc plus(Acc a, Acc b) { return _mm512_add_ps(a, b); }
-  static float sum(Acc acc) { return _mm512_reduce_add_ps(acc); }
-  static Vector load(const V* p) { return _mm512_loadu_si512(p); }
-  static Vector load(const V* p, int64_t count) {
-    return _mm512_maskz_loadu_epi16(count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1, p);
-  }
-  static Vector spread(Mask mask, Vector v) { return _mm512_maskz_expand_epi16(mask, v); }
-#if defined(__AVX512BF16__)
-  using X = uint16_t;
-  static void pack(const V* from, X* to, int64_t count) { std::memcpy(to, from, 2 * count); }
-  static Acc add(Acc acc, Vector v, const X* x) {
-    return _mm512_dpbf16_ps(acc, (__m512bh)v, (__m512bh)_mm512_loadu_si512(x));
-  }
-#else
-  using X = float;
-  static void pack(const V* from, X* to, int64_t count) {  // of each 32 the even ones, then the odd ones
-    for (int64_t i = 0; i < count; i++) to[i / 32 * 32 + i % 2 * 16 + i % 32 / 2] = from[i];
-  }
-  static Acc add(Acc acc, Vector v, const X* x) {
-    const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
-    const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xffff0000)));
-    return _mm512_fmadd_ps(odd, _mm512_loadu_ps(x + 16), _mm512_fmadd_ps(even, _mm512_loadu_ps(x), acc));
-  }
-#endif
-};
-#else
-using KBFloat16 = Eight<BFloat16>;
-#endif
 
 #else
 constexpr bool VECTORS = false;
@@ -230,8 +270,10 @@ template <class K, class Row>
 at::Tensor products(const at::Tensor& x, int64_t rows, const std::optional<at::Tensor>& bias, const Row& row) {
   using V = typename K::V;
   const int64_t tokens = x.size(0), columns = x.size(1), width = (columns + WORD - 1) / WORD * WORD;
-  std::vector<typename K::X> packed(tokens * width);
-  for (int64_t t = 0; t < tokens; t++) K::pack(x.const_data_ptr<V>() + t * columns, packed.data() + t * width, columns);
+  // aligned to the lines of the cache: a load across two of them takes twice as long
+  const at::Tensor memory = at::zeros({tokens * width * static_cast<int64_t>(sizeof(typename K::X))}, at::kByte);
+  auto* packed = reinterpret_cast<typename K::X*>(memory.mutable_data_ptr<uint8_t>());
+  for (int64_t t = 0; t < tokens; t++) K::pack(x.const_data_ptr<V>() + t * columns, packed + t * width, columns);
   at::Tensor out = at::empty({tokens, rows}, x.options());
   V* to = out.mutable_data_ptr<V>();
   const V* more = bias ? bias->const_data_ptr<V>() : nullptr;
@@ -240,7 +282,7 @@ at::Tensor products(const at::Tensor& x, int64_t rows, const std::optional<at::T
       for (int64_t t = 0; t < tokens; t += TOKENS) {
         const int count = std::min<int64_t>(TOKENS, tokens - t);
         float sums[TOKENS];
-        row(r, count, packed.data() + t * width, width, sums);
+        row(r, count, packed + t * width, width, sums);
         for (int i = 0; i < count; i++)
           to[(t + i) * rows + r] = static_cast<V>(more ? sums[i] + static_cast<float>(more[r]) : sums[i]);
       }
@@ -327,26 +369,14 @@ at::Tensor dense(const at::Tensor& weight, const at::Tensor& x, const std::optio
   });
 }
 
-template <class V>
+template <class K, class V = typename K::V>
 void expand_row(const uint8_t* mask, int64_t columns, const V* p, const V* end, V* to) {
 #if defined(EXPANDS)
-  constexpr int BLOCK = 64 / sizeof(V);
-  const auto first = [](int64_t count) -> uint32_t {  // that many bits
-    return count >= BLOCK ? ~0u : count <= 0 ? 0u : (1u << count) - 1;
-  };
   for_each_word(mask, columns, [&](int64_t start, uint64_t word) {
-    for (int64_t column = start; column < std::min(start + WORD, columns); column += BLOCK, word >>= BLOCK) {
-      if constexpr (sizeof(V) == 2) {
-        const uint32_t here = word;
-        const auto v = _mm512_maskz_expand_epi16(here, _mm512_maskz_loadu_epi16(first(end - p), p));
-        _mm512_mask_storeu_epi16(to + column, first(columns - column), v);
-        p += __builtin_popcount(here);
-      } else {
-        const uint16_t here = word;
-        const auto v = _mm512_maskz_expand_epi32(here, _mm512_maskz_loadu_epi32(first(end - p), p));
-        _mm512_mask_storeu_epi32(to + column, first(columns - column), v);
-        p += __builtin_popcount(here);
-      }
+    for (int64_t column = start; column < std::min(start + WORD, columns); column += K::BLOCK, word >>= K::BLOCK) {
+      const auto here = static_cast<typename K::Mask>(word);
+      K::store(to + column, K::spread(here, K::load(p, end - p)), columns - column);
+      p += __builtin_popcountll(here);
     }
   });
 #else
@@ -368,7 +398,7 @@ void expand(const at::Tensor& mask, const at::Tensor& values, const at::Tensor& 
     const int64_t* o = offsets.const_data_ptr<int64_t>();
     auto* to = out.mutable_data_ptr<typename K::V>();
     at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / columns), [=](int64_t begin, int64_t last) {
-      for (int64_t r = begin; r < last; r++) expand_row(m + r * stride, columns, v + o[r], end, to + r * columns);
+      for (int64_t r = begin; r < last; r++) expand_row<K>(m + r * stride, columns, v + o[r], end, to + r * columns);
     });
     return 0;
   });
