@@ -177,10 +177,10 @@ def products(dtype: torch.dtype, sparsity: str, threads: list[int], repeats: int
         for count in threads:
             torch.set_num_threads(count)
             x = torch.randn(1, columns).to(dtype)
-            calls = {"torch": lambda x=x: [F.linear(x, it) for it in dense]}
+            calls = {"torch": lambda x=x, dense=dense: [F.linear(x, it) for it in dense]}
             if operators is not None:
-                calls["own dense"] = lambda x=x: [operators.dense.default(it, x, None) for it in dense]
-            calls["compact"] = lambda x=x: [it.linear(x) for it in packed]
+                calls["own dense"] = lambda x=x, dense=dense: [operators.dense.default(it, x, None) for it in dense]
+            calls["compact"] = lambda x=x, packed=packed: [it.linear(x) for it in packed]
             seconds = alternately(calls, repeats)
             title = f"  {rows} x {columns} {dtype} {sparsity}, {count} threads"
             table(title, seconds, lambda s, copies=copies: f"{1e6 * s / copies:6.0f} us")

@@ -33,6 +33,7 @@
 
 namespace {
 
+constexpr int64_t AHEAD = 4096;  // bytes of values that are asked for before they are needed
 constexpr int TOKENS = 4;        // that share one pass over a row
 constexpr int64_t WORD = 64;     // columns that one load of the mask covers
 constexpr int64_t GRAIN = 1 << 16;  // weights below which a thread is not worth it
@@ -217,6 +218,7 @@ void sparse_row(const uint8_t* mask, int64_t columns, const typename K::V* p, co
     typename K::Acc acc[T][2];
     for (int t = 0; t < T; t++) acc[t][0] = acc[t][1] = K::zero();
     for_each_word(mask, columns, [&](int64_t start, uint64_t word) {
+      __builtin_prefetch(reinterpret_cast<const char*>(p) + AHEAD);
 #pragma GCC unroll 8
       for (int64_t part = 0; part < WORD / K::BLOCK; part++) {
         const auto here = static_cast<typename K::Mask>(word >> (part * K::BLOCK));
