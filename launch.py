@@ -7,7 +7,8 @@ import sys
 from pipeline import interrupt, recipe_reader, sweep
 from pipeline.errors import SaidElsewhere, Stopped, UserError, one_line
 
-COMMANDS = ("compare", "verify", "apply")  # each is a module of pipeline with main(arguments); all else runs a recipe
+# each is a module of pipeline with main(arguments); all else runs a recipe
+COMMANDS = ("compare", "verify", "apply", "export", "expand")
 
 
 def main() -> int:

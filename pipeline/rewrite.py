@@ -49,8 +49,8 @@ def rewrite(origin: Path, target: Path, recipe: Recipe, change: Callable[[str, T
     """
     model, found = layers(origin, recipe)
     changeable = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    shards = list(_shards(model, list(found)))
-    for number, members in enumerate(shards, 1):
+    parts = list(shards(model, list(found)))
+    for number, members in enumerate(parts, 1):
         state = {}
         for layer in members:
             for name, weight in found[layer]():
@@ -59,14 +59,14 @@ def rewrite(origin: Path, target: Path, recipe: Recipe, change: Callable[[str, T
                     state[name] = weight if new is None else new.detach().to(weight.dtype).cpu()
         if processes.is_main():
             state = {name: tensor.contiguous() for name, tensor in file_names.to_files(model, state).items()}
-            with files.whole(target / f"model-{number:05d}-of-{len(shards):05d}.safetensors") as beside:
+            with files.whole(target / f"model-{number:05d}-of-{len(parts):05d}.safetensors") as beside:
                 save_file(state, beside, {"format": "pt"})
     if processes.is_main():
         model_files.copy_beside(origin, target)
         model_files.write_index(target)
 
 
-def _shards(model: nn.Module, names: list[str]) -> Iterator[list[str]]:
+def shards(model: nn.Module, names: list[str]) -> Iterator[list[str]]:
     """The layers in files of about `SHARD` bytes."""
     sizes = dict.fromkeys(names, 0)
     for name, tensor in model.state_dict().items():
