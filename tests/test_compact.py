@@ -20,9 +20,9 @@ from pipeline.masks import Masks, apply_
 from pipeline.matrices import matrices_of
 from pipeline.patterns import parse
 from tests.conftest import make_tiny_llama
+from tests.families import tiny
 from tests.test_decoder import small_model
 from tests.test_verify import pruned, typed  # noqa: F401
-from tests.tiny import multimodal
 
 
 def prune_(model: torch.nn.Module, pattern: str, dense: str | None = None) -> Masks:
@@ -74,7 +74,7 @@ def test_all_or_nothing_kept_of_a_matrix_and_several_shards(tmp_path, monkeypatc
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "gemma2", "mixtral", "qwen2_moe", "llama4", "qwen3_5_moe"])
 def test_every_kind_of_family_comes_back_to_the_bit(tmp_path, family):
     """Conv1D, tied embeddings, experts that are fused in memory only or in the files too, stored transposed, multimodal."""
-    model = multimodal(family) if family in ("llama4", "qwen3_5_moe") else small_model(family)
+    model = tiny(f"{family}:whole") if family in ("llama4", "qwen3_5_moe") else small_model(family)
     masks = prune_(model, "0.5", dense="layers.1.mlp.experts.gate_up_proj[2]")
     model.save_pretrained(tmp_path / "model")
     export(tmp_path / "model", masks, tmp_path / "compact")
