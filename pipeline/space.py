@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pipeline import model_files, models
+from pipeline import file_names, model_files, models
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
@@ -42,11 +42,14 @@ def check(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> No
 
 
 def _prune(recipe: Recipe, inputs: dict[str, Path]) -> int:
-    """The model once more, and a bit per weight twice: by layer and in one file."""
+    """The model once more (twice where its files have other names than the model: by layer, then as they are to be), and a
+    bit per weight twice: by layer and in one file."""
     folder = models.dense_folder(recipe, inputs)
+    known = (folder / "config.json").is_file()  # not that of a pretrain stage which is still to run
+    copies = 2 if known and file_names.converts(models.skeleton(folder, recipe)) else 1
     shapes = _plain(folder, recipe) if models.quantization(folder) else _shapes(folder)
     size = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype).itemsize
-    return sum(count * (size or itemsize) + count // 4 for count, itemsize, _ in shapes) + SMALL
+    return sum(copies * count * (size or itemsize) + count // 4 for count, itemsize, _ in shapes) + SMALL
 
 
 def _finetune(recipe: Recipe, inputs: dict[str, Path]) -> int:

@@ -21,7 +21,7 @@ def snippet(says: str) -> str:
 
 
 def test_its_two_commands_are_those_that_ci_types():
-    for ending in ("[^ ]*pytest", "launch launch.py"):
+    for ending in ("[^ ]*pytest -n 2", "launch launch.py"):
         assert len(re.findall(rf"^    python3 -m venv .* {ending}$", README, flags=re.M)) == 1
     subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
 
