@@ -124,7 +124,9 @@ def test_a_signal_elsewhere_stops_at_once_and_a_second_one_always(capsys):
     assert signal.getsignal(signal.SIGINT) == handler
 
 
-@pytest.mark.parametrize("file", ["prune/masks.safetensors", "prune/model/config.json", "finetune/model/model-00001-of-00001.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["prune/masks.safetensors", "prune/model/config.json", "finetune/model/model-00001-of-00001.safetensors"]
+)
 def test_a_finished_stage_that_is_damaged_is_made_again_and_no_other(trained, typed, file):
     run_dir, settings = trained
     before = weights(run_dir)
