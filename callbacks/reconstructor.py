@@ -51,11 +51,11 @@ class LayerReconstructor(Callback):
         while self.dense.at.index != block.index:  # blocks that the model calls again
             self._advance()
         self._advance(see)
-        if walk.is_finished(block):
-            self.passed |= set(map(id, block.module.parameters()))
-            return
-        before, after = self._fit(walk, block)
+        own = self._own(walk, block)
         self.passed |= set(map(id, block.module.parameters()))
+        if walk.is_finished(block):
+            return
+        before, after = self._fit(walk, block, own)
         seconds = time.perf_counter() - started
         walk.log_row = {
             "layer": block.index,
@@ -76,7 +76,7 @@ class LayerReconstructor(Callback):
         for _ in self.dense.advance(see):
             pass
 
-    def _fit(self, walk, block: Block) -> tuple[float, float]:
+    def _fit(self, walk, block: Block, parameters: dict[str, nn.Parameter]) -> tuple[float, float]:
         started, epochs_done = time.perf_counter(), itertools.count()
         epochs, lr = self.settings.epochs, self.settings.lr
 
@@ -95,7 +95,7 @@ class LayerReconstructor(Callback):
                 processes.say(f"    epoch {epoch}/{epochs}: held-out error {found:.4f}, {seconds:.0f} s")
             return found
 
-        parameters, masks = self._own(walk, block), {}
+        masks = {}
         for name, parameter in parameters.items():
             mask = self.masks.of(f"{block.name}.{name}", parameter)
             if mask is not None:

@@ -53,9 +53,8 @@ class BlockFiles:
         """Gives the block its weights back, as a lazy view of the file."""
         weights = load_file(self.shard(block.index))
         for name, parameter in block.module.named_parameters():
-            if (
-                weight := weights.get(f"{block.name}.{name}")
-            ) is not None:  # else another block's, with which it is shared
+            weight = weights.get(f"{block.name}.{name}")
+            if weight is not None:  # else another block's, with which it is shared
                 parameter.data = weight
 
     def write_rest(self, origin: Path, dtype: str) -> None:

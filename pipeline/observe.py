@@ -60,7 +60,7 @@ class InputObserver:
             for name, matrix in self._linear.items():
                 stack.callback(matrix.module.register_forward_pre_hook(self._hook(name), with_kwargs=True).remove)
                 if type(matrix.module).forward not in PRODUCTS and name not in self.observed.shared_input_key:
-                    stack.callback(matrix.module.register_forward_hook(_check_product).remove)
+                    stack.callback(matrix.module.register_forward_hook(_check_product, with_kwargs=True).remove)
             if self._fused.matrices:
                 stack.enter_context(_expert_by_expert({m.module for m in self._fused.matrices.values()}))
                 stack.enter_context(self._fused)
@@ -78,7 +78,7 @@ class InputObserver:
 
     def _hook(self, name: str) -> Callable:
         def see(module: nn.Module, args: tuple, kwargs: dict) -> None:  # None, for a value would replace the inputs
-            self._see(name, args[0] if args else next(iter(kwargs.values())))
+            self._see(name, _input(args, kwargs))
 
         return see
 
@@ -158,8 +158,12 @@ def _expert_by_expert(modules: Iterable[nn.Module]) -> Iterator[None]:
             config._experts_implementation = before[key]
 
 
-def _check_product(module: nn.Linear, args: tuple, out: Tensor) -> None:
-    expected, given = F.linear(args[0], module.weight, module.bias), out.flatten(0, -2)
+def _input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _check_product(module: nn.Linear, args: tuple, kwargs: dict[str, Any], out: Tensor) -> None:
+    expected, given = F.linear(_input(args, kwargs), module.weight, module.bias), out.flatten(0, -2)
     if not torch.allclose(given, expected.flatten(0, -2), rtol=1e-2, atol=1e-2 * expected.abs().mean().item()):
         raise UserError(f"{type(module).__name__} is not understood: it computes something else than a Linear")
 

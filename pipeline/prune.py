@@ -61,12 +61,12 @@ def outlier_shares(
 def finish(walk: LayerWalk, origin: Path, recipe: Recipe, coverage: Coverage) -> None:
     """The rest of the model folder, all masks in one file, all rows in one table."""
     folder = walk.files.folder
-    if not any(row["matrices"] for row in walk.files.logs()):
+    rows = Masks.merge(walk.files.masks_files(), folder / "masks.safetensors")
+    matrices = [matrix for row in rows for matrix in row.pop("matrices")]
+    if not matrices:
         raise UserError("nothing was pruned: the model calls none of the matrices of its layers with calibration text")
     walk.files.write_rest(origin, recipe.dtype)
-    rows = Masks.merge(walk.files.masks_files(), folder / "masks.safetensors")
-    write_rows(folder / "coverage.csv", coverage.rows(Masks.load(folder / "masks.safetensors")[0]))
-    matrices = [matrix for row in rows for matrix in row.pop("matrices")]
+    write_rows(folder / "coverage.csv", coverage.rows({row["matrix"] for row in matrices}))
     write_rows(folder / "layers.csv", rows)
     write_rows(folder / "matrices.csv", matrices)
     card.write_model_card(folder / "model", recipe, "prune")
