@@ -17,7 +17,9 @@ class BlockFiles:
 
     def __init__(self, folder: Path, model: nn.Module, blocks: list[Block]) -> None:
         self.folder, self.model, self.blocks = folder, model, blocks
-        self._names = file_names.saved(model).keys()  # a shared or tied weight has one of its names here
+        # a set: the view of a dict would keep its tensors, and so the weights of blocks that are dropped; a shared or tied
+        # weight has one of its names here
+        self._names = set(file_names.saved(model))
         # files that name or cut the weights otherwise than the model does cannot be read back block by block
         self._converts = file_names.converts(model)
         self.finished_before: frozenset[int] = processes.from_main(self._find() if processes.is_main() else frozenset())
