@@ -4,10 +4,12 @@ import importlib
 import os
 import sys
 
-from pipeline import interrupt, recipe_reader, sweep
-from pipeline.errors import SaidElsewhere, Stopped, UserError, one_line
+from pipeline.runtime import signals
+from pipeline.runtime.errors import SaidElsewhere, Stopped, UserError, one_line
+from pipeline.settings import reader
+from pipeline.stages import sweep
 
-# each is a module of pipeline with main(arguments); all else runs a recipe
+# each is a module of pipeline.commands with main(arguments); all else runs a recipe
 COMMANDS = ("compare", "verify", "apply", "export", "expand")
 
 
@@ -16,22 +18,22 @@ def main() -> int:
     debug = "debug=true" in sys.argv
     quiet = os.environ.get("LOCAL_RANK", "0") != "0"  # one process a machine speaks, until they are joined
     try:
-        with interrupt.listening():
+        with signals.listening():
             if sys.argv[1:2] and sys.argv[1] in COMMANDS:
-                importlib.import_module(f"pipeline.{sys.argv[1]}").main(sys.argv[2:])
+                importlib.import_module(f"pipeline.commands.{sys.argv[1]}").main(sys.argv[2:])
                 return 0
             cells = sweep.cells(sys.argv[1:])
             if len(cells) > 1:
                 return sweep.run(cells, main)
-            settings = recipe_reader.load(sys.argv[1:])
-            from pipeline import stages  # torch and its friends load only once the recipe is sound
+            settings = reader.load(sys.argv[1:])
+            from pipeline.stages import runner  # torch and its friends load only once the recipe is sound
 
             quiet = False
-            stages.run(settings)
+            runner.run(settings)
     except SaidElsewhere as elsewhere:
         return elsewhere.code
     except Stopped as stopped:
-        return _say(f"{stopped}: the same command goes on here", interrupt.EXIT_CODE, quiet)
+        return _say(f"{stopped}: the same command goes on here", signals.EXIT_CODE, quiet)
     except (UserError, OSError) as error:  # OSError: a file that cannot be read, or be written but by `files.whole`
         if debug:
             raise

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pipeline.recipe import STAGES
+from pipeline.settings.schema import STAGES
 from tests.launches import end, fork
 
 SHORT = (

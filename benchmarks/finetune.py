@@ -23,12 +23,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.prune import SHAPES, build, wait
-from pipeline import lora, processes
-from pipeline.masks import Masks, apply_
-from pipeline.matrices import matrices_of
-from pipeline.memory import GIB
-from pipeline.patterns import NofM
-from pipeline.recipe import Finetune
+from pipeline.engine.matrices import matrices_of
+from pipeline.recovery import lora
+from pipeline.runtime import processes
+from pipeline.runtime.memory import GIB
+from pipeline.settings.schema import Finetune
+from pipeline.sparsity.masks import Masks, apply_
+from pipeline.sparsity.patterns import NofM
 
 WAYS = ("plain LoRA", "masked, cached", "masked, recomputed")
 

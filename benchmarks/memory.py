@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.prune import SHAPES
-from pipeline import model_files, world
+from pipeline.data import world
+from pipeline.models import model_files
 
 
 def write_model(folder: Path, shape: str) -> int:

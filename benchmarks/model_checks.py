@@ -12,13 +12,15 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import pipeline.finetune
+import pipeline.stages.finetune
 from benchmarks.model_command import Command
-from pipeline import coverage, model_files, models, series
-from pipeline.blocks import find_blocks
-from pipeline.masks import Masks
-from pipeline.recipe import Recipe
-from pipeline.walk import LayerWalk
+from pipeline.engine import coverage
+from pipeline.engine.blocks import find_blocks
+from pipeline.engine.walk import LayerWalk
+from pipeline.models import loading, model_files
+from pipeline.reporting import series
+from pipeline.settings.schema import Recipe
+from pipeline.sparsity.masks import Masks
 from tests import families, walking
 from tests.family_sizes import WIDTH
 
@@ -52,7 +54,7 @@ class Checks:
         self._look_on()
 
     def _look_on(self) -> None:
-        step, fit = LayerWalk.predict_step, pipeline.finetune.fit
+        step, fit = LayerWalk.predict_step, pipeline.stages.finetune.fit
 
         def predict_step(walk, block, number):
             self.walked.append(walk)
@@ -63,7 +65,7 @@ class Checks:
             self.trained.append(model)
             return fit(model, *args, **kwargs)
 
-        LayerWalk.predict_step, pipeline.finetune.fit = predict_step, fitted
+        LayerWalk.predict_step, pipeline.stages.finetune.fit = predict_step, fitted
 
     def all(self) -> dict[str, Any]:
         prune, _ = self.command.typed(self.run, "stages=[prune]")
@@ -85,13 +87,13 @@ class Checks:
 
     def loaded(self, folder: Path) -> dict[str, Tensor]:
         """All that is saved of a model, each shared weight under the first of its names."""
-        model = models.load(folder, Recipe())
+        model = loading.load(folder, Recipe())
         once = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
         return {name: tensor for name, tensor in model.state_dict().items() if name in once}
 
     def coverage(self) -> float:
         """The share of the weights in the matrices of the blocks that is pruned."""
-        model = models.load(self.dense, Recipe())
+        model = loading.load(self.dense, Recipe())
         inside = {
             id(parameter): parameter.numel()
             for block in find_blocks(model)

@@ -33,7 +33,7 @@ import torch
 import transformers
 
 from benchmarks.model_checks import check
-from pipeline import stages  # noqa: F401  imported once, before the forks
+from pipeline.stages import runner  # noqa: F401  imported once, before the forks
 from tests.families import FAMILIES
 
 VERDICTS = ("right", "refused", "wrong", "crash", "unbuilt")

@@ -21,12 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from callbacks.layer_writer import LayerWriter
 from callbacks.methods import pruner
-from pipeline import patterns, processes
-from pipeline.allocation import allocate
-from pipeline.matrices import matrices_of
-from pipeline.patterns import Pattern
-from pipeline.recipe import Prune
-from pipeline.walk import LayerWalk, run_layerwise
+from pipeline.engine.matrices import matrices_of
+from pipeline.engine.walk import LayerWalk, run_layerwise
+from pipeline.pruning.allocation import allocate
+from pipeline.runtime import processes
+from pipeline.settings.schema import Prune
+from pipeline.sparsity import patterns
+from pipeline.sparsity.patterns import Pattern
 from tests import textbook
 
 SHAPES = {

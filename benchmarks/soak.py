@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.chaos import SHORT
-from pipeline import recipe_reader, stages
+from pipeline.settings import reader
+from pipeline.stages import runner
 
 
 def main() -> int:
@@ -26,7 +27,7 @@ def main() -> int:
     process, rows = psutil.Process(), []
     for method, sparsity in product(("wanda", "magnitude", "sparsegpt"), ("2of4", "4of8", "0.5")):
         chosen = (f"prune.method={method}", f"prune.sparsity={sparsity}", f"run_dir={work}/{method}_{sparsity}")
-        stages.run(recipe_reader.load([*SHORT, *chosen]))
+        runner.run(reader.load([*SHORT, *chosen]))
         gc.collect()
         memory = process.memory_full_info().uss / 2**20
         rows.append((memory, process.num_fds(), threading.active_count()))

@@ -27,15 +27,16 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline import kernels, models
-from pipeline.compact import compress
-from pipeline.compact_model import FewTokensLinear, load_compact
-from pipeline.compact_weight import CompactWeight
-from pipeline.export import export
-from pipeline.masks import Masks, apply_
-from pipeline.matrices import matrices_of
-from pipeline.patterns import parse
-from pipeline.recipe import Recipe
+from pipeline.commands.export import export
+from pipeline.compact import kernels
+from pipeline.compact.compact_model import FewTokensLinear, load_compact
+from pipeline.compact.compact_weight import CompactWeight
+from pipeline.compact.file_format import compress
+from pipeline.engine.matrices import matrices_of
+from pipeline.models import loading
+from pipeline.settings.schema import Recipe
+from pipeline.sparsity.masks import Masks, apply_
+from pipeline.sparsity.patterns import parse
 
 SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary
     "tiny": (256, 512, 2, 4, 2, 2048),
@@ -94,7 +95,7 @@ def resident(which: str, folder: Path) -> dict[str, float]:
     """MiB of a process that loaded a model and made one step, and the seconds to load."""
     code = (
         "import sys, json, time, torch, psutil; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
-        "from pipeline import models, compact_model, kernels; from pipeline.recipe import Recipe; kernels.load()\n"
+        "from pipeline import models, compact_model, kernels; from pipeline.settings.schema import Recipe; kernels.load()\n"
         "before, started = psutil.Process().memory_info().rss, time.perf_counter()\n"
         "folder = Path(sys.argv[3])\n"
         "model = compact_model.load_compact(folder) if sys.argv[2] == 'compact' else models.load(folder, Recipe())\n"
@@ -132,8 +133,8 @@ def generation(work: Path, shape: str, dtype: torch.dtype, sparsity: str, thread
         flush=True,
     )
     several = {
-        "torch": models.load(work / "model", Recipe()),
-        "own dense": with_own_dense(models.load(work / "model", Recipe())),
+        "torch": loading.load(work / "model", Recipe()),
+        "own dense": with_own_dense(loading.load(work / "model", Recipe())),
         "compact": load_compact(work / "compact"),
     }
     ids, long = torch.arange(5, 21).view(1, -1), torch.randint(5, 2000, (1, 512))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback
 
-from pipeline import processes
+from pipeline.runtime import processes
 
 
 class Checkpointer(Callback):

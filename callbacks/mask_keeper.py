@@ -4,7 +4,7 @@ from lightning.pytorch import Callback
 
 
 class MaskKeeper(Callback):
-    """Calls `recovery.reapply` (see pipeline/recovery.py) once per step that an optimizer really took, and fails where a
+    """Calls `reapply` (see pipeline/recovery/methods.py) once per step that an optimizer really took, and fails where a
     pruned weight left zero.
 
     Only the optimizer's own post-step hook knows those: when the fp16 scaler skips a step, every hook of Lightning runs

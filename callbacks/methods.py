@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from callbacks.pruner import LayerPruner
-from pipeline import masks, obs, processes, scores
-from pipeline.errors import UserError
-from pipeline.patterns import NofM, Pattern, Unstructured, subclass_in
-from pipeline.recipe import Prune
+from pipeline.pruning import obs, scores
+from pipeline.runtime import processes
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Prune
+from pipeline.sparsity import masks
+from pipeline.sparsity.patterns import NofM, Pattern, Unstructured, subclass_in
 
 
 class MagnitudePruner(LayerPruner):

@@ -2,8 +2,9 @@
 
 from lightning.pytorch import Callback
 
-from pipeline import processes, scores
-from pipeline.matrices import matrices
+from pipeline.engine.matrices import matrices
+from pipeline.pruning import scores
+from pipeline.runtime import processes
 
 
 class OutlierShares(Callback):

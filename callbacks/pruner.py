@@ -7,12 +7,14 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from pipeline import masks, processes, scores
-from pipeline.errors import UserError
-from pipeline.matrices import matrices
-from pipeline.memory import peak_gib
-from pipeline.patterns import Pattern
-from pipeline.recipe import Prune
+from pipeline.engine.matrices import matrices
+from pipeline.pruning import scores
+from pipeline.runtime import processes
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.memory import peak_gib
+from pipeline.settings.schema import Prune
+from pipeline.sparsity import masks
+from pipeline.sparsity.patterns import Pattern
 
 FEW_TOKENS = 32  # below, an expert's statistics say more of the sample than of the expert
 

@@ -9,13 +9,14 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from pipeline import layer_fit, processes
-from pipeline.blocks import Block
-from pipeline.errors import UserError
-from pipeline.layerwise import LayerwiseForwards
-from pipeline.masks import Masks
-from pipeline.memory import peak_gib
-from pipeline.recipe import Reconstruct
+from pipeline.engine.blocks import Block
+from pipeline.engine.layerwise import LayerwiseForwards
+from pipeline.recovery import layer_fit
+from pipeline.runtime import processes
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.memory import peak_gib
+from pipeline.settings.schema import Reconstruct
+from pipeline.sparsity.masks import Masks
 
 PATIENCE = 30  # seconds that a layer may take before each of its epochs says a line
 

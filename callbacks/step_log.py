@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from pipeline import files, memory, processes
+from pipeline.runtime import files, memory, processes
 
 COLUMNS = ("step", "loss", "lr", "tokens_per_second", "memory_gib", "val_perplexity")
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from lightning.pytorch import Callback, Trainer
 
-from pipeline import interrupt, processes
-from pipeline.errors import Stopped
+from pipeline.runtime import processes, signals
+from pipeline.runtime.errors import Stopped
 
 
 class StopAtSignal(Callback):
@@ -19,21 +19,21 @@ class StopAtSignal(Callback):
         self.save = save
 
     def on_predict_start(self, trainer, module) -> None:
-        interrupt.be_patient()
+        signals.be_patient()
 
     def on_predict_batch_end(self, trainer, module, outputs, batch, index: int, dataloader_idx: int = 0) -> None:
-        if processes.any_rank(bool(interrupt.asked())):
+        if processes.any_rank(bool(signals.asked())):
             raise Stopped(f"stopped by {_signal()} after layer {index + 1}")
 
     def on_train_start(self, trainer, module) -> None:
         self.step = trainer.global_step
-        interrupt.be_patient()
+        signals.be_patient()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index: int) -> None:
         if trainer.global_step == self.step:
             return  # still accumulating
         self.step = trainer.global_step
-        if processes.any_rank(bool(interrupt.asked())):
+        if processes.any_rank(bool(signals.asked())):
             self.save(trainer)
             raise Stopped(f"stopped by {_signal()} after step {self.step}, of which there is a checkpoint")
 
@@ -44,13 +44,13 @@ class StopAtSignal(Callback):
         self._be_prompt()
 
     def on_exception(self, trainer, module, exception: BaseException) -> None:
-        interrupt.be_prompt()
+        signals.be_prompt()
 
     def _be_prompt(self) -> None:
-        interrupt.be_prompt()
-        if interrupt.asked():  # since it was last looked for
+        signals.be_prompt()
+        if signals.asked():  # since it was last looked for
             raise Stopped(f"stopped by {_signal()}")
 
 
 def _signal() -> str:
-    return interrupt.asked() or "a signal to another process"
+    return signals.asked() or "a signal to another process"

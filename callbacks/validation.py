@@ -10,9 +10,11 @@ from lightning.pytorch import Callback
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline import checksums, data, files, processes, sharding
-from pipeline.errors import UserError
-from pipeline.training import next_token_loss
+from pipeline.data import token_windows
+from pipeline.recovery import sharding
+from pipeline.recovery.training import next_token_loss
+from pipeline.runtime import checksums, files, processes
+from pipeline.runtime.errors import UserError
 
 
 class Validation(Callback):
@@ -66,7 +68,7 @@ class Validation(Callback):
         module.model.eval()
         for start in range(0, len(batches), world_size):
             mine = min(start + rank, len(batches) - 1)  # a sharded model needs every rank, a rank without a batch too
-            ids_BT, labels_BT = data.ids_and_labels(batches[mine].long().to(module.device))
+            ids_BT, labels_BT = token_windows.ids_and_labels(batches[mine].long().to(module.device))
             with context():
                 logits_BTV = module.model(input_ids=ids_BT, use_cache=False).logits
                 loss = next_token_loss(logits_BTV, labels_BT, "sum")

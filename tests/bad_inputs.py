@@ -9,14 +9,14 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
-from pipeline.masks import Masks
+from pipeline.sparsity.masks import Masks
 from tests.harm import Harm, change_weights, cut, disk, put, remove
 
 UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
 MASKS = "{here}/run/prune/masks.safetensors"
 ON_DISK = "run_dir={here}/disk/run"
 FLOAT_MASK = """
-from pipeline.patterns import Pattern
+from pipeline.sparsity.patterns import Pattern
 
 class Half(Pattern):
     ratio = 0.5

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import launch
-from pipeline import world
-from pipeline.masks import Masks
+from pipeline.data import world
+from pipeline.sparsity.masks import Masks
 
 torch.set_num_threads(1)  # models this small gain nothing from more, and lose much on a busy machine
 

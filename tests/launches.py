@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 import launch
-from pipeline import processes, stages
+from pipeline.runtime import processes
+from pipeline.stages import runner
 
 FORK = multiprocessing.get_context("fork")
 
@@ -56,7 +57,7 @@ def _rank(rank: int, of: int, nodes: int, port: int, settings: tuple, log: Path,
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
     if work:
-        stages.run = lambda recipe: _together(recipe, lambda: work(rank))
+        runner.run = lambda recipe: _together(recipe, lambda: work(rank))
     sys.argv = ["launch.py", *map(str, settings)]
     code = launch.main()
     sys.stdout.flush()

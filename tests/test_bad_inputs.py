@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import launch
-from pipeline import checksums, heartbeat
+from pipeline.runtime import checksums, heartbeat
 from tests.bad_inputs import CASES, DAMAGED_FILES, Case
 from tests.conftest import QUICK, make_tiny_llama
 from tests.harm import flip, undo

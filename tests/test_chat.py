@@ -12,10 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from callbacks.validation import Validation
-from pipeline import chat, data, distill, sources
-from pipeline.errors import UserError
-from pipeline.recipe import Finetune
-from pipeline.training import fit
+from pipeline.data import chat, sources, token_windows
+from pipeline.recovery import distillation
+from pipeline.recovery.training import fit
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Finetune
 from tests.conftest import QUICK
 from tests.test_decoder import small_model
 
@@ -86,8 +87,8 @@ FORMS = {
 def test_every_form_goes_through_the_template(tmp_path, row, turns):
     source, tokenizer = written(tmp_path, row), byte_tokenizer()
     expected = tokenizer(text(turns), add_special_tokens=False).input_ids
-    assert data.joined(source, tokenizer).tolist() == expected
-    assert data.calibration(source, tokenizer, 1, len(expected), 0)[0].tolist() == expected
+    assert token_windows.joined(source, tokenizer).tolist() == expected
+    assert token_windows.calibration(source, tokenizer, 1, len(expected), 0)[0].tolist() == expected
     (first,) = sources.first_rows(source)
     assert chat.tokens(first, tokenizer) == expected
 
@@ -95,14 +96,14 @@ def test_every_form_goes_through_the_template(tmp_path, row, turns):
 def test_a_chosen_column_may_hold_a_conversation(tmp_path):
     Dataset.from_list([{"a": {"chat": TURNS}, "text": "no"}]).to_parquet(tmp_path / "a.parquet")
     source, tokenizer = sources.source(str(tmp_path / "a.parquet"), column="a.chat"), byte_tokenizer()
-    assert tokenizer.decode(data.joined(source, tokenizer)) == text(TURNS)
+    assert tokenizer.decode(token_windows.joined(source, tokenizer)) == text(TURNS)
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED], ids=["by prefixes", "by marks"])
 def test_only_the_assistants_tokens_bear_loss(template):
     tokenizer = byte_tokenizer(template)
     marked = torch.tensor(chat.tokens({"messages": TURNS}, tokenizer, "assistant"))
-    ids, labels = data.ids_and_labels(marked)
+    ids, labels = token_windows.ids_and_labels(marked)
     assert tokenizer.decode(ids) == text(TURNS)
     assert tokenizer.decode(labels[labels != -100]) == "I.<|im_end|>\n\nSo.<|im_end|>\n"
     assert torch.equal(labels[labels != -100], ids[labels != -100])
@@ -110,14 +111,16 @@ def test_only_the_assistants_tokens_bear_loss(template):
 
 def test_a_conversation_that_the_assistant_begins():
     tokenizer = byte_tokenizer()
-    _, labels = data.ids_and_labels(torch.tensor(chat.tokens({"messages": TURNS[2:4]}, tokenizer, "assistant")))
+    _, labels = token_windows.ids_and_labels(
+        torch.tensor(chat.tokens({"messages": TURNS[2:4]}, tokenizer, "assistant"))
+    )
     assert tokenizer.decode(labels[labels != -100]) == "I.<|im_end|>\n"
 
 
 def test_an_end_is_added_where_the_template_gives_none():
     tokenizer = byte_tokenizer("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
                                "{% if add_generation_prompt %}[assistant]{% endif %}")  # fmt: skip
-    ids, labels = data.ids_and_labels(torch.tensor(chat.tokens({"messages": SHORT}, tokenizer, "assistant")))
+    ids, labels = token_windows.ids_and_labels(torch.tensor(chat.tokens({"messages": SHORT}, tokenizer, "assistant")))
     assert tokenizer.decode(ids) == "[user]Who?[assistant]I.<|im_end|>"
     assert tokenizer.decode(labels[labels != -100]) == "I.<|im_end|>"
 
@@ -141,18 +144,18 @@ REFUSED = {
 @pytest.mark.parametrize(("template", "row", "says"), REFUSED.values(), ids=REFUSED)
 def test_what_is_no_chat_is_refused(tmp_path, template, row, says):
     with pytest.raises(UserError, match=says) as refusal:
-        data.packed(written(tmp_path, row), byte_tokenizer(template), 8, 1, 0, loss="assistant")
+        token_windows.packed(written(tmp_path, row), byte_tokenizer(template), 8, 1, 0, loss="assistant")
     assert "chat.jsonl" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_packing_keeps_what_bears_loss(tmp_path):
     source, tokenizer = written(tmp_path, *({"messages": TURNS[: 3 + 2 * (i % 2)]} for i in range(6))), byte_tokenizer()
-    plain = data.packed(source, tokenizer, 16, 20, 0)
-    ids, labels = data.ids_and_labels(data.packed(source, tokenizer, 16, 20, 0, loss="assistant"))
+    plain = token_windows.packed(source, tokenizer, 16, 20, 0)
+    ids, labels = token_windows.ids_and_labels(token_windows.packed(source, tokenizer, 16, 20, 0, loss="assistant"))
     assert torch.equal(ids, plain) and (plain >= 0).all()
     said = tokenizer.decode(labels[labels != -100])
     assert set(said.replace("\n\n", "\n").split("<|im_end|>\n")) <= {"I.", "\nSo.", "So.", ""} and "I." in said
-    assert data.ids_and_labels(plain)[1] is plain
+    assert token_windows.ids_and_labels(plain)[1] is plain
 
 
 # windows of 4 sequences a step, of which some have no token with loss, and one step none at all
@@ -186,7 +189,7 @@ def by_hand(windows, share: float):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
     steps = len(windows) // 4
     for step, batch in enumerate(windows.split(4)):
-        ids, labels = data.ids_and_labels(batch)
+        ids, labels = token_windows.ids_and_labels(batch)
         kept = labels[:, 1:] != -100
         logits = model(ids).logits[:, :-1][kept]
         loss = F.cross_entropy(logits, labels[:, 1:][kept], reduction="sum")
@@ -213,7 +216,7 @@ def test_each_token_counts_the_same_however_a_step_is_cut(tmp_path, share):
 
 def test_validation_is_the_mean_over_the_assistants_tokens(tmp_path):
     model = small_model("llama")
-    ids, labels = data.ids_and_labels(WINDOWS)
+    ids, labels = token_windows.ids_and_labels(WINDOWS)
     expected = F.cross_entropy(model(ids).logits[:, :-1].transpose(1, 2), labels[:, 1:]).exp().item()
 
     class Module:
@@ -229,7 +232,7 @@ def test_validation_is_the_mean_over_the_assistants_tokens(tmp_path):
 def test_without_a_teacher_it_is_the_models_own_loss():
     model, ids = small_model("llama"), WINDOWS[:4].where(WINDOWS[:4] >= 0, ~WINDOWS[:4])
     expected = model(ids, labels=ids).loss
-    torch.testing.assert_close(distill.loss(model(ids).logits, None, ids, 0.0, 1.0), expected)
+    torch.testing.assert_close(distillation.loss(model(ids).logits, None, ids, 0.0, 1.0), expected)
 
 
 def test_a_chat_through_the_whole_pipeline(tiny_llama, tmp_path, typed):

@@ -11,14 +11,16 @@ from hypothesis import strategies as some
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline import compact, files, model_files, rewrite
-from pipeline.compact import CompactFolder, compress
-from pipeline.errors import UserError
-from pipeline.expand import expand
-from pipeline.export import export
-from pipeline.masks import Masks, apply_
-from pipeline.matrices import matrices_of
-from pipeline.patterns import parse
+from pipeline.commands.expand import expand
+from pipeline.commands.export import export
+from pipeline.compact import file_format
+from pipeline.compact.file_format import CompactFolder, compress
+from pipeline.engine.matrices import matrices_of
+from pipeline.models import model_files, rewrite
+from pipeline.runtime import files
+from pipeline.runtime.errors import UserError
+from pipeline.sparsity.masks import Masks, apply_
+from pipeline.sparsity.patterns import parse
 from tests.conftest import make_tiny_llama
 from tests.families import tiny
 from tests.test_decoder import small_model
@@ -108,7 +110,7 @@ def test_the_commands(pruned, tmp_path, typed):  # noqa: F811
         "tokenizer.json",
         "generation_config.json",
     }
-    assert not (tmp_path / "back" / compact.MANIFEST).exists()
+    assert not (tmp_path / "back" / file_format.MANIFEST).exists()
     with pytest.raises(OSError, match="no file named model.safetensors"):  # and no random weights
         AutoModelForCausalLM.from_pretrained(tmp_path / "compact")
 
@@ -156,13 +158,13 @@ def refused(folder: Path, target: Path) -> str:
 
 def resign(folder: Path, change) -> None:
     """Makes a change to compact.json that its digest and the hashes do not give away."""
-    about = json.loads((folder / compact.MANIFEST).read_text())
+    about = json.loads((folder / file_format.MANIFEST).read_text())
     del about["digest"]
     change(about)
     for name, entry in about["files"].items() if isinstance(about.get("files"), dict) else ():
         if (path := folder / name).is_file() and isinstance(entry, dict):
-            entry["bytes"], entry["sha256"] = path.stat().st_size, compact.sha256(path)
-    files.write_json(folder / compact.MANIFEST, about | {"digest": files.digest(about)})
+            entry["bytes"], entry["sha256"] = path.stat().st_size, file_format.sha256(path)
+    files.write_json(folder / file_format.MANIFEST, about | {"digest": files.digest(about)})
 
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -179,7 +181,7 @@ def test_damage_is_named(folder, tmp_path):
     assert f"has {len(data) - 100} bytes and should have {len(data)}" in refused(bad, tmp_path / "t")
     (bad / SHARD).unlink()
     assert "is missing" in refused(bad, tmp_path / "t")
-    (bad / compact.MANIFEST).write_text((bad / compact.MANIFEST).read_text().replace("0.5", "0.6"))
+    (bad / file_format.MANIFEST).write_text((bad / file_format.MANIFEST).read_text().replace("0.5", "0.6"))
     assert "digest" in refused(bad, tmp_path / "t")
 
 
@@ -250,7 +252,7 @@ def test_fuzzed_headers(folder, tmp_path_factory, place, new):
         found = CompactFolder(bad)
         for path in found.shards:
             for _, it in found.read(path):
-                if isinstance(it, compact.Compact):
+                if isinstance(it, file_format.Compact):
                     it.dense()
     except UserError as error:
         assert "\n" not in str(error)

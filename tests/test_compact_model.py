@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from pipeline import compact_weight, kernels, models
-from pipeline.compact import Compact, Layout, compress
-from pipeline.compact_model import CompactLinear, FewTokensLinear, load_compact
-from pipeline.compact_weight import CompactWeight
-from pipeline.errors import UserError
-from pipeline.export import export
-from pipeline.recipe import Recipe
+from pipeline.commands.export import export
+from pipeline.compact import compact_weight, kernels
+from pipeline.compact.compact_model import CompactLinear, FewTokensLinear, load_compact
+from pipeline.compact.compact_weight import CompactWeight
+from pipeline.compact.file_format import Compact, Layout, compress
+from pipeline.models import loading
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Recipe
 from tests.families import save, text
 from tests.test_compact import NAME, SHARD, folder, prune_, resign  # noqa: F401
 from tests.test_decoder import small_model
@@ -148,7 +149,7 @@ def test_every_kind_of_family_gives_what_the_dense_model_gives(tmp_path, family)
     masks = prune_(model, "0.5")
     model.save_pretrained(tmp_path / "model")
     export(tmp_path / "model", masks, tmp_path / "compact")
-    dense, ours = models.load(tmp_path / "model", Recipe()), load_compact(tmp_path / "compact")
+    dense, ours = loading.load(tmp_path / "model", Recipe()), load_compact(tmp_path / "compact")
     assert type(ours) is type(dense)
     for (name, buffer), (other, expected) in zip(ours.named_buffers(), dense.named_buffers(), strict=True):
         assert name == other and torch.equal(buffer, expected), name
@@ -187,7 +188,7 @@ def test_greedy_generation(tmp_path, pattern, dtype):
     masks = prune_(model, pattern)
     model.save_pretrained(tmp_path / "model")
     export(tmp_path / "model", masks, tmp_path / "compact")
-    dense, ours = models.load(tmp_path / "model", Recipe()), load_compact(tmp_path / "compact")
+    dense, ours = loading.load(tmp_path / "model", Recipe()), load_compact(tmp_path / "compact")
     assert ours.dtype == dtype and isinstance(ours.model.layers[0].mlp.up_proj, CompactLinear)
     assert isinstance(ours.lm_head, FewTokensLinear) == (
         dtype == torch.bfloat16 and ours.lm_head.weight.numel() >= 1 << 16

@@ -7,21 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import checksums, compare, recipe, recipe_reader, series, siblings
-from pipeline.errors import UserError
+from pipeline.commands import compare
+from pipeline.reporting import series
+from pipeline.runtime import checksums
+from pipeline.runtime.errors import UserError
+from pipeline.settings import reader, schema
+from pipeline.stages import siblings
 from tests.test_report import HOSTILE, PLAIN, Page, make_results
 
 
 def write_run(folder: Path, *settings: str, results: dict | None = None, model: str = "some/model") -> dict:
     """A run as far as it is compared, with numbers of its own; returns its results."""
-    told = recipe_reader.load(["recipe=tiny", "stages=[prune,finetune,evaluate,report]", "model=some/model", *settings])
+    told = reader.load(["recipe=tiny", "stages=[prune,finetune,evaluate,report]", "model=some/model", *settings])
     told.model = model
     evaluate = folder / "evaluate"
     evaluate.mkdir(parents=True)
     results = results or make_results(*PLAIN)
     for name in PLAIN[1:]:
         results["models"][name]["perplexity"]["wikitext2"] += len(list(folder.parent.glob("*"))) / 10
-    checksums.write(evaluate, {"recipe": recipe.plain(told)})
+    checksums.write(evaluate, {"recipe": schema.plain(told)})
     (evaluate / "results.json").write_text(json.dumps(results))
     return results
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from pipeline import data, sources, world
-from pipeline.errors import UserError
+from pipeline.data import sources, token_windows, world
+from pipeline.runtime.errors import UserError
 
 TEXTS = world.documents("test")[:60]
 
@@ -53,7 +53,7 @@ def test_local_files_of_every_form(tmp_path, form):
 def test_input_ids_are_taken_as_they_stand(tmp_path, tokenizer):
     ids = [[5, 6, 7, 8], [9, 10, 11, 12]]
     Dataset.from_dict({"input_ids": ids}).to_parquet(tmp_path / "ids.parquet")
-    found = data.calibration(sources.source(str(tmp_path / "ids.parquet")), tokenizer, 2, 4, seed=0)
+    found = token_windows.calibration(sources.source(str(tmp_path / "ids.parquet")), tokenizer, 2, 4, seed=0)
     assert sorted(found.tolist()) == ids
 
 
@@ -95,13 +95,13 @@ def test_c4_is_measured_on_the_papers_excerpt(mirror, tokenizer):
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     source = sources.source("c4", mirror, "validation")
     expected = tokenizer(" ".join(texts[:1100])).input_ids
-    assert data.joined(source, tokenizer, 40).tolist() == expected[: 256 * 40]
-    assert data.joined(source, tokenizer, 4000).tolist() == expected
+    assert token_windows.joined(source, tokenizer, 40).tolist() == expected[: 256 * 40]
+    assert token_windows.joined(source, tokenizer, 4000).tolist() == expected
 
 
 def test_c4_windows_are_drawn_as_in_the_papers(mirror, tokenizer):
     """Documents at random until one is longer than the window, then a random window, with the same draws."""
-    found = data.calibration(sources.source("c4", mirror), tokenizer, 6, 40, seed=3)
+    found = token_windows.calibration(sources.source("c4", mirror), tokenizer, 6, 40, seed=3)
     draw, expected = random.Random(3), []
     for _ in range(6):
         while True:
@@ -116,14 +116,14 @@ def test_c4_windows_are_drawn_as_in_the_papers(mirror, tokenizer):
 def test_packed_windows_hold_each_document_once_and_whole(mirror, tokenizer):
     source = sources.source("mine/stories", mirror)
     total = sum(len(tokenizer(text).input_ids) + 1 for text in TEXTS)
-    windows = data.packed(source, tokenizer, 16, total // 16, seed=0)
-    assert torch.equal(windows, data.packed(source, tokenizer, 16, total // 16, seed=0))
-    assert not torch.equal(windows, data.packed(source, tokenizer, 16, total // 16, seed=1))
+    windows = token_windows.packed(source, tokenizer, 16, total // 16, seed=0)
+    assert torch.equal(windows, token_windows.packed(source, tokenizer, 16, total // 16, seed=0))
+    assert not torch.equal(windows, token_windows.packed(source, tokenizer, 16, total // 16, seed=1))
     stories = tokenizer.decode(windows.flatten()).split("<eos>")
     assert {story.strip() for story in stories[:-1]} <= {
         f"<bos> {text}".strip() for text in map(again(tokenizer), TEXTS)
     }
-    assert len(data.packed(source, tokenizer, 16, 3 * total // 16, seed=0)) == 3 * total // 16
+    assert len(token_windows.packed(source, tokenizer, 16, 3 * total // 16, seed=0)) == 3 * total // 16
 
 
 def again(tokenizer):
@@ -132,11 +132,11 @@ def again(tokenizer):
 
 def test_too_little_text_says_what_to_type(mirror, tokenizer):
     with pytest.raises(UserError, match=r"type calibration\.samples="):
-        data.calibration(sources.source("mine/stories", mirror), tokenizer, 1000, 64, seed=0)
+        token_windows.calibration(sources.source("mine/stories", mirror), tokenizer, 1000, 64, seed=0)
     with pytest.raises(UserError, match=r"a shorter calibration\.seq_len"):
-        data.calibration(sources.source("c4", mirror), tokenizer, 4, 4000, seed=0)
+        token_windows.calibration(sources.source("c4", mirror), tokenizer, 4, 4000, seed=0)
 
 
 def test_joined_text_is_that_of_the_papers(mirror, tokenizer):
-    ids = data.joined(sources.source("wikitext2", mirror, split="test"), tokenizer)
+    ids = token_windows.joined(sources.source("wikitext2", mirror, split="test"), tokenizer)
     assert ids.tolist() == tokenizer("\n\n".join(TEXTS)).input_ids

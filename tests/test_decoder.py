@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.blocks import find_blocks
-from pipeline.coverage import Coverage
-from pipeline.errors import UserError
-from pipeline.layerwise import LayerwiseForwards
-from pipeline.matrices import entries, matrices, matrices_of
+from pipeline.engine.blocks import find_blocks
+from pipeline.engine.coverage import Coverage
+from pipeline.engine.layerwise import LayerwiseForwards
+from pipeline.engine.matrices import entries, matrices, matrices_of
+from pipeline.runtime.errors import UserError
 
 SMALL = {
     "vocab_size": 61,

@@ -12,11 +12,14 @@ import torch
 from datasets import Dataset
 
 import launch
-from pipeline import checksums, continuations, model_files, models, world
-from pipeline.errors import UserError
-from pipeline.masks import Masks
-from pipeline.recipe import Recipe
-from pipeline.recipe_reader import load
+from pipeline.data import world
+from pipeline.evaluation import continuations
+from pipeline.models import loading, model_files
+from pipeline.runtime import checksums
+from pipeline.runtime.errors import UserError
+from pipeline.settings.reader import load
+from pipeline.settings.schema import Recipe
+from pipeline.sparsity.masks import Masks
 from tests.conftest import QUICK, typing
 from tests.test_perplexity import tiny_llama as random_llama
 
@@ -90,9 +93,9 @@ def test_a_model_that_spills_onto_the_disk_answers_the_same(tiny_llama):
     """What accelerate does where GPU and host are too small together."""
     recipe = Recipe(model=str(tiny_llama))
     ids = torch.arange(24)[None]
-    spilled = models.load(tiny_llama, recipe, device_map="auto", max_memory={"cpu": 60_000})
+    spilled = loading.load(tiny_llama, recipe, device_map="auto", max_memory={"cpu": 60_000})
     assert "disk" in spilled.hf_device_map.values()
-    assert torch.equal(spilled(ids).logits, models.load(tiny_llama, recipe)(ids).logits)
+    assert torch.equal(spilled(ids).logits, loading.load(tiny_llama, recipe)(ids).logits)
 
 
 def test_a_new_task_and_a_new_run_measure_only_what_is_new(run_dir, tiny_llama, typed):

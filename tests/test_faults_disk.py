@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import launch
-from pipeline import space
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
+from pipeline.stages import space
 from tests import harm
 from tests.conftest import PRUNE
 

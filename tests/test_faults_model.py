@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline import model_files
+from pipeline.models import model_files
 
 UP = "model.layers.1.mlp.up_proj.weight"
 NORM = "model.layers.1.post_attention_layernorm.weight"

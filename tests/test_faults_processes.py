@@ -12,8 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import heartbeat, lock, processes, recipe_reader, stages
-from pipeline.errors import UserError
+from pipeline.runtime import heartbeat, lock, processes
+from pipeline.runtime.errors import UserError
+from pipeline.settings import reader
+from pipeline.stages import runner
 from tests.launches import end, fork
 
 
@@ -127,7 +129,7 @@ def test_a_barrier_has_a_time_out_of_the_recipe(tmp_path):
 
 def test_processes_of_other_settings_are_refused(tmp_path):
     def work(number: int) -> None:
-        stages._refuse_other_settings(recipe_reader.load([f"prune.sparsity=0.{5 + number}"]))
+        runner._refuse_other_settings(reader.load([f"prune.sparsity=0.{5 + number}"]))
 
     codes, said, _ = ranks(tmp_path, work)
     (line,) = (line for lines in said for line in lines)
@@ -138,7 +140,7 @@ def test_machines_that_do_not_share_the_folder_are_told_at_once(tmp_path, monkey
     monkeypatch.setattr(lock, "PATIENCE", 1.0)
 
     def work(number: int) -> None:
-        with stages._locked(tmp_path / f"disk{number}"):
+        with runner._locked(tmp_path / f"disk{number}"):
             pass
 
     codes, said, _ = ranks(tmp_path, work, nodes=2)
@@ -148,7 +150,7 @@ def test_machines_that_do_not_share_the_folder_are_told_at_once(tmp_path, monkey
 
 def test_machines_that_share_the_folder_go_on(tmp_path):
     def work(number: int) -> None:
-        with stages._locked(tmp_path / "disk"):
+        with runner._locked(tmp_path / "disk"):
             processes.barrier()
 
     assert ranks(tmp_path, work, nodes=2)[0] == [0, 0]

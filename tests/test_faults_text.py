@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from pipeline import sources
-from pipeline.errors import UserError
+from pipeline.data import sources
+from pipeline.runtime.errors import UserError
 from tests.conftest import PRUNE, espalier
 
 

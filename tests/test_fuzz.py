@@ -6,10 +6,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
-from pipeline import masks, models, recipe, recipe_reader
-from pipeline.errors import UserError
+from pipeline.models import loading
+from pipeline.runtime.errors import UserError
+from pipeline.settings import reader, schema
+from pipeline.sparsity import masks
 
-KEYS = [*recipe.plain(recipe_reader.load([]))["prune"], "x"]
+KEYS = [*schema.plain(reader.load([]))["prune"], "x"]
 VALUES = some.one_of(
     some.text(max_size=20), some.integers().map(str), some.floats().map(str), some.sampled_from(["[", "{a: b}", "null"])
 )
@@ -25,7 +27,7 @@ QUICKLY = settings(max_examples=150, deadline=None, suppress_health_check=list(H
 )
 def test_recipes(key, value):
     try:
-        recipe_reader.load([f"{key}={value}"])
+        reader.load([f"{key}={value}"])
     except UserError as error:
         assert "\n" not in str(error)
 
@@ -44,8 +46,8 @@ def test_headers(mine, where, byte):
     content = bytearray(whole)
     content[where] = byte
     (folder / "model.safetensors").write_bytes(content)
-    asked = recipe_reader.load([f"model={folder}", "stages=[prune]"])
-    for read in (lambda: models.load(folder, asked), lambda: masks.Masks.load(folder / "model.safetensors")):
+    asked = reader.load([f"model={folder}", "stages=[prune]"])
+    for read in (lambda: loading.load(folder, asked), lambda: masks.Masks.load(folder / "model.safetensors")):
         try:
             read()
         except UserError as error:

@@ -33,13 +33,14 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from pipeline import file_names, files, model_files, models
-from pipeline.errors import UserError
-from pipeline.masks import Masks
-from pipeline.model_files import Tensors
-from pipeline.recipe import Recipe
-from pipeline.rewrite import layers, parameters, rewrite
-from pipeline.verify import checked
+from pipeline.commands.verify import checked
+from pipeline.models import file_names, loading, model_files
+from pipeline.models.model_files import Tensors
+from pipeline.models.rewrite import layers, parameters, rewrite
+from pipeline.runtime import files
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Recipe
+from pipeline.sparsity.masks import Masks
 from tests.conftest import ROOT
 from tests.families import WHOLE, tiny
 from tests.test_decoder import small_model
@@ -72,8 +73,8 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 def test_a_family_is_loaded_whole(family):
     name, folder = family
-    theirs, ours = by_its_class(name, folder), models.load(folder, Recipe())
-    assert type(ours) is type(theirs) is type(models.skeleton(folder, Recipe()))
+    theirs, ours = by_its_class(name, folder), loading.load(folder, Recipe())
+    assert type(ours) is type(theirs) is type(loading.skeleton(folder, Recipe()))
     same(ours.state_dict(), theirs.state_dict())
     assert torch.equal(ours(input_ids=IDS).logits, theirs(input_ids=IDS, use_cache=False).logits)
 
@@ -81,8 +82,8 @@ def test_a_family_is_loaded_whole(family):
 def test_a_family_is_written_under_the_names_it_had(family, tmp_path, monkeypatch):
     """Bit for bit, but for what is changed, which is named as in memory; layer by layer, and all at once."""
     name, folder = family
-    monkeypatch.setattr("pipeline.rewrite.SHARD", 20_000)
-    before, model = load_file(folder / "model.safetensors"), models.load(folder, Recipe())
+    monkeypatch.setattr("pipeline.models.rewrite.SHARD", 20_000)
+    before, model = load_file(folder / "model.safetensors"), loading.load(folder, Recipe())
     same(file_names.to_files(model, file_names.saved(model)), before)
     assert file_names.converts(model) == (
         name in (*FUSED, "gemma3", "llava", "mistral3", "mllama", "qwen2_5_vl", "qwen3_5_moe")
@@ -108,7 +109,7 @@ def test_a_family_is_written_under_the_names_it_had(family, tmp_path, monkeypatc
 
 def test_a_familys_parameters_are_streamed_as_they_are_in_memory(family):
     name, folder = family
-    model = models.load(folder, Recipe())
+    model = loading.load(folder, Recipe())
     streamed = list(parameters(folder, Recipe()))
     same(dict(streamed), file_names.saved(model))
     assert len(streamed) == len(dict(streamed))
@@ -148,7 +149,7 @@ def changed(origin: Path, folder: Path, change) -> Path:
 def refused(folder: Path) -> str:
     """The same line, however the folder is read."""
     said = []
-    for read in (models.load, lambda *of: list(parameters(*of))):
+    for read in (loading.load, lambda *of: list(parameters(*of))):
         with pytest.raises(UserError) as raised:
             read(folder, Recipe())
         said.append(str(raised.value))
@@ -207,7 +208,7 @@ def test_old_forms_of_a_checkpoint_are_loaded(family, tmp_path):
     model.save_pretrained(tmp_path / "new")
     old = changed(tmp_path / "new", tmp_path / "old", OLD[family])
     expected = file_names.saved(model)
-    same(file_names.saved(models.load(old, Recipe())), expected)
+    same(file_names.saved(loading.load(old, Recipe())), expected)
     same(dict(parameters(old, Recipe())), expected)
     rewrite(old, tmp_path / "written", Recipe(), lambda name, weight: None)
     same(by_its_class(family, tmp_path / "written").state_dict(), model.state_dict())
@@ -218,7 +219,7 @@ def test_tied_weights_that_differ_in_the_files_are_not_tied(tmp_path):
     model.save_pretrained(tmp_path / "tied")
     change = lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"] * 2}  # noqa: E731
     folder = changed(tmp_path / "tied", tmp_path / "apart", change)
-    loaded = models.load(folder, Recipe())
+    loaded = loading.load(folder, Recipe())
     same(dict(parameters(folder, Recipe())), file_names.saved(loaded))
     rewrite(folder, tmp_path / "written", Recipe(), lambda name, weight: None)
     same(by_its_class("qwen2", tmp_path / "written").state_dict(), loaded.state_dict())
@@ -262,7 +263,7 @@ def test_the_folder_of_an_adapter_is_told_its_base(tmp_path):
     with pytest.raises(
         UserError, match=f"model={tmp_path} is an adapter of some/base .*: set model=some/base, or merge"
     ):
-        models.locate(str(tmp_path), None)
+        loading.locate(str(tmp_path), None)
 
 
 @pytest.mark.parametrize("prefix", ["base_model.model.", ""])
@@ -305,7 +306,7 @@ def test_what_is_no_causal_language_model_is_refused(name, tmp_path):
     OTHERS[name]().save_pretrained(tmp_path)
     assert f"{tmp_path} holds a {name} (config.json), which is " in refused(tmp_path)
     with pytest.raises(UserError, match="holds a"):
-        models.skeleton(tmp_path, Recipe())
+        loading.skeleton(tmp_path, Recipe())
 
 
 @pytest.mark.parametrize("architectures", [None, ["LLaMAForCausalLM"], ["SomebodysForCausalLM"]])
@@ -313,7 +314,7 @@ def test_other_names_of_a_causal_language_model_are_loaded(tiny_llama, tmp_path,
     shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": architectures}))
-    assert type(models.load(tmp_path, Recipe())).__name__ == "LlamaForCausalLM"
+    assert type(loading.load(tmp_path, Recipe())).__name__ == "LlamaForCausalLM"
 
 
 def test_what_is_downloaded_of_a_hub_model():

@@ -8,13 +8,13 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pipeline import lora
-from pipeline.errors import UserError
-from pipeline.lora import MaskedLinear
-from pipeline.masks import Masks, apply_
-from pipeline.matrices import matrices_of
-from pipeline.patterns import NofM
-from pipeline.recipe import Finetune
+from pipeline.engine.matrices import matrices_of
+from pipeline.recovery import lora
+from pipeline.recovery.lora import MaskedLinear
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Finetune
+from pipeline.sparsity.masks import Masks, apply_
+from pipeline.sparsity.patterns import NofM
 from tests.test_decoder import small_model
 
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import lora, processes, sharding, training
-from pipeline.errors import UserError
-from pipeline.lora import MaskedLinear, MaskedParameter
-from pipeline.masks import Masks, apply_
-from pipeline.recipe import Finetune
-from pipeline.recovery import MaskedLora, PlainLora, SparseFull
+from pipeline.recovery import lora, sharding, training
+from pipeline.recovery.lora import MaskedLinear, MaskedParameter
+from pipeline.recovery.methods import MaskedLora, PlainLora, SparseFull
+from pipeline.runtime import processes
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Finetune
+from pipeline.sparsity.masks import Masks, apply_
 from tests.conftest import ROOT, command, environment
 from tests.families import tiny
 from tests.test_lora import with_masks
@@ -257,7 +258,7 @@ def test_what_is_adapted_is_what_was_asked_where_names_end_alike():
 
 SCRIPT = """
 import sys
-from pipeline import processes
+from pipeline.runtime import processes
 from tests.test_masked_parameter import LAUNCHED, launched
 processes.start()
 for family in LAUNCHED:

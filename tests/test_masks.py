@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeline.errors import UserError
-from pipeline.masks import Masks, apply_
+from pipeline.runtime.errors import UserError
+from pipeline.sparsity.masks import Masks, apply_
 
 
 def some_masks() -> Masks:

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.blocks import find_blocks
-from pipeline.layerwise import LayerwiseForwards
-from pipeline.matrices import matrices
-from pipeline.observe import InputObserver
+from pipeline.engine.blocks import find_blocks
+from pipeline.engine.layerwise import LayerwiseForwards
+from pipeline.engine.matrices import matrices
+from pipeline.engine.observe import InputObserver
 from tests import families, walking
 
 KINDS = {

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeline import patterns
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
+from pipeline.sparsity import patterns
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4), (3, 4), (1, 2)])

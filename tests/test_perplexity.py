@@ -8,9 +8,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pipeline import data, paired, sources
-from pipeline.errors import UserError
-from pipeline.perplexity import perplexity, streamed, whole, window_losses, windows
+from pipeline.data import sources, token_windows
+from pipeline.evaluation import paired
+from pipeline.evaluation.perplexity import perplexity, streamed, whole, window_losses, windows
+from pipeline.runtime.errors import UserError
 from tests.test_decoder import FAMILIES, small_model
 
 VOCABULARY = 97
@@ -32,7 +33,7 @@ def tiny_llama(vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def token_windows(tokens: int = 300, seq_len: int = 40) -> torch.Tensor:
+def random_windows(tokens: int = 300, seq_len: int = 40) -> torch.Tensor:
     return windows(torch.randint(VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(1)), seq_len)
 
 
@@ -90,16 +91,16 @@ def test_a_text_shorter_than_a_window_says_what_to_type(tokens):
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
 def test_batch_size_does_not_change_it(batch_size):
     model = tiny_llama()
-    expected = measured(model, token_windows(), 3)
-    assert measured(model, token_windows(), batch_size) == pytest.approx(expected, rel=1e-6)
+    expected = measured(model, random_windows(), 3)
+    assert measured(model, random_windows(), batch_size) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 9])  # of 7 windows: some ranks have none
 def test_ranks_sum_to_the_same_bits(world_size):
     logits = whole(tiny_llama().eval())
-    alone, shares = window_losses(logits, token_windows(), 2), []
+    alone, shares = window_losses(logits, random_windows(), 2), []
     for rank in range(world_size):
-        window_losses(logits, token_windows(), 2, rank, world_size, lambda loss_N: shares.append(loss_N) or alone)
+        window_losses(logits, random_windows(), 2, rank, world_size, lambda loss_N: shares.append(loss_N) or alone)
     assert torch.equal(torch.stack(shares).sum(0), alone)
     assert all(((share == 0) | (share == alone)).all() for share in shares)
 
@@ -112,7 +113,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
         dist.all_reduce(tensor)
         return tensor
 
-    found = measured(tiny_llama(), token_windows(), 2, rank, world_size, all_sum)
+    found = measured(tiny_llama(), random_windows(), 2, rank, world_size, all_sum)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -120,7 +121,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
 def test_two_processes_find_the_same(tmp_path):
     mp.spawn(_rank, (2, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first == second == measured(tiny_llama(), token_windows(), 2)
+    assert first == second == measured(tiny_llama(), random_windows(), 2)
 
 
 def test_a_broken_model_is_refused_by_the_window():
@@ -135,14 +136,14 @@ def test_a_broken_model_is_refused_by_the_window():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_finds_what_the_cpu_does():
-    on_cpu = measured(tiny_llama(), token_windows(), 2)
-    assert measured(tiny_llama().cuda(), token_windows(), 2) == pytest.approx(on_cpu, rel=1e-4)
+    on_cpu = measured(tiny_llama(), random_windows(), 2)
+    assert measured(tiny_llama().cuda(), random_windows(), 2) == pytest.approx(on_cpu, rel=1e-4)
 
 
 def test_leaves_the_model_as_it_was_and_tells_its_progress():
     model, told = tiny_llama(), []
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    window_losses(whole(model), token_windows(), 3, tell=told.append)
+    window_losses(whole(model), random_windows(), 3, tell=told.append)
     assert told == ["3 of 7 windows", "6 of 7 windows", "7 of 7 windows"]
     assert not any(tensor.is_inference() for tensor in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -162,7 +163,7 @@ def test_layer_by_layer_is_the_whole_model_to_the_bit(family):
 def test_is_the_papers_loop_on_a_real_model_and_text(stories, hub):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
     for spec in ("wikitext2", "local/stories"):
-        ids = data.joined(sources.source(spec, str(hub), "test"), tokenizer)[: 20 * 256 + 100]
+        ids = token_windows.joined(sources.source(spec, str(hub), "test"), tokenizer)[: 20 * 256 + 100]
         assert measured(model, windows(ids, 256), 8) == pytest.approx(papers_loop(model, ids, 256), rel=1e-6)
 
 

@@ -8,8 +8,11 @@ from pathlib import Path
 import datasets
 import pytest
 
-from pipeline import caches, evaluate, finetune, preflight, recipe_reader, reconstruct, sources, stages, world
-from pipeline.errors import UserError
+from pipeline.data import sources, world
+from pipeline.runtime import caches
+from pipeline.runtime.errors import UserError
+from pipeline.settings import reader
+from pipeline.stages import evaluate, finetune, preflight, reconstruct, runner
 from tests import harm
 from tests.conftest import QUICK
 from tests.test_chat import SHORT
@@ -105,9 +108,9 @@ def test_it_takes_less_than_three_seconds(stories, hub, tmp_path):
     texts = ["calibration.dataset=local/stories", "finetune.dataset=local/stories", "evaluate.perplexity=[wikitext2]"]
     lengths = [f"{section}.seq_len=256" for section in ("calibration", "finetune", "evaluate")]
     more = ["stages=[prune,finetune,evaluate,report]", "evaluate.tasks=[arc_easy,openbookqa]", f"mirror={hub}"]
-    recipe = recipe_reader.load([f"model={stories}", f"run_dir={tmp_path}/run", *texts, *lengths, *more])
+    recipe = reader.load([f"model={stories}", f"run_dir={tmp_path}/run", *texts, *lengths, *more])
     begun = time.process_time()
-    stages._read_from_outside(recipe)
+    runner._read_from_outside(recipe)
     for check in (reconstruct.check, finetune.check, evaluate.check, preflight.check):
         check(recipe)
     assert time.process_time() - begun < 3
@@ -120,7 +123,7 @@ def test_of_a_large_text_only_the_beginning_is_read(tiny_llama, tmp_path):
         for _ in range(200):
             file.write(json.dumps({"text": "the cat sat on the mat . " * 10_000}) + "\n")
     settings = [f"model={tiny_llama}", f"run_dir={tmp_path}/run", "stages=[evaluate]", "evaluate.seq_len=64"]
-    recipe = recipe_reader.load([*settings, f"evaluate.perplexity=[{path}]", "evaluate.tasks=[]"])
+    recipe = reader.load([*settings, f"evaluate.perplexity=[{path}]", "evaluate.tasks=[]"])
     begun = time.process_time()
     preflight.check(recipe)
     assert time.process_time() - begun < 1

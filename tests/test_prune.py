@@ -9,9 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from callbacks.methods import METHODS, WandaPruner
-from pipeline import data, model_files, models, patterns, prune, recipe_reader, series, sources
-from pipeline.errors import UserError
-from pipeline.masks import Masks, by_matrix
+from pipeline.data import sources, token_windows
+from pipeline.models import loading, model_files
+from pipeline.reporting import series
+from pipeline.runtime.errors import UserError
+from pipeline.settings import reader
+from pipeline.sparsity import patterns
+from pipeline.sparsity.masks import Masks, by_matrix
+from pipeline.stages import prune
 from tests import textbook
 from tests.conftest import QUICK, ROOT, command, environment
 from tests.test_decoder import FAMILIES, small_model
@@ -20,7 +25,7 @@ SETTINGS = [s for s in QUICK if not s.startswith("stages")]
 
 
 def settings(model, *more):
-    return recipe_reader.load([f"model={model}", "stages=[prune]", *SETTINGS, *more])
+    return reader.load([f"model={model}", "stages=[prune]", *SETTINGS, *more])
 
 
 def pruned(model, folder, *more):
@@ -48,7 +53,9 @@ def test_equal_to_the_textbook_on_a_trained_model(stories, hub, tmp_path, method
 
 def check_against_textbook(origin, chosen, masks, weights):
     source = sources.source(chosen.calibration.dataset, chosen.mirror, "train")
-    windows = data.calibration(source, models.tokenizer(origin, chosen), 8, chosen.calibration.seq_len, seed=0)
+    windows = token_windows.calibration(
+        source, loading.tokenizer(origin, chosen), 8, chosen.calibration.seq_len, seed=0
+    )
     model = AutoModelForCausalLM.from_pretrained(origin)
     textbook.prune(model, windows, chosen.prune.method, patterns.parse(chosen.prune.sparsity))
     for name, expected in model.state_dict().items():
@@ -147,7 +154,9 @@ def test_an_expert_is_judged_by_the_tokens_it_saw_and_a_starved_one_by_its_weigh
     seen = []
     experts = model.model.layers[0].mlp.experts
     hook = experts.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
-    windows = data.calibration(sources.source("world"), models.tokenizer(origin, settings(origin)), 8, 32, seed=0)
+    windows = token_windows.calibration(
+        sources.source("world"), loading.tokenizer(origin, settings(origin)), 8, 32, seed=0
+    )
     model(input_ids=windows)
     hook.remove()
     (hidden, chosen), pattern = seen[0], patterns.NofM(2, 4)
@@ -236,7 +245,9 @@ ALL_METHODS = """
 import sys
 from pathlib import Path
 from callbacks.methods import METHODS
-from pipeline import processes, prune, recipe_reader
+from pipeline.runtime import processes
+from pipeline.settings import reader
+from pipeline.stages import prune
 model, where, *settings = sys.argv[1:]
 processes.start()
 for method in METHODS:

@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig, GptOssForCausalLM
 
-from pipeline import file_names, models, space
-from pipeline.errors import UserError
-from pipeline.model_files import Tensors
-from pipeline.recipe import Recipe
-from pipeline.rewrite import parameters, rewrite
+from pipeline.models import file_names, loading
+from pipeline.models.model_files import Tensors
+from pipeline.models.rewrite import parameters, rewrite
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Recipe
+from pipeline.stages import space
 from tests.test_decoder import small_model
 
 IDS = torch.arange(3, 51).view(2, 24)
@@ -47,7 +48,7 @@ def name_in_config(folder: Path, about: dict) -> None:
 
 def check_plain(model, folder: Path, target: Path) -> None:
     """No trace of a quantisation is left, in memory or in a folder that is written from it."""
-    before = models.skeleton(folder, Recipe())
+    before = loading.skeleton(folder, Recipe())
     assert file_names.saved(before).keys() == file_names.saved(model).keys()
     assert {n: type(m) for n, m in model.named_modules()} == {n: type(m) for n, m in before.named_modules()}
     assert {parameter.dtype for parameter in model.parameters()} == {model.config.dtype}
@@ -59,7 +60,7 @@ def check_plain(model, folder: Path, target: Path) -> None:
 
     rewrite(folder, target, Recipe(), lambda name, weight: None)
     assert "quantization_config" not in (target / "config.json").read_text()
-    assert models.quantization(target) is None
+    assert loading.quantization(target) is None
     plain, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
     assert not any(info.values())
     assert torch.equal(plain(IDS).logits, model(IDS).logits)
@@ -76,15 +77,15 @@ def test_bitsandbytes(tmp_path, family, kind, capsys):
     ).save_pretrained(tmp_path / "quantised")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "quantised", device_map={"": "cpu"})
     capsys.readouterr()
-    model = models.load(tmp_path / "quantised", Recipe())
+    model = loading.load(tmp_path / "quantised", Recipe())
     assert f"is quantised ({kind}): its weights are dequantised to float32" in capsys.readouterr().out
-    assert models.quantization(tmp_path / "quantised") == kind
+    assert loading.quantization(tmp_path / "quantised") == kind
     assert perplexity(model) == pytest.approx(perplexity(theirs), rel=0.02)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), dense.parameters(), strict=True))
     check_plain(model, tmp_path / "quantised", tmp_path / "written")
     with pytest.raises(UserError, match="set evaluate.placement=stream"):
-        models.load(tmp_path / "quantised", Recipe(), device_map="auto")
+        loading.load(tmp_path / "quantised", Recipe(), device_map="auto")
 
 
 def in_float8(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,19 +120,19 @@ def test_float8(tmp_path, family, block):
     save_file(exact, tmp_path / "dense/model.safetensors", {"format": "pt"})
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
 
-    model = models.load(folder, Recipe())
-    assert models.quantization(folder) == "fp8"
+    model = loading.load(folder, Recipe())
+    assert loading.quantization(folder) == "fp8"
     for name, parameter in dense.named_parameters():
         assert torch.equal(model.get_parameter(name), parameter), name
     check_plain(model, folder, tmp_path / "written")
     assert set(Tensors(tmp_path / "written")) == set(exact)
-    assert {p.dtype for p in models.load(folder, Recipe(dtype="bfloat16")).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in loading.load(folder, Recipe(dtype="bfloat16")).parameters()} == {torch.bfloat16}
 
     scale = next(name for name in weights if "scale" in name)
     del weights[scale]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="8-bit floats without the scales"):
-        models.load(folder, Recipe())
+        loading.load(folder, Recipe())
 
 
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -165,8 +166,8 @@ def test_mxfp4(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     name_in_config(tmp_path, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
 
-    model = models.load(tmp_path, Recipe())
-    assert models.quantization(tmp_path) == "mxfp4"
+    model = loading.load(tmp_path, Recipe())
+    assert loading.quantization(tmp_path) == "mxfp4"
     assert len(exact) == 4
     for name, weight in exact.items():
         assert torch.equal(model.get_parameter(name), weight.bfloat16()), name
@@ -193,7 +194,7 @@ def test_what_cannot_be_dequantised_is_refused(tiny_llama, tmp_path, about):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     name_in_config(tmp_path, about)
     name = about.get("quant_method", "an unknown method")
-    for read in (models.load, lambda *of: list(parameters(*of))):
+    for read in (loading.load, lambda *of: list(parameters(*of))):
         with pytest.raises(
             UserError, match=f"is quantised by {name} .* set model=... to the model that it was made from"
         ):
@@ -203,7 +204,7 @@ def test_what_cannot_be_dequantised_is_refused(tiny_llama, tmp_path, about):
 def test_a_quantisation_that_only_the_language_model_of_a_checkpoint_names(tmp_path):
     config = {"text_config": {"quantization_config": {"quant_method": "gptq"}}, "vision_config": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert models.quantization(tmp_path) == "gptq"
+    assert loading.quantization(tmp_path) == "gptq"
 
 
 def test_a_quantised_model_is_pruned_into_a_plain_one(tiny_llama, tmp_path, finishes):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import recipe, recipe_reader
-from pipeline.masks import Masks
+from pipeline.settings import reader, schema
+from pipeline.sparsity.masks import Masks
 from tests.conftest import QUICK, ROOT, espalier
 
 README = (ROOT / "README.md").read_text()
@@ -28,15 +28,15 @@ def test_its_two_commands_are_those_that_ci_types():
 
 def test_its_keys_and_methods_exist():
     table = README[README.index("| keys |") : README.index("A `dataset` is")]
-    known = recipe.plain(recipe_reader.load([]))["prune"].keys()
+    known = schema.plain(reader.load([]))["prune"].keys()
     for key in re.findall(r"`prune\.(\w+)`", table):
         assert key in known
-    for method in recipe.METHODS:
+    for method in schema.METHODS:
         assert f"`{method}`" in table
     for line in re.findall(r"launch\.py (.*)$", README, flags=re.M):
         for name in re.findall(r"recipe=(\w+)", line):
             if name != "NAME":
-                assert name in recipe_reader.available()
+                assert name in reader.available()
 
 
 def test_its_snippets_run_through_the_whole_pipeline(tiny_llama, tmp_path):

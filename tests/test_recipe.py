@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from pipeline import recipe_reader, sweep
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
+from pipeline.settings import reader
+from pipeline.stages import sweep
 from tests.conftest import ROOT
 
 FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -15,7 +16,7 @@ FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_recipe_loads_and_is_short(path):
     extra = [] if path.stem != "paper" else ["model=somewhere"]
-    loaded = recipe_reader.load([f"recipe={path}", *extra])
+    loaded = reader.load([f"recipe={path}", *extra])
     assert loaded.run_dir == f"runs/{path.stem}"
     assert len(path.read_text().splitlines()) <= 20
 
@@ -55,7 +56,7 @@ def test_every_recipe_loads_and_is_short(path):
 def test_bad_input_is_one_line(argument, says):
     arguments = [argument] if argument.startswith("recipe=") else ["recipe=llama7b_2of4", argument]
     with pytest.raises(UserError) as raised:
-        recipe_reader.load(arguments)
+        reader.load(arguments)
     message = str(raised.value)
     assert says in message
     assert "\n" not in message
@@ -63,19 +64,19 @@ def test_bad_input_is_one_line(argument, says):
 
 def test_no_model_says_what_to_type():
     with pytest.raises(UserError, match="model=<hub id or folder>"):
-        recipe_reader.load(["stages=[prune]"])
+        reader.load(["stages=[prune]"])
 
 
 def test_colon_in_quotes_is_accepted(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text('model: m\nprune: {sparsity: "2:4"}\n')
-    assert recipe_reader.load([f"recipe={path}"]).prune.sparsity == "2:4"
+    assert reader.load([f"recipe={path}"]).prune.sparsity == "2:4"
 
 
 def test_extends_then_file_then_command_line(tmp_path):
     (tmp_path / "base.yaml").write_text("model: m\nseed: 1\nfinetune: {rank: 4, alpha: 4}\n")
     (tmp_path / "mine.yaml").write_text("extends: base\nfinetune: {rank: 5}\n")
-    loaded = recipe_reader.load([f"recipe={tmp_path / 'mine.yaml'}", "finetune.alpha=6"])
+    loaded = reader.load([f"recipe={tmp_path / 'mine.yaml'}", "finetune.alpha=6"])
     assert (loaded.seed, loaded.finetune.rank, loaded.finetune.alpha) == (1, 5, 6)
 
 
@@ -83,14 +84,14 @@ def test_a_recipe_that_extends_itself_is_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("extends: b\n")
     (tmp_path / "b.yaml").write_text("extends: a\n")
     with pytest.raises(UserError, match="extends itself"):
-        recipe_reader.load([f"recipe={tmp_path / 'a.yaml'}"])
+        reader.load([f"recipe={tmp_path / 'a.yaml'}"])
 
 
 def test_the_paper_settings_of_the_papers_models():
-    loaded = recipe_reader.load(["recipe=llama2_7b_4of8"])
+    loaded = reader.load(["recipe=llama2_7b_4of8"])
     assert loaded.calibration.samples == 128
     assert loaded.calibration.seq_len == loaded.evaluate.seq_len == 4096
-    assert recipe_reader.load(["recipe=llama7b_half"]).calibration.seq_len == 2048
+    assert reader.load(["recipe=llama7b_half"]).calibration.seq_len == 2048
 
 
 def test_answered_before_anything_heavy_loads():
@@ -127,7 +128,7 @@ def test_a_path_is_taken_as_it_stands(path):
     for typed in (quoted, *([path] if "," not in path else [])):  # a comma without quotes makes a sweep
         arguments = sweep.cells([f"model={typed}", f"calibration.dataset={typed}", "stages=[prune]"])
         assert list(arguments) == [""]
-        loaded = recipe_reader.load([*arguments[""], f"run_dir={typed}", f"mirror={typed}"])
+        loaded = reader.load([*arguments[""], f"run_dir={typed}", f"mirror={typed}"])
         assert [loaded.model, loaded.calibration.dataset, loaded.run_dir, loaded.mirror] == [path] * 4
 
 
@@ -136,7 +137,7 @@ def test_a_sweep_in_a_folder_with_a_comma():
         cells = sweep.cells(["seed=1,2", f'run_dir="{folder}"', "model=m", "stages=[prune]"])
         for name, arguments in cells.items():
             (again,) = sweep.cells(arguments).values()
-            assert recipe_reader.load(again).run_dir == f"{folder.removeprefix('./')}/{name}"
+            assert reader.load(again).run_dir == f"{folder.removeprefix('./')}/{name}"
 
 
 def test_home_is_known_in_every_path(tmp_path, monkeypatch):
@@ -144,13 +145,13 @@ def test_home_is_known_in_every_path(tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text("")
     (tmp_path / "r.yaml").write_text("model: ~/model\nstages: [prune]\nevaluate: {tasks: [~/t.yaml, boolq]}\n")
     more = ["run_dir=~/runs/x", "mirror=~/hub", "prune.method=~/own.py"]
-    loaded = recipe_reader.load(["recipe=~/r.yaml", *more])
+    loaded = reader.load(["recipe=~/r.yaml", *more])
     assert [loaded.model, loaded.run_dir, loaded.mirror] == [f"{tmp_path}/{it}" for it in ("model", "runs/x", "hub")]
     assert loaded.prune.method == f"{tmp_path}/own.py"
     assert loaded.evaluate.tasks == [f"{tmp_path}/t.yaml", "boolq"]
     with pytest.raises(UserError, match="run_dir=~nobody-here/x: there is no such home folder"):
-        recipe_reader.load(["recipe=~/r.yaml", "run_dir=~nobody-here/x"])
+        reader.load(["recipe=~/r.yaml", "run_dir=~nobody-here/x"])
 
 
 def test_null_is_still_nothing():
-    assert recipe_reader.load(["model=m", "stages=[prune]", "revision=null"]).revision is None
+    assert reader.load(["model=m", "stages=[prune]", "revision=null"]).revision is None

@@ -7,12 +7,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import data, layer_fit, model_files, models, recipe, recipe_reader, reconstruct, sources, stages
-from pipeline.blocks import find_blocks
-from pipeline.errors import UserError
-from pipeline.masks import by_matrix
-from pipeline.perplexity import whole, window_losses, windows
-from pipeline.rewrite import parameters
+from pipeline.data import sources, token_windows
+from pipeline.engine.blocks import find_blocks
+from pipeline.evaluation.perplexity import whole, window_losses, windows
+from pipeline.models import loading, model_files
+from pipeline.models.rewrite import parameters
+from pipeline.recovery import layer_fit
+from pipeline.runtime.errors import UserError
+from pipeline.settings import reader, schema
+from pipeline.sparsity.masks import by_matrix
+from pipeline.stages import reconstruct, runner
 from tests.conftest import QUICK, espalier
 from tests.test_decoder import FAMILIES
 from tests.test_prune import Killed, families, pruned  # noqa: F401  (a fixture)
@@ -23,7 +27,7 @@ ALIKE = ("mistral", "qwen2", "qwen3", "gemma3_text")  # to the llama and gemma2,
 
 
 def settings(model, *more):
-    return recipe_reader.load([f"model={model}", "stages=[prune,reconstruct]", *SETTINGS, *more])
+    return reader.load([f"model={model}", "stages=[prune,reconstruct]", *SETTINGS, *more])
 
 
 def reconstructed(model, where, *more):
@@ -43,7 +47,7 @@ def test_every_family_comes_closer_to_its_dense_layers_and_keeps_its_masks(famil
     weights, rows = reconstructed(origin, tmp_path)
     assert set(weights) == set(before)
     before, weights = (
-        dict(parameters(tmp_path / stage / "model", recipe.Recipe())) for stage in ("prune", "reconstruct")
+        dict(parameters(tmp_path / stage / "model", schema.Recipe())) for stage in ("prune", "reconstruct")
     )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "reconstruct/model")
     assert masks.violations(loaded.named_parameters()) == []
@@ -63,7 +67,9 @@ def test_the_errors_of_the_table_are_those_of_the_whole_model(tiny_llama, tmp_pa
     pruned(tiny_llama, tmp_path / "prune")
     _, rows = reconstructed(tiny_llama, tmp_path)
     chosen = settings(tiny_llama)
-    held_out = data.calibration(sources.source("world"), models.tokenizer(tiny_llama, chosen), 32, 32, seed=0)[28:]
+    held_out = token_windows.calibration(
+        sources.source("world"), loading.tokenizer(tiny_llama, chosen), 32, 32, seed=0
+    )[28:]
     states = []
     for folder in (tiny_llama, tmp_path / "reconstruct/model"):
         model, found = AutoModelForCausalLM.from_pretrained(folder), []
@@ -82,9 +88,9 @@ def test_a_trained_model_gets_most_of_its_perplexity_back(stories, hub, tmp_path
     pruned(stories, tmp_path / "prune", *more)
     reconstructed(stories, tmp_path, *more)
     chosen = settings(stories)
-    text = data.joined(sources.source("local/stories", str(hub), "test"), models.tokenizer(stories, chosen))
+    text = token_windows.joined(sources.source("local/stories", str(hub), "test"), loading.tokenizer(stories, chosen))
     dense, before, after = (
-        window_losses(whole(models.load(folder, chosen)), windows(text, 128)[:24], 8).mean()
+        window_losses(whole(loading.load(folder, chosen)), windows(text, 128)[:24], 8).mean()
         for folder in (stories, tmp_path / "prune/model", tmp_path / "reconstruct/model")
     )
     assert before - after > 0.6 * (before - dense)
@@ -194,23 +200,23 @@ def test_bad_input_says_what_to_type(tiny_llama, tmp_path):
     with pytest.raises(UserError, match="reconstruct needs prune in stages"):
         settings(tiny_llama, "stages=[reconstruct]")
     with pytest.raises(UserError, match="type reconstruct.samples=32"):  # before the prune stage begins
-        stages.run(settings(tiny_llama, "reconstruct.samples=7", f"run_dir={tmp_path}/run"))
+        runner.run(settings(tiny_llama, "reconstruct.samples=7", f"run_dir={tmp_path}/run"))
     assert not (tmp_path / "run").exists()
-    text = recipe.reconstruction_text(settings(tiny_llama))
+    text = schema.reconstruction_text(settings(tiny_llama))
     with pytest.raises(UserError, match="type reconstruct.accumulate=3 reconstruct.batch_size=1"):
         reconstruct.plan_steps(text, 2, world_size=3)
 
 
 def test_its_text_is_the_calibrations_unless_it_has_its_own(tiny_llama):
-    text = recipe.reconstruction_text(settings(tiny_llama, "calibration.split=other"))
+    text = schema.reconstruction_text(settings(tiny_llama, "calibration.split=other"))
     assert (text.dataset, text.split, text.samples, text.seq_len, text.batch_size) == ("world", "other", 32, 32, 2)
-    text = recipe.reconstruction_text(settings(tiny_llama, "reconstruct.dataset=c4", "calibration.split=other"))
+    text = schema.reconstruction_text(settings(tiny_llama, "reconstruct.dataset=c4", "calibration.split=other"))
     assert (text.dataset, text.split, text.seq_len) == ("c4", "train", 32)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_step_takes_the_same_samples_on_any_number_of_processes(ranks):
-    text = recipe.Calibration(samples=70, seq_len=8, batch_size=2)
+    text = schema.Calibration(samples=70, seq_len=8, batch_size=2)
     batches = list(range(35))
     by_rank = [batches[rank::ranks] for rank in range(ranks)]
     steps = reconstruct.plan_steps(text, 4, ranks)

@@ -8,11 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import distill, finetune, lora, model_files, prune, quantize, recipe, recipe_reader
-from pipeline.errors import UserError
-from pipeline.masks import Masks, apply_, pack, unpack
-from pipeline.recipe import Finetune
-from pipeline.recovery import MaskedLora, SparseFull
+from pipeline.models import model_files
+from pipeline.recovery import distillation, lora, quantization
+from pipeline.recovery.methods import MaskedLora, SparseFull
+from pipeline.runtime.errors import UserError
+from pipeline.settings import reader, schema
+from pipeline.settings.schema import Finetune
+from pipeline.sparsity.masks import Masks, apply_, pack, unpack
+from pipeline.stages import finetune, prune
 from tests.conftest import QUICK, ROOT, command, environment
 from tests.test_decoder import small_model
 from tests.test_lora import trained, with_masks
@@ -30,8 +33,8 @@ WAYS = {
 SETTINGS = [s for s in QUICK if not s.startswith("stages")]
 
 
-def settings(model, *more) -> recipe.Recipe:
-    return recipe_reader.load([f"model={model}", "stages=[prune,finetune]", *SETTINGS, *more])
+def settings(model, *more) -> schema.Recipe:
+    return reader.load([f"model={model}", "stages=[prune,finetune]", *SETTINGS, *more])
 
 
 @pytest.fixture(scope="module", params=["2of4", "0.5"])
@@ -135,9 +138,9 @@ def test_dropout_acts_on_the_branch_alone():
 def test_quantised_weights_keep_their_zeros_and_nearly_all_else(stories, tmp_path, kind):
     model, masks = with_masks(AutoModelForCausalLM.from_pretrained(stories))
     model.save_pretrained(tmp_path)
-    small = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantize.configuration(kind))
+    small = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization.configuration(kind))
     for name, mask in masks.items():
-        weight = quantize.dequantized(small.get_parameter(name)).float()
+        weight = quantization.dequantized(small.get_parameter(name)).float()
         exact = model.get_parameter(name)
         assert (weight[~mask] == 0).all()
         assert (weight - exact).norm() < {"nf4": 0.15, "int8": 0.02}[kind] * exact.norm()
@@ -169,9 +172,9 @@ def test_distillation_is_the_formula():
     hard = torch.nn.functional.cross_entropy(student[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     p, q = (torch.log_softmax(x[:, :-1] / 2.0, -1) for x in (teacher, student))
     soft = (p.exp() * (p - q)).sum(-1).mean()
-    torch.testing.assert_close(distill.loss(student, teacher, ids, 0.3, 2.0), 0.7 * hard + 0.3 * 4.0 * soft)
-    torch.testing.assert_close(distill.loss(student, teacher, ids, 0.0, 1.0), hard)
-    assert distill.loss(teacher, teacher, ids, 1.0, 1.0).abs() < 1e-6
+    torch.testing.assert_close(distillation.loss(student, teacher, ids, 0.3, 2.0), 0.7 * hard + 0.3 * 4.0 * soft)
+    torch.testing.assert_close(distillation.loss(student, teacher, ids, 0.0, 1.0), hard)
+    assert distillation.loss(teacher, teacher, ids, 1.0, 1.0).abs() < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -212,7 +215,9 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from lightning import Callback
-from pipeline import finetune, processes, training
+from pipeline.recovery import training
+from pipeline.runtime import processes
+from pipeline.stages import finetune
 from tests.test_recovery import LAUNCHED, settings
 model, pruned, where = sys.argv[1:]
 

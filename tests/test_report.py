@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline import checksums, plots, published, recipe, recipe_reader, report, summary
+from pipeline.reporting import plots, published, report, summary
+from pipeline.runtime import checksums
+from pipeline.settings import reader, schema
+from pipeline.stages import report as stage
 
 MATRICES = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "mlp.experts.down_proj[0]", "mlp.experts.down_proj[1]")
 PLAIN = ("dense", "pruned", "finetuned")
@@ -110,13 +113,11 @@ def make_results(*names: str) -> dict:
 def write_report(root: Path, results: dict, *arguments: str, model: str = "some/model") -> tuple[str, str]:
     """(html, markdown) of a run under `root`."""
     inputs = write_run(root, results)
-    settings = recipe_reader.load(
-        ["recipe=tiny", f"stages=[{','.join([*inputs, 'report'])}]", "model=some/model", *arguments]
-    )
+    settings = reader.load(["recipe=tiny", f"stages=[{','.join([*inputs, 'report'])}]", "model=some/model", *arguments])
     settings.model = model
     folder = root / "report"
     folder.mkdir()
-    report.run(settings, folder, inputs)
+    stage.run(settings, folder, inputs)
     return (folder / "report.html").read_text(encoding="utf-8"), (folder / "report.md").read_text(encoding="utf-8")
 
 
@@ -264,9 +265,9 @@ def test_the_recipe_in_the_report_is_a_recipe(tmp_path: Path) -> None:
     again = tmp_path / "again.yaml"
     again.write_text(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])
     stages = "stages=[prune,reconstruct,finetune,evaluate,report]"
-    first = recipe_reader.load(["recipe=tiny", stages, "model=some/model", *changed])
-    first.pretrain = recipe.Pretrain()  # settings of a stage that the run does not have are not told
-    assert recipe_reader.load([f"recipe={again}"]) == first
+    first = reader.load(["recipe=tiny", stages, "model=some/model", *changed])
+    first.pretrain = schema.Pretrain()  # settings of a stage that the run does not have are not told
+    assert reader.load([f"recipe={again}"]) == first
 
 
 @pytest.mark.parametrize(
@@ -285,7 +286,7 @@ def test_the_recipe_in_the_report_is_a_recipe(tmp_path: Path) -> None:
 )
 def test_published_numbers_are_of_the_same_setting(settings: list, seq_len: int, dataset: str, told: tuple) -> None:
     protocol = {"seq_len": seq_len, "datasets": {"wikitext2": f"{dataset}, 9 windows"}}
-    found, source = published.find(recipe_reader.load(settings), protocol)
+    found, source = published.find(reader.load(settings), protocol)
     assert found == dict(zip(PLAIN, told)) and bool(source) == bool(told)
 
 
@@ -310,7 +311,7 @@ def test_won_back() -> None:
 
 @pytest.mark.parametrize("finetuned, words", [(8.0, "won back 52%"), (12.0, "won nothing back"), (5.68, "back 100%")])
 def test_headline_tells_what_came_back(finetuned: float, words: str) -> None:
-    settings = recipe_reader.load(["recipe=tiny", "model=some/model", "stages=[prune,evaluate,report]"])
+    settings = reader.load(["recipe=tiny", "model=some/model", "stages=[prune,evaluate,report]"])
     results = {"models": {n: {"perplexity": {"ptb": p}} for n, p in zip(PLAIN, (5.68, 11.53, finetuned))}}
     assert words in summary.headline(settings, results)
 
@@ -351,5 +352,5 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_report_imports_neither_torch_nor_matplotlib() -> None:
     heavy = "{'torch', 'lightning', 'transformers', 'matplotlib'}"
-    code = f"import sys, pipeline.report; assert not {heavy} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(report.__file__).parent.parent)
+    code = f"import sys, pipeline.reporting.report; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(report.__file__).parents[2])

@@ -13,8 +13,9 @@ import pytest
 
 import launch
 from callbacks.stop_at_signal import StopAtSignal
-from pipeline import checksums, interrupt, stages
-from pipeline.errors import Stopped
+from pipeline.runtime import checksums, signals
+from pipeline.runtime.errors import Stopped
+from pipeline.stages import runner
 from tests.conftest import PRUNE
 from tests.harm import change_weights, flip
 
@@ -59,7 +60,7 @@ def test_a_signal_in_a_layer_and_a_file_damaged_since(tiny_llama, whole_masks, t
     monkeypatch.setenv("STOP_IN_LAYER", "1")
     handler = signal.getsignal(signal.SIGTERM)
     code, said, lines = typed(*settings)
-    assert code == interrupt.EXIT_CODE
+    assert code == signals.EXIT_CODE
     assert lines == ["espalier: stopped by SIGTERM after layer 2: the same command goes on here"]
     assert "layer 2/3" in said and "layer 3/3" not in said
     if damaged:
@@ -86,7 +87,7 @@ def test_a_signal_in_a_training_and_a_checkpoint_damaged_since(trained, tmp_path
     sender.start()
     code, _, lines = typed(*settings, f"run_dir={tmp_path}/run")
     sender.join()
-    assert code == interrupt.EXIT_CODE and f"stopped by {number.name} after step " in lines[0]
+    assert code == signals.EXIT_CODE and f"stopped by {number.name} after step " in lines[0]
     (checkpoint,) = (tmp_path / "run/.finetune/checkpoints").glob("*.ckpt")
     if number == signal.SIGINT:
         flip(checkpoint)
@@ -109,13 +110,13 @@ def test_a_run_folder_may_be_relative_or_reached_by_a_link(tiny_llama, tmp_path,
 
 def test_a_signal_elsewhere_stops_at_once_and_a_second_one_always(capsys):
     handler = signal.getsignal(signal.SIGINT)
-    with interrupt.listening():
+    with signals.listening():
         with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
-        interrupt.be_patient()
+        signals.be_patient()
         os.kill(os.getpid(), signal.SIGTERM)  # the launcher's, after the system's own
-        assert interrupt.asked() == "SIGTERM"
+        assert signals.asked() == "SIGTERM"
         with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
@@ -174,12 +175,12 @@ def test_what_a_stage_goes_on_from_stays_until_it_is_known_to_be_finished(traine
             raise OSError("died")
         return "a machine"
 
-    monkeypatch.setattr(stages.hardware, "machine", machine)
+    monkeypatch.setattr(runner.hardware, "machine", machine)
     codes, said, _ = zip(*(typed(*settings, f"run_dir={tmp_path}/run") for _ in range(3)))
     assert codes == (2, 2, 0)
     assert "3 of 3 layers were pruned before" in said[1] and "going on from step=60.ckpt" in said[2]
     assert weights(tmp_path / "run") == weights(whole)
-    assert not [path for name in stages.SCRATCH for path in (tmp_path / "run").glob(f"*/{name}")]
+    assert not [path for name in runner.SCRATCH for path in (tmp_path / "run").glob(f"*/{name}")]
 
 
 def test_a_kill_between_the_end_of_a_stage_and_its_renaming(trained, typed):

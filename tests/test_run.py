@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from pipeline import lora, model_files
-from pipeline.masks import Masks
+from pipeline.models import model_files
+from pipeline.recovery import lora
+from pipeline.sparsity.masks import Masks
 from tests.conftest import QUICK, ROOT, command, environment, espalier
 
 

@@ -4,16 +4,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from pipeline import models, recipe_reader, sampled
-from pipeline.errors import UserError
-from pipeline.masks import Masks
+from pipeline.data import sampled
+from pipeline.models import loading
+from pipeline.runtime.errors import UserError
+from pipeline.settings import reader
+from pipeline.sparsity.masks import Masks
 from tests.conftest import PRUNE, espalier
 
 SELF = ("calibration.dataset=self", "calibration.samples=20", "calibration.seq_len=24", "calibration.batch_size=4")
 
 
 def asked(model, run_dir, *more):
-    return recipe_reader.load([f"model={model}", f"run_dir={run_dir}", "stages=[prune]", *more])
+    return reader.load([f"model={model}", f"run_dir={run_dir}", "stages=[prune]", *more])
 
 
 def files(runs) -> dict:
@@ -107,12 +109,12 @@ def test_reconstruction_reads_the_dense_models_text_too(tiny_llama, tmp_path, ty
 def test_it_is_for_calibration_only(key):
     value = "[self]" if "perplexity" in key else "self"
     with pytest.raises(UserError, match=f"{key}=self: what the model itself writes is text to calibrate by only"):
-        recipe_reader.load(["model=m", "stages=[prune,finetune,evaluate]", f"{key}={value}"])
+        reader.load(["model=m", "stages=[prune,finetune,evaluate]", f"{key}={value}"])
 
 
 def test_a_tokenizer_without_a_token_to_begin_with(tiny_llama):
-    tokenizer = models.tokenizer(tiny_llama, asked(tiny_llama, "x"))
-    config = models.config(tiny_llama, asked(tiny_llama, "x"))
+    tokenizer = loading.tokenizer(tiny_llama, asked(tiny_llama, "x"))
+    config = loading.config(tiny_llama, asked(tiny_llama, "x"))
     assert sampled.start(tokenizer, config) == 0
     tokenizer.bos_token = None
     assert sampled.start(tokenizer, config) == tokenizer.eos_token_id == 1

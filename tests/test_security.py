@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import models, recipe_reader
-from pipeline.errors import UserError, one_line
+from pipeline.models import loading
+from pipeline.runtime.errors import UserError, one_line
+from pipeline.settings import reader
 from tests.conftest import QUICK
 
 
@@ -57,7 +58,7 @@ def test_code_of_a_model_is_not_run_unless_the_recipe_says_so(tiny_llama, tmp_pa
     assert "trust_remote_code" in refused(tmp_path / "run", f"model={folder}")
     assert not (tmp_path / "ran").exists()
     with pytest.raises(UserError):
-        models.load(folder, recipe_reader.load([f"model={folder}", "stages=[prune]", "trust_remote_code=true"]))
+        loading.load(folder, reader.load([f"model={folder}", "stages=[prune]", "trust_remote_code=true"]))
     assert (tmp_path / "ran").exists()
 
 
@@ -67,7 +68,7 @@ def test_a_recipe_cannot_ask_for_the_environment(tmp_path, monkeypatch, value):
     (tmp_path / "mine.yaml").write_text(f'model: "{value}"\n')
     for arguments in ([f"recipe={tmp_path}/mine.yaml"], [f"model={value}"], [f"prune.overrides={{a: '{value}'}}"]):
         with pytest.raises(UserError) as raised:
-            recipe_reader.load(arguments)
+            reader.load(arguments)
         assert "abcdefghijkl" not in str(raised.value)
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from pipeline import sources
-from pipeline.errors import UserError
+from pipeline.data import sources
+from pipeline.runtime.errors import UserError
 
 LINES = ["one", "two"]
 

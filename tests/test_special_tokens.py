@@ -10,9 +10,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig
 
 import launch
-from pipeline import special_tokens, world
-from pipeline.errors import UserError
-from pipeline.zero_shot import zero_shot
+from pipeline.data import special_tokens, world
+from pipeline.evaluation.zero_shot import zero_shot
+from pipeline.runtime.errors import UserError
 from tests.conftest import QUICK
 from tests.test_zero_shot import byte_tokenizer, mirror, own_cache  # noqa: F401
 from tests.test_zero_shot import tiny_llama as random_llama

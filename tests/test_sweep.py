@@ -10,8 +10,8 @@ import time
 import pytest
 
 import launch
-from pipeline import sweep
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
+from pipeline.stages import sweep
 from tests.conftest import QUICK, ROOT, command, environment, espalier
 from tests.test_run import weights
 

@@ -7,14 +7,16 @@ import torch
 from lightning import Callback
 from torch import nn
 
+from callbacks import of_training
 from callbacks.mask_keeper import MaskKeeper
 from callbacks.validation import Validation
-from pipeline import checksums
-from pipeline.errors import UserError
-from pipeline.masks import Masks
-from pipeline.recipe import Finetune
-from pipeline.recovery import SparseFull
-from pipeline.training import fit, share
+from pipeline.recovery import training
+from pipeline.recovery.methods import SparseFull
+from pipeline.recovery.training import share
+from pipeline.runtime import checksums
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Finetune
+from pipeline.sparsity.masks import Masks
 from tests.test_decoder import small_model
 from tests.test_lora import with_masks
 
@@ -26,6 +28,12 @@ def schedule(**more) -> Finetune:
         max_steps=10, batch_size=2, accumulate=2, lr=1e-2, warmup=0.2, weight_decay=0.01, clip=1.0, checkpoint_every=2
     )
     return Finetune(**usual | more)
+
+
+def fit(model, windows_NT, settings, seed, folder, callbacks=()):
+    training.fit(
+        model, windows_NT, settings, seed, folder, [*callbacks, *of_training(folder, settings.checkpoint_every)]
+    )
 
 
 class Killed(Exception):

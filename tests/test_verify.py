@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import launch
-from pipeline import model_files
-from pipeline.masks import Masks
-from pipeline.matrices import matrices_of
+from pipeline.engine.matrices import matrices_of
+from pipeline.models import model_files
+from pipeline.sparsity.masks import Masks
 from tests.conftest import QUICK
 from tests.test_decoder import small_model
 

@@ -8,16 +8,21 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from callbacks.methods import WandaPruner
-from pipeline import calibration, data, model_files, models, recipe, reconstruct, scores, series, sources
-from pipeline.blocks import Block, find_blocks
-from pipeline.coverage import Coverage
-from pipeline.errors import UserError
-from pipeline.layerwise import hidden_states
-from pipeline.masks import by_matrix
-from pipeline.matrices import entries, matrices, matrices_of
-from pipeline.observe import InputObserver
-from pipeline.patterns import NofM
-from pipeline.walk import LayerWalk
+from pipeline.data import sources, token_windows
+from pipeline.engine.blocks import Block, find_blocks
+from pipeline.engine.coverage import Coverage
+from pipeline.engine.layerwise import hidden_states
+from pipeline.engine.matrices import entries, matrices, matrices_of
+from pipeline.engine.observe import InputObserver
+from pipeline.engine.walk import LayerWalk
+from pipeline.models import loading, model_files
+from pipeline.pruning import calibration, scores
+from pipeline.reporting import series
+from pipeline.runtime.errors import UserError
+from pipeline.settings import schema
+from pipeline.sparsity.masks import by_matrix
+from pipeline.sparsity.patterns import NofM
+from pipeline.stages import reconstruct
 from tests.conftest import PRUNE, espalier
 from tests.families import save, text, tiny
 from tests.test_prune import Killed, pruned, settings
@@ -105,7 +110,7 @@ def test_a_looped_block_is_pruned_once_by_what_it_sees_at_its_first_call(origin,
     masks, _ = pruned(folder, tmp_path / "p", tokens)
     model = AutoModelForCausalLM.from_pretrained(folder)
     source = sources.source(tokens.partition("=")[2])
-    windows = data.calibration(source, models.tokenizer(folder, settings(folder)), 8, 32, seed=0)
+    windows = token_windows.calibration(source, loading.tokenizer(folder, settings(folder)), 8, 32, seed=0)
     seen = []  # (matrix, its input); gate and up before it are still dense when it is judged
     for name in (name for name in masks if name.endswith("down_proj.weight")):
         module = model.get_submodule(name.removesuffix(".weight"))
@@ -155,7 +160,7 @@ def test_a_layer_that_raises_stop_iteration_is_refused_and_does_not_end_the_walk
     """Lightning takes a StopIteration for the end of the data: the layers from there on would stay dense, in silence."""
     model = tiny("llama")
     model.model.layers[1].input_layernorm = PastTheEnd()
-    monkeypatch.setattr(models, "load", lambda *args: model)
+    monkeypatch.setattr(loading, "load", lambda *args: model)
     with pytest.raises(UserError, match="model.layers.1 raises StopIteration"):
         pruned(origin("llama"), tmp_path / "p", tokens)
 
@@ -182,7 +187,7 @@ def test_reconstruction_of_shared_blocks_writes_the_model_that_it_walked(origin,
     for name, _ in reached:
         layer = model.get_submodule(name)
         layer.register_forward_pre_hook(lambda layer, args, name=name: given.update({name: args[0]}))
-    batch = calibration.batches(chosen, recipe.reconstruction_text(chosen), "reconstruct", folder, model)[0]
+    batch = calibration.batches(chosen, schema.reconstruction_text(chosen), "reconstruct", folder, model)[0]
     with torch.no_grad():
         model(input_ids=batch, use_cache=False)
     for name, hidden in reached:

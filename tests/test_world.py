@@ -9,8 +9,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pipeline import world
-from pipeline.errors import UserError
+from pipeline.data import world
+from pipeline.runtime.errors import UserError
 
 TRAIN, TEST = world.documents("train"), world.documents("test")
 QUESTIONS = {task: world.questions(task)["test"] for task in world.TASKS}

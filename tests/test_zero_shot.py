@@ -15,11 +15,12 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline import tasks, world
-from pipeline.errors import UserError
-from pipeline.recipe import Evaluate
-from pipeline.tasks import check_tasks, load_tasks
-from pipeline.zero_shot import zero_shot
+from pipeline.data import world
+from pipeline.evaluation import tasks
+from pipeline.evaluation.tasks import check_tasks, load_tasks
+from pipeline.evaluation.zero_shot import zero_shot
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Evaluate
 from tests import test_perplexity
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pipeline.patterns import NofM, Pattern
+from pipeline.sparsity.patterns import NofM, Pattern
 
 
 def wanda(weight: Tensor, norm: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pipeline.blocks import find_blocks
-from pipeline.layerwise import LayerwiseForwards
+from pipeline.engine.blocks import find_blocks
+from pipeline.engine.layerwise import LayerwiseForwards
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""`launch.py COMMAND ...`: one module a command, each with main(arguments)."""

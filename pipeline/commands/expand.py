@@ -1,0 +1,50 @@
+"""`python launch.py expand COMPACT_FOLDER TARGET`: writes the ordinary model folder that a compact one was exported from.
+
+Tensor by tensor to the bit, under the names of the input's files; they may be cut into other files.
+"""
+
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from pipeline.compact import empty_model, file_format
+from pipeline.models import file_names, model_files
+from pipeline.runtime import files
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Recipe
+
+USAGE = "type `python launch.py expand COMPACT_FOLDER TARGET`"
+
+
+def main(arguments: list[str]) -> None:
+    """Writes TARGET, which must not be there: whole or not at all."""
+    given = [Path(argument).expanduser() for argument in arguments if argument != "debug=true"]
+    if len(given) != 2:
+        raise UserError(f"2 paths are needed, {len(given)} given: {USAGE}")
+    expand(*given)
+    print(f"{given[1]}: an ordinary model folder")
+
+
+def expand(folder: Path, target: Path, recipe: Recipe | None = None) -> None:
+    """Checks the hashes of all files in `folder`, and writes the model to `target`, shard by shard.
+
+    Raises `UserError` where `target` is there, and where the folder is no compact model, or is damaged.
+    """
+    if target.exists():
+        raise UserError(f"{target} is there already: choose another TARGET, or remove it")
+    found = file_format.CompactFolder(folder)
+    found.check_contents()
+    model = empty_model.skeleton(found, recipe or Recipe())
+    file_names.remember(model, found.names)
+    beside = target.with_name(f".{target.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    for path in found.shards:
+        state = {name: it.dense() if isinstance(it, file_format.Compact) else it for name, it in found.read(path)}
+        state = {name: tensor.contiguous() for name, tensor in file_names.to_files(model, state).items()}
+        with files.whole(beside / path.name.replace("compact-", "model-")) as part:
+            save_file(state, part, {"format": "pt"})
+    model_files.copy_beside(folder, beside)
+    (beside / file_format.MANIFEST).unlink()
+    model_files.write_index(beside)
+    beside.rename(target)

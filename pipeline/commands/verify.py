@@ -1,0 +1,54 @@
+"""`python launch.py verify MODEL_FOLDER MASKS_FILE`: checks a model folder against a mask file."""
+
+from pathlib import Path
+
+from pipeline.models import loading, model_files
+from pipeline.models.verification import checked
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import sha256
+from pipeline.settings.schema import Recipe
+from pipeline.sparsity.masks import Masks
+
+USAGE = "type `python launch.py verify MODEL_FOLDER MASKS_FILE`"
+
+
+def main(arguments: list[str]) -> None:
+    """Prints what every masked matrix holds; `UserError` where a pruned weight is not zero or a mask breaks its pattern."""
+    folder, path = paths(arguments, 2, USAGE)
+    masks, _ = Masks.load(path)
+    widths = [max((len(name) for name in masks), default=6), 16, max(map(len, [*masks.patterns.values(), "pattern"]))]
+    row = f"{{:{widths[0]}}}  {{:>{widths[1]}}}  {{:>{widths[2]}}}  {{:>9}}  {{:>8}}  {{:>10}}"
+    print(row.format("matrix", "shape", "pattern", "pruned, %", "zero, %", "violations"))
+    problems, zeros, weights = [], 0, 0
+    for matrix in checked(folder, masks, Recipe()):
+        entry, violation = masks.packed[matrix.name], matrix.violation
+        count = violation.count if violation else 0
+        shares = (f"{100 * part / matrix.weights:.2f}" for part in (entry.weights - entry.kept, matrix.zeros))
+        print(row.format(matrix.name, " x ".join(map(str, entry.shape)), entry.pattern, *shares, count), flush=True)
+        zeros, weights = zeros + matrix.zeros, weights + matrix.weights
+        if problem := entry.problem():
+            problems.append(f"{matrix.name}: in its mask {problem}")
+        if violation:
+            problems.append(
+                f"{matrix.name} {list(violation.first)} is {violation.value:g} and should be zero"
+                + (f", and {count - 1} more of this matrix" if count > 1 else "")
+            )
+    print(f"model {folder}: {model_files.identity(folder)}")
+    print(f"masks {path}: sha256 {sha256(path)}")
+    if problems:
+        more = f" ({len(problems) - 1} more matrices have problems)" if len(problems) > 1 else ""
+        raise UserError(f"{folder} does not keep its masks: {problems[0]}{more}")
+    print(f"{len(masks)} matrices, {weights:,} weights, {zeros / max(1, weights):.2%} zero, no violations")
+
+
+def paths(arguments: list[str], count: int, usage: str) -> list[Path]:
+    """`count` paths, the first a model folder, the second a mask file; all else is a `UserError`."""
+    given = [argument for argument in arguments if argument != "debug=true"]
+    if len(given) != count:
+        raise UserError(f"{count} paths are needed, {len(given)} given: {usage}")
+    folder, masks, *rest = (Path(argument).expanduser() for argument in given)
+    if not folder.is_dir():
+        raise UserError(f"no model folder {folder}: {usage}")
+    if not masks.is_file():
+        raise UserError(f"no mask file {masks}: {usage}")
+    return [loading.locate(str(folder), None), masks, *rest]

@@ -1,0 +1,162 @@
+"""Owns a pruned matrix in compact form at work: products with a few tokens by the kernels, with many by dense tiles.
+
+Shapes: E = experts, O = out_features, I = in_features, N = tokens.
+"""
+
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from pipeline.compact import kernels
+from pipeline.compact.file_format import INTEGERS, Compact
+from pipeline.runtime.errors import UserError
+
+FEW = 16  # tokens up to which the kernel is faster than a dense product with the matrix made dense first
+TILE = 32 << 20  # bytes of a matrix that are dense at a time
+MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__)
+
+_scratch = threading.local()  # the tile of each dtype: fresh memory for it costs as much as filling it
+
+
+class CompactWeight:
+    """Takes the place of a weight (O, I), (E, O, I), or (E, I, O) and (I, O) where it is stored transposed. Of what torch
+    does with it, `F.linear(x, weight)`, `x @ weight.T` and one expert's `weight[e]` stay compact; all else sees it dense."""
+
+    _is_hf_initialized = True
+
+    def __init__(self, mask: Tensor, values: Tensor, offsets: Tensor, columns: int, transposed: bool, experts: int = 0):
+        """`mask` (rows, ceil(I / 8)) uint8, the lowest bit first; `values` (kept,); `offsets` (rows + 1,) int64, where in
+        `values` each row begins. The rows are all O, or all E * O of `experts`."""
+        self.mask, self.values, self.offsets = mask, values, offsets
+        self.columns, self.transposed, self.experts = columns, transposed, experts
+
+    @classmethod
+    def of(cls, compact: Compact, dtype: torch.dtype) -> "CompactWeight":
+        """Checks that each row has as many values as bits, so that no kernel reads beyond them; the bits are copied, so that
+        this stays true. `UserError` where it is not."""
+        *experts, _, columns = compact.layout.shape_OI
+        bits = compact.bits.numpy()
+        if columns % 8:
+            rows = np.unpackbits(bits, count=compact.layout.weights, bitorder="little").reshape(-1, columns)
+            mask = np.packbits(rows, axis=1, bitorder="little")
+        else:
+            mask = bits.reshape(-1, columns // 8).copy()
+        wide = mask.view(np.uint64) if mask.shape[1] % 8 == 0 else mask
+        offsets = np.zeros(len(mask) + 1, dtype=np.int64)
+        np.cumsum(np.bitwise_count(wide).sum(1, dtype=np.int64), out=offsets[1:])
+        if offsets[-1] != len(compact.values):
+            raise UserError(
+                f"{compact.name} is damaged: its mask keeps {offsets[-1]} weights, and there are {len(compact.values)}"
+            )
+        mask, offsets = torch.from_numpy(mask), torch.from_numpy(offsets)
+        return cls(mask, compact.values.to(dtype), offsets, columns, compact.layout.transposed, *experts)
+
+    @property
+    def shape(self) -> torch.Size:
+        matrix = (len(self.mask) // max(1, self.experts), self.columns)
+        return torch.Size((*([self.experts] if self.experts else []), *(matrix[::-1] if self.transposed else matrix)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.mask.nbytes + self.values.nbytes + self.offsets.nbytes
+
+    @property
+    def T(self) -> Any:
+        if self.experts:
+            return self.dense().T
+        return CompactWeight(self.mask, self.values, self.offsets, self.columns, not self.transposed)
+
+    def t(self) -> Any:
+        return self.T
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        """One expert's matrix, compact; else as of the dense weight."""
+        is_one = isinstance(index, int) or (
+            isinstance(index, Tensor) and index.dim() == 0 and index.dtype != torch.bool
+        )
+        if not self.experts or not is_one:
+            return self.dense()[index]
+        expert = range(self.experts)[int(index)]
+        rows = len(self.mask) // self.experts
+        part = slice(expert * rows, (expert + 1) * rows)
+        offsets = self.offsets[part.start : part.stop + 1]
+        return CompactWeight(self.mask[part], self.values, offsets, self.columns, self.transposed)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.dense(), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear and isinstance(args[0], Tensor) and len(args) > 1 and isinstance(args[1], cls):
+            weight, bias = args[1], args[2] if len(args) > 2 else kwargs.get("bias")
+            if not weight.experts and not weight.transposed:
+                return weight.linear(args[0], bias)
+        if func in MATMULS and isinstance(args[0], Tensor) and isinstance(weight := args[1], cls):  # noqa: SIM102
+            if not weight.experts and weight.transposed:
+                return weight.linear(args[0])
+        args, kwargs = tree_map(lambda it: it.dense() if isinstance(it, cls) else it, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (..., I) W^T + bias, (..., O), of one matrix, however it is stored."""
+        few, operators = x.numel() <= FEW * self.columns, kernels.load()
+        alike = x.dtype == self.dtype and (bias is None or bias.dtype == x.dtype) and x.shape[-1] == self.columns
+        differentiated = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if not alike or differentiated or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return F.linear(x, self._rows(0, len(self.mask)), bias)
+        flat, rows = x.reshape(-1, self.columns), len(self.mask)
+        if few and operators is not None and self.dtype in kernels.DTYPES:
+            out = operators.product.default(self.mask, self.values, self.offsets, flat.contiguous(), bias)
+        else:
+            out = self._by_tiles(flat, bias)
+        return out.view(*x.shape[:-1], rows)
+
+    def _by_tiles(self, x_NI: Tensor, bias: Tensor | None) -> Tensor:
+        rows, height = len(self.mask), max(1, TILE // (self.columns * self.dtype.itemsize))
+        scratch = _scratch.__dict__.setdefault(self.dtype, torch.empty(0, dtype=self.dtype))
+        if len(scratch) < (wanted := min(rows, height) * self.columns):
+            scratch = _scratch.__dict__[self.dtype] = torch.empty(wanted, dtype=self.dtype)
+        parts = []
+        for start in range(0, rows, height):
+            stop = min(rows, start + height)
+            tile = self._rows(start, stop, scratch[: (stop - start) * self.columns].view(-1, self.columns))
+            parts.append(F.linear(x_NI, tile, None if bias is None else bias[start:stop]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def dense(self) -> Tensor:
+        """The weight as it is stored."""
+        dense = self._rows(0, len(self.mask))
+        dense = dense.view(self.experts, -1, self.columns) if self.experts else dense
+        return dense.transpose(-1, -2) if self.transposed else dense
+
+    def _rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Rows of the matrix, dense."""
+        if out is None:
+            out = torch.empty(stop - start, self.columns, dtype=self.dtype)
+        mask, offsets = self.mask[start:stop], self.offsets[start : stop + 1]
+        if self.dtype in kernels.DTYPES and (operators := kernels.load()) is not None:
+            operators.expand.default(mask, self.values, offsets, out)
+            return out
+        kept = np.unpackbits(mask.numpy(), axis=1, count=self.columns, bitorder="little").view(bool)
+        words = INTEGERS[self.dtype.itemsize]
+        out.zero_().view(words).numpy()[kept] = self.values[int(offsets[0]) : int(offsets[-1])].view(words).numpy()
+        return out

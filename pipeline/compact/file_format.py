@@ -1,0 +1,185 @@
+"""Owns the compact format: of a pruned matrix, one bit a weight and the kept values. Its specification: docs/compact-format.md.
+
+Shapes: E = experts, O = out_features, I = in_features. A compact matrix is (O, I) or (E, O, I) whatever way the model
+stores it; its rows are all O, or all E * O of them.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pipeline.runtime import files
+from pipeline.runtime.errors import UserError
+from pipeline.sparsity import masks
+
+MANIFEST = "compact.json"
+FORMAT, VERSION = "espalier-compact", 1
+MASK, VALUES = "#mask", "#values"  # after a parameter's name; no parameter has a # in its own
+# not `model-*`, which transformers would load, and fill what it misses with random numbers
+SHARDS = "compact-*.safetensors"
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # by their names in safetensors
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a weight: to compare and copy its bits
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What compact.json says of a matrix."""
+
+    shape: tuple[int, ...]  # as the model stores it: (O, I), (E, O, I), or with the last two the other way round
+    dtype: torch.dtype
+    transposed: bool  # stored (I, O)
+    patterns: tuple[str, ...]
+
+    @property
+    def shape_OI(self) -> tuple[int, ...]:
+        *experts, outs, ins = self.shape
+        return (*experts, ins, outs) if self.transposed else self.shape
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    def to_json(self) -> dict[str, Any]:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {
+            "shape": list(self.shape),
+            "dtype": dtype,
+            "transposed": self.transposed,
+            "patterns": list(self.patterns),
+        }
+
+    @staticmethod
+    def from_json(about: dict[str, Any]) -> "Layout":
+        """Raises `ValueError`, `KeyError` or `TypeError` where it is none."""
+        shape, dtype, transposed = tuple(about["shape"]), about["dtype"], about["transposed"]
+        if len(shape) not in (2, 3) or not all(type(size) is int and size > 0 for size in shape):
+            raise ValueError(f"shape {shape}")
+        if dtype not in DTYPES or type(transposed) is not bool:
+            raise ValueError(f"dtype {dtype}, transposed {transposed}")
+        return Layout(shape, getattr(torch, dtype), transposed, tuple(map(str, about["patterns"])))
+
+
+@dataclass(frozen=True)
+class Compact:
+    """A pruned matrix: `bits` (ceil(weights / 8),) uint8, its rows end to end, the lowest bit first; `values` (kept,)."""
+
+    name: str
+    layout: Layout
+    bits: Tensor
+    values: Tensor
+
+    def dense(self) -> Tensor:
+        """The matrix as the model stores it, to the bit."""
+        mask = masks.unpack(self.bits, self.layout.shape_OI).numpy()
+        if (kept := int(np.count_nonzero(mask))) != len(self.values):
+            raise UserError(f"{self.name} is damaged: its mask keeps {kept} weights, and there are {len(self.values)}")
+        dense = torch.zeros(self.layout.shape_OI, dtype=self.layout.dtype)
+        _bits_of(dense).numpy()[mask] = _bits_of(self.values).numpy()
+        return dense.transpose(-1, -2).contiguous() if self.layout.transposed else dense
+
+
+def compress(name: str, weight: Tensor, mask: Tensor, transposed: bool, patterns: tuple[str, ...]) -> Compact:
+    """A weight and its mask, both as they are stored. `UserError` where a pruned weight is not +0.0: it would be lost."""
+    if str(weight.dtype).removeprefix("torch.") not in DTYPES:
+        raise UserError(f"{name} is {weight.dtype}, which has no compact form: float64, 32, 16 and bfloat16 have")
+    layout = Layout(tuple(weight.shape), weight.dtype, transposed, patterns)
+    if transposed:
+        weight, mask = weight.transpose(-1, -2), mask.transpose(-1, -2)
+    mask, words = mask.contiguous(), _bits_of(weight.contiguous())
+    kept = words.numpy()[mask.numpy()]
+    if np.count_nonzero(words.numpy()) != np.count_nonzero(kept):
+        raise UserError(
+            f"{name} holds pruned weights that are not +0.0: `python launch.py apply` makes a model without"
+        )
+    return Compact(name, layout, masks.pack(mask), torch.from_numpy(kept).view(weight.dtype))
+
+
+def _bits_of(tensor: Tensor) -> Tensor:
+    return tensor.view(INTEGERS[tensor.element_size()])
+
+
+class CompactFolder:
+    """A compact folder, opened: every file is there in its size, every header fits compact.json. Tensors are lazy views of the
+    files. Raises `UserError` where a folder is none, or is damaged; `check_contents` compares the hashes too."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / MANIFEST).is_file():
+            raise UserError(f"{folder} is not a compact folder: it has no {MANIFEST} (`launch.py export` writes one)")
+        about = files.read_json(folder / MANIFEST) or {}
+        if about.pop("digest", None) != files.digest(about):
+            raise UserError(f"{folder / MANIFEST} is damaged: its digest is another")
+        if (about.get("format"), about.get("version")) != (FORMAT, VERSION):
+            found = f"{about.get('format')} {about.get('version')}"
+            raise UserError(f"{folder} holds {found}, and {FORMAT} {VERSION} is read here")
+        try:
+            self.names: list[str] = [str(name) for name in about["names"]]
+            self.dtype: torch.dtype = getattr(torch, {name: name for name in DTYPES}[about["dtype"]])
+            self.sha256 = {name: str(entry["sha256"]) for name, entry in about["files"].items()}
+            sizes = {name: int(entry["bytes"]) for name, entry in about["files"].items()}
+            self.layouts = {name: Layout.from_json(entry) for name, entry in about["matrices"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{folder / MANIFEST} is not understood: {type(error).__name__}: {error}") from error
+        for name, size in sizes.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise UserError(f"{folder / MANIFEST} names {name}, which lies outside the folder")
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != size:
+                state = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
+                raise UserError(f"{path} {state} and should have {size}: fetch or export it again")
+        self.shards = [folder / name for name in sorted(sizes) if Path(name).match(SHARDS)]
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of the parameters and buffers, by name in memory
+        for path in self.shards:
+            self._check_header(path)
+        if missing := self.layouts.keys() - self.shapes.keys():
+            raise UserError(f"{folder} lacks {min(missing)}, which {MANIFEST} names ({len(missing)} in all)")
+
+    def _check_header(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = {name: file.get_slice(name) for name in file.keys()}
+                found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in found.items()}
+        except Exception as error:  # safetensors has its own
+            raise UserError(f"{path} is damaged: {error}") from error
+        for name, (dtype, shape) in found.items():
+            parameter = name.removesuffix(MASK).removesuffix(VALUES)
+            layout = self.layouts.get(parameter)
+            if name.endswith(MASK) and layout:
+                if (dtype, shape) != ("U8", (math.ceil(layout.weights / 8),)) or parameter + VALUES not in found:
+                    raise UserError(f"{path}: {name} does not fit {MANIFEST}")
+                shape = layout.shape
+            elif name.endswith(VALUES) and layout:
+                known = DTYPES[str(layout.dtype).removeprefix("torch.")]
+                if dtype != known or len(shape) != 1 or shape[0] > layout.weights or parameter + MASK not in found:
+                    raise UserError(f"{path}: {name} does not fit {MANIFEST}")
+                continue
+            elif parameter != name or layout:
+                raise UserError(f"{path}: {name} does not fit {MANIFEST}")
+            if parameter in self.shapes:
+                raise UserError(f"{path}: {parameter} is in two files")
+            self.shapes[parameter] = shape
+
+    def check_contents(self) -> None:
+        for name, expected in self.sha256.items():
+            if files.sha256(self.folder / name) != expected:
+                raise UserError(f"{self.folder / name} is damaged: its sha256 is another: fetch or export it again")
+
+    def read(self, shard: Path) -> Iterator[tuple[str, Tensor | Compact]]:
+        """Name in memory of each parameter and buffer in a shard, and its tensor or the compact matrix."""
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():
+                parameter = name.removesuffix(MASK)
+                if name.endswith(VALUES):
+                    continue
+                if parameter == name:
+                    yield name, file.get_tensor(name)
+                else:
+                    bits, values = file.get_tensor(name), file.get_tensor(parameter + VALUES)
+                    yield parameter, Compact(parameter, self.layouts[parameter], bits, values)

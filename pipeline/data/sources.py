@@ -1,0 +1,204 @@
+"""Owns where text comes from: a data set's name -> the rows of one split, from the hub, a mirror or local files.
+
+A data set is a known name (c4, wikitext2, ptb, world), `self` (text that the dense model writes: see pipeline/data/sampled.py),
+a hub id, or a local file or folder: pipeline/data/text_files.py holds the rules for the latter, and for mirrors.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.data import text_files, text_rows
+from pipeline.data.text_rows import documents, first_rows
+from pipeline.runtime import files
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Recipe, reconstruction_text
+
+__all__ = ["documents", "first_rows", "identity", "of_stage", "of_text", "source"]
+
+TOKENISED_WIKITEXT = "wikitext-2-v1"
+SELF = "self"
+
+
+@dataclass(frozen=True)
+class Known:
+    """A dataset of the pruning papers, as its hub repository names it."""
+
+    path: str
+    config: str | None
+    column: str = "text"
+    separators: dict | None = None  # between documents in a joined text, by split
+    shards: dict | None = None  # the one file that the papers read of each split
+    revision: str | None = None
+
+
+KNOWN = {
+    "c4": Known(
+        "allenai/c4",
+        "en",
+        shards={"train": "c4-train.00000-of-01024.json.gz", "validation": "c4-validation.00000-of-00008.json.gz"},
+        separators={"validation": " "},
+    ),
+    "wikitext2": Known("Salesforce/wikitext", "wikitext-2-raw-v1", separators={"train": " "}),
+    "ptb": Known(
+        "ptb-text-only/ptb_text_only",
+        "penn_treebank",
+        column="sentence",
+        separators={"train": " ", "test": " "},
+        revision="refs/convert/parquet",  # the repository itself holds a script, which datasets 4+ do not run
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split of one dataset: `files` are read where there are any, else the hub's `path`.
+
+    `columns` may hold the text, the first that are there: see text_rows; `section` is where the recipe chooses one.
+    """
+
+    name: str
+    path: str
+    config: str | None
+    split: str
+    files: tuple[str, ...] = ()
+    revision: str | None = None
+    note: str | None = None
+    form: str | None = None  # of the files: see text_files
+    columns: tuple[tuple[str, ...], ...] = text_rows.COLUMNS
+    section: str = "calibration"
+
+    def __str__(self) -> str:
+        return self.path + (f":{self.config}" if self.config else "") + f"@{self.split}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its rows can be read at once, without the hub."""
+        return bool(self.files) and "://" not in self.files[0]
+
+
+def source(
+    spec: str,
+    mirror: str | None = None,
+    split: str = "train",
+    config: str | None = None,
+    column: str | None = None,
+    section: str = "calibration",
+) -> Source:
+    """Where `dataset[:config][@split]` is; a `UserError` names the file that is missing, or the splits that there are."""
+    if not spec.strip():
+        raise UserError(f"the section {section} names a data set by nothing: type one, such as c4 or ./text.jsonl")
+    name, chosen_config, chosen_split = _parts(spec)
+    split, config = chosen_split or split, chosen_config or config
+    reads = {"columns": ((column,),) if column else text_rows.COLUMNS, "section": section}
+    if name in ("world", SELF):
+        return Source(name, name, None, split, **reads)
+    where = _path(name)
+    if name.startswith((".", "/", "~")) or (where.exists() and name not in KNOWN and not _in_mirror(mirror, name)):
+        found = text_files.find(where, split, config, named=bool(chosen_split))
+        return Source(name, name, config, split, _absolute(found), form=found.form, **reads)
+    known = KNOWN.get(name, Known(name, None))
+    if name in KNOWN:
+        reads["columns"] = (("input_ids",), (known.column,))
+    fixed = bool(chosen_config)
+    config = config or known.config
+    if mirror:
+        found, config, note = _in_mirror_files(_path(mirror), known, config, split, fixed)
+        return Source(name, known.path, config, split, _absolute(found), note=note, form=found.form, **reads)
+    hub_files, form = (), None
+    if known.shards:
+        if split not in known.shards:
+            raise UserError(f"{name} has no split '{split}': type one of {', '.join(known.shards)}")
+        hub_files, form = (f"hf://datasets/{known.path}/{config}/{known.shards[split]}",), "json"
+    return Source(name, known.path, config, split, hub_files, known.revision, form=form, **reads)
+
+
+def of_text(text: Any, mirror: str | None, section: str) -> Source:
+    """Of a section of the recipe (or what stands for one) with `dataset`, `split`, `config` and `column`."""
+    return source(text.dataset, mirror, text.split, text.config, text.column, section)
+
+
+def of_stage(recipe: Recipe, stage: str) -> list[Source]:
+    """The texts that a stage reads."""
+    if stage == "evaluate":
+        column = recipe.evaluate.column
+        return [
+            source(spec, recipe.mirror, "validation" if spec == "c4" else "test", None, column, "evaluate")
+            for spec in recipe.evaluate.perplexity
+        ]
+    settings, section = {
+        "prune": (recipe.calibration, "calibration"),
+        "reconstruct": (reconstruction_text(recipe), "reconstruct" if recipe.reconstruct.dataset else "calibration"),
+        "finetune": (recipe.finetune, "finetune"),
+    }[stage]
+    found = [of_text(settings, recipe.mirror, section)]
+    if stage == "finetune" and recipe.finetune.validation:
+        spec, column = recipe.finetune.validation, recipe.finetune.column
+        found.append(source(spec, recipe.mirror, "validation", None, column, "finetune"))
+    return found
+
+
+def identity(source: Source) -> str:
+    """Changes when the text does: by content for local files, by name and revision for the hub's."""
+    return files.fingerprint(map(Path, source.files)) if source.is_local else str(source.revision)
+
+
+def _parts(spec: str) -> tuple[str, str | None, str | None]:
+    """(name or path, configuration, split); `@` and `:` may also stand in a path that exists."""
+    if _path(spec).exists():
+        return spec, None, None
+    name, _, split = spec.rpartition("@")
+    if not name or "/" in split:
+        name, split = spec, ""
+    if _path(name).exists():
+        return name, None, split or None
+    path, _, config = name.rpartition(":")
+    if not path or "/" in config:
+        path, config = name, ""
+    return path, config or None, split or None
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # Path's own raises where there is no such user
+
+
+def _absolute(found: text_files.Found) -> tuple[str, ...]:
+    return tuple(str(path.absolute()) for path in found.paths)
+
+
+def _in_mirror(mirror: str | None, name: str) -> bool:
+    return bool(mirror) and (_path(mirror) / name).is_dir()
+
+
+def _in_mirror_files(mirror: Path, known: Known, config: str | None, split: str, fixed: bool):
+    """The split's files under <mirror>/<org>/<name>/<config>/, the configuration found, and a note for the report."""
+    folder = mirror / known.path
+    configs = sorted(p.name for p in folder.glob("*/") if p.is_dir())
+    found, note = config, None
+    if config not in configs and not fixed:
+        if known.path == "Salesforce/wikitext" and TOKENISED_WIKITEXT in configs:
+            found = TOKENISED_WIKITEXT
+            note = (
+                f"WikiText-2 was read in its tokenised configuration {found} (with <unk>), which the mirror has instead of "
+                f"{config}: its perplexity is not comparable with published numbers"
+            )
+        elif config is None:
+            found = "default" if "default" in configs else (configs[0] if len(configs) == 1 else None)
+    if found is None and configs:
+        raise UserError(
+            f"{known.path} has configurations {', '.join(configs)} in {mirror}: type {known.path}:{configs[0]}"
+        )
+    where = folder / (found or "default")
+    splits: list[str] = []
+    if where.is_dir():
+        try:
+            return text_files.find(where, split, named=True), found, note
+        except text_files.NoSplit as error:
+            splits = error.splits
+        except UserError:
+            if any(where.glob(f"*{split}*")):
+                raise
+    raise UserError(
+        f"the mirror has no {where}/{split}-*.parquet" + (f" (splits there: {', '.join(splits)})" if splits else "")
+    )

@@ -1,0 +1,135 @@
+"""Owns the way from the files of a source, or the hub, to rows of text, and which columns hold it.
+
+A row is `text`, `input_ids`, or a conversation: `messages`, or `prompt` and `response`.
+"""
+
+import glob
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, load_dataset, load_from_disk
+
+from pipeline.data import chat, text_files
+from pipeline.runtime import caches
+from pipeline.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.data.sources import Source
+
+# what rows hold where no column is chosen, the first that is there; several columns are those of a conversation
+COLUMNS = (
+    ("input_ids",),
+    ("text",),
+    ("messages",),
+    ("conversations",),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+)
+
+
+def documents(source: "Source") -> Dataset:
+    """The rows, with a column `text`, `input_ids` or `messages`, or with `prompt` and `response`."""
+    if source.name == "world":
+        from pipeline.data import world
+
+        return Dataset.from_dict({"text": world.documents(source.split)})
+    rows = _loaded(source)
+    columns = _columns(source, rows)
+    if columns[0] not in rows.column_names:
+        rows = rows.flatten()
+    rows = rows.select_columns(columns)
+    if any(rows.data.column(column).null_count for column in columns):
+        rows = rows.filter(lambda *values: None not in values, input_columns=columns)
+    if len(rows) == 0:
+        raise UserError(f"{source} holds no text")
+    beginning = rows.select(range(min(100, len(rows))))
+    kind = _kind(source, columns, next((row for row in beginning if row[columns[0]]), rows[0]))
+    named = dict(zip(columns, ("prompt", "response") if len(columns) == 2 else (kind,)))
+    return rows.rename_columns({old: new for old, new in named.items() if old != new})
+
+
+def first_rows(source: "Source") -> Iterator[dict[str, Any]]:
+    """Rows of a local source as `documents` gives them, one by one, without reading the rest; those with text only."""
+    rows = iter(_loaded(source, streaming=source.form != text_files.SAVED))
+    columns: list[str] = []
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:
+            raise _unreadable(source, error) from error
+        if row is None:
+            return
+        row = _flat(row) | row
+        columns = columns or _columns(source, row)
+        if any(row.get(column) in (None, []) for column in columns):
+            continue
+        kind = _kind(source, columns, row)
+        names = ("prompt", "response") if len(columns) == 2 else (kind,)
+        yield {name: row[column] for name, column in zip(names, columns)}
+
+
+def _loaded(source: "Source", streaming: bool = False):
+    try:
+        if source.form == text_files.SAVED:
+            return load_from_disk(str(Path(source.files[0]).parent))
+        if source.files:
+            local = source.is_local  # where a name is not to be taken for a pattern
+            paths = [glob.escape(path) if local else path for path in source.files]
+            return load_dataset(source.form, data_files={source.split: paths}, split=source.split, streaming=streaming)
+        return load_dataset(source.path, source.config, split=source.split, revision=source.revision)
+    except Exception as error:  # datasets, pyarrow, gzip and the hub each have their own
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: "Source", error: Exception) -> UserError:
+    if cache := caches.problem(error):
+        return UserError(cache)
+    reason = str(error.__cause__ or error) or type(error).__name__
+    return UserError(f"cannot load {source}: {' '.join(reason.split())[:300]}")
+
+
+def _columns(source: "Source", rows: Dataset | dict) -> list[str]:
+    """Which columns hold the text."""
+    there = list(rows) if isinstance(rows, dict) else rows.column_names
+    if found := next((list(columns) for columns in source.columns if set(columns) <= set(there)), None):
+        return found
+    if isinstance(rows, dict):
+        nested = [name for name in there if not isinstance(rows[name], dict)]
+    else:
+        nested = rows.flatten().column_names
+    (last,) = source.columns[-1][:1]
+    if len(source.columns) == 1 and last in nested:
+        return [last]
+    missing = f"'{last}'" if source.columns != COLUMNS else "'text' or 'input_ids'"
+    raise UserError(
+        f"{source} has no column {missing}: it has {', '.join(nested)}; set {source.section}.column to the one with the text"
+    )
+
+
+def _kind(source: "Source", columns: list[str], row: dict) -> str:
+    """What the first row holds: text, input_ids, or messages."""
+    if len(columns) == 2:
+        return "messages"
+    (column,) = columns
+    value = row[column]
+    kinds = {
+        "text": isinstance(value, str),
+        "input_ids": isinstance(value, list) and all(isinstance(token, int) for token in value),
+        "messages": chat.is_conversation(value),
+    }
+    kind = next((kind for kind, holds in kinds.items() if holds), None)
+    wanted = {"input_ids": "token ids", "messages": "a conversation", "conversations": "a conversation"}.get(
+        column, "text"
+    )
+    if kind is None or (wanted == "token ids" and kind != "input_ids") or (value == [] and column != "input_ids"):
+        raise UserError(f"column '{column}' of {source} should hold {wanted}: its first row is {str(value)[:60]}")
+    return kind
+
+
+def _flat(row: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested names with dots, as `Dataset.flatten` gives them."""
+    found = {}
+    for key, value in row.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found

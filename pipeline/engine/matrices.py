@@ -1,0 +1,182 @@
+"""Owns which matrices of a block are pruned, and what stays dense and why: by structure, not by model name.
+
+Shapes: E = experts, O = out_features, I = in_features.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.engine.blocks import Block, find_blocks, is_matrix, language_model
+from pipeline.engine.coverage import OUTSIDE, Entry
+from pipeline.runtime.errors import UserError
+
+ROUTER = "router"
+PRODUCTS = (nn.Linear.forward, Conv1D.forward)  # a subclass with a forward of its own may compute anything
+# Parts of a path that say router, where the block holds experts. `gate_proj`, the gate of a gated MLP, is none of them.
+ROUTER_NAMES = re.compile(r"(^|\.)(\w*router\w*|gate|wg|\w*expert_gate|\w*topk_gat\w*|classifier)(\.|$)", re.IGNORECASE)
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_shared_experts", "num_routed_experts", "total_experts")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A prunable matrix: the weight of a Linear or Conv1D, or one expert's slice of a fused parameter."""
+
+    module: nn.Module
+    attribute: str = "weight"
+    expert: int | None = None
+    transposed: bool = False  # stored (in, out)
+    routed: bool = False  # belongs to an expert, which only some tokens reach
+
+    @property
+    def parameter(self) -> Tensor:
+        return getattr(self.module, self.attribute)
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """The weight as (out, in), a view of what the module holds now."""
+        stored = self.parameter.data
+        stored = stored if self.expert is None else stored[self.expert]
+        return stored.T if self.transposed else stored
+
+    def stored(self, tensor_OI: Tensor) -> Tensor:
+        """A tensor like the weight, oriented as it is stored."""
+        return tensor_OI.T if self.transposed else tensor_OI
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A parameter of two or more dimensions that is not pruned."""
+
+    parameter: Tensor
+    reason: str
+
+
+def matrices(block: Block, blocks: list[Block]) -> dict[str, Matrix]:
+    """The prunable matrices of a block by parameter name, such as `model.layers.0.mlp.experts.down_proj[3]` for expert 3.
+
+    A module that several blocks share belongs to the first of them.
+    """
+    return {name: entry for name, entry in classified(block, blocks).items() if isinstance(entry, Matrix)}
+
+
+def matrices_of(model: nn.Module) -> dict[str, Matrix]:
+    """The prunable matrices of a model by parameter name."""
+    blocks = find_blocks(model)
+    return {name: matrix for block in blocks for name, matrix in matrices(block, blocks).items()}
+
+
+def classified(block: Block, blocks: list[Block]) -> dict[str, Matrix | Dense]:
+    """Each parameter of two or more dimensions of a block by name: as a `Matrix` (or one for each expert), or `Dense`."""
+    earlier = {id(p) for other in blocks[: block.index] for p in other.module.parameters()}
+    found: dict[str, Matrix | Dense] = {}
+    experts = _experts(block.module)
+    for path, module in block.module.named_modules():
+        in_experts = dict(fused(module))
+        for attribute, parameter in module.named_parameters(recurse=False):
+            is_vector = parameter.dim() < 2 or (parameter.squeeze().dim() < 2 and not is_matrix(module))
+            if id(parameter) in earlier or is_vector or attribute.endswith("bias"):
+                continue
+            earlier.add(id(parameter))  # two modules of a block may share one
+            name = ".".join(part for part in (block.name, path, attribute) if part)
+            if attribute in in_experts:
+                transposed = _is_transposed(module, attribute, parameter)
+                for expert in range(len(parameter)):
+                    found[f"{name}[{expert}]"] = Matrix(module, attribute, expert, transposed, routed=True)
+            elif _is_router(path, module, experts):
+                found[name] = Dense(parameter, ROUTER)
+            elif attribute == "weight" and is_plain_product(module):
+                routed = any(path.startswith(f"{place}.") for place in experts)
+                found[name] = Matrix(module, transposed=isinstance(module, Conv1D), routed=routed)
+            elif "expert" in type(module).__name__.lower() and parameter.dim() == 2:
+                raise UserError(
+                    f"{type(module).__name__} is not understood: {name} holds the matrices of all its experts in one"
+                )
+            else:
+                found[name] = Dense(parameter, f"not a plain matrix product: {type(module).__name__}")
+    return found
+
+
+def entries(model: nn.Module, blocks: list[Block]) -> dict[str, Entry]:
+    """What there is to cover, by name: in the blocks, and the matrices of the language model outside them but for its head.
+    To be asked before a walk, which drops the weights."""
+    found = {}
+    for block in blocks:
+        for name, it in classified(block, blocks).items():
+            if isinstance(it, Matrix):
+                found[name] = Entry(block.name, it.weight_OI.numel(), None)
+            else:
+                found[name] = Entry(block.name, it.parameter.numel(), it.reason)
+    inside = {module for block in blocks for module in block.module.modules()}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for path, module in language_model(model):
+        if is_matrix(module) and module not in inside and module is not head:
+            found[f"{path}.weight"] = Entry("", module.weight.numel(), OUTSIDE)
+    return found
+
+
+def fused(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The fused parameters of a module of experts, by attribute: (E, O, I), or (E, I, O) where stored transposed."""
+    counts = {getattr(module, name, None) for name in EXPERT_COUNTS}
+    for name, parameter in module.named_parameters(recurse=False):
+        known = hasattr(module, "is_transposed") or len(parameter) in counts
+        if known and parameter.dim() == 3 and min(parameter.shape[1:]) > 1:
+            yield name, parameter
+
+
+def is_plain_product(module: nn.Module) -> bool:
+    """Whether a module computes x W^T + b, as far as shapes tell where its class has a forward of its own (Falcon's Linear
+    does, DeepSeek V4's grouped one does not). `InputObserver` compares the numbers of such a class."""
+    if type(module).forward in PRODUCTS:
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    on_meta = {name: torch.empty_like(parameter, device="meta") for name, parameter in module.named_parameters()}
+    try:
+        out = functional_call(
+            module, on_meta, torch.empty(2, module.in_features, dtype=module.weight.dtype, device="meta")
+        )
+    except Exception:  # of whatever the shapes do not suit
+        return False
+    return out.shape == (2, module.out_features)
+
+
+def _is_transposed(module: nn.Module, attribute: str, parameter: Tensor) -> bool:
+    """Whether fused matrices are stored (E, I, O). The experts interface of transformers says so. Elsewhere the first
+    projection of an expert takes the hidden size and the last one gives it; where that tells nothing, they are stored as
+    a Linear's. `InputObserver` checks it against what is computed."""
+    if hasattr(module, "is_transposed"):
+        return module.is_transposed
+    hidden, (rows, columns) = getattr(module, "hidden_size", None), parameter.shape[1:]
+    return columns == hidden != rows if "down" in attribute else rows == hidden != columns
+
+
+def _experts(block: nn.Module) -> dict[str, int]:
+    """The paths of the modules that hold experts (fused, or a list of modules), and how many experts there are."""
+    found = {}
+    for path, module in block.named_modules():
+        if parameters := dict(fused(module)):
+            found[path] = len(next(iter(parameters.values())))
+        elif isinstance(module, nn.ModuleList) and path.rpartition(".")[2] == "experts":
+            found[path] = len(module)
+    return found
+
+
+def _is_router(path: str, module: nn.Module, experts: dict[str, int]) -> bool:
+    """A product that is called a router; or beside experts is called a gate, or has one output for each expert, or one
+    alone, as the gate of a shared expert."""
+    if "router" in path.rpartition(".")[2]:  # Gemma 3n has one without experts
+        return True
+    for place, count in experts.items():
+        parent = place.rpartition(".")[0]
+        if path.startswith(f"{place}.") or not path.startswith(f"{parent}." if parent else ""):
+            continue
+        outputs = module.weight.shape[0] if parent and is_matrix(module) else None
+        if ROUTER_NAMES.search(path) or outputs in (1, count):
+            return True
+    return False

@@ -1,0 +1,175 @@
+"""Owns how the inputs of a block's matrices are observed while calibration text flows through it.
+
+Shapes: N = tokens, I = in_features.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pipeline.engine.matrices import PRODUCTS, Matrix
+from pipeline.runtime.errors import UserError
+
+SAMPLE = 64  # tokens kept of the first batch, to measure the output error on: a product with more would cost seconds
+PART = 1 << 18  # numbers that are summed at once on a CPU
+# products of an input with a weight, and the dimension of the weight that is summed over
+LINEAR = (F.linear,)
+MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm)
+PRODUCT_ARGUMENTS = ("input", "weight", "other", "mat2")
+
+
+class EveryInputSeen(Exception):
+    """Raised inside a block once each matrix has seen all its inputs: the rest of the block need not be computed."""
+
+
+@dataclass
+class Observed:
+    """What was observed of a block. Matrices that are given the same tensor (q, k and v; gate and up) share one sum, kept
+    under the name of the first of them."""
+
+    shared_input_key: dict[str, str] = field(default_factory=dict)  # by matrix; one that was never called is not there
+    totals: dict[str, Tensor] = field(default_factory=dict)  # by key: the sum of `observe(input_NI)` in float64
+    samples: dict[str, Tensor] = field(default_factory=dict)  # by key: the first inputs, (at most SAMPLE, I)
+    tokens: Counter[str] = field(default_factory=Counter)  # by key
+
+
+class InputObserver:
+    """Sums `observe(input_NI)` over all inputs of each matrix. `within` a batch, the block is called as ever; it may end
+    early, by `EveryInputSeen`, which the batch swallows."""
+
+    def __init__(self, matrices: dict[str, Matrix], observe: Callable[[Tensor], Tensor]) -> None:
+        self.matrices, self.observe = matrices, observe
+        self.observed = Observed()
+        self._usual: Counter[str] | None = None  # calls of each matrix in the first batch, where no batch makes others
+        self._linear = {name: matrix for name, matrix in matrices.items() if matrix.expert is None}
+        self._fused = _FusedProducts({n: m for n, m in matrices.items() if m.expert is not None}, self._see)
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """While one batch flows through the block."""
+        self._calls: Counter[str] = Counter()
+        self._last: tuple[Tensor, int, str] | None = None
+        with ExitStack() as stack:
+            for name, matrix in self._linear.items():
+                stack.callback(matrix.module.register_forward_pre_hook(self._hook(name), with_kwargs=True).remove)
+                if type(matrix.module).forward not in PRODUCTS and name not in self.observed.shared_input_key:
+                    stack.callback(matrix.module.register_forward_hook(_check_product, with_kwargs=True).remove)
+            if self._fused.matrices:
+                stack.enter_context(_expert_by_expert({m.module for m in self._fused.matrices.values()}))
+                stack.enter_context(self._fused)
+            try:
+                yield
+            except EveryInputSeen:
+                pass
+            finally:
+                self._last = None
+        for name, key in self.observed.shared_input_key.items():
+            if self._calls[name] and self._calls[name] != self._calls[key] and not self.matrices[name].routed:
+                raise UserError(f"{name} shares some of its inputs with {key}, and not all: that is not understood")
+        if self._usual is None and not any(matrix.routed for matrix in self.matrices.values()):
+            self._usual = self._calls
+
+    def _hook(self, name: str) -> Callable:
+        def see(module: nn.Module, args: tuple, kwargs: dict) -> None:  # None, for a value would replace the inputs
+            self._see(name, _input(args, kwargs))
+
+        return see
+
+    def _see(self, name: str, tensor: Tensor) -> None:
+        found = self.observed
+        if self._last is None or self._last[0] is not tensor or self._last[1] != tensor._version:
+            self._last = (tensor, tensor._version, found.shared_input_key.setdefault(name, name))
+            self._add(self._last[2], tensor.detach().flatten(0, -2))
+        else:
+            found.shared_input_key.setdefault(name, self._last[2])
+        self._calls[name] += 1
+        if self._calls == self._usual:
+            raise EveryInputSeen
+
+    def _add(self, key: str, input_NI: Tensor) -> None:
+        seen, found = self.observe(input_NI), self.observed
+        found.tokens[key] += len(input_NI)
+        if key in found.totals:
+            _add_to(found.totals[key], seen)
+        else:
+            found.totals[key] = seen.double().contiguous()
+        if not len(found.samples.get(key, ())):
+            found.samples[key] = input_NI[:SAMPLE].clone()
+
+
+class _FusedProducts(TorchFunctionMode):
+    """Sees each product of an input with a part of a fused parameter, however the module cuts the parameter: a part lies in
+    the parameter's memory, so its address tells the expert, and its strides along which dimension it is summed."""
+
+    def __init__(self, matrices: dict[str, Matrix], see: Callable[[str, Tensor], None]) -> None:
+        super().__init__()
+        self.matrices, self.see = matrices, see
+        self._names = {(m.module, m.attribute, m.expert): name for name, m in matrices.items()}
+
+    def __enter__(self) -> "_FusedProducts":
+        self._places = {m.parameter.data_ptr(): (m.module, m.attribute) for m in self.matrices.values()}
+        return super().__enter__()
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in LINEAR or func in MATMUL:
+            named = [*args, *(kwargs[key] for key in PRODUCT_ARGUMENTS if kwargs and key in kwargs)]
+            self._look_at(named[0], named[1], summed=-1 if func in LINEAR else -2)
+        return func(*args, **(kwargs or {}))
+
+    def _look_at(self, left: Tensor, weight: Tensor, summed: int) -> None:
+        for start, place in self._places.items():
+            if 0 <= weight.data_ptr() - start < getattr(*place).nbytes:
+                break
+        else:
+            return
+        matrix_size = getattr(*place)[0].numel()
+        first = (weight.data_ptr() - start) // weight.element_size() // matrix_size
+        inputs = left if weight.dim() == 3 else [left]  # (E, N, I): all experts at once, tokens of others are zero
+        for expert, input_NI in enumerate(inputs, start=first):
+            name = self._names[*place, expert]
+            matrix = self.matrices[name]
+            transposed = weight.stride(summed) != 1
+            if transposed != matrix.transposed or weight.shape[summed] != matrix.weight_OI.shape[1]:
+                stored = "(in, out)" if matrix.transposed else "(out, in)"
+                raise UserError(
+                    f"{name} is not understood: it was taken to be stored {stored}, and is multiplied otherwise"
+                )
+            self.see(name, input_NI if weight.dim() == 2 else input_NI[input_NI.any(-1)])
+
+
+@contextmanager
+def _expert_by_expert(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Each expert makes a product of its own within, in place of a grouped product of all."""
+    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+    before = {key: getattr(config, "_experts_implementation", None) for key, config in configs.items()}
+    for config in configs.values():
+        config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._experts_implementation = before[key]
+
+
+def _input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _check_product(module: nn.Linear, args: tuple, kwargs: dict[str, Any], out: Tensor) -> None:
+    expected, given = F.linear(_input(args, kwargs), module.weight, module.bias), out.flatten(0, -2)
+    if not torch.allclose(given, expected.flatten(0, -2), rtol=1e-2, atol=1e-2 * expected.abs().mean().item()):
+        raise UserError(f"{type(module).__name__} is not understood: it computes something else than a Linear")
+
+
+def _add_to(total: Tensor, seen: Tensor) -> None:
+    """Part by part on a CPU, where fresh memory for all of `seen` in float64 takes five times as long as the sum."""
+    length = PART if total.device.type == "cpu" else total.numel()
+    for sum_, part in zip(total.view(-1).split(length), seen.reshape(-1).split(length)):
+        sum_ += part.double()

@@ -1,0 +1,1 @@
+"""Perplexity, zero-shot tasks and continuations, with the errors of their differences."""

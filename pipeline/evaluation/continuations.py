@@ -1,0 +1,66 @@
+"""Owns the sample continuations: prompts from held-out text, and what a model makes of them."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import GenerationConfig
+
+from pipeline.data import chat, special_tokens
+from pipeline.models import loading
+from pipeline.runtime.errors import UserError
+
+WORDS = 24  # of a prompt; a text of twice as many is long enough to begin with
+SCAN = 1000  # texts looked at for one prompt
+
+
+def prompts(rows: Dataset, tokenizer: Any, count: int, room: int) -> list[str]:
+    """The beginnings of `count` texts, spread evenly over `rows`: their first 24 words, or half of shorter texts.
+
+    Each is of at most `room` tokens. Rows of `input_ids` are decoded, of a conversation its first turn is taken. Equal
+    beginnings are told once.
+    """
+    found = []
+    for number in range(count):
+        start = number * len(rows) // count
+        part = rows[start : min(start + SCAN, (number + 1) * len(rows) // count)]
+        if "input_ids" in part:
+            texts = tokenizer.batch_decode(part["input_ids"], skip_special_tokens=True)
+        else:
+            texts = part["text"] if "text" in part else chat.first_turns(part)
+        words = next((text.split() for text in texts if len(text.split()) >= 2 * WORDS), None)
+        words = words or max((text.split() for text in texts), key=len, default=[])
+        words = words[: max(1, min(WORDS, len(words) // 2))]
+        while len(words) > 1 and len(tokenizer(" ".join(words)).input_ids) > room:
+            words = words[: len(words) // 2]
+        found.append(" ".join(words))
+    return [prompt for prompt in dict.fromkeys(found) if prompt]
+
+
+@torch.no_grad()
+def continuations(model: nn.Module, tokenizer: Any, prompts: list[str], tokens: int) -> list[str]:
+    """What the model writes after each prompt, greedily, up to `tokens` tokens or its end of text.
+
+    One prompt at a time, since padding would change the numbers. Raises `UserError` where a prompt fills all positions.
+    """
+    positions = loading.positions(model.config)
+    own = model.generation_config
+    tokenizer, _ = special_tokens.for_questions(tokenizer, model.config)
+    found = []
+    for prompt in prompts:
+        ids_1T = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+        length = ids_1T.shape[1]
+        if positions and length >= positions:
+            raise UserError(f"a prompt of {length} tokens fills the model's {positions} positions: '{prompt[:40]}...'")
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=min(tokens, positions - length) if positions else tokens,
+            eos_token_id=own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id,
+            pad_token_id=0,  # of a single prompt nothing is padded, but generate warns without one
+        )
+        out_1T = model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=settings)
+        # what is decoded alone would lose the space before its first word
+        told, prompt_told = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (out_1T[0], ids_1T[0]))
+        found.append(told[len(prompt_told) :])
+    return found

@@ -1,0 +1,161 @@
+"""Owns the zero-shot scores: lm-eval run on a model in memory, its questions shared out over the processes."""
+
+import contextlib
+import functools
+import logging
+import math
+import os
+import random
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipeline.data import special_tokens
+from pipeline.evaluation.tasks import load_tasks
+
+BOOTSTRAP = 1000  # draws for a metric without a closed-form standard error (F1, Matthews); that of a mean has one
+SEED, OTHER_SEED = 0, 1234  # lm-eval's own: Python's random, and numpy and torch
+NOISE = re.compile("already-initialized|not of type `str`|num_fewshot|Custom kwargs|is defined, but")
+
+
+def zero_shot(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    names: list[str],
+    mirror: str | None = None,
+    batch_size: int | str = 8,
+    limit: int | None = None,
+    fewshot: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    tell: Callable[[str], None] = lambda text: None,
+) -> tuple[dict[str, dict[str, float]], dict[str, list[float]]]:
+    """({task: {"acc", "acc_stderr", "acc_norm", ...}}, {task: [the acc of each question]}) of a Hugging Face causal LM,
+    on the device it is on.
+
+    `names`, `mirror` and `fewshot` as in `load_tasks`; `limit` is in questions per task; `batch_size` may be `auto`, by
+    trying. With world_size > 1 the questions are shared out over the ranks of the default process group, and every rank
+    returns the same. A group with an aggregate of its own (mmlu) is one entry, without its questions; any other group
+    or tag is replaced by its tasks. Every name is seeded on its own, so its scores do not depend on the others. What a
+    tokenizer lacks for this is mended (`special_tokens.for_questions`). `tell` hears how far this rank is.
+    """
+    scores: dict[str, dict[str, float]] = {}
+    correct: dict[str, list[float]] = {}
+    with _quiet(rank):
+        from lm_eval.evaluator import evaluate
+
+        lm = _language_model(model, tokenizer, batch_size, rank, world_size, tell)
+        for name in dict.fromkeys(names):
+            random.seed(SEED)
+            np.random.seed(OTHER_SEED)
+            torch.manual_seed(OTHER_SEED)
+            tasks = load_tasks([name], mirror, fewshot)
+            # not simple_evaluate: it answers only where LOCAL_RANK is 0, and asks git, pip and nvidia-smi for versions
+            found = evaluate(lm, tasks, limit=limit, bootstrap_iters=BOOTSTRAP)
+            for entry in _entries(tasks):
+                scores[entry] = _numbers(found["results"][entry])
+                by_question = [
+                    s["acc"] for s in found["samples"].get(entry, ()) if s["filter"] == "none" and "acc" in s
+                ]
+                if by_question and all(isinstance(value, (int, float)) for value in by_question):
+                    correct[entry] = [float(value) for value in by_question]
+    return scores, correct
+
+
+def _entries(tasks: dict) -> list[str]:
+    """The tasks, those of a group with an aggregate of its own being replaced by the group."""
+    groups = [group for group in tasks["groups"].values() if group.has_aggregation]
+    inside = {member.name for group in groups for member in group.get_all_groups()}
+    inside |= {member.task_name for group in groups for member in group.get_all_tasks()}
+    return [name for name in [*(group.name for group in groups), *tasks["tasks"]] if name not in inside]
+
+
+def _numbers(result: dict[str, Any]) -> dict[str, float]:
+    """{"acc,none": 0.5, "alias": "arc_easy", ...} -> {"acc": 0.5}; filters other than the default stay named."""
+    return {
+        metric.removesuffix(",none"): float(value)
+        for metric, value in result.items()
+        if "," in metric and isinstance(value, (int, float)) and math.isfinite(value)
+    }
+
+
+def _language_model(
+    model: torch.nn.Module, tokenizer: Any, batch_size: int | str, rank: int, world_size: int, tell: Callable
+) -> Any:
+    """lm-eval's wrapper of the model, which computes this rank's share of the answers and returns all.
+
+    lm-eval's own sharding needs an Accelerator and private attributes for a model that is in memory, draws few-shot
+    examples on each rank that one process would not draw, and fails where a rank is left without a question. So every
+    rank prepares and scores all questions as if it were alone, and only the answers are computed in shares.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    asking, _ = special_tokens.for_questions(tokenizer, model.config)
+    lm = HFLM(pretrained=model, tokenizer=asking, batch_size=batch_size)
+    for method in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(lm, method, functools.partial(_shared, getattr(lm, method), rank, world_size, model, tell))
+    return lm
+
+
+def _shared(
+    answer: Callable, rank: int, world_size: int, model: Any, tell: Callable, requests: list, disable_tqdm: bool = False
+) -> list:
+    """The answers to all requests, in their order, on every rank. The choices of a question stay together."""
+    order = dict.fromkeys((request.task_name, request.doc_id) for request in requests)
+    owner = {question: number % world_size for number, question in enumerate(order)}
+    mine = [i for i, request in enumerate(requests) if owner[request.task_name, request.doc_id] == rank]
+    rows = 0
+
+    def count(module: torch.nn.Module, arguments: Any, output: Any) -> None:
+        nonlocal rows
+        rows += len(output.logits)
+        # other requests take several rows for an answer, and a terminal shows lm-eval's own bar
+        if requests[0].request_type == "loglikelihood" and not sys.stderr.isatty():
+            tell(f"{min(rows, len(mine))} of at most {len(mine)} answers")  # those of one token may share a row
+
+    counter = model.register_forward_hook(count)
+    try:
+        found = answer([requests[i] for i in mine], disable_tqdm=disable_tqdm or rank > 0) if mine else []
+    finally:
+        counter.remove()
+    shares = [list(zip(mine, found, strict=True))] * world_size
+    if world_size > 1:
+        dist.all_gather_object(shares, shares[rank])
+    answers = dict(pair for share in shares for pair in share)
+    return [answers[i] for i in range(len(requests))]
+
+
+@contextlib.contextmanager
+def _quiet(rank: int) -> Iterator[None]:
+    """Lets through rank 0's warnings, each kind once, and, on a terminal, its progress bars and prints."""
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would bootstrap in forks: unsafe once CUDA is in use
+    kinds: set[str] = set()
+
+    def matters(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        kind = re.sub(r"\d+", "", message)
+        if record.levelno < (logging.ERROR if rank else logging.WARNING) or NOISE.search(message) or kind in kinds:
+            return False
+        kinds.add(kind)
+        return True
+
+    logger = logging.getLogger("lm_eval")
+    handler = logging.StreamHandler(sys.stderr)  # the true one, before it is redirected
+    handler.addFilter(matters)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        with contextlib.ExitStack() as stack:
+            if rank or not sys.stderr.isatty():
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate

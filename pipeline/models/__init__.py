@@ -1,0 +1,1 @@
+"""Model folders: which class loads one, its files and names, quantised input, and how one is written."""

@@ -1,0 +1,55 @@
+"""Owns the choice of the class that loads a checkpoint: the one that its config.json names, if it is a language model."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto import modeling_auto
+
+from pipeline.runtime.errors import UserError
+
+
+def _names(mapping: dict[str, Any]) -> set[str]:
+    return {name for value in mapping.values() for name in ((value,) if isinstance(value, str) else value)}
+
+
+# multimodal ones hold a language model; only their own class loads the checkpoint whole
+LANGUAGE = {
+    name.casefold(): name  # LLaMA's first checkpoints say LLaMAForCausalLM
+    for name in _names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    | _names(modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+}
+
+
+def model_class(folder: Path, config: PreTrainedConfig, own_code: bool) -> Any:
+    """A class of transformers with `from_pretrained` and `_from_config`; AutoModelForCausalLM where the model brings code
+    of its own, which `own_code` allows, or names no class that is known.
+
+    Raises `UserError` where the folder holds no causal language model.
+    """
+    known = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and (own_code or not known):
+        return AutoModelForCausalLM  # which refuses such code where it is not allowed
+    named = (config.architectures or [""])[0]
+    found = getattr(transformers, LANGUAGE.get(named.casefold(), ""), None)
+    if found is not None and isinstance(config, found.config_class):
+        inputs = inspect.signature(found.forward).parameters
+        needed = [name for name, p in inputs.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        needed = [name for name in needed if name not in ("self", "input_ids")]
+        if config.is_encoder_decoder and not named.endswith("ForCausalLM"):
+            raise _refusal(folder, named, "an encoder-decoder, not a causal language model")
+        if "input_ids" not in inputs or needed:
+            raise _refusal(folder, named, f"no model of text alone: it needs {needed[0] if needed else 'other inputs'}")
+        return found
+    if known and (not named or named.endswith(("ForCausalLM", "LMHeadModel"))):
+        return AutoModelForCausalLM
+    raise _refusal(folder, named or type(config).__name__, "not a causal language model")
+
+
+def _refusal(folder: Path, named: str, why: str) -> UserError:
+    return UserError(
+        f"{folder} holds a {named} (config.json), which is {why}: set model=... to a model whose class is a ...ForCausalLM "
+        "or a multimodal one that generates text"
+    )

@@ -1,0 +1,160 @@
+"""Owns the two sets of names: a parameter's in memory, and those of the tensors in the files that it is made of.
+
+transformers 5 converts as it loads: it renames, fuses `experts.0.up_proj.weight` and so on into one parameter, splits a
+fused projection. A file must have the names and the form that its input had, since other tools know no others. This is
+the only file that uses the internals of transformers by which that is done.
+"""
+
+import copy
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.runtime.errors import UserError
+
+try:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        WeightTransform,
+        dot_natural_key,
+        rename_source_key,
+        revert_weight_conversion,
+    )
+    from transformers.utils.loading_report import LoadStateDictInfo
+except ImportError as error:
+    raise UserError(
+        f"this version of transformers converts names otherwise ({error}): install the pinned one"
+    ) from error
+
+State = dict[str, Tensor]
+
+
+def to_files(model: nn.Module, state: State) -> State:
+    """Tensors under their names in memory -> the same under the names, and in the form, of the files that `model` was
+    loaded from (of a model that was not loaded: of its family). `state`: any part that holds whole decoder layers."""
+    return revert_weight_conversion(model, state)
+
+
+def converts(model: nn.Module) -> bool:
+    """Whether `to_files` changes anything."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    if any(isinstance(conversion, WeightConverter) for conversion in conversions):
+        return True  # which may keep the name and change the form
+    state = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    return to_files(model, state).keys() != state.keys()
+
+
+def remember(model: nn.Module, in_files: Iterable[str]) -> None:
+    """Makes `to_files` give the names of files that hold `in_files`, as if `model` had been loaded from them unquantised."""
+    conversions = get_model_conversion_mapping(model)
+    for _ in _renamed(model, conversions, in_files):
+        pass  # each conversion notes that it was used
+    model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
+
+
+def saved(model: nn.Module) -> State:
+    """What belongs in the files, under its name in memory: no buffer that is not persistent, a tied weight once."""
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    tied = ties(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied and name not in ignored}
+
+
+def ties(model: nn.Module) -> dict[str, str]:
+    """Second names of tied parameters -> the name to keep: the one that transformers expects, else the first."""
+    declared = getattr(model, "all_tied_weights_keys", None) or {}
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    found = {}
+    for same in names.values():
+        kept = next((name for name in same if name not in declared), same[0])
+        found |= {name: kept for name in same if name != kept}
+    return found
+
+
+def layer_of(name: str) -> str:
+    """The name up to its first number, which tells the layers of a model apart; "" outside them."""
+    found = re.match(r"(.*?\.\d+)\.", name)
+    return found[1] if found else ""
+
+
+class FileNames:
+    """How the parameters and buffers of a model are made of the tensors in its files, layer by layer.
+
+    `model`: without weights; `shapes`: those of the tensors, by their names in the files. As after a load by transformers,
+    `missing`, `unexpected` (names) and `mismatched` (name, shape in the files, shape in the model) hold what does not fit.
+    """
+
+    def __init__(self, model: nn.Module, shapes: dict[str, Sequence[int]]) -> None:
+        self.model, self.conversions = model, get_model_conversion_mapping(model)
+        known = model.state_dict()
+        self.ties = ties(model)
+        self.sources: dict[str, list[tuple[str, str | None]]] = {}  # by the first name that they make; see _renamed
+        unexpected = set()
+        for name, renamed, pattern in _renamed(model, self.conversions, shapes):
+            if renamed in known:
+                self.sources.setdefault(renamed, []).append((name, pattern))
+            else:
+                unexpected.add(renamed)
+        made: State = {}
+        self.made_by: dict[str, str] = {}  # a name in memory -> the key of `sources`
+        for first in self.sources:
+            found = self._converted(first, lambda name: torch.empty(tuple(shapes[name]), device="meta"))
+            made |= found
+            self.made_by |= dict.fromkeys(found, first)
+        info = LoadStateDictInfo(
+            known.keys() - made.keys(), unexpected | made.keys() - known.keys(), set(), [], {}, set()
+        )
+        model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+        model._adjust_missing_and_unexpected_keys(info)
+        self.missing, self.unexpected = info.missing_keys, info.unexpected_keys
+        sizes = {
+            name: (tuple(tensor.shape), tuple(known[name].shape)) for name, tensor in made.items() if name in known
+        }
+        self.mismatched = {(name, *size) for name, size in sizes.items() if size[0] != size[1]}
+        self.layers: dict[str, list[str]] = {}  # the keys of `sources` by layer
+        for first in sorted(self.sources, key={name: place for place, name in enumerate(known)}.__getitem__):
+            self.layers.setdefault(layer_of(first), []).append(first)
+
+    def read(self, layer: str, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Name in memory and tensor of each parameter and buffer of a layer, those of one conversion at a time. `read` gives
+        a tensor of the files, whose dtype stays. Of tied ones one is given, unless they differ: then they aren't tied."""
+        for first in self.layers[layer]:
+            for name, tensor in self._converted(first, read).items():
+                kept = self.ties.get(name, name)
+                if kept != name and kept in self.made_by:
+                    if torch.equal(tensor, self._converted(self.made_by[kept], read)[kept]):
+                        continue
+                    kept = name
+                yield kept, tensor
+
+    def _converted(self, first: str, read: Callable[[str], Tensor]) -> State:
+        converters = {k: c for c in self.conversions if isinstance(c, WeightConverter) for k in c.source_patterns}
+        name, pattern = self.sources[first][0]
+        transform = copy.deepcopy(converters[pattern]) if pattern else WeightRenaming(name, first)
+        for name, pattern in self.sources[first]:
+            transform.add_tensor(first, name, pattern or name, functools.partial(read, name))
+        found = transform.convert(first, model=self.model, config=self.model.config)
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in found.items()}
+
+
+def _renamed(
+    model: nn.Module, conversions: list[WeightTransform], in_files: Iterable[str]
+) -> Iterator[tuple[str, str, str | None]]:
+    """Name in the files, the (first) name in memory that is made of it, and the converter's pattern that makes it, if one
+    does: as `convert_and_load_state_dict_in_model` of transformers finds them, in its order."""
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    prefix, known = model.base_model_prefix, model.state_dict()
+    for name in sorted(in_files, key=dot_natural_key):
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
+        if renamed not in known and name in known:
+            renamed, pattern = rename_source_key(name, [], [], prefix, known)
+        yield name, renamed, pattern

@@ -1,0 +1,215 @@
+"""Owns the files of a model folder: which of them transformers loads, what is in them, what makes them unfit, and how a
+new folder's are written beside its weights."""
+
+import json
+import re
+import shutil
+import textwrap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pipeline.models import dequantize
+from pipeline.runtime import files
+from pipeline.runtime.errors import UserError
+
+WEIGHTS = ("*.safetensors", "*.bin")
+IDENTITY = ("config.json", "tokenizer*", "vocab*", "merges*", "*.model", "*.py")  # beside the weights
+BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "additional_chat_templates/*.jinja")
+WHOLE = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks; or the index of either
+LOADED = ("config.json", "*.index.json", "*.safetensors", "pytorch_model*.bin")
+PEFT = ("base_model.model.", ".base_layer.")  # in the names that a PeftModel gives
+
+
+def identity(folder: Path) -> str:
+    return files.fingerprint({path for pattern in (*WEIGHTS, *IDENTITY) for path in folder.glob(pattern)})
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Those that transformers loads: not `consolidated.safetensors` beside them, nor those of an adapter."""
+    for name in WHOLE:
+        if (folder / name).is_file():
+            return [folder / name]
+        if index := files.read_json(folder / f"{name}.index.json"):
+            shards = index.get("weight_map")
+            return (
+                [folder / str(shard) for shard in sorted(set(map(str, shards.values())))]
+                if isinstance(shards, dict)
+                else []
+            )
+    return []
+
+
+def download(weights: str) -> dict[str, list[str]]:
+    """Patterns for huggingface_hub: none of the same weights in another form (`original/`, `onnx/`, ...)."""
+    folders = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*"]  # its * matches a / too; additional_chat_templates/ is wanted
+    return {"allow_patterns": [*BESIDE, weights], "ignore_patterns": ["consolidated*", *folders]}
+
+
+def opened(folder: Path) -> "Tensors":
+    """The weights of a folder, which transformers will load as they are; `UserError` where it would not, or cannot."""
+    _check_beside(folder)
+    try:
+        found = Tensors(folder)
+    except Exception as error:  # safetensors, pickle and the system each have their own
+        raise UserError(cannot_load(folder, error)) from error
+    _check_names(folder, found)
+    _refuse_unscaled(folder, found)
+    return found
+
+
+def cannot_load(folder: Path, error: Exception, *patterns: str) -> str:
+    return f"cannot load the model in {folder}: {problem(folder, error, *(patterns or LOADED))}"
+
+
+def problem(folder: Path, error: Exception, *patterns: str) -> str:
+    """In words that say what to do about it: transformers' own run to a page, or to the name of a missing key."""
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is run only with trust_remote_code=true: read it before you type that"
+    return damage(folder, *patterns) or textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+
+
+class Tensors:
+    """The tensors in the weight files of a folder, read one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files: dict[str, Any] = {}  # by name of the tensor
+        self.bins: dict[str, Tensor] = {}
+        for path in weight_files(folder):
+            if path.suffix == ".safetensors":
+                file = safe_open(path, framework="pt")
+                self.files |= dict.fromkeys(file.keys(), file)
+            else:
+                with open(path, "rb") as opened:
+                    mmap = opened.read(2) == b"PK"  # the zip form; that before torch 1.6 can only be read whole
+                self.bins |= torch.load(path, mmap=mmap, weights_only=True, map_location="cpu")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.files, *self.bins])
+
+    def read(self, name: str) -> Tensor:
+        return self.files[name].get_tensor(name) if name in self.files else self.bins[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.files[name].get_slice(name).get_shape() if name in self.files else self.bins[name].shape)
+
+    def is_float8(self, name: str) -> bool:
+        return name in self.files and self.files[name].get_slice(name).get_dtype().startswith("F8_E4M3")
+
+    def is_old_buffer(self, name: str) -> bool:
+        """Whether a name, with or without a prefix, is of what models compute today, but once kept in their files: a causal
+        mask (1, 1, T, T) and the number in its place, frequencies of rotary positions. transformers knows some of them."""
+        if not re.search(r"\.(masked_bias|causal_mask|inv_freq|bias)$", f".{name}"):
+            return False
+        shapes = {len(self.shape(stored)) for stored in self if name.endswith(stored) or stored.endswith(f".{name}")}
+        return shapes == {4} if re.search(r"(^|\.)(causal_mask|bias)$", name) else shapes <= {0, 1}
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of each weight in a folder of safetensors, one at a time, as in the files."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+
+
+def _check_beside(folder: Path) -> None:
+    """Refuses what would make transformers load something else than the model in the folder."""
+    _refuse_names_outside(folder)
+    if (adapter := folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{adapter} makes transformers load an adapter onto the model in {folder}: if it is merged, move the "
+            f"adapter's files (adapter_*) to another folder; else merge it first"
+        )
+
+
+def _refuse_unscaled(folder: Path, tensors: Tensors) -> None:
+    """Refuses 8-bit floats without the scales that belong to them: transformers would take them as they are."""
+    names = set(tensors)
+    for name in filter(tensors.is_float8, tensors.files):
+        scales = {f"{name}_scale_inv", *(name.removesuffix(".weight") + end for end in (".scale", ".qscale_weight"))}
+        if not names & scales:
+            raise UserError(
+                f"{folder}: {name} holds 8-bit floats without the scales that transformers knows: set model=... to the "
+                "model that it was made from"
+            )
+
+
+def _check_names(folder: Path, names: Iterable[str]) -> None:
+    """Refuses the names that a PeftModel gives to the weights that it wraps."""
+    for name in names:
+        if any(part in name for part in PEFT):
+            raise UserError(
+                f"{folder} holds the weights of a PeftModel ({name}), which no other model can load: load it with peft, "
+                "and save what merge_and_unload() returns"
+            )
+
+
+def refuse_adapter(folder: Path, key: str = "model") -> None:
+    """Refuses the folder of an adapter without its model, and names the model that it belongs to."""
+    if (about := files.read_json(folder / "adapter_config.json")) is not None:
+        base = about.get("base_model_name_or_path") or "its base model"
+        raise UserError(
+            f"{key}={folder} is an adapter of {base} (adapter_config.json), not a model: set {key}={base}, or merge the "
+            "adapter into it with peft's merge_and_unload(), save that, and name its folder"
+        )
+
+
+def _refuse_names_outside(folder: Path) -> None:
+    """An index that somebody else wrote must not make us read files beside the model."""
+    for index in folder.glob("*.index.json"):
+        shards = (files.read_json(index) or {}).get("weight_map")
+        for shard in shards.values() if isinstance(shards, dict) else ():
+            if Path(str(shard)).name != shard:
+                raise UserError(f"{index} names the shard '{shard}', which is not a file of its folder")
+
+
+def damage(folder: Path, *patterns: str) -> str | None:
+    """What is wrong with the first file of a folder that cannot be read: the loaders' own errors name no file."""
+    for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):
+        try:
+            if path.suffix == ".json":
+                found = dict(json.loads(path.read_text()))
+                if path.name.endswith(".index.json") and "weight_map" not in found:
+                    raise UserError("it has no weight_map")
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            else:
+                torch.load(path, weights_only=True, map_location="meta")
+        except Exception as error:
+            size = f"{path.stat().st_size} bytes" if path.exists() else "a link to nothing"
+            reason = str(error).split(". ")[0] or type(error).__name__
+            return f"{path.name} ({size}) is damaged or was not fetched whole: {reason}"
+    return None
+
+
+def copy_beside(origin: Path, target: Path, dtype: str = "auto") -> None:
+    """Copies all but the weights, so that the new folder loads as the old one did, and unquantised."""
+    for pattern in BESIDE:
+        for path in origin.glob(pattern):
+            if not path.name.endswith(".index.json"):
+                with files.whole(target / path.relative_to(origin)) as beside:
+                    shutil.copyfile(path, beside)
+    config = json.loads((target / "config.json").read_text())
+    plain = dequantize.unnamed(config)
+    if dtype != "auto":
+        plain.pop("torch_dtype", None)
+        plain["dtype"] = dtype
+    if plain != config:
+        files.write_json(target / "config.json", plain)
+
+
+def write_index(folder: Path) -> None:
+    """`model.safetensors.index.json` over the shards of a folder."""
+    sizes, where = 0, {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                where[name] = path.name
+        sizes += path.stat().st_size
+    files.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": sizes}, "weight_map": where})

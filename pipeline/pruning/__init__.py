@@ -1,0 +1,1 @@
+"""Scores, updates, methods and allocations of pruning."""

@@ -1,0 +1,66 @@
+"""Owns what a walk over the layers starts from: this rank's batches of text, and where its hidden states find room."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data import sampled, sources, token_windows
+from pipeline.engine.blocks import find_blocks
+from pipeline.models import loading
+from pipeline.runtime import memory, processes
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Calibration, Recipe
+
+
+def batches(recipe: Recipe, text: Calibration, section: str, origin: Path, model: nn.Module) -> list[Tensor]:
+    """This rank's batches of tokens, each (batch_size, seq_len); `section` is where the recipe sets `text`."""
+    config = model.config
+    loading.check_length(config, f"{section}.seq_len", text.seq_len)
+    source = sources.of_text(text, recipe.mirror, section)
+    if source.name == sources.SELF:
+        windows_NT = sampled.samples(recipe, sampled.dense(recipe), text.samples, text.seq_len)
+    else:
+        tokenizer = loading.tokenizer(origin, recipe)
+        windows_NT = token_windows.calibration(source, tokenizer, text.samples, text.seq_len, recipe.seed, section)
+    loading.check_vocabulary(config, windows_NT, source)
+    # batches are cut before they are shared out: a batch is computed the same on any number of processes
+    found = windows_NT.split(text.batch_size)
+    if len(found) < processes.world_size():
+        raise UserError(
+            f"{len(found)} batches of {section} samples cannot be shared by {processes.world_size()} processes: "
+            f"type {section}.samples={text.batch_size * processes.world_size()} or more"
+        )
+    return list(found[processes.rank() :: processes.world_size()])
+
+
+def plan_memory(
+    model: nn.Module, batches: list[Tensor], where: str, streams: int = 1, per_weight: int = 0
+) -> torch.device:
+    """Says what will be needed and what is free, and chooses where the hidden states wait between layers.
+
+    Each of `streams` holds paused forwards and has a layer at hand, one has the next one too; training a layer takes
+    `per_weight` bytes for each of its weights.
+    """
+    device = processes.device()
+    blocks = [block.module for block in find_blocks(model)]
+    largest = max(blocks, key=memory.size_gib)
+    layers = (1 + streams) * memory.size_gib(largest)
+    training = per_weight * sum(parameter.numel() for parameter in largest.parameters()) / memory.GIB
+    outside = memory.size_gib(model) - sum(map(memory.size_gib, blocks))
+    config = model.config.get_text_config()
+    width = getattr(config, "hidden_size", model.get_input_embeddings().weight.shape[1]) * model.dtype.itemsize
+    # a paused forward keeps the embeddings as well as the hidden states
+    hidden = 2 * streams * sum(batch.numel() for batch in batches) * width / memory.GIB
+    free = memory.free_gib(device)
+    fits = layers + training + outside + 1.5 * hidden < 0.8 * free
+    store = device if device.type == "cpu" or where == "gpu" or (where == "auto" and fits) else torch.device("cpu")
+    processes.say(
+        f"  memory: {memory.text(layers)} for {'two' if streams == 1 else 'three'} layers, "
+        + (f"{memory.text(training)} to train one, " if training else "")
+        + f"{memory.text(outside)} outside the layers, {memory.text(hidden)} "
+        f"of hidden states on the {'GPU' if store.type == 'cuda' else 'host'}; {memory.text(free)} free"
+    )
+    if layers + training + outside + (hidden if store == device else 0) > free:
+        processes.say("  memory: that may not fit: a smaller batch_size or fewer samples need less")
+    return store

@@ -1,0 +1,136 @@
+"""The optimal-brain-surgeon updates of SparseGPT and its ablations. Pure math: ranks enter as a function argument.
+
+Shapes: R = rows (of one matrix, or of several with the same input, stacked), I = in_features, B = columns of a block,
+N = tokens.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pipeline.runtime.errors import UserError
+from pipeline.sparsity.masks import apply_
+from pipeline.sparsity.patterns import NofM
+
+BLOCK = 128  # columns whose errors are pushed on at once (SparseGPT, section 3.3)
+WIDTH = 32  # columns within a block that are updated one by one, before a product updates the rest of the block
+
+
+def hessian(input_NI: Tensor) -> Tensor:
+    """X^T X in fp32, its upper triangle as one row for `unpacked`: that halves the products, and what is summed over batches
+    and ranks. A common factor (SparseGPT: 2/n) changes neither masks nor updates."""
+    input_NI = input_NI.float()
+    inputs = input_NI.shape[1]
+    packed = input_NI.new_empty(sum(rows * columns for _, rows, columns in _bands(inputs)))
+    for first, rows, band in _views(packed, inputs):
+        torch.mm(input_NI[:, first : first + rows].T, input_NI[:, first:], out=band)
+    return packed
+
+
+def unpacked(packed: Tensor, inputs: int) -> Tensor:
+    """The Hessian, (I, I), in the dtype of `packed`."""
+    hessian_II = packed.new_empty(inputs, inputs)
+    for first, rows, band in _views(packed, inputs):
+        hessian_II[first : first + rows, first:] = band
+        hessian_II[first + rows :, first : first + rows] = band[:, rows:].T
+    return hessian_II
+
+
+def _views(packed: Tensor, inputs: int) -> list[tuple[int, int, Tensor]]:
+    """(first row, rows, view of them from the diagonal on) of each band."""
+    bands = _bands(inputs)
+    parts = packed.split([rows * columns for _, rows, columns in bands])
+    return [(first, rows, part.view(rows, columns)) for part, (first, rows, columns) in zip(parts, bands)]
+
+
+def _bands(inputs: int) -> list[tuple[int, int, int]]:
+    """(first row, rows, columns) of at most eight bands: 9/16 of the whole, in products that are large enough."""
+    rows = max(BLOCK, -(-inputs // 8))
+    return [(first, min(rows, inputs - first), inputs - first) for first in range(0, inputs, rows)]
+
+
+def factor(hessian_II: Tensor, damp: float, name: str, say: Callable[[str], None]) -> tuple[Tensor, Tensor]:
+    """Upper Cholesky factor of the damped inverse of an fp32 Hessian, (I, I), and which inputs are dead, (I,).
+
+    Damped by `damp` times the mean of the diagonal; where that is not enough, ten times as much, and so on.
+    """
+    dead_I = hessian_II.diagonal() == 0
+    hessian_II.diagonal()[dead_I] = 1
+    mean = hessian_II.diagonal().mean()
+    while damp <= 10:
+        # with rows and columns reversed, H = V V^T of an upper V, so inverse(V) is the factor: half the work of a Cholesky
+        # factor of the inverse, and a condition that is not squared
+        reversed_II = hessian_II.flip(0, 1)
+        reversed_II.diagonal().add_(damp * mean)
+        lower_II, failed = torch.linalg.cholesky_ex(reversed_II)
+        if not failed:
+            factor_II = _inverse(lower_II.flip(0, 1))
+            if factor_II.isfinite().all():
+                return factor_II, dead_I
+        more = max(10 * damp, 1e-4)
+        say(f"  {name}: the Hessian is singular at damping {damp:g}: trying {more:g}")
+        damp = more
+    raise UserError(f"{name}: the Hessian stays singular at any damping: more calibration samples are needed")
+
+
+def _inverse(upper_II: Tensor) -> Tensor:
+    """Of an upper triangular matrix, by halves: a third of the products of a solve against the identity."""
+    inputs = len(upper_II)
+    if inputs <= 2 * BLOCK:
+        return torch.linalg.solve_triangular(
+            upper_II, torch.eye(inputs, dtype=upper_II.dtype, device=upper_II.device), upper=True
+        )
+    half = inputs // 2
+    inverse_II = torch.zeros_like(upper_II)
+    inverse_II[:half, :half] = first = _inverse(upper_II[:half, :half])
+    inverse_II[half:, half:] = second = _inverse(upper_II[half:, half:])
+    inverse_II[:half, half:] = -(first @ upper_II[:half, half:]) @ second
+    return inverse_II
+
+
+def prune_rows(
+    weight_RI: Tensor,
+    factor_II: Tensor,
+    choose: Callable[[Tensor, slice], Tensor] | None,
+    score: Callable[[Tensor, slice], Tensor],
+    pattern: NofM | None,
+) -> Tensor:
+    """Zeroes weights column by column and pushes each error on to the later columns, in place; returns the mask, (R, I).
+
+    Either `choose(weight_RB, columns)` gives the mask of a block before its columns are visited, or, where it is None,
+    `score(weight_RM, columns)` scores each group of M columns when it is reached, and `pattern` selects.
+    """
+    inputs = weight_RI.shape[1]
+    block = BLOCK if choose or pattern is None else max(1, BLOCK // pattern.m) * pattern.m
+    width = WIDTH if choose or pattern is None else max(1, WIDTH // pattern.m) * pattern.m
+    weight_IR = weight_RI.T.contiguous()  # a column is contiguous: every step works on whole columns
+    kept_IR = torch.empty_like(weight_IR, dtype=torch.bool)
+    for start in range(0, inputs, block):
+        stop = min(start + block, inputs)
+        columns = slice(start, stop)
+        factor_BB = factor_II[columns, columns]
+        inverse_B1 = factor_BB.diagonal().reciprocal()[:, None]
+        weight_BR, kept_BR = weight_IR[columns], kept_IR[columns]
+        error_BR = torch.empty_like(weight_BR)
+        scale_BR = torch.empty_like(weight_BR)  # of the error that a weight leaves: none where it stays
+        if choose:
+            kept_BR[:] = choose(weight_BR.T, columns).T
+            torch.mul(~kept_BR, inverse_B1, out=scale_BR)
+        for first in range(0, stop - start, width):
+            last = min(first + width, stop - start)
+            for i in range(first, last):
+                if choose is None and i % pattern.m == 0:
+                    group = slice(i, i + pattern.m)
+                    score_RM = score(weight_BR[group].T, slice(start + i, start + i + pattern.m))
+                    kept_BR[group] = pattern.select(score_RM).T
+                    torch.mul(~kept_BR[group], inverse_B1[group], out=scale_BR[group])
+                torch.mul(weight_BR[i], scale_BR[i], out=error_BR[i])
+                if i + 1 < last:
+                    weight_BR[i + 1 : last].addr_(factor_BB[i, i + 1 : last], error_BR[i], alpha=-1)
+            weight_BR[last:].addmm_(factor_BB[first:last, last:].T, error_BR[first:last], alpha=-1)
+        weight_IR[stop:].addmm_(factor_II[columns, stop:].T, error_BR, alpha=-1)
+    weight_RI.copy_(weight_IR.T)
+    mask_RI = kept_IR.T.contiguous()
+    apply_(weight_RI, mask_RI)
+    return mask_RI

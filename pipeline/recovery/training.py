@@ -1,0 +1,258 @@
+"""Trains a causal LM on packed windows, resumable to the bit: what pretrain and finetune share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers import get_cosine_schedule_with_warmup
+
+from pipeline.data import token_windows
+from pipeline.recovery import distillation, sharding
+from pipeline.recovery.checkpoints import WholeCheckpoints, newest
+from pipeline.runtime import processes
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Finetune
+
+
+def sequences(settings: Finetune) -> int:
+    """Of a step, on however many processes."""
+    return settings.batch_size * settings.accumulate
+
+
+def share(settings: Finetune, world_size: int) -> tuple[int, int]:
+    """(batch_size, accumulate) of each of `world_size` processes."""
+    each, rest = divmod(sequences(settings), world_size)
+    size = min(settings.batch_size, each)
+    if rest or each % size:
+        raise UserError(
+            f"{sequences(settings)} sequences a step (batch_size {settings.batch_size} x accumulate {settings.accumulate}) "
+            f"cannot be shared evenly by {world_size} processes: type accumulate={world_size}, or another number of processes"
+        )
+    return size, each // size
+
+
+def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor, reduction: str = "mean") -> Tensor:
+    """The cross-entropy of all predicted tokens, in nats; a label of -100 bears none. Not the model's own `.loss`: that of a
+    multimodal family takes the first positions for its image (GIT), and others add a loss of their routers."""
+    next_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)  # the last token predicts nothing
+    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), next_BT.flatten(), reduction=reduction)
+
+
+class _Reach(torch.autograd.Function):
+    """The loss itself, with an edge to each parameter along which no gradient flows. DDP waits for all parameters, and would
+    fail on those that no token reaches (experts of other tokens, an image encoder, an indexer that is not differentiable).
+    Its own `find_unused_parameters` walks the graph each step, and warns wherever there are none."""
+
+    @staticmethod
+    def forward(ctx, loss, *parameters):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+class CausalLM(LightningModule):
+    """`teacher`: the dense model to distil from, by the share `finetune.distill` of the loss.
+
+    `counts`, where tokens without loss are among the windows: of each batch, how many a batch of its step bears on the
+    average of all processes. So each token counts the same, however a step is cut into batches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Finetune,
+        seed: int,
+        teacher: nn.Module | None = None,
+        counts: list[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.settings, self.seed, self.counts = model, settings, seed, counts
+        self.val_perplexity: float | None = None  # of the step at hand, where it was validated
+        object.__setattr__(self, "teacher", teacher)  # not in _modules: it is neither wrapped, trained nor saved
+        self.strict_loading = False  # checkpoints hold only what trains
+        self.reached: set[nn.Parameter] = set()  # by the gradients of a step, on this rank
+
+    def configure_model(self) -> None:
+        if self.settings.strategy == "fsdp" and processes.world_size() > 1:
+            sharding.shard_(self.model, self.device_mesh["data_parallel"])
+            if self.teacher is not None:
+                sharding.shard_(self.teacher, self.device_mesh["data_parallel"])
+
+    def on_fit_start(self) -> None:
+        if self._by_ddp():
+            for parameter in self._trained():
+                parameter.register_post_accumulate_grad_hook(self._note)
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+
+    def training_step(self, ids_BT: Tensor, index: int) -> Tensor:
+        # dropout of a resumed run must be that of an uninterrupted one: its seed is the batch's, not history's
+        torch.manual_seed((self.seed * 1_000_003 + index) * processes.world_size() + processes.rank())
+        loss = self._loss(ids_BT, index)
+        if not loss.isfinite():
+            raise UserError(
+                f"the loss at step {self.trainer.global_step + 1} is {loss.item()}: type a smaller lr than "
+                f"{self.settings.lr:g}, or precision=bf16-mixed where float16 overflows (the last good checkpoint is kept)"
+            )
+        if not loss.requires_grad:
+            raise UserError(
+                f"{type(self.model).__name__} gives no gradient to what trains (reversible layers, or code without "
+                "gradients): set finetune.method=full, or stages without finetune"
+            )
+        self.log("loss", loss, prog_bar=True, logger=False)
+        return _Reach.apply(loss, *self._trained()) if self._by_ddp() else loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """DDP gives a gradient of zeros to what no rank reached. One process gives none, and no weight decay either."""
+        if self._by_ddp():
+            for parameter in self._trained():
+                if parameter not in self.reached and parameter.grad is not None and not parameter.grad.any():
+                    parameter.grad = None
+            self.reached.clear()
+
+    def _note(self, parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:
+            self.reached.add(parameter)
+
+    def _by_ddp(self) -> bool:
+        return self.settings.strategy == "ddp" and processes.world_size() > 1
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _loss(self, windows_BT: Tensor, index: int) -> Tensor:
+        ids_BT, labels_BT = token_windows.ids_and_labels(windows_BT)
+        teacher_BTV = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_BTV = self.teacher(input_ids=ids_BT, use_cache=False).logits
+        student_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
+        if self.teacher is None and self.counts is None:
+            return next_token_loss(student_BTV, labels_BT)
+        count = self.counts[index] if self.counts else None
+        share, temperature = self.settings.distill, self.settings.temperature
+        return distillation.loss(student_BTV, teacher_BTV, labels_BT, share, temperature, count)
+
+    def configure_optimizers(self) -> dict:
+        settings = self.settings
+        optimizer = _optimizer(self._trained(), settings)
+        warmup = round(settings.warmup * settings.max_steps)
+        scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, settings.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        state = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
+        for name, value in state.items():
+            if not value.isfinite().all():  # the next step would show it, when the last good checkpoint is gone
+                raise UserError(
+                    f"step {self.trainer.global_step} left {name} with numbers that are not finite: type a smaller lr than "
+                    f"{self.settings.lr:g} (the last good checkpoint is kept)"
+                )
+        checkpoint["state_dict"] = state
+        checkpoint["processes"] = processes.world_size()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        if (begun := checkpoint["processes"]) != processes.world_size():  # each keeps its own place in its own share
+            folder = Path(self.trainer.ckpt_path).parent.parent
+            raise UserError(
+                f"this training was begun with {begun} processes and goes on with as many only, not {processes.world_size()}: "
+                f"type --num_processes {begun}, or remove {folder} to begin anew"
+            )
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        saved = checkpoint.get("state_dict", trained)  # FSDP gives it to one rank
+        if differ := trained ^ set(saved):  # `strict_loading` is off
+            folder = Path(self.trainer.ckpt_path).parent.parent
+            raise UserError(
+                f"this training was begun with other weights (such as {sorted(differ)[0]}): remove {folder} to begin anew"
+            )
+
+
+def fit(
+    model: nn.Module,
+    windows_NT: Tensor,
+    settings: Finetune,
+    seed: int,
+    folder: Path,
+    callbacks: Sequence[Callback] = (),
+    teacher: nn.Module | None = None,
+) -> None:
+    """Trains `model` in place on (steps * sequences, T) windows, in their order; goes on from a checkpoint in `folder`.
+
+    Windows may hold tokens without loss, as `data.ids_and_labels` reads them.
+    The callbacks write the checkpoints and logs, see `callbacks.of_training`. The checkpoints are the caller's to remove
+    once its stage is whole.
+    """
+    rank, world_size = processes.rank(), processes.world_size()
+    batch_size, accumulate = share(settings, world_size)
+    by_step = windows_NT.view(settings.max_steps, sequences(settings), -1)
+    counts = None
+    if (windows_NT < 0).any():
+        bearing = (by_step[..., 1:] >= 0).sum((1, 2)) / (accumulate * world_size)
+        counts = [count for count in bearing.tolist() for _ in range(accumulate)]
+    mine = by_step[:, rank::world_size].flatten(0, 1).long()
+    trainer = Trainer(
+        max_steps=settings.max_steps,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=settings.clip or None,
+        precision=precision(settings.precision),
+        callbacks=list(callbacks),
+        enable_checkpointing=False,  # by Lightning's own callback
+        plugins=[WholeCheckpoints(folder)],
+        logger=_loggers(settings.loggers, folder),
+        enable_progress_bar=processes.on_terminal(),
+        **processes.trainer_arguments(sharding.ShardedStrategy if settings.strategy == "fsdp" else None),
+    )
+    assert trainer.world_size == world_size
+    if settings.checkpoint_activations:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    # a plain DataLoader resumed mid-epoch repeats early batches and drops later ones
+    loader = StatefulDataLoader(mine, batch_size=batch_size)
+    last = newest(folder)
+    if last:
+        processes.say(f"  going on from {last.name}")
+    trainer.fit(CausalLM(model, settings, seed, teacher, counts), loader, ckpt_path=last, weights_only=True)
+    if "wandb" in settings.loggers:
+        import wandb
+
+        wandb.finish()  # Lightning does not, and wandb would go on writing into a finished stage
+    model.eval()
+
+
+def _optimizer(trained: list[nn.Parameter], settings: Finetune) -> torch.optim.Optimizer:
+    common = {"lr": settings.lr, "betas": (0.9, 0.95), "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(trained, **common)
+    import bitsandbytes.optim as bnb  # seconds to import
+
+    kinds = {"adamw_8bit": bnb.AdamW8bit, "paged_adamw": bnb.PagedAdamW, "paged_adamw_8bit": bnb.PagedAdamW8bit}
+    return kinds[settings.optimizer](trained, **common)
+
+
+def _loggers(names: list[str], folder: Path) -> list:
+    """What is shown beside metrics.csv; a missing package is a `UserError`."""
+    from lightning.pytorch import loggers
+
+    try:
+        made = []
+        for name in names:
+            if name == "tensorboard":
+                made.append(loggers.TensorBoardLogger(folder, name="tensorboard", version=""))
+            else:
+                made.append(loggers.WandbLogger(project="espalier", save_dir=folder))
+        return made
+    except ModuleNotFoundError as error:
+        raise UserError(f"finetune.loggers=[{name}] needs a package: type pip install {name}") from error
+
+
+def precision(setting: str) -> str:
+    if setting != "auto":
+        return setting
+    return "bf16-mixed" if torch.cuda.is_available() else "32-true"

@@ -1,0 +1,60 @@
+"""Owns what the launcher says of this process in its environment: its place on the machine, and its device."""
+
+import os
+import socket
+
+import torch
+
+from pipeline.runtime.errors import UserError
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def nodes() -> int:
+    return int(os.environ.get("GROUP_WORLD_SIZE", 1))
+
+
+def device() -> torch.device:
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def refuse_another() -> None:
+    """What can be told from the environment alone, so on all processes alike."""
+    if "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
+        # without a GPU, `accelerate launch [--cpu] --num_processes 2` quietly starts a single process
+        raise UserError(
+            "several processes were asked for and the launcher started one: on a host without GPUs type "
+            "`accelerate launch --multi_gpu --num_processes N launch.py ...` (without --cpu)"
+        )
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks > 1 and "RANK" not in os.environ:
+        raise UserError(
+            f"srun started {tasks} tasks that know nothing of each other: type `srun --ntasks-per-node=1 torchrun "
+            "--nnodes=$SLURM_NNODES --nproc_per_node=GPUS ... launch.py ...`"
+        )
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if nodes() > 1 and size != nodes() * local_world_size():
+        raise UserError(
+            f"{nodes()} machines were asked for and {size} processes, {local_world_size()} of them here: type the "
+            "same number of processes on each, torchrun --nproc_per_node=N, or accelerate launch --num_processes with the "
+            "number on all machines together"
+        )
+
+
+def set_device() -> None:
+    if torch.cuda.is_available():
+        if local_world_size() > torch.cuda.device_count():
+            raise UserError(
+                f"{local_world_size()} processes were started and {socket.gethostname()} has {torch.cuda.device_count()} "
+                f"GPUs: type --num_processes {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(device())
+    else:
+        # the launchers set OMP_NUM_THREADS=1, which would leave the other cores idle
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))

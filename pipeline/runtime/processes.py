@@ -1,0 +1,204 @@
+"""Owns the group of processes: how it forms and ends, what they tell each other, and what the Trainer is told of it."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import Tensor
+
+from pipeline.runtime import launcher, signals
+from pipeline.runtime.errors import SaidElsewhere, Stopped, UserError, one_line
+from pipeline.runtime.heartbeat import ERROR, Heartbeat
+from pipeline.runtime.launcher import device, local_rank, local_world_size, nodes
+
+CELL = "ESPALIER_CELL"  # the variable by which `sweep` tells which cell this is
+LOST = re.compile(r"Connection (closed|reset)|Broken pipe|[Tt]imed out waiting|gloo/transport|ProcessGroup|NCCL")
+_heartbeat: Heartbeat | None = None
+_timeout = timedelta(minutes=30)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    # Lightning's teardown deletes the variable where it thinks that it started the processes; the group stays
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def several_nodes() -> bool:
+    return world_size() > local_world_size()
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+@contextmanager
+def together(timeout_minutes: float = 30) -> Iterator[None]:
+    """Inside, the processes of the launcher are one group; a failure of one ends all, and only one says why.
+
+    Raises what one process raises alone; where another process says why, `SaidElsewhere`.
+    """
+    try:
+        start(timeout_minutes)
+        yield
+    except BaseException as error:
+        raised = _to_say(error, timeout_minutes)
+        raise raised from (None if raised is error else error)
+    finally:
+        stop()
+
+
+def start(timeout_minutes: float = 30) -> None:
+    """Joins the processes of the launcher into one group; refuses a launch that is not what was asked for."""
+    global _heartbeat, _timeout
+    launcher.refuse_another()
+    if world_size() > 1 and not dist.is_initialized():
+        _timeout = timedelta(minutes=timeout_minutes)
+        store, rank_, size = next(dist.rendezvous("env://", timeout=_timeout))
+        # the cells of a sweep meet one after the other in the one store of their launch
+        store = dist.PrefixStore(os.environ.get(CELL, "run"), store)
+        # a connection of its own, for a wait on one blocks all that use it
+        _heartbeat = Heartbeat(store.clone(), rank_, size, local_rank(), int(os.environ.get("GROUP_RANK", 0)))
+        launcher.set_device()  # whose failure on one machine is now heard of on all
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("espalier", store), rank=rank_, world_size=size, timeout=_timeout
+        )
+    else:
+        launcher.set_device()
+
+
+def stop() -> None:
+    """Leaves the group, in which all are done or one has failed."""
+    global _heartbeat
+    if _heartbeat:
+        _heartbeat.stop()
+        _heartbeat = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _to_say(error: BaseException, timeout_minutes: float) -> BaseException:
+    """The exception that this process shall raise, once it is settled which process says why the run ends."""
+    signals.be_deaf()
+    if _heartbeat is None:
+        return error if local_rank() == 0 else SaidElsewhere(_code(error))
+    if isinstance(error, Stopped) or is_of_a_lost_peer(error):
+        # (a signal may be the launcher's, which ends the others once it has seen one die)
+        reason = _heartbeat.lost()
+        if isinstance(reason, dict):
+            return SaidElsewhere(_heartbeat.end_with(reason))
+        if reason:
+            error = UserError(reason)
+        elif "imed out" in str(error):
+            error = UserError(
+                f"process {rank()} waited {timeout_minutes:g} minutes for one that is still at work: type a longer "
+                f"timeout_minutes ({one_line(error)[:200]})"
+            )
+    text = one_line(error) or type(error).__name__
+    return error if _heartbeat.post(text, _code(error)) else SaidElsewhere(_code(error))
+
+
+def is_of_a_lost_peer(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) or bool(LOST.search(str(error)))
+
+
+def _code(error: BaseException) -> int:
+    return signals.EXIT_CODE if isinstance(error, Stopped) else ERROR
+
+
+def say(text: str) -> None:
+    if is_main():
+        print(text, flush=True)
+
+
+def on_terminal() -> bool:
+    """Whether somebody watches: elsewhere a progress bar is one long line."""
+    return is_main() and sys.stdout.isatty()
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """Sums `tensor` over the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` holds on any rank."""
+    return bool(all_sum(torch.tensor(int(flag), device=device())).item()) if world_size() > 1 else flag
+
+
+def all_ranks(value: Any) -> list[Any]:
+    """Every rank's `value`, in their order."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def share_of(count: int) -> slice:
+    """This rank's part of `count` rows: equal parts, the first ones a row longer."""
+    each, more = divmod(count, world_size())
+    start = rank() * each + min(rank(), more)
+    return slice(start, start + each + (rank() < more))
+
+
+def gather_rows(mine: Tensor) -> Tensor:
+    """All ranks' rows, end to end, on every rank; each brings those of its `share_of`."""
+    if world_size() == 1:
+        return mine
+    if mine.dtype == torch.bool:  # which not every backend gathers
+        return gather_rows(mine.to(torch.uint8)).bool()
+    lengths = [0] * world_size()
+    dist.all_gather_object(lengths, len(mine))
+    padded = torch.zeros((max(lengths), *mine.shape[1:]), dtype=mine.dtype, device=mine.device)
+    padded[: len(mine)] = mine
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths)])
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's `value`, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def trainer_arguments(sharded: Callable[[int, timedelta], Strategy] | None = None) -> dict[str, Any]:
+    """What a Lightning Trainer must be told to use exactly the processes that are here: by DDP, or by the strategy that
+    `sharded(processes, timeout)` makes.
+
+    With devices="auto" each rank of a CPU launch would train alone.
+    """
+    several: Any = "auto"
+    if world_size() > 1 and sharded:
+        several = sharded(world_size(), _timeout)
+    elif world_size() > 1:
+        # every rank's buffers are made from the same files and steps: nothing to broadcast before each forward
+        several = DDPStrategy(timeout=_timeout, broadcast_buffers=False)
+    return {
+        "accelerator": "gpu" if torch.cuda.is_available() else "cpu",
+        "devices": local_world_size(),
+        "num_nodes": nodes(),
+        "strategy": several,
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
+    }

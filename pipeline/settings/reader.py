@@ -1,0 +1,259 @@
+"""Owns the way from a recipe file and the command line to a `Recipe`, and the answers to what is wrong in them.
+
+defaults < `extends:` chain < recipe file < `key=value` on the command line.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import METHODS, Finetune, Recipe
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", dict: "{name: value, ...}"}
+
+
+def load(argv: list[str]) -> Recipe:
+    """`["recipe=NAME", "key=value", ...]` -> Recipe; without `recipe=`, the recipe is `tiny`."""
+    for argument in argv:
+        if "=" not in argument:
+            raise UserError(f"cannot read argument '{argument}': settings are written key=value, such as recipe=tiny")
+    given = [argument for argument in argv if not argument.startswith("recipe=")]
+    names = [argument.removeprefix("recipe=") for argument in argv if argument.startswith("recipe=")] or ["tiny"]
+    layers = [*_files(names[-1]), _from_dotlist(given)]
+    for layer in layers:
+        _refuse_unknown(layer, Recipe, "")
+    merged = OmegaConf.structured(Recipe)
+    for layer in layers:
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            raise UserError(_mismatch(layer, error.full_key)) from None
+    recipe = OmegaConf.to_object(merged)
+    _expand_homes(recipe)
+    recipe.run_dir = recipe.run_dir or f"runs/{Path(names[-1]).stem}"
+    _check(recipe, "")
+    _check_stages(recipe)
+    return recipe
+
+
+def available() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _files(name: str) -> list[dict]:
+    """The recipe file and all that it extends, the base first. `name` is a recipe's name or a path to a .yaml."""
+    layers: list[dict] = []
+    seen: list[Path] = []
+    folder = RECIPES
+    while name:
+        candidates = [folder / f"{name}.yaml", RECIPES / f"{name}.yaml", Path(os.path.expanduser(name))]
+        path = next((c.resolve() for c in candidates if c.suffix == ".yaml" and c.is_file()), None)
+        if path is None:
+            raise UserError(f"no recipe '{name}'{_did_you_mean(name, available())}: `ls recipes` lists what there is")
+        if path in seen:
+            raise UserError(f"recipe '{name}' extends itself: {' -> '.join(p.stem for p in [*seen, path])}")
+        seen.append(path)
+        try:
+            layer = OmegaConf.to_container(OmegaConf.load(path))
+        except Exception as error:  # yaml's own errors share no base class with omegaconf's
+            raise UserError(f"{path} is not readable YAML: {error}") from None
+        if not isinstance(layer, dict):
+            raise UserError(f"{path} is not a recipe: it should hold key: value lines")
+        name, folder = layer.pop("extends", None), path.parent
+        layers.insert(0, layer)
+    return layers
+
+
+def _from_dotlist(arguments: list[str]) -> dict:
+    given = OmegaConf.create()
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        try:
+            if _is_word(key) and value not in ("", "null"):  # a path as it stands: YAML would cut it at " #"
+                OmegaConf.update(given, key, _unquoted(value))
+            else:
+                given.merge_with_dotlist([argument])
+        except Exception:  # yaml's own say little of a value typed on a command line
+            raise UserError(
+                f"cannot read {argument}: is a bracket or a quote left open, or a key given both a value and keys of its own?"
+            ) from None
+    return OmegaConf.to_container(given)
+
+
+def _is_word(key: str) -> bool:
+    """Whether the schema has text at `key`, and only that."""
+    kind: Any = Recipe
+    for part in key.split("."):
+        fields = {f.name: f.type for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+        kind = fields.get(part)
+    return kind is str or kind == str | None
+
+
+def _unquoted(value: str) -> str:
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return value[1:-1] if quoted else value
+
+
+def _expand_homes(recipe: Recipe) -> None:
+    """`~` in every setting that is a path. Those of data sets, which may have a split behind them, are for
+    pipeline/data/sources.py."""
+    recipe.model, recipe.run_dir, recipe.mirror = (
+        _expanded(key, getattr(recipe, key)) for key in ("model", "run_dir", "mirror")
+    )
+    settings = recipe.prune
+    settings.method = _expanded("prune.method", settings.method)
+    settings.sparsity = _expanded("prune.sparsity", settings.sparsity)
+    settings.overrides = {name: _expanded(f"prune.overrides[{name}]", it) for name, it in settings.overrides.items()}
+    recipe.evaluate.tasks = [_expanded("evaluate.tasks", name) for name in recipe.evaluate.tasks]
+
+
+def _expanded(key: str, value: Any) -> Any:
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        raise UserError(f"{key}={value}: there is no such home folder; a name that begins with ~ is typed ./{value}")
+    return path
+
+
+def _mismatch(layer: dict, key: str) -> str:
+    """What to type for a value of another type than that of its key, which may be an item's, such as `stages[0]`."""
+    key = key or _where_a_list_is_needed(layer, Recipe)  # omegaconf names no key there
+    value, wanted = layer, Recipe
+    for part in key.partition("[")[0].split("."):
+        value, wanted = value[part], next(f.type for f in dataclasses.fields(wanted) if f.name == part)
+    if get_origin(wanted) is list and not isinstance(value, list):
+        return f"{key} is a list: type '{key}=[{value}]'"
+    one_of = [wanted] if get_origin(wanted) is dict else get_args(wanted) or [wanted]
+    kinds = [KINDS[get_origin(kind) or kind] for kind in one_of if kind is not NoneType]
+    return f"{key}={value}: {' or '.join(kinds)} is needed"
+
+
+def _where_a_list_is_needed(layer: dict, schema: type, prefix: str = "") -> str:
+    """The first key of a list that is given a mapping."""
+    types = {f.name: f.type for f in dataclasses.fields(schema)}
+    for key, value in layer.items():
+        if isinstance(value, dict) and get_origin(types[key]) is list:
+            return prefix + key
+        if dataclasses.is_dataclass(types[key]) and (found := _where_a_list_is_needed(value, types[key], f"{key}.")):
+            return found
+    return ""
+
+
+def _refuse_unknown(layer: dict, schema: type, prefix: str) -> None:
+    known = {f.name: f for f in dataclasses.fields(schema)}
+    for key, value in layer.items():
+        if key not in known:
+            raise UserError(f"unknown key '{prefix}{key}'{_did_you_mean(str(key), list(known), prefix)}")
+        if dataclasses.is_dataclass(known[key].type):
+            if not isinstance(value, dict):
+                inside = "|".join(f.name for f in dataclasses.fields(known[key].type))
+                raise UserError(
+                    f"{prefix}{key}={value}: this is a section; set one of its keys, {prefix}{key}.<{inside}>"
+                )
+            _refuse_unknown(value, known[key].type, f"{prefix}{key}.")
+        elif isinstance(value, dict) and (strange := [name for name in value if not isinstance(name, str)]):
+            raise UserError(f"{prefix}{key} has the key {strange[0]}: put it in quotes")
+        elif "${" in str(
+            value
+        ):  # OmegaConf would put in what it names: ${oc.env:HF_TOKEN}, and the report would show it
+            raise UserError(f"{prefix}{key}={value}: ${{...}} is not allowed, a recipe holds plain values")
+
+
+def _did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean '{prefix}{close[0]}'?" if close else f" (known: {', '.join(prefix + k for k in known)})"
+
+
+def _check(section: Any, prefix: str) -> None:
+    for f in dataclasses.fields(section):
+        key, value = prefix + f.name, getattr(section, f.name)
+        if dataclasses.is_dataclass(value):
+            _check(value, f"{key}.")
+            continue
+        low, high, choices, words = (f.metadata.get(name) for name in ("low", "high", "choices", "words"))
+        for item in value if isinstance(value, list) else [value]:
+            if words and isinstance(item, str):
+                if item not in words:
+                    raise UserError(f"{key}={item} is neither a number nor {' or '.join(words)}")
+                continue
+            if choices and item is not None and item not in choices:
+                close = difflib.get_close_matches(str(item), choices, n=1)
+                hint = f": did you mean '{close[0]}'?" if close else ""
+                raise UserError(f"{key}={item} is not one of {', '.join(choices)}{hint}")
+            if isinstance(item, float) and not math.isfinite(item):
+                raise UserError(f"{key}={item} is not a finite number")
+            if low is not None and item is not None and not low <= item <= (math.inf if high is None else high):
+                where = f"at {low} or above" if high is None else f"between {low} and {high}"
+                raise UserError(f"{key}={item} is out of range: it lies {where}")
+
+
+def _check_stages(recipe: Recipe) -> None:
+    if recipe.model is None and "pretrain" not in recipe.stages:
+        raise UserError("no model: type model=<hub id or folder>, such as model=huggyllama/llama-7b")
+    if recipe.model is not None and "pretrain" in recipe.stages:
+        raise UserError(
+            f"model={recipe.model} and a pretrain stage exclude each other: type stages=[prune,finetune,...]"
+        )
+    for stage in ("reconstruct", "finetune"):
+        if stage in recipe.stages and "prune" not in recipe.stages:
+            raise UserError(
+                f"{stage} needs prune in stages (a finished stage is not run again): stages=[prune,{stage},...]"
+            )
+    if "report" in recipe.stages and "evaluate" not in recipe.stages:
+        raise UserError("report needs evaluate in stages (a finished stage is not run again)")
+    texts = {"finetune.dataset": [recipe.finetune.dataset], "finetune.validation": [recipe.finetune.validation]}
+    for key, names in (texts | {"evaluate.perplexity": recipe.evaluate.perplexity}).items():
+        if "self" in names:
+            raise UserError(
+                f"{key}=self: what the model itself writes is text to calibrate by only: choose another text"
+            )
+    _check_finetune(recipe.finetune)
+    method = recipe.prune.method
+    if method not in METHODS and not method.endswith(".py"):
+        raise UserError(f"prune.method={method} is not a method{_did_you_mean(method, list(METHODS))}")
+    if method.endswith(".py") and not Path(method).is_file():
+        raise UserError(f"prune.method={method}: no such file")
+    from pipeline.sparsity import patterns  # loads torch, so it comes last
+
+    pattern = patterns.parse(recipe.prune.sparsity)
+    if recipe.prune.allocation == "owl" and not isinstance(pattern, patterns.Unstructured):
+        raise UserError(
+            f"prune.allocation=owl shares out a ratio over the layers: type prune.sparsity={pattern.ratio:g}"
+        )
+    for glob, value in recipe.prune.overrides.items():
+        if value != "dense":
+            patterns.parse(value, f"prune.overrides[{glob}]")
+
+
+def _check_finetune(settings: Finetune) -> None:
+    lora = settings.method != "full"
+    refused = {
+        "finetune.quantize freezes the weights, which finetune.method=full trains: type finetune.method=lora": (
+            settings.quantize and not lora
+        ),
+        "finetune.quantize and finetune.strategy=fsdp exclude each other: quantised weights are whole on each process": (
+            settings.quantize and settings.strategy == "fsdp"
+        ),
+        "finetune.strategy=fsdp shares out what bitsandbytes' optimizers need whole: type finetune.optimizer=adamw": (
+            settings.strategy == "fsdp" and settings.optimizer != "adamw"
+        ),
+        "finetune.effective=cached needs whole, unquantised weights and no dropout: type finetune.effective=auto": (
+            settings.effective == "cached" and (settings.quantize or settings.strategy == "fsdp" or settings.dropout)
+        ),
+        "finetune.patience counts validations: type finetune.validation=<dataset>@<split>": (
+            settings.patience and not settings.validation
+        ),
+    }
+    for message, holds in refused.items():
+        if holds:
+            raise UserError(message)

@@ -1,0 +1,203 @@
+"""Sparsity patterns: which weights of a matrix stay, given their scores. Pure math.
+
+Shapes: O = out_features, I = in_features, G = groups of M consecutive inputs, K = pruned weights of a row.
+A pattern returns the mask it selects (True = kept) and changes nothing. Ties fall as in the published code.
+"""
+
+import importlib.util
+import inspect
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.runtime.errors import UserError
+
+CHUNK = 64  # rows at a time
+
+
+class Pattern:
+    """What a pattern of one's own provides; `prune.sparsity=./my_pattern.py` takes the subclass in that file."""
+
+    ratio: float  # share of the weights that go
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+    def select(self, score_OI: Tensor, whole_matrix: bool = False) -> Tensor:
+        """The mask of the weights that stay, (O, I). `whole_matrix`: a method that compares over the whole matrix asks."""
+        raise NotImplementedError
+
+    def misfit(self, in_features: int) -> str | None:
+        """Why this pattern cannot hold for a matrix with so many inputs, or None."""
+        return None
+
+    def violation(self, mask_OI: Tensor) -> str | None:
+        """What is wrong with a mask that claims this pattern, or None."""
+        return None
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """The lowest `ratio` of the scores go, compared within each output row (Wanda, section 3) or over the matrix."""
+
+    ratio: float
+
+    def __str__(self) -> str:
+        return f"{self.ratio:g}"
+
+    def select(self, score_OI: Tensor, whole_matrix: bool = False) -> Tensor:
+        """Row by row: the first int(I * ratio) in a stable ascending order go. Over the matrix: what is not above the
+        score in place int(O * I * ratio) goes, that one with it, as published for magnitude and SparseGPT."""
+        if whole_matrix:
+            return score_OI > kth_lowest(score_OI.reshape(1, -1), int(score_OI.numel() * self.ratio) + 1)
+        return all_but_lowest(score_OI, int(score_OI.shape[1] * self.ratio))
+
+    def violation(self, mask_OI: Tensor) -> str | None:
+        # methods round: within rows, over the matrix, over blocks of columns, to a tolerance
+        pruned = 1 - mask_OI.count_nonzero().item() / mask_OI.numel()
+        if abs(pruned - self.ratio) <= 0.01 + 1 / mask_OI.shape[1]:
+            return None
+        return f"{pruned:.4f} of the weights are pruned, not {self}"
+
+
+@dataclass(frozen=True)
+class NofM(Pattern):
+    """N of each M consecutive inputs of a row are kept: 2of4, 4of8, 1of4 (which is 75% sparse)."""
+
+    n: int
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.n}of{self.m}"
+
+    @property
+    def ratio(self) -> float:
+        return 1 - self.n / self.m
+
+    def misfit(self, in_features: int) -> str | None:
+        """A shorter last group could hold no exact N of M, and no kernel would take it: refused, not bent."""
+        if in_features % self.m:
+            return f"{in_features} inputs, not divisible by {self.m}, so {self} cannot hold"
+        return None
+
+    def select(self, score_OI: Tensor, whole_matrix: bool = False) -> Tensor:
+        """Ties fall as `torch.topk(group, M - N, largest=False)` picks them."""
+        score_OGM = score_OI.unflatten(1, (-1, self.m))
+        if (self.n, self.m) != (2, 4):
+            return self._by_topk(score_OGM).flatten(1)
+        # at least as high as the second of four: comparisons only; too many are kept where there are ties
+        mask_OGM = score_OGM >= _second_of_four(score_OGM)
+        if mask_OGM.count_nonzero() != mask_OGM.numel() // 2:
+            tied_OG = sum(part.to(torch.uint8) for part in mask_OGM.unbind(2)) != 2
+            mask_OGM[tied_OG] = self._by_topk(score_OGM[tied_OG])
+        return mask_OGM.flatten(1)
+
+    def _by_topk(self, score: Tensor) -> Tensor:
+        """(..., M) -> (..., M)"""
+        lowest = torch.topk(score, self.m - self.n, dim=-1, largest=False).indices
+        return torch.ones_like(score, dtype=torch.bool).scatter_(-1, lowest, False)
+
+    def violation(self, mask_OI: Tensor) -> str | None:
+        # adding M slices: a sum over so short a dimension is many times slower
+        kept_OG = sum(part.to(torch.uint8) for part in mask_OI.unflatten(1, (-1, self.m)).unbind(2))
+        wrong = (kept_OG != self.n).nonzero()
+        if len(wrong) == 0:
+            return None
+        row, group = wrong[0].tolist()
+        inputs = f"inputs {group * self.m} to {(group + 1) * self.m - 1}"
+        return f"{len(wrong)} groups break {self}, the first in row {row}, {inputs}"
+
+
+def kth_lowest(score_OI: Tensor, k: int) -> Tensor:
+    """The k-th lowest score of each row (from 1), (O, 1)."""
+    k = min(k, score_OI.shape[1])
+    if score_OI.is_cuda:
+        return torch.kthvalue(score_OI, k, dim=1, keepdim=True).values
+    return torch.from_numpy(np.partition(score_OI.float().numpy(), k - 1, axis=1)[:, k - 1 : k])
+
+
+def all_but_lowest(score_OI: Tensor, k: int) -> Tensor:
+    """False for the first k of each row in a stable ascending order, found without sorting."""
+    if k == 0:
+        return torch.ones_like(score_OI, dtype=torch.bool)
+    kept_OI = score_OI > kth_lowest(score_OI, k) if score_OI.is_cuda else _above_kth(score_OI.float(), k)
+    left = score_OI.shape[1] - k
+    if kept_OI.count_nonzero() != left * len(kept_OI):  # others are tied with the k-th: of those, the later ones stay
+        rows = (kept_OI.sum(1) < left).nonzero().squeeze(1)
+        kth_O1 = kth_lowest(score_OI[rows], k)
+        below, tied = score_OI[rows] < kth_O1, score_OI[rows] == kth_O1
+        room_O1 = k - below.sum(1, keepdim=True)
+        kept_OI[rows] = ~(below | (tied & (tied.cumsum(1) <= room_O1)))
+    return kept_OI
+
+
+def _above_kth(score_OI: Tensor, k: int) -> Tensor:
+    """numpy's partition is several times faster than torch's kthvalue, which is faster than a sort. It works without the
+    interpreter's lock, so threads share out the rows; and a few rows at a time, which stay in the processor's cache."""
+    score, above = score_OI.numpy(), np.empty(score_OI.shape, dtype=bool)
+
+    def work(rows: slice) -> None:
+        kth = np.partition(score[rows], k - 1, axis=1)[:, k - 1 : k]
+        np.greater(score[rows], kth, out=above[rows])
+
+    chunks = [slice(start, start + CHUNK) for start in range(0, len(score), CHUNK)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(work, chunks))
+    return torch.from_numpy(above)
+
+
+def _second_of_four(score_OG4: Tensor) -> Tensor:
+    """(O, G, 1)"""
+    a, b, c, d = score_OG4.unbind(2)
+    high_1, low_1 = torch.maximum(a, b), torch.minimum(a, b)
+    high_2, low_2 = torch.maximum(c, d), torch.minimum(c, d)
+    return torch.maximum(torch.minimum(high_1, high_2), torch.maximum(low_1, low_2)).unsqueeze(2)
+
+
+def parse(value: str | int | float, key: str = "prune.sparsity") -> Pattern:
+    """`0.5` -> Unstructured, `2of4` or `"2:4"` -> NofM, `./mine.py` -> the pattern in it; `UserError` naming `key`."""
+    text = str(value)
+    if match := re.fullmatch(r"\s*(\d+)\s*(?:of|:)\s*(\d+)\s*", text):
+        n, m = map(int, match.groups())
+        if not 0 < n < m:
+            raise UserError(f"{key}={value}: N of M keeps N of each M weights, so 0 < N < M is needed, as in 2of4")
+        return NofM(n, m)
+    if text.endswith(".py"):
+        return subclass_in(Path(text), Pattern, key)()
+    try:
+        ratio = float(value)
+    except (ValueError, TypeError):
+        raise UserError(f"{key}={value} is not a sparsity: type a ratio such as 0.5, or N of M such as 2of4") from None
+    if ratio >= 60 and ratio == int(ratio):
+        n, m = divmod(int(ratio), 60)  # YAML 1.1 reads 2:4 in base 60
+        raise UserError(f"{key}={value} is not a ratio. YAML reads {n}:{m} as {value}: type {n}of{m}")
+    if not 0 < ratio < 1:
+        raise UserError(f"{key}={value} is out of range: a ratio lies between 0 and 1, such as 0.5")
+    return Unstructured(ratio)
+
+
+def subclass_in(path: Path, base: type, key: str) -> type:
+    """The one subclass of `base` that a Python file of the user's defines."""
+    if not path.is_file():
+        raise UserError(f"{key}={path}: no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(
+            f"{key}={path} does not load: {type(error).__name__}: {error} (debug=true shows the traceback)"
+        ) from error
+    found = [
+        member
+        for _, member in inspect.getmembers(module, inspect.isclass)
+        if issubclass(member, base) and member.__module__ == path.stem
+    ]
+    if len(found) != 1:
+        raise UserError(f"{key}={path} should define one subclass of {base.__name__}, and defines {len(found)}")
+    return found[0]

@@ -1,0 +1,135 @@
+"""The evaluate stage: perplexity, zero-shot tasks and the mask check of the dense, the pruned and the fine-tuned model.
+
+What was measured of a model is kept (`evaluation/measure.py`): a killed evaluation goes on, a new task does not re-run the
+old ones, and the dense model is measured once for all runs beside each other.
+"""
+
+import re
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.data import sources, special_tokens
+from pipeline.evaluation import continuations, paired
+from pipeline.evaluation.measure import Subject, measure
+from pipeline.evaluation.tasks import check_tasks
+from pipeline.models import loading, verification
+from pipeline.runtime import files, memory, processes
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Recipe
+from pipeline.sparsity.masks import Masks
+
+LIBRARIES = ("torch", "transformers", "lm_eval")
+MODELS = {"pruned": "prune", "reconstructed": "reconstruct", "finetuned": "finetune"}  # and the stage that makes each
+PROMPT = 128  # tokens of a prompt at most, and half the model's positions
+
+
+def check(recipe: Recipe) -> None:
+    """Answers an unknown task, a missing text or too long a window before any work, as a `UserError`."""
+    if "evaluate" not in recipe.stages:
+        return
+    check_tasks(recipe.evaluate.tasks, recipe.mirror, recipe.evaluate.fewshot)
+    if recipe.model is not None:
+        _check_length(loading.locate(recipe.model, recipe.revision), recipe)
+
+
+def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
+    """Writes `results.json`: {"models": {"dense", "pruned", ...}, "protocol", "versions"}.
+
+    Of each model: "perplexity" and "perplexity_stderr" by data set, "zero_shot" by task, "continuations" of the
+    protocol's "prompts", "differences" from each model before it (`paired.difference`), "hash" of its folder,
+    "sparsity" and "mask_violations". The protocol holds the sha256 of the "masks" file.
+    """
+    settings, dense = recipe.evaluate, loading.dense_folder(recipe, inputs)
+    _check_length(dense, recipe)
+    protocol: dict[str, Any] = {"datasets": {}, "notes": []}
+    protocol |= {key: getattr(settings, key) for key in ("seq_len", "limit", "fewshot", "windows", "bos")}
+    if recipe.trust_remote_code:
+        protocol["notes"].append("trust_remote_code=true: code that came with the model was run")
+    if quantized := loading.quantization(dense):
+        protocol["notes"].append(
+            f"the files of the dense model are quantised ({quantized}): its weights were dequantised"
+        )
+    tokenizer = loading.tokenizer(dense, recipe)
+    if settings.perplexity and not settings.bos and special_tokens.adds_bos(tokenizer):
+        protocol["notes"].append(
+            f"the tokenizer begins each text with {tokenizer.bos_token}, which only the first window of a text has, as in the "
+            "papers: models that cannot do without, such as Gemma, need evaluate.bos=true"
+        )
+    protocol["prompts"] = _prompts(recipe, dense)
+    subjects = _subjects(dense, inputs)
+    results, samples = {}, {}
+    for subject in subjects:
+        name = subject.name
+        results[name], samples[name] = measure(subject, recipe, protocol)
+        memory.let_go()
+        results[name]["differences"] = {
+            other: paired.difference(samples[name], samples[other]) for other in samples if other != name
+        }
+        if subject.adapter:
+            protocol["notes"].append(
+                f"{name}: a dense LoRA beside the pruned weights, which merged would not be sparse"
+            )
+    if processes.is_main():
+        masks = Masks()
+        if "prune" in inputs:
+            path = inputs["prune"] / "masks.safetensors"
+            masks, protocol["masks"] = Masks.load(path)[0], files.sha256(path)
+        for subject in subjects:
+            if masks and not subject.adapter:
+                results[subject.name] |= _weights(subject.name, subject.folder, masks, recipe)
+        libraries = {library: version(library) for library in LIBRARIES}
+        files.write_json(folder / "results.json", {"models": results, "protocol": protocol, "versions": libraries})
+
+
+def _subjects(dense: Path, inputs: dict[str, Path]) -> list[Subject]:
+    """The models to evaluate. Where fine-tuning left no model, it is the model before it with the adapter."""
+    found = [Subject("dense", dense)]
+    for name, stage in MODELS.items():
+        if stage in inputs:
+            folder, adapter = inputs[stage] / "model", inputs[stage] / "adapter"
+            merged = folder.is_dir() or stage != "finetune"
+            found.append(Subject(name, folder) if merged else Subject(name, found[-1].folder, adapter))
+    return found
+
+
+def _check_length(folder: Path, recipe: Recipe) -> None:
+    loading.check_length(loading.config(folder, recipe), "evaluate.seq_len", recipe.evaluate.seq_len)
+
+
+def _prompts(recipe: Recipe, dense: Path) -> list[str]:
+    """The same for all models: the recipe's, or from the first perplexity data set, told by the dense model's tokenizer."""
+    settings = recipe.evaluate
+    if settings.continuations == 0 or settings.prompts or not settings.perplexity:
+        return settings.prompts if settings.continuations else []
+    rows = sources.documents(sources.of_stage(recipe, "evaluate")[0])
+    positions = loading.positions(loading.config(dense, recipe))
+    room = min(PROMPT, positions // 2) if positions else PROMPT
+    return continuations.prompts(rows, loading.tokenizer(dense, recipe), settings.continuations, room)
+
+
+def _weights(name: str, folder: Path, masks: Masks, recipe: Recipe) -> dict[str, Any]:
+    """Sparsity of the masked matrices by what is zero, and the check against the masks; `UserError` where one is broken."""
+    matrices = list(verification.checked(folder, masks, recipe))
+    violations = [matrix.violation for matrix in matrices if matrix.violation]
+    if violations and name != "dense":
+        worst = violations[0]
+        raise UserError(
+            f"{name} model: {worst.count} pruned weights of {worst.name} are not zero, the first at {list(worst.first)} "
+            f"({len(violations)} matrices are broken): {folder} does not keep its masks"
+        )
+    layers: dict[tuple[str, int], list[verification.Checked]] = defaultdict(list)
+    for matrix in matrices:
+        found = re.match(r"(.*?)\.(\d+)\.", matrix.name)  # model.layers.3.mlp.up_proj.weight: layer 3 of model.layers
+        layers[found[1], int(found[2])].append(matrix)
+    sparsity = {
+        "overall": _share(matrices),
+        "by_layer": [_share(layers[layer]) for layer in sorted(layers)],
+        "by_matrix": {matrix.name: _share([matrix]) for matrix in matrices},
+    }
+    return {"sparsity": sparsity} | ({} if name == "dense" else {"mask_violations": 0})
+
+
+def _share(matrices: list[verification.Checked]) -> float:
+    return sum(matrix.zeros for matrix in matrices) / sum(matrix.weights for matrix in matrices)

@@ -1,0 +1,70 @@
+"""The reconstruct stage: pruned model, masks and dense model in, a pruned model whose layers do what the dense ones did.
+
+Layer by layer, before any end-to-end training, as in EBFT (Guo et al. 2024, "EBFT: Effective and Block-Wise
+Fine-Tuning for Sparse LLMs"); the masks stay as they are.
+"""
+
+from pathlib import Path
+
+from callbacks.layer_writer import LayerWriter
+from callbacks.reconstructor import LayerReconstructor
+from callbacks.stop_at_signal import StopAtSignal
+from pipeline.engine.block_files import write_rows
+from pipeline.engine.walk import LayerWalk, run_layerwise
+from pipeline.models import loading
+from pipeline.pruning import calibration
+from pipeline.reporting import card
+from pipeline.runtime import memory, processes
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Calibration, Recipe, reconstruction_text
+from pipeline.sparsity.masks import Masks
+
+HELD_OUT = 8  # the samples of one step in so many judge instead of training
+BYTES_PER_WEIGHT = 4 + 8 + 8 + 4 + 4  # in fp32, Adam's moments, gradients in float64 and fp32, the best so far
+
+
+def check(recipe: Recipe) -> None:
+    """Answers samples that cannot be shared out as steps before any work, as a `UserError`."""
+    if "reconstruct" in recipe.stages:
+        plan_steps(reconstruction_text(recipe), recipe.reconstruct.accumulate, processes.world_size())
+
+
+def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
+    """Writes `model/` and `layers.csv`."""
+    settings, text, origin = recipe.reconstruct, reconstruction_text(recipe), inputs["prune"] / "model"
+    steps = plan_steps(text, settings.accumulate, processes.world_size())
+    masks, _ = Masks.load(inputs["prune"] / "masks.safetensors")
+    model = loading.load(origin, recipe)
+    dense = loading.load(loading.dense_folder(recipe, inputs), recipe)
+    batches = calibration.batches(recipe, text, "reconstruct", origin, model)
+    store = calibration.plan_memory(model, batches, recipe.prune.hidden_states, 2, BYTES_PER_WEIGHT)
+    walk = LayerWalk(model, batches, store, folder)
+    if done := walk.files.finished_before:
+        processes.say(f"  {len(done)} of {len(walk.blocks)} layers were done before: passed through")
+    with walk.forwards_of(dense) as forwards:
+        run_layerwise(
+            walk, [LayerReconstructor(forwards, masks, settings, recipe.seed, steps), LayerWriter(), StopAtSignal()]
+        )
+    processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
+    if processes.is_main():
+        walk.files.write_rest(origin, recipe.dtype)
+        write_rows(folder / "layers.csv", walk.files.logs())
+        card.write_model_card(folder / "model", recipe, "reconstruct")
+
+
+def plan_steps(text: Calibration, accumulate: int, world_size: int) -> list[range]:
+    """The batches on each process that make up the steps of an epoch; those after the last step judge."""
+    samples = accumulate * text.batch_size  # of a step
+    if accumulate % world_size:
+        raise UserError(
+            f"reconstruct.accumulate={accumulate} batches a step cannot be shared by {world_size} processes: type "
+            f"reconstruct.accumulate={world_size} reconstruct.batch_size={max(1, samples // world_size)}"
+        )
+    count = text.samples // samples
+    if count < 2:
+        raise UserError(
+            f"{text.samples} samples are too few to train on some and judge by others, {samples} a step: "
+            f"type reconstruct.samples={HELD_OUT * samples}"
+        )
+    each = accumulate // world_size
+    return [range(step * each, (step + 1) * each) for step in range(count - max(1, count // HELD_OUT))]
