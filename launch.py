@@ -5,7 +5,7 @@ import os
 import sys
 
 from pipeline.runtime import signals
-from pipeline.runtime.errors import SaidElsewhere, Stopped, UserError, one_line
+from pipeline.runtime.errors import ReportedByPeer, Stopped, UserError, one_line
 from pipeline.settings import reader
 from pipeline.stages import sweep
 
@@ -30,7 +30,7 @@ def main() -> int:
 
             quiet = False
             runner.run(settings)
-    except SaidElsewhere as elsewhere:
+    except ReportedByPeer as elsewhere:
         return elsewhere.code
     except Stopped as stopped:
         return _say(f"{stopped}: the same command goes on here", signals.EXIT_CODE, quiet)

@@ -119,7 +119,7 @@ class ObsPruner(LayerPruner):
             if not part_OI.isfinite().all():
                 more = max(10 * self.settings.damp, 0.01)
                 raise UserError(
-                    f"the updates of {name} overflow: type prune.damp={more:g}, unless its weights are damaged"
+                    f"the updates of {name} overflow: set prune.damp={more:g}, unless its weights are damaged"
                 )
             weights[name].copy_(part_OI)
         return dict(zip(names, kept_RI.split(lengths)))

@@ -125,7 +125,7 @@ def _check_finite(weights: dict[str, Tensor], total: Tensor) -> None:
             )
     if not _is_finite(total):
         half = any(weight.dtype == torch.float16 for weight in weights.values())
-        hint = "type dtype=bfloat16 or dtype=float32" if half else "weights before it are damaged, or too large"
+        hint = "set dtype=bfloat16 or dtype=float32" if half else "weights before it are damaged, or too large"
         raise UserError(f"the inputs of {' and '.join(weights)} are not finite: {hint}")
 
 

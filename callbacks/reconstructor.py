@@ -105,5 +105,5 @@ class LayerReconstructor(Callback):
             return layer_fit.fit(parameters, masks, self.steps, error, judge, processes.all_sum, epochs, lr, self.seed)
         except UserError as problem:
             raise UserError(
-                f"the reconstruction of {block.name} diverges, {problem}: type reconstruct.lr={lr / 10:g}"
+                f"the reconstruction of {block.name} diverges, {problem}: set reconstruct.lr={lr / 10:g}"
             ) from None

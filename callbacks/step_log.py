@@ -27,7 +27,7 @@ class StepLog(Callback):
         if trainer.is_global_zero:
             rows = list(csv.reader(self.path.open()))[1:] if self.path.exists() else []
             whole = (row for row in rows if len(row) == len(COLUMNS))  # a kill may cut the last
-            with files.whole(self.path) as beside, beside.open("w", newline="") as file:
+            with files.atomic_write(self.path) as tmp, tmp.open("w", newline="") as file:
                 csv.writer(file).writerows([COLUMNS, *(row for row in whole if int(row[0]) <= self.step)])
 
     def on_train_batch_end(self, trainer, module, outputs, batch: Tensor, index: int) -> None:

@@ -19,7 +19,7 @@ class StopAtSignal(Callback):
         self.save = save
 
     def on_predict_start(self, trainer, module) -> None:
-        signals.be_patient()
+        signals.defer_signals()
 
     def on_predict_batch_end(self, trainer, module, outputs, batch, index: int, dataloader_idx: int = 0) -> None:
         if processes.any_rank(bool(signals.asked())):
@@ -27,7 +27,7 @@ class StopAtSignal(Callback):
 
     def on_train_start(self, trainer, module) -> None:
         self.step = trainer.global_step
-        signals.be_patient()
+        signals.defer_signals()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index: int) -> None:
         if trainer.global_step == self.step:
@@ -44,10 +44,10 @@ class StopAtSignal(Callback):
         self._be_prompt()
 
     def on_exception(self, trainer, module, exception: BaseException) -> None:
-        signals.be_prompt()
+        signals.resume_signals()
 
     def _be_prompt(self) -> None:
-        signals.be_prompt()
+        signals.resume_signals()
         if signals.asked():  # since it was last looked for
             raise Stopped(f"stopped by {_signal()}")
 

@@ -81,8 +81,8 @@ class Validation(Callback):
     def _keep(self, model) -> None:
         trained = sharding.trained(model)
         if processes.is_main():
-            with files.whole(self.best) as beside:
-                save_file(trained, beside)
+            with files.atomic_write(self.best) as tmp:
+                save_file(trained, tmp)
             checksums.record(self.folder, self.best)
         processes.barrier()
 

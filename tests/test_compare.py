@@ -173,7 +173,7 @@ def test_a_stage_of_an_equal_key_is_linked(tmp_path):
         checksums.write(tmp_path / name / "prune", {"key": key})
         (tmp_path / name / "prune/model/weights").write_text(name)
     (tmp_path / "c").mkdir()
-    assert siblings.take_over(tmp_path / "c/prune", "same") == tmp_path / "b"
+    assert siblings.reuse(tmp_path / "c/prune", "same") == tmp_path / "b"
     assert (tmp_path / "c/prune/model/weights").samefile(tmp_path / "b/prune/model/weights")
-    assert siblings.take_over(tmp_path / "d/prune", "unknown") is None and not (tmp_path / "d").exists()
+    assert siblings.reuse(tmp_path / "d/prune", "unknown") is None and not (tmp_path / "d").exists()
     assert not (tmp_path / "c/.prune").exists()

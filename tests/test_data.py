@@ -131,7 +131,7 @@ def again(tokenizer):
 
 
 def test_too_little_text_says_what_to_type(mirror, tokenizer):
-    with pytest.raises(UserError, match=r"type calibration\.samples="):
+    with pytest.raises(UserError, match=r"set calibration\.samples="):
         token_windows.calibration(sources.source("mine/stories", mirror), tokenizer, 1000, 64, seed=0)
     with pytest.raises(UserError, match=r"a shorter calibration\.seq_len"):
         token_windows.calibration(sources.source("c4", mirror), tokenizer, 4, 4000, seed=0)

@@ -136,7 +136,7 @@ def test_what_cannot_be_measured_is_refused_before_any_work(tiny_llama, tmp_path
     run_dir = tmp_path / "runs/one"
     settings = (f"model={tiny_llama}", f"run_dir={run_dir}")
     for more, says in [
-        (["evaluate.seq_len=129"], "evaluate.seq_len=129 exceeds the model's 128 positions: type evaluate.seq_len=128"),
+        (["evaluate.seq_len=129"], "evaluate.seq_len=129 exceeds the model's 128 positions: set evaluate.seq_len=128"),
         ([f"mirror={tmp_path}", "evaluate.tasks=[boolq]"], f"no {tmp_path}/aps/super_glue/boolq/validation-*.parquet"),
         (["evaluate.batch_size=many"], "evaluate.batch_size=many is neither a number nor auto"),
         (["evaluate.batch_size=0"], "evaluate.batch_size=0 is out of range"),

@@ -158,7 +158,7 @@ def test_a_model_that_overflows_in_half_precision_is_told_of_a_wider_one(tiny_ll
     for path in tiny_llama.glob("tokenizer*"):
         shutil.copyfile(path, tmp_path / "model" / path.name)
     line = refused(tmp_path / "run", f"model={tmp_path}/model")
-    assert "the inputs of model.layers.1.mlp.down_proj.weight are not finite: type dtype=bfloat16" in line
+    assert "the inputs of model.layers.1.mlp.down_proj.weight are not finite: set dtype=bfloat16" in line
     finishes(tmp_path / "run", f"model={tmp_path}/model", "dtype=bfloat16")
 
 

@@ -124,7 +124,7 @@ def test_a_process_that_is_gone_does_not_leave_the_others_waiting(tmp_path, monk
 def test_a_barrier_has_a_time_out_of_the_recipe(tmp_path):
     codes, said, seconds = ranks(tmp_path, wait_for_the_others, settings=("timeout_minutes=0.05",))
     assert codes == [2, 2] and seconds < 30
-    assert "process 0 waited 0.05 minutes for one that is still at work: type a longer timeout_minutes" in said[0][0]
+    assert "process 0 waited 0.05 minutes for one that is still at work: set a longer timeout_minutes" in said[0][0]
 
 
 def test_processes_of_other_settings_are_refused(tmp_path):
@@ -159,7 +159,7 @@ def test_machines_that_share_the_folder_go_on(tmp_path):
 @pytest.mark.parametrize(
     ("environment", "says"),
     [
-        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks that know nothing of each other: type `srun"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks that know nothing of each other: run `srun"),
         ({"MASTER_ADDR": "a", "ACCELERATE_MIXED_PRECISION": "no"}, "the launcher started one"),
         (
             {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"},
@@ -185,7 +185,7 @@ def left(run_dir: Path, **changed) -> Path:
 def test_two_runs_do_not_share_a_folder(tmp_path):
     with (
         lock.held(tmp_path),
-        pytest.raises(UserError, match=f"is in use by process {os.getpid()} on .* type another run_dir"),
+        pytest.raises(UserError, match=f"is in use by process {os.getpid()} on .* set another run_dir"),
         lock.held(tmp_path),
     ):
         pass

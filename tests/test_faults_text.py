@@ -59,6 +59,6 @@ def test_fewer_batches_than_processes(tiny_llama, tmp_path):
     seen = espalier(*settings, processes=2, expect=None)
     said = [line for line in seen.splitlines() if line.startswith("espalier: ")]
     assert said == [
-        "espalier: 1 batches of calibration samples cannot be shared by 2 processes: type calibration.samples=4 or more"
+        "espalier: 1 batches of calibration samples cannot be shared by 2 processes: set calibration.samples=4 or more"
     ]
     assert not (tmp_path / "prune").exists()

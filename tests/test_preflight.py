@@ -36,16 +36,16 @@ LATE = {
     "finetune.dataset={here}/chat.jsonl": "holds conversations, and the model's tokenizer has no chat template",
     "finetune.dataset={here}/t.txt finetune.loss=assistant": "holds no conversations",
     "finetune.loss=assistant": "holds no conversations",
-    "evaluate.perplexity=[{here}/t.txt]": "too few for one window of 64: type evaluate.seq_len=",
+    "evaluate.perplexity=[{here}/t.txt]": "too few for one window of 64: set evaluate.seq_len=",
     "evaluate.perplexity=[{here}/null.jsonl]": "holds no text",
     "finetune.dataset={here}/broken.jsonl": "cannot load",
     "finetune.dataset=nobody/nothing": "cannot load nobody/nothing@train",
-    "reconstruct.seq_len=4096": "type reconstruct.seq_len=128",
-    "evaluate.seq_len=129": "type evaluate.seq_len=128",
+    "reconstruct.seq_len=4096": "set reconstruct.seq_len=128",
+    "evaluate.seq_len=129": "set evaluate.seq_len=128",
     "reconstruct.dataset={here}/t.txt": "8 samples of 32 are asked for: a longer text or a shorter reconstruct.seq_len",
     "finetune.batch_size=3 finetune.accumulate=1 evaluate.tasks=[nothing]": "unknown task 'nothing'",
     "evaluate.prompts=['']": "'' gives no token to go on from",
-    "finetune.loggers=[wandb]": "type pip install wandb",
+    "finetune.loggers=[wandb]": "run pip install wandb",
 }
 
 
@@ -79,8 +79,8 @@ def no_bos(model: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("pretrain.max_positions=64", "exceeds the model's 64 positions: type pretrain.seq_len=64"),
-        ("calibration.seq_len=512", "type calibration.seq_len=256"),
+        ("pretrain.max_positions=64", "exceeds the model's 64 positions: set pretrain.seq_len=64"),
+        ("calibration.seq_len=512", "set calibration.seq_len=256"),
         ("pretrain.hidden_size=130", "the sizes in the recipe's section pretrain do not go together"),
     ],
 )

@@ -183,7 +183,7 @@ def test_owl_prunes_less_where_outliers_are_and_as_much_on_the_whole(tiny_llama,
     assert sum(by_layer) / 3 == pytest.approx(0.6, abs=0.02)
     assert max(by_layer) - min(by_layer) == pytest.approx(0.2, abs=0.03)
     assert by_layer.index(min(by_layer)) == int(max(shares, key=shares.get))
-    with pytest.raises(UserError, match="type prune.sparsity=0.5"):
+    with pytest.raises(UserError, match="set prune.sparsity=0.5"):
         settings(tiny_llama, "prune.allocation=owl", "prune.sparsity=2of4")
 
 

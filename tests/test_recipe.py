@@ -36,7 +36,7 @@ def test_every_recipe_loads_and_is_short(path):
         ("prune.sparsity=nan", "between 0 and 1"),
         ("prune.method=wandda", "did you mean 'wanda'?"),
         ("prune=wanda", "this is a section"),
-        ("stages={}", "stages is a list: type 'stages=["),
+        ("stages={}", "stages is a list: set 'stages=["),
         ("evaluate.tasks={a: 1}", "evaluate.tasks is a list: type"),
         ("prune.overrides=0", "prune.overrides=0: {name: value, ...} is needed"),
         ("prune.overrides=null", "prune.overrides=None: {name: value, ...} is needed"),

@@ -190,20 +190,20 @@ def test_the_command_with_two_processes_ends_as_one_and_tells_of_each_model(tiny
 def test_bad_input_says_what_to_type(tiny_llama, tmp_path):
     pruned(tiny_llama, tmp_path / "prune")
     for more, says in [
-        (["reconstruct.samples=7"], "type reconstruct.samples=32"),
+        (["reconstruct.samples=7"], "set reconstruct.samples=32"),
         (["reconstruct.seq_len=4096"], "reconstruct.seq_len=128"),
         (["reconstruct.dataset=./nowhere"], "no dataset at"),
-        (["reconstruct.lr=1e3"], r"model\.layers\.0 diverges, .*: type reconstruct\.lr=100"),
+        (["reconstruct.lr=1e3"], r"model\.layers\.0 diverges, .*: set reconstruct\.lr=100"),
     ]:
         with pytest.raises(UserError, match=says):
             reconstructed(tiny_llama, tmp_path, *more)
     with pytest.raises(UserError, match="reconstruct needs prune in stages"):
         settings(tiny_llama, "stages=[reconstruct]")
-    with pytest.raises(UserError, match="type reconstruct.samples=32"):  # before the prune stage begins
+    with pytest.raises(UserError, match="set reconstruct.samples=32"):  # before the prune stage begins
         runner.run(settings(tiny_llama, "reconstruct.samples=7", f"run_dir={tmp_path}/run"))
     assert not (tmp_path / "run").exists()
     text = schema.reconstruction_text(settings(tiny_llama))
-    with pytest.raises(UserError, match="type reconstruct.accumulate=3 reconstruct.batch_size=1"):
+    with pytest.raises(UserError, match="set reconstruct.accumulate=3 reconstruct.batch_size=1"):
         reconstruct.plan_steps(text, 2, world_size=3)
 
 

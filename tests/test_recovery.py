@@ -180,10 +180,10 @@ def test_distillation_is_the_formula():
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["finetune.method=full", "finetune.quantize=nf4"], "type finetune.method=lora"),
+        (["finetune.method=full", "finetune.quantize=nf4"], "set finetune.method=lora"),
         (["finetune.quantize=nf4", "finetune.strategy=fsdp"], "exclude each other"),
-        (["finetune.effective=cached", "finetune.dropout=0.1"], "type finetune.effective=auto"),
-        (["finetune.patience=3"], "type finetune.validation="),
+        (["finetune.effective=cached", "finetune.dropout=0.1"], "set finetune.effective=auto"),
+        (["finetune.patience=3"], "set finetune.validation="),
         (["finetune.quantize=nf3"], "did you mean 'nf4'?"),
         (["finetune.method=lorra"], "did you mean 'lora'?"),
         (["finetune.loggers=[tensorbord]"], "did you mean 'tensorboard'?"),

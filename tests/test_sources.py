@@ -156,7 +156,7 @@ REFUSED = {
     "several configurations": (
         C4,
         "{here}",
-        "has configurations de, en: type the one that is meant, such as {here}:en",
+        "has configurations de, en: name the one that is meant, such as {here}:en",
     ),
     "no such configuration": (C4, "{here}:fr", "has no configuration 'fr': it has de, en"),
     "two forms": (
@@ -177,7 +177,7 @@ REFUSED = {
     "a pointer of git-lfs": (
         {"a.txt": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"},
         "{here}",
-        "is a pointer of git-lfs and no text: type git lfs pull",
+        "is a pointer of git-lfs and no text: run git lfs pull",
     ),
     "an empty file": ({"a.txt": ""}, "{here}/a.txt", "is empty"),
     "half a folder of save_to_disk": ({"dataset_dict.json": "{"}, "{here}", "dataset_dict.json is damaged"),

@@ -59,7 +59,7 @@ def test_recipes_can_be_swept():
         ("run_dir=a,b", "run_dir holds for the whole sweep"),
         ("prune.method=wanda,", "a value is missing"),
         ("seed=1,1", "is a value given twice?"),
-        ("evaluate.tasks=boolq,rte", r"evaluate.tasks is a list: type 'evaluate.tasks=\[boolq,rte\]'"),
+        ("evaluate.tasks=boolq,rte", r"evaluate.tasks is a list: set 'evaluate.tasks=\[boolq,rte\]'"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(setting, says):

@@ -203,14 +203,14 @@ def test_another_number_of_processes_does_not_go_on_and_says_so(tmp_path):
     torch.save(torch.load(path, weights_only=True) | {"processes": 4}, path)
     checksums.record(tmp_path, path)
     with pytest.raises(
-        UserError, match=f"begun with 4 processes .*: type --num_processes 4, or remove {tmp_path} to begin"
+        UserError, match=f"begun with 4 processes .*: launch with --num_processes 4, or remove {tmp_path} to begin"
     ):
         fit(small_model("llama"), WINDOWS, schedule(max_steps=10), 0, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
     model = small_model("llama")
-    with pytest.raises(UserError, match=r"step \d+ .*type a smaller lr than 1e\+20"):
+    with pytest.raises(UserError, match=r"step \d+ .*set a smaller lr than 1e\+20"):
         fit(model, WINDOWS, schedule(lr=1e20, warmup=0.0, clip=0.0, checkpoint_every=1), 0, tmp_path)
     for path in (tmp_path / "checkpoints").glob("*.ckpt"):
         assert all(value.isfinite().all() for value in torch.load(path, weights_only=True)["state_dict"].values())

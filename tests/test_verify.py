@@ -126,8 +126,8 @@ def test_what_is_typed_wrong_is_one_line(tiny_llama, pruned, tmp_path, typed):
     small_model("gpt2").save_pretrained(tmp_path / "other")
     (tmp_path / "there").mkdir()
     for words, says in [
-        (["verify"], "2 paths are needed, 0 given: type `python launch.py verify MODEL_FOLDER MASKS_FILE`"),
-        (["apply", tiny_llama, masks], "type `python launch.py apply MODEL_FOLDER MASKS_FILE TARGET_FOLDER`"),
+        (["verify"], "2 paths are needed, 0 given: run `python launch.py verify MODEL_FOLDER MASKS_FILE`"),
+        (["apply", tiny_llama, masks], "run `python launch.py apply MODEL_FOLDER MASKS_FILE TARGET_FOLDER`"),
         (["verify", tmp_path / "none", masks], "no model folder"),
         (["verify", tmp_path / "there", masks], "has no config.json"),
         (["verify", tiny_llama, tmp_path / "none"], "no mask file"),

@@ -14,7 +14,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 from pipeline.sparsity.masks import Masks, apply_, by_matrix
 
-USAGE = "type `python launch.py apply MODEL_FOLDER MASKS_FILE TARGET_FOLDER`"
+USAGE = "run `python launch.py apply MODEL_FOLDER MASKS_FILE TARGET_FOLDER`"
 
 
 def main(arguments: list[str]) -> None:
@@ -26,10 +26,10 @@ def main(arguments: list[str]) -> None:
     model, _ = layers(folder, Recipe())
     for _ in masks.matched(model.named_parameters()):
         pass  # refuses another model's masks before anything is written
-    beside = target.with_name(f".{target.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    rewrite(folder, beside, Recipe(), lambda name, weight: _masked(name, weight, masks))
-    beside.rename(target)
+    tmp = target.with_name(f".{target.name}.part")
+    shutil.rmtree(tmp, ignore_errors=True)
+    rewrite(folder, tmp, Recipe(), lambda name, weight: _masked(name, weight, masks))
+    tmp.rename(target)
     print(f"{target}: {len(masks)} matrices masked, {masks.sparsity():.2%} of their weights are zero")
 
 

@@ -14,7 +14,7 @@ from pipeline.runtime import files
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 
-USAGE = "type `python launch.py expand COMPACT_FOLDER TARGET`"
+USAGE = "run `python launch.py expand COMPACT_FOLDER TARGET`"
 
 
 def main(arguments: list[str]) -> None:
@@ -37,14 +37,14 @@ def expand(folder: Path, target: Path, recipe: Recipe | None = None) -> None:
     found.check_contents()
     model = empty_model.skeleton(found, recipe or Recipe())
     file_names.remember(model, found.names)
-    beside = target.with_name(f".{target.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
+    tmp = target.with_name(f".{target.name}.part")
+    shutil.rmtree(tmp, ignore_errors=True)
     for path in found.shards:
         state = {name: it.dense() if isinstance(it, file_format.Compact) else it for name, it in found.read(path)}
         state = {name: tensor.contiguous() for name, tensor in file_names.to_files(model, state).items()}
-        with files.whole(beside / path.name.replace("compact-", "model-")) as part:
+        with files.atomic_write(tmp / path.name.replace("compact-", "model-")) as part:
             save_file(state, part, {"format": "pt"})
-    model_files.copy_beside(folder, beside)
-    (beside / file_format.MANIFEST).unlink()
-    model_files.write_index(beside)
-    beside.rename(target)
+    model_files.copy_beside(folder, tmp)
+    (tmp / file_format.MANIFEST).unlink()
+    model_files.write_index(tmp)
+    tmp.rename(target)

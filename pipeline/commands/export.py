@@ -19,7 +19,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 from pipeline.sparsity.masks import Masks
 
-USAGE = "type `python launch.py export MODEL_FOLDER MASKS_FILE TARGET`"
+USAGE = "run `python launch.py export MODEL_FOLDER MASKS_FILE TARGET`"
 
 
 def main(arguments: list[str]) -> None:
@@ -41,8 +41,8 @@ def export(folder: Path, masks: Masks, target: Path, recipe: Recipe | None = Non
     model, found = layers(folder, recipe)
     for _ in masks.matched(model.named_parameters()):
         pass  # refuses another model's masks before anything is written
-    beside = target.with_name(f".{target.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
+    tmp = target.with_name(f".{target.name}.part")
+    shutil.rmtree(tmp, ignore_errors=True)
     parts = list(shards(model, list(found)))
     matrices: dict[str, file_format.Layout] = {}
     dense = packed = 0
@@ -57,14 +57,14 @@ def export(folder: Path, masks: Masks, target: Path, recipe: Recipe | None = Non
                 matrices[name] = it.layout
                 state |= {name + file_format.MASK: it.bits, name + file_format.VALUES: it.values}
                 dense, packed = dense + weight.nbytes, packed + it.bits.nbytes + it.values.nbytes
-        with files.whole(beside / f"compact-{number:05d}-of-{len(parts):05d}.safetensors") as path:
+        with files.atomic_write(tmp / f"compact-{number:05d}-of-{len(parts):05d}.safetensors") as path:
             save_file(state, path, {"format": "pt"})
     written = {matrix for name in matrices for matrix in _matrices(name, model.get_parameter(name))}
     if left := set(masks) - written:
         raise UserError(f"{min(left)} is another name of a tied weight ({len(left)} in all): tied weights stay dense")
-    model_files.copy_beside(folder, beside)
-    _write_manifest(beside, folder, model, matrices)
-    beside.rename(target)
+    model_files.copy_beside(folder, tmp)
+    _write_manifest(tmp, folder, model, matrices)
+    tmp.rename(target)
     return dense, packed
 
 

@@ -9,7 +9,7 @@ from pipeline.runtime.files import sha256
 from pipeline.settings.schema import Recipe
 from pipeline.sparsity.masks import Masks
 
-USAGE = "type `python launch.py verify MODEL_FOLDER MASKS_FILE`"
+USAGE = "run `python launch.py verify MODEL_FOLDER MASKS_FILE`"
 
 
 def main(arguments: list[str]) -> None:

@@ -110,7 +110,7 @@ def _marked(tokenizer: Any, turns: list[dict]) -> list[int]:
     """The tokens, those that bear no loss as their complements."""
     if not tokenizer.is_fast:
         raise UserError(
-            "finetune.loss=assistant needs a tokenizer.json, which tells where in a text a token lies: type finetune.loss=all"
+            "finetune.loss=assistant needs a tokenizer.json, which tells where in a text a token lies: set finetune.loss=all"
         )
     if MARKED.search(tokenizer.get_chat_template()):
         found = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
@@ -135,6 +135,6 @@ def _spans(tokenizer: Any, turns: list[dict], text: str) -> Iterator[tuple[int, 
         if not (after.startswith(before) and text.startswith(after)):
             raise UserError(
                 f"the chat template writes turn {number + 1}, the assistant's, otherwise where the conversation goes on, so "
-                "its tokens cannot be told exactly: add {% generation %} marks to the template, or type finetune.loss=all"
+                "its tokens cannot be told exactly: add {% generation %} marks to the template, or set finetune.loss=all"
             )
         yield len(before), len(after)

@@ -66,10 +66,10 @@ def samples(recipe: Recipe, dense: Path, count: int, seq_len: int) -> Tensor:
                 tell = _teller(f"  self: {number} of {len(mine)} batches of {BATCH} samples")
                 seed = recipe.seed * 1_000_003 + batch
                 written = write(model, start(tokenizer, config), tokenizer.eos_token_id, seq_len, seed, tell)
-                with files.whole(parts[batch]) as beside:
-                    save_file({"ids": written}, beside)
+                with files.atomic_write(parts[batch]) as tmp:
+                    save_file({"ids": written}, tmp)
             del model
-            memory.let_go()
+            memory.free_memory()
         processes.barrier()
     return torch.cat([_read(part, seq_len) for part in parts])[:count]
 

@@ -88,7 +88,7 @@ def source(
 ) -> Source:
     """Where `dataset[:config][@split]` is; a `UserError` names the file that is missing, or the splits that there are."""
     if not spec.strip():
-        raise UserError(f"the section {section} names a data set by nothing: type one, such as c4 or ./text.jsonl")
+        raise UserError(f"the section {section} names a data set by nothing: set one, such as c4 or ./text.jsonl")
     name, chosen_config, chosen_split = _parts(spec)
     split, config = chosen_split or split, chosen_config or config
     reads = {"columns": ((column,),) if column else text_rows.COLUMNS, "section": section}
@@ -109,7 +109,7 @@ def source(
     hub_files, form = (), None
     if known.shards:
         if split not in known.shards:
-            raise UserError(f"{name} has no split '{split}': type one of {', '.join(known.shards)}")
+            raise UserError(f"{name} has no split '{split}': use one of {', '.join(known.shards)}")
         hub_files, form = (f"hf://datasets/{known.path}/{config}/{known.shards[split]}",), "json"
     return Source(name, known.path, config, split, hub_files, known.revision, form=form, **reads)
 
@@ -187,7 +187,7 @@ def _in_mirror_files(mirror: Path, known: Known, config: str | None, split: str,
             found = "default" if "default" in configs else (configs[0] if len(configs) == 1 else None)
     if found is None and configs:
         raise UserError(
-            f"{known.path} has configurations {', '.join(configs)} in {mirror}: type {known.path}:{configs[0]}"
+            f"{known.path} has configurations {', '.join(configs)} in {mirror}: name {known.path}:{configs[0]}"
         )
     where = folder / (found or "default")
     splits: list[str] = []

@@ -40,7 +40,7 @@ def bos(tokenizer: Any) -> int:
     """For `evaluate.bos`; `UserError` where there is none."""
     if tokenizer.bos_token_id is None:
         raise UserError(
-            "evaluate.bos=true: the model's tokenizer has no begin-of-sequence token: type evaluate.bos=false"
+            "evaluate.bos=true: the model's tokenizer has no begin-of-sequence token: set evaluate.bos=false"
         )
     return tokenizer.bos_token_id
 
@@ -91,7 +91,7 @@ def for_questions(tokenizer: Any, config: PreTrainedConfig) -> tuple[Any, list[s
         if not (name or asking.bos_token):
             raise UserError(
                 "the tokenizer has neither an end-of-sequence nor a begin-of-sequence token, which questions and prompts need: "
-                "set eos_token in its tokenizer_config.json, or type evaluate.tasks=[] evaluate.continuations=0"
+                "set eos_token in its tokenizer_config.json, or set evaluate.tasks=[] evaluate.continuations=0"
             )
         asking.eos_token = name or asking.bos_token
         origin = "config.json" if name else "its begin-of-sequence token"
@@ -127,5 +127,5 @@ def _append_nothing(tokenizer: Any) -> None:
     if around(tokenizer) != Around(before, []):
         raise UserError(
             "the tokenizer appends a token to every text, so no text can be continued and no task scored: set add_eos_token to "
-            "false in its tokenizer_config.json, or type evaluate.tasks=[] evaluate.continuations=0"
+            "false in its tokenizer_config.json, or set evaluate.tasks=[] evaluate.continuations=0"
         )

@@ -176,7 +176,7 @@ def _of_split(folder: Path, files: dict[Path, Path], split: str, named: bool) ->
         return [path for path in chosen if str(files[path].parent) == "default"]
     if len(places) > 1:
         raise UserError(
-            f"{folder} has configurations {', '.join(places)}: type the one that is meant, such as {folder}:{places[-1]}"
+            f"{folder} has configurations {', '.join(places)}: name the one that is meant, such as {folder}:{places[-1]}"
         )
     return chosen or list(files)
 
@@ -210,5 +210,5 @@ def _checked(where: Path, found: Found) -> Found:
     for path in found.paths:
         with open(path, "rb") as file:
             if file.read(len(LFS)) == LFS:
-                raise UserError(f"{path} is a pointer of git-lfs and no text: type git lfs pull in its folder")
+                raise UserError(f"{path} is a pointer of git-lfs and no text: run git lfs pull in its folder")
     return found

@@ -67,7 +67,7 @@ def packed(
             raise UserError(f"{source} holds no text")
         if len(tokens) < enough and once:
             there = len(tokens) // seq_len
-            fewer = f"type {once}.samples={there}" if there else f"a longer text or a shorter {once}.seq_len is needed"
+            fewer = f"set {once}.samples={there}" if there else f"a longer text or a shorter {once}.seq_len is needed"
             raise UserError(f"{source} has {len(tokens)} tokens, {samples} samples of {seq_len} are asked for: {fewer}")
     return torch.frombuffer(tokens, dtype=torch.int32)[:enough].view(samples, seq_len)
 
@@ -86,7 +86,7 @@ def calibration(
         ids = joined(source, tokenizer)
         if len(ids) <= seq_len:
             raise UserError(
-                f"{source} has {len(ids)} tokens, too few for a window: type {section}.seq_len={len(ids) // 2}"
+                f"{source} has {len(ids)} tokens, too few for a window: set {section}.seq_len={len(ids) // 2}"
             )
         draw = random.Random(seed)
         starts = [draw.randint(0, len(ids) - seq_len - 1) for _ in range(samples)]
@@ -107,7 +107,7 @@ def _windows_of_documents(
             misses += 1
             if misses > 100 * samples + 10 * len(rows):
                 raise UserError(
-                    f"{source} has hardly a document of more than {seq_len} tokens: type a shorter {section}.seq_len"
+                    f"{source} has hardly a document of more than {seq_len} tokens: set a shorter {section}.seq_len"
                 )
             continue
         start = draw.randint(0, len(ids) - seq_len - 1)
@@ -132,7 +132,7 @@ def chat_tokens(row: dict, tokenizer, source: Source, loss: str = "all") -> list
 
 def refuse_without_conversations(source: Source, columns) -> None:
     if not chat.is_chat(columns):
-        raise UserError(f"{source} holds no conversations, which finetune.loss=assistant needs: type finetune.loss=all")
+        raise UserError(f"{source} holds no conversations, which finetune.loss=assistant needs: set finetune.loss=all")
 
 
 def tokenised(rows: dict[str, list], tokenizer, source: Source, loss: str = "all") -> list[list[int]]:

@@ -101,7 +101,7 @@ def documents(split: str, seed: int = 0) -> list[str]:
     A document's own checksum says which split it is in, so none is in both, whatever the seeds.
     """
     if split not in DOCUMENTS:
-        raise UserError(f"the generated world has no split '{split}': type world@train or world@test")
+        raise UserError(f"the generated world has no split '{split}': use world@train or world@test")
     rng = random.Random(f"{split} {seed}")
     portraits = (_portrait(rng) for _ in itertools.count())
     chosen = (text for text in portraits if (zlib.crc32(text.encode()) % 16 == 0) == (split == "test"))

@@ -98,8 +98,8 @@ class BlockFiles:
 
 
 def _save(state: dict[str, Tensor], path: Path) -> None:
-    with files.whole(path) as beside:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, beside, {"format": "pt"})
+    with files.atomic_write(path) as tmp:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, tmp, {"format": "pt"})
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -107,7 +107,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     if not rows:
         return
     columns = sorted(rows[0], key=("layer", "matrix").__contains__, reverse=True)
-    with files.whole(path) as beside, open(beside, "w", newline="") as file:
+    with files.atomic_write(path) as tmp, open(tmp, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

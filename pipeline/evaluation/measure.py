@@ -140,7 +140,7 @@ def _once(cache: Path, about: dict, find: Callable[[], Any]) -> Any:
         measured = find()
     except torch.OutOfMemoryError as error:
         raise UserError(
-            "the GPU's memory is too small: type evaluate.batch_size=1 or evaluate.batch_size=auto, or "
+            "the GPU's memory is too small: set evaluate.batch_size=1 or evaluate.batch_size=auto, or "
             f"evaluate.placement=stream ({str(error).splitlines()[0]})"
         ) from error
     if processes.is_main():

@@ -31,7 +31,7 @@ def windows(ids: Tensor, seq_len: int, count: int | None = None, bos: int | None
         body = windows(ids[1:] if ids[:1].tolist() == [bos] else ids, seq_len - 1, count)
         return torch.cat([torch.full((len(body), 1), bos, dtype=body.dtype), body], dim=1)
     if len(ids) < max(seq_len, 2):
-        hint = f"type evaluate.seq_len={len(ids)} or less" if len(ids) > 1 else "choose another text"
+        hint = f"set evaluate.seq_len={len(ids)} or less" if len(ids) > 1 else "choose another text"
         raise UserError(f"the text gives {len(ids)} tokens, too few for one window of {seq_len}: {hint}")
     return ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)[:count]
 
@@ -86,7 +86,7 @@ def window_losses(
         window = int(loss_N.isfinite().logical_not().nonzero()[0])
         raise UserError(
             f"the loss of window {window + 1} of {len(loss_N)} is {loss_N[window].item()}: the model is broken, or its "
-            "numbers leave the range of float16 (then type dtype=bfloat16 or dtype=float32)"
+            "numbers leave the range of float16 (then set dtype=bfloat16 or dtype=float32)"
         )
     return loss_N
 

@@ -107,7 +107,7 @@ def _plan(
 def _add_own(path: Path, entries: dict[str, Any]) -> list[str]:
     """The names of the tasks in a user's file or folder; adds their entries, and those of a group's members."""
     if not path.exists():
-        raise UserError(f"no task at {path}: type an lm-eval task, its .yaml file, or a folder of such files")
+        raise UserError(f"no task at {path}: name an lm-eval task, its .yaml file, or a folder of such files")
     index = _index(path if path.is_dir() else path.parent)
     if path.is_dir():
         chosen = [name for name, entry in index.items() if entry.kind.name in ("TASK", "PY_TASK")]

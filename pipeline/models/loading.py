@@ -157,7 +157,7 @@ def positions(config: PreTrainedConfig) -> int | None:
 def check_length(config: PreTrainedConfig, key: str, seq_len: int) -> None:
     known = positions(config)
     if known and seq_len > known:
-        raise UserError(f"{key}={seq_len} exceeds the model's {known} positions: type {key}={known}")
+        raise UserError(f"{key}={seq_len} exceeds the model's {known} positions: set {key}={known}")
 
 
 def check_vocabulary(config, ids: Tensor, source) -> None:

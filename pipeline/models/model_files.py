@@ -69,7 +69,7 @@ def cannot_load(folder: Path, error: Exception, *patterns: str) -> str:
 def problem(folder: Path, error: Exception, *patterns: str) -> str:
     """In words that say what to do about it: transformers' own run to a page, or to the name of a missing key."""
     if "trust_remote_code" in str(error):
-        return "it brings code of its own, which is run only with trust_remote_code=true: read it before you type that"
+        return "it brings code of its own, which is run only with trust_remote_code=true: read it before you set that"
     return damage(folder, *patterns) or textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
 
 
@@ -193,8 +193,8 @@ def copy_beside(origin: Path, target: Path, dtype: str = "auto") -> None:
     for pattern in BESIDE:
         for path in origin.glob(pattern):
             if not path.name.endswith(".index.json"):
-                with files.whole(target / path.relative_to(origin)) as beside:
-                    shutil.copyfile(path, beside)
+                with files.atomic_write(target / path.relative_to(origin)) as tmp:
+                    shutil.copyfile(path, tmp)
     config = json.loads((target / "config.json").read_text())
     plain = dequantize.unnamed(config)
     if dtype != "auto":

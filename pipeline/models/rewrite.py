@@ -60,8 +60,8 @@ def rewrite(origin: Path, target: Path, recipe: Recipe, change: Callable[[str, T
                     state[name] = weight if new is None else new.detach().to(weight.dtype).cpu()
         if processes.is_main():
             state = {name: tensor.contiguous() for name, tensor in file_names.to_files(model, state).items()}
-            with files.whole(target / f"model-{number:05d}-of-{len(parts):05d}.safetensors") as beside:
-                save_file(state, beside, {"format": "pt"})
+            with files.atomic_write(target / f"model-{number:05d}-of-{len(parts):05d}.safetensors") as tmp:
+                save_file(state, tmp, {"format": "pt"})
     if processes.is_main():
         model_files.copy_beside(origin, target)
         model_files.write_index(target)

@@ -29,7 +29,7 @@ def batches(recipe: Recipe, text: Calibration, section: str, origin: Path, model
     if len(found) < processes.world_size():
         raise UserError(
             f"{len(found)} batches of {section} samples cannot be shared by {processes.world_size()} processes: "
-            f"type {section}.samples={text.batch_size * processes.world_size()} or more"
+            f"set {section}.samples={text.batch_size * processes.world_size()} or more"
         )
     return list(found[processes.rank() :: processes.world_size()])
 

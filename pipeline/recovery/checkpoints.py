@@ -18,9 +18,9 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
-        with files.whole(path) as beside:
+        with files.atomic_write(path) as tmp:
             try:
-                torch.save(checkpoint, beside)
+                torch.save(checkpoint, tmp)
             except RuntimeError as error:  # torch's way of saying that the disk is full
                 raise OSError(f"{error} (is the disk full?)") from error
         checksums.record(self.folder, path)

@@ -51,7 +51,7 @@ def refresh_all(model: nn.Module) -> int:
     for layer in layers:
         if isinstance(layer, MaskedLinear) and layer.cached:
             layer.refresh()
-    return int(sum(layer.strays for layer in layers))  # one wait for the device, not one a layer
+    return int(sum(layer.nonzero_pruned for layer in layers))  # one wait for the device, not one a layer
 
 
 def attach(model: nn.Module, masks: Masks, settings: Finetune, cached: bool | None = None) -> nn.Module:
@@ -173,8 +173,8 @@ def save_adapter(model: nn.Module, masks_file: Path, folder: Path, state: dict[s
     opens."""
     state = sharding.trained(model) if state is None else state
     folder.mkdir(parents=True, exist_ok=True)
-    with files.whole(folder / WEIGHTS) as beside:
-        save_file({_saved_name(name): value for name, value in state.items()}, beside, {"format": "pt"})
+    with files.atomic_write(folder / WEIGHTS) as tmp:
+        save_file({_saved_name(name): value for name, value in state.items()}, tmp, {"format": "pt"})
     shutil.copyfile(masks_file, folder / "masks.safetensors")
     model.masked_lora.save_pretrained(folder)
     about = json.loads((folder / "adapter_config.json").read_text())
@@ -227,7 +227,7 @@ def targets(pruned: Iterable[str], wanted: list[str]) -> list[str]:
     """Of the names of pruned weights, what a LoRA is to adapt (see `target_of`), fused experts once; `UserError` where nothing
     is called so."""
     if not wanted:
-        raise UserError("finetune.targets is empty: type finetune.targets=[all], or the last parts of names")
+        raise UserError("finetune.targets is empty: set finetune.targets=[all], or the last parts of names")
     matrices = list(dict.fromkeys(target_of(name) for name in pruned))
     if wanted == ALL:
         return matrices

@@ -14,7 +14,7 @@ from pipeline.recovery import sharding
 from pipeline.recovery.masked_parameter import Scope, read
 from pipeline.recovery.quantization import dequantized
 from pipeline.runtime.errors import UserError
-from pipeline.sparsity.masks import apply_, multiply_, pack, strays, unpack
+from pipeline.sparsity.masks import apply_, multiply_, nonzero_pruned, pack, unpack
 
 ADAPTER = "default"
 
@@ -96,7 +96,7 @@ class MaskedLinear(LoraLinear):
         super().__init__(base_layer, adapter_name, config, **kwargs)
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)  # weights stored (in, out)
         self.scope: Scope | None = None
-        self.strays: Tensor | int = 0  # pruned weights that were not zero when forward last used them
+        self.nonzero_pruned: Tensor | int = 0  # pruned weights that were not zero when forward last used them
         for name in ("mask_OI", "effective_OI", "mask_bits"):
             self.register_buffer(name, None, persistent=False)
 
@@ -165,9 +165,9 @@ class MaskedLinear(LoraLinear):
         return apply_(made_OI, mask_OI)
 
     def counted(self, a_RI: Tensor, b_OR: Tensor, mask_OI: Tensor) -> Tensor:
-        """The effective weights that forward uses, their strays counted."""
+        """The effective weights that forward uses, their nonzero_pruned counted."""
         made_OI = self.effective(a_RI, b_OR, mask_OI)
-        self.strays = strays(made_OI, mask_OI).count_nonzero()
+        self.nonzero_pruned = nonzero_pruned(made_OI, mask_OI).count_nonzero()
         return made_OI
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pipeline.recovery import sharding
-from pipeline.sparsity.masks import apply_, multiply_, pack, strays, unpack
+from pipeline.sparsity.masks import apply_, multiply_, nonzero_pruned, pack, unpack
 
 
 class Call:
@@ -119,7 +119,7 @@ class MaskedParameter(nn.Module):
             outs, ins = ins, outs
         self.scale, self.transposed, self.shape = scale, transposed, weight.shape
         self.scope: Scope | None = None
-        self.strays: Tensor | int = 0  # pruned weights that were not zero when forward last used them
+        self.nonzero_pruned: Tensor | int = 0  # pruned weights that were not zero when forward last used them
         self.dense: list[int] = []  # experts without a mask, which do not train
         place: dict[str, Any] = {"device": weight.device, "dtype": torch.float32}
         self.lora_A = nn.Parameter(torch.empty(*experts, rank, ins, **place))
@@ -150,13 +150,13 @@ class MaskedParameter(nn.Module):
         return unpack(self.mask_bits, self.shape)
 
     def effective_weight(self, a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
-        """M * (W + scale * B A) in the shape and dtype of W (`base`, else the module's own), its strays counted."""
+        """M * (W + scale * B A) in the shape and dtype of W (`base`, else the module's own), its nonzero_pruned counted."""
         base, mask = self.home[0].original if base is None else base, self.mask()
         left, right = (a.mT, b.mT) if self.transposed else (b, a)
         add = torch.addmm if base.dim() == 2 else torch.baddbmm
         with torch.autocast(base.device.type, enabled=False):
             made = apply_(add(base.to(b.dtype), left, right, alpha=self.scale).to(base.dtype), mask)
-        self.strays = strays(made, mask).count_nonzero()
+        self.nonzero_pruned = nonzero_pruned(made, mask).count_nonzero()
         return made
 
     def gradients(self, grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

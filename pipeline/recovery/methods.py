@@ -18,7 +18,7 @@ from pipeline.recovery import lora, sharding
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune
-from pipeline.sparsity.masks import Masks, apply_, multiply_, strays
+from pipeline.sparsity.masks import Masks, apply_, multiply_, nonzero_pruned
 
 
 class PlainLora:
@@ -131,7 +131,7 @@ class SparseFull:
         count = 0
         for parameter, mask in self._masked():
             part = apply_(sharding.local(parameter), mask)
-            count = count + strays(part, mask).count_nonzero()
+            count = count + nonzero_pruned(part, mask).count_nonzero()
         return int(count)
 
     @functools.cached_property  # not before training: sharding replaces the parameters

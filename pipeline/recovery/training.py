@@ -30,7 +30,7 @@ def share(settings: Finetune, world_size: int) -> tuple[int, int]:
     if rest or each % size:
         raise UserError(
             f"{sequences(settings)} sequences a step (batch_size {settings.batch_size} x accumulate {settings.accumulate}) "
-            f"cannot be shared evenly by {world_size} processes: type accumulate={world_size}, or another number of processes"
+            f"cannot be shared evenly by {world_size} processes: set accumulate={world_size}, or another number of processes"
         )
     return size, each // size
 
@@ -97,7 +97,7 @@ class CausalLM(LightningModule):
         loss = self._loss(ids_BT, index)
         if not loss.isfinite():
             raise UserError(
-                f"the loss at step {self.trainer.global_step + 1} is {loss.item()}: type a smaller lr than "
+                f"the loss at step {self.trainer.global_step + 1} is {loss.item()}: set a smaller lr than "
                 f"{self.settings.lr:g}, or precision=bf16-mixed where float16 overflows (the last good checkpoint is kept)"
             )
         if not loss.requires_grad:
@@ -152,7 +152,7 @@ class CausalLM(LightningModule):
         for name, value in state.items():
             if not value.isfinite().all():  # the next step would show it, when the last good checkpoint is gone
                 raise UserError(
-                    f"step {self.trainer.global_step} left {name} with numbers that are not finite: type a smaller lr than "
+                    f"step {self.trainer.global_step} left {name} with numbers that are not finite: set a smaller lr than "
                     f"{self.settings.lr:g} (the last good checkpoint is kept)"
                 )
         checkpoint["state_dict"] = state
@@ -163,7 +163,7 @@ class CausalLM(LightningModule):
             folder = Path(self.trainer.ckpt_path).parent.parent
             raise UserError(
                 f"this training was begun with {begun} processes and goes on with as many only, not {processes.world_size()}: "
-                f"type --num_processes {begun}, or remove {folder} to begin anew"
+                f"launch with --num_processes {begun}, or remove {folder} to begin anew"
             )
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         saved = checkpoint.get("state_dict", trained)  # FSDP gives it to one rank
@@ -249,7 +249,7 @@ def _loggers(names: list[str], folder: Path) -> list:
                 made.append(loggers.WandbLogger(project="espalier", save_dir=folder))
         return made
     except ModuleNotFoundError as error:
-        raise UserError(f"finetune.loggers=[{name}] needs a package: type pip install {name}") from error
+        raise UserError(f"finetune.loggers=[{name}] needs a package: run pip install {name}") from error
 
 
 def precision(setting: str) -> str:

@@ -70,8 +70,8 @@ def write_model_card(folder: Path, recipe: Recipe, stage: str) -> None:
     where = "What it scores stands in the report of its run (`report/report.md`), with all settings."
     title = f"# {escaped(f'{name} {prune.sparsity}')}"
     parts = [_front(model_name(recipe)), title, escaped(f"{told}."), AS_ZEROS, where]
-    with files.whole(folder / "README.md") as beside:
-        beside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    with files.atomic_write(folder / "README.md") as tmp:
+        tmp.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def results(columns: list[str], groups: Groups) -> str:

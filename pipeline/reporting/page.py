@@ -18,5 +18,5 @@ def render(template: str, **facts: object) -> str:
 def write(folder: Path, texts: dict[str, str]) -> None:
     """Each text into a file of its name."""
     for name, text in texts.items():
-        with files.whole(folder / name) as beside:
-            beside.write_text(text, encoding="utf-8")
+        with files.atomic_write(folder / name) as tmp:
+            tmp.write_text(text, encoding="utf-8")

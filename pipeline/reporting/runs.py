@@ -81,7 +81,7 @@ def row_of(run: Run, state: str, runs: list[Run]) -> Row:
         return Row(model, state, f"dense{_bracketed(told['dense'])}")
     method = summary.METHODS.get(run.settings["prune.method"], Path(run.settings["prune.method"]).stem)
     healing = ""
-    tuning = summary.HEALERS[run.settings["finetune.method"]]
+    tuning = summary.RECOVERIES[run.settings["finetune.method"]]
     for healed, name in (("reconstructed", "reconstruction"), ("finetuned", tuning)):
         if healed in run.results["models"] and MODELS.index(healed) <= MODELS.index(state):
             healing += f" + {name}{_bracketed(told[healed])}"

@@ -8,7 +8,7 @@ from pipeline.settings.schema import Recipe
 
 MODELS = ("dense", "pruned", "reconstructed", "finetuned")  # in the order of the work
 METHODS = {"wanda": "Wanda", "wanda_variant": "Wanda variant", "sparsegpt": "SparseGPT", "ria": "RIA", "dsnot": "DSnoT"}
-HEALERS = {"lora": "LoRA", "plain_lora": "plain LoRA", "full": "full fine-tuning"}
+RECOVERIES = {"lora": "LoRA", "plain_lora": "plain LoRA", "full": "full fine-tuning"}
 SHARES = ("acc", "exact_match", "zero_shot_mean")  # metrics in 0..1, by their beginnings
 MARK = "*"
 
@@ -214,7 +214,7 @@ def headline(recipe: Recipe, results: dict) -> str:
     if not {"dense", "pruned"} <= said.keys():
         return f"{sentence} has a {kind} of {' and '.join(map(write, said.values()))}."
     sentence += f" went from a {kind} of {write(said['dense'])} to {write(said['pruned'])}"
-    steps = f"{HEALERS[recipe.finetune.method]} for {recipe.finetune.max_steps} steps"
+    steps = f"{RECOVERIES[recipe.finetune.method]} for {recipe.finetune.max_steps} steps"
     healers = {"reconstructed": "reconstruction of its layers", "finetuned": steps}
     healed = [name for name in healers if name in said]
     for name in healed:

@@ -7,7 +7,7 @@ SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGN
 
 
 class UserError(ValueError):
-    """One line saying what is wrong and what to type instead."""
+    """One line saying what is wrong and what to do instead."""
 
     def __init__(self, text: object) -> None:
         super().__init__(one_line(text))
@@ -17,7 +17,7 @@ class Stopped(BaseException):
     """A signal asked the run to stop. No `Exception`, so that whoever catches those does not take it for a damaged file."""
 
 
-class SaidElsewhere(Exception):
+class ReportedByPeer(Exception):
     """Another process says why the run ends; this one has only its exit `code` to give."""
 
     def __init__(self, code: int) -> None:

@@ -20,23 +20,23 @@ os.umask(UMASK := os.umask(0o077))  # it can be read only by setting it; once, b
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; flushed and renamed at the end, so that `path` is never half a file.
 
     What keeps it from being written, such as a full disk, is a `UserError`.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")  # two runs may measure the same
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.part")  # two runs may measure the same
     try:
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        beside.chmod(0o666 & ~UMASK)  # safetensors writes 0600
-        _flush(beside)
-        os.replace(beside, path)
+        tmp.parent.mkdir(parents=True, exist_ok=True)
+        yield tmp
+        tmp.chmod(0o666 & ~UMASK)  # safetensors writes 0600
+        _flush(tmp)
+        os.replace(tmp, path)
         with suppress(OSError):  # some file systems cannot
             _flush(path.parent)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
-            beside.unlink()
+            tmp.unlink()
         raise UserError(f"cannot write {path}: {error} (the same command goes on here, once that is mended)") from error
 
 
@@ -49,8 +49,8 @@ def _flush(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    with whole(path) as beside:
-        beside.write_text(json.dumps(value, indent=2) + "\n")
+    with atomic_write(path) as tmp:
+        tmp.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict | None:

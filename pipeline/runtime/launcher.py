@@ -29,19 +29,19 @@ def refuse_another() -> None:
     if "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
         # without a GPU, `accelerate launch [--cpu] --num_processes 2` quietly starts a single process
         raise UserError(
-            "several processes were asked for and the launcher started one: on a host without GPUs type "
+            "several processes were asked for and the launcher started one: on a host without GPUs run "
             "`accelerate launch --multi_gpu --num_processes N launch.py ...` (without --cpu)"
         )
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if tasks > 1 and "RANK" not in os.environ:
         raise UserError(
-            f"srun started {tasks} tasks that know nothing of each other: type `srun --ntasks-per-node=1 torchrun "
+            f"srun started {tasks} tasks that know nothing of each other: run `srun --ntasks-per-node=1 torchrun "
             "--nnodes=$SLURM_NNODES --nproc_per_node=GPUS ... launch.py ...`"
         )
     size = int(os.environ.get("WORLD_SIZE", 1))
     if nodes() > 1 and size != nodes() * local_world_size():
         raise UserError(
-            f"{nodes()} machines were asked for and {size} processes, {local_world_size()} of them here: type the "
+            f"{nodes()} machines were asked for and {size} processes, {local_world_size()} of them here: launch the "
             "same number of processes on each, torchrun --nproc_per_node=N, or accelerate launch --num_processes with the "
             "number on all machines together"
         )
@@ -52,7 +52,7 @@ def set_device() -> None:
         if local_world_size() > torch.cuda.device_count():
             raise UserError(
                 f"{local_world_size()} processes were started and {socket.gethostname()} has {torch.cuda.device_count()} "
-                f"GPUs: type --num_processes {torch.cuda.device_count()}"
+                f"GPUs: launch with --num_processes {torch.cuda.device_count()}"
             )
         torch.cuda.set_device(device())
     else:

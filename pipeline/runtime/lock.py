@@ -88,7 +88,7 @@ def _clear_away(path: Path) -> None:
     if not _is_stale(path, holder):
         raise UserError(
             f"{path.parent} is in use by process {holder.get('process')} on {holder.get('host')} since "
-            f"{holder.get('since')}: wait for it, end it, or type another run_dir=..."
+            f"{holder.get('since')}: wait for it, end it, or set another run_dir=..."
         )
     if _holder(path) == holder:
         path.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ def free_gib(device: torch.device) -> float:
     return psutil.virtual_memory().available / GIB
 
 
-def let_go() -> None:
+def free_memory() -> None:
     """Frees models that nothing refers to any more but themselves, as lm-eval's wrapper and a Trainer do."""
     gc.collect()
     if torch.cuda.is_available():

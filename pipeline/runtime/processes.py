@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
 
 from pipeline.runtime import launcher, signals
-from pipeline.runtime.errors import SaidElsewhere, Stopped, UserError, one_line
+from pipeline.runtime.errors import ReportedByPeer, Stopped, UserError, one_line
 from pipeline.runtime.heartbeat import ERROR, Heartbeat
 from pipeline.runtime.launcher import device, local_rank, local_world_size, nodes
 
@@ -45,7 +45,7 @@ def is_main() -> bool:
 def together(timeout_minutes: float = 30) -> Iterator[None]:
     """Inside, the processes of the launcher are one group; a failure of one ends all, and only one says why.
 
-    Raises what one process raises alone; where another process says why, `SaidElsewhere`.
+    Raises what one process raises alone; where another process says why, `ReportedByPeer`.
     """
     try:
         start(timeout_minutes)
@@ -89,23 +89,23 @@ def stop() -> None:
 
 def _to_say(error: BaseException, timeout_minutes: float) -> BaseException:
     """The exception that this process shall raise, once it is settled which process says why the run ends."""
-    signals.be_deaf()
+    signals.ignore_signals()
     if _heartbeat is None:
-        return error if local_rank() == 0 else SaidElsewhere(_code(error))
+        return error if local_rank() == 0 else ReportedByPeer(_code(error))
     if isinstance(error, Stopped) or is_of_a_lost_peer(error):
         # (a signal may be the launcher's, which ends the others once it has seen one die)
         reason = _heartbeat.lost()
         if isinstance(reason, dict):
-            return SaidElsewhere(_heartbeat.end_with(reason))
+            return ReportedByPeer(_heartbeat.end_with(reason))
         if reason:
             error = UserError(reason)
         elif "imed out" in str(error):
             error = UserError(
-                f"process {rank()} waited {timeout_minutes:g} minutes for one that is still at work: type a longer "
+                f"process {rank()} waited {timeout_minutes:g} minutes for one that is still at work: set a longer "
                 f"timeout_minutes ({one_line(error)[:200]})"
             )
     text = one_line(error) or type(error).__name__
-    return error if _heartbeat.post(text, _code(error)) else SaidElsewhere(_code(error))
+    return error if _heartbeat.post(text, _code(error)) else ReportedByPeer(_code(error))
 
 
 def is_of_a_lost_peer(error: BaseException) -> bool:

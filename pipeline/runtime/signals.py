@@ -40,7 +40,7 @@ def asked() -> str | None:
     return _asked
 
 
-def be_patient() -> None:
+def defer_signals() -> None:
     """Also takes the signals back from Lightning, whose own handler would start a collective wherever it interrupts."""
     global _patient
     if _listening:  # else they are not ours
@@ -48,12 +48,12 @@ def be_patient() -> None:
         _listen()
 
 
-def be_prompt() -> None:
+def resume_signals() -> None:
     global _patient
     _patient = False
 
 
-def be_deaf() -> None:
+def ignore_signals() -> None:
     """The run is ending already, and has something to say."""
     if _listening and _in_main_thread():
         for number in SIGNALS:

@@ -126,13 +126,13 @@ def _expanded(key: str, value: Any) -> Any:
 
 
 def _mismatch(layer: dict, key: str) -> str:
-    """What to type for a value of another type than that of its key, which may be an item's, such as `stages[0]`."""
+    """What to set for a value of another type than that of its key, which may be an item's, such as `stages[0]`."""
     key = key or _where_a_list_is_needed(layer, Recipe)  # omegaconf names no key there
     value, wanted = layer, Recipe
     for part in key.partition("[")[0].split("."):
         value, wanted = value[part], next(f.type for f in dataclasses.fields(wanted) if f.name == part)
     if get_origin(wanted) is list and not isinstance(value, list):
-        return f"{key} is a list: type '{key}=[{value}]'"
+        return f"{key} is a list: set '{key}=[{value}]'"
     one_of = [wanted] if get_origin(wanted) is dict else get_args(wanted) or [wanted]
     kinds = [KINDS[get_origin(kind) or kind] for kind in one_of if kind is not NoneType]
     return f"{key}={value}: {' or '.join(kinds)} is needed"
@@ -199,10 +199,10 @@ def _check(section: Any, prefix: str) -> None:
 
 def _check_stages(recipe: Recipe) -> None:
     if recipe.model is None and "pretrain" not in recipe.stages:
-        raise UserError("no model: type model=<hub id or folder>, such as model=huggyllama/llama-7b")
+        raise UserError("no model: set model=<hub id or folder>, such as model=huggyllama/llama-7b")
     if recipe.model is not None and "pretrain" in recipe.stages:
         raise UserError(
-            f"model={recipe.model} and a pretrain stage exclude each other: type stages=[prune,finetune,...]"
+            f"model={recipe.model} and a pretrain stage exclude each other: set stages=[prune,finetune,...]"
         )
     for stage in ("reconstruct", "finetune"):
         if stage in recipe.stages and "prune" not in recipe.stages:
@@ -228,7 +228,7 @@ def _check_stages(recipe: Recipe) -> None:
     pattern = patterns.parse(recipe.prune.sparsity)
     if recipe.prune.allocation == "owl" and not isinstance(pattern, patterns.Unstructured):
         raise UserError(
-            f"prune.allocation=owl shares out a ratio over the layers: type prune.sparsity={pattern.ratio:g}"
+            f"prune.allocation=owl shares out a ratio over the layers: set prune.sparsity={pattern.ratio:g}"
         )
     for glob, value in recipe.prune.overrides.items():
         if value != "dense":
@@ -238,19 +238,19 @@ def _check_stages(recipe: Recipe) -> None:
 def _check_finetune(settings: Finetune) -> None:
     lora = settings.method != "full"
     refused = {
-        "finetune.quantize freezes the weights, which finetune.method=full trains: type finetune.method=lora": (
+        "finetune.quantize freezes the weights, which finetune.method=full trains: set finetune.method=lora": (
             settings.quantize and not lora
         ),
         "finetune.quantize and finetune.strategy=fsdp exclude each other: quantised weights are whole on each process": (
             settings.quantize and settings.strategy == "fsdp"
         ),
-        "finetune.strategy=fsdp shares out what bitsandbytes' optimizers need whole: type finetune.optimizer=adamw": (
+        "finetune.strategy=fsdp shares out what bitsandbytes' optimizers need whole: set finetune.optimizer=adamw": (
             settings.strategy == "fsdp" and settings.optimizer != "adamw"
         ),
-        "finetune.effective=cached needs whole, unquantised weights and no dropout: type finetune.effective=auto": (
+        "finetune.effective=cached needs whole, unquantised weights and no dropout: set finetune.effective=auto": (
             settings.effective == "cached" and (settings.quantize or settings.strategy == "fsdp" or settings.dropout)
         ),
-        "finetune.patience counts validations: type finetune.validation=<dataset>@<split>": (
+        "finetune.patience counts validations: set finetune.validation=<dataset>@<split>": (
             settings.patience and not settings.validation
         ),
     }

@@ -106,8 +106,8 @@ class Masks(Mapping[str, Tensor]):
         }
         # one metadata key only: safetensors writes several in a random order, and equal masks must be equal files
         metadata = {"espalier": json.dumps({"masks": about, "log": log}, sort_keys=True)}
-        with files.whole(path) as beside:
-            save_file({name: entry.bits for name, entry in entries.items()}, beside, metadata)
+        with files.atomic_write(path) as tmp:
+            save_file({name: entry.bits for name, entry in entries.items()}, tmp, metadata)
 
     @staticmethod
     def merge(paths: list[Path], target: Path) -> list[dict]:
@@ -179,14 +179,14 @@ def by_matrix(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tens
             yield name, weight
 
 
-def strays(weight: Tensor, mask: Tensor) -> Tensor:
+def nonzero_pruned(weight: Tensor, mask: Tensor) -> Tensor:
     """Where a pruned weight is not zero (NaN is not zero either). Comparing bytes is five times faster than masked_fill."""
     return (weight != 0) & ~mask
 
 
 def violation_of(name: str, weight: Tensor, mask: Tensor) -> Violation | None:
     """The pruned weights of one parameter that are not zero, if there are any."""
-    wrong = strays(weight, mask.to(weight.device)).cpu().numpy()
+    wrong = nonzero_pruned(weight, mask.to(weight.device)).cpu().numpy()
     if not (count := int(np.count_nonzero(wrong))):
         return None
     first = tuple(int(i) for i in np.unravel_index(wrong.argmax(), wrong.shape))

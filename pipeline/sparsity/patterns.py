@@ -172,10 +172,10 @@ def parse(value: str | int | float, key: str = "prune.sparsity") -> Pattern:
     try:
         ratio = float(value)
     except (ValueError, TypeError):
-        raise UserError(f"{key}={value} is not a sparsity: type a ratio such as 0.5, or N of M such as 2of4") from None
+        raise UserError(f"{key}={value} is not a sparsity: set a ratio such as 0.5, or N of M such as 2of4") from None
     if ratio >= 60 and ratio == int(ratio):
         n, m = divmod(int(ratio), 60)  # YAML 1.1 reads 2:4 in base 60
-        raise UserError(f"{key}={value} is not a ratio. YAML reads {n}:{m} as {value}: type {n}of{m}")
+        raise UserError(f"{key}={value} is not a ratio. YAML reads {n}:{m} as {value}: write {n}of{m}")
     if not 0 < ratio < 1:
         raise UserError(f"{key}={value} is out of range: a ratio lies between 0 and 1, such as 0.5")
     return Unstructured(ratio)

@@ -63,7 +63,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     for subject in subjects:
         name = subject.name
         results[name], samples[name] = measure(subject, recipe, protocol)
-        memory.let_go()
+        memory.free_memory()
         results[name]["differences"] = {
             other: paired.difference(samples[name], samples[other]) for other in samples if other != name
         }

@@ -32,7 +32,7 @@ def check(recipe: Recipe) -> None:
     loading.check_length(config, "finetune.seq_len", settings.seq_len)
     stored = str(config.dtype or "float32") if recipe.dtype == "auto" else recipe.dtype
     if settings.bias == "all" and "16" in stored and precision(settings.precision) == "32-true":
-        raise UserError("finetune.bias=all trains in float32: type finetune.precision=bf16-mixed, or dtype=float32")
+        raise UserError("finetune.bias=all trains in float32: set finetune.precision=bf16-mixed, or dtype=float32")
     if settings.targets != lora.ALL:
         lora.targets(allocate(find_blocks(loading.skeleton(folder, recipe)), recipe.prune), settings.targets)
 

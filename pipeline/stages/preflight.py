@@ -104,10 +104,10 @@ def _questions(recipe: Recipe, tokenizer: Any, config: PreTrainedConfig) -> list
     for prompt in settings.prompts if prompted else ():
         length = len(asking(prompt).input_ids)
         if length == 0:
-            raise UserError(f"evaluate.prompts: '{prompt}' gives no token to go on from: type a longer one")
+            raise UserError(f"evaluate.prompts: '{prompt}' gives no token to go on from: use a longer one")
         if positions and length >= positions:
             raise UserError(
-                f"evaluate.prompts: one of {length} tokens fills the model's {positions} positions: type a shorter one"
+                f"evaluate.prompts: one of {length} tokens fills the model's {positions} positions: use a shorter one"
             )
     return mended
 
@@ -120,7 +120,7 @@ def _packages(recipe: Recipe) -> None:
     for name in needed:
         if find_spec(name) is None:
             raise UserError(
-                f"the finetune stage needs a package: type pip install {name} (or do without: {PACKAGES[name]})"
+                f"the finetune stage needs a package: run pip install {name} (or do without: {PACKAGES[name]})"
             )
 
 
@@ -132,7 +132,7 @@ def _tasks(recipe: Recipe) -> None:
         if caches.is_missing(dataset):
             raise UserError(
                 f"task '{task}' reads {dataset}, which is in no cache here, and HF_HUB_OFFLINE forbids to fetch it: fetch "
-                "it where there is a network, type mirror=FOLDER, or leave the task out"
+                "it where there is a network, set mirror=FOLDER, or leave the task out"
             )
 
 

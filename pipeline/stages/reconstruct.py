@@ -57,14 +57,14 @@ def plan_steps(text: Calibration, accumulate: int, world_size: int) -> list[rang
     samples = accumulate * text.batch_size  # of a step
     if accumulate % world_size:
         raise UserError(
-            f"reconstruct.accumulate={accumulate} batches a step cannot be shared by {world_size} processes: type "
+            f"reconstruct.accumulate={accumulate} batches a step cannot be shared by {world_size} processes: set "
             f"reconstruct.accumulate={world_size} reconstruct.batch_size={max(1, samples // world_size)}"
         )
     count = text.samples // samples
     if count < 2:
         raise UserError(
             f"{text.samples} samples are too few to train on some and judge by others, {samples} a step: "
-            f"type reconstruct.samples={HELD_OUT * samples}"
+            f"set reconstruct.samples={HELD_OUT * samples}"
         )
     each = accumulate // world_size
     return [range(step * each, (step + 1) * each) for step in range(count - max(1, count // HELD_OUT))]

@@ -93,7 +93,7 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
             left.unlink()
         space.check(stage.name, recipe, inputs, work)
     processes.barrier()
-    memory.let_go()
+    memory.free_memory()
     memory.restart_peak(processes.device())
     started = time.perf_counter()
     stage.run(recipe, work, inputs)
@@ -118,14 +118,14 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
         print(f"{stage.name}: done in {about['seconds']:.0f} s", flush=True)
 
 
-def _is_taken_over(stage: Stage, finished: Path, key: str) -> bool:
+def _is_reused(stage: Stage, finished: Path, key: str) -> bool:
     """Whether another cell of this sweep has made the same; not the report, which also tells where its run lies.
 
     A run on its own takes over nothing: whoever repeats one wants to see it come out again.
     """
     if processes.CELL not in os.environ or stage.name == "report":
         return False
-    sibling = siblings.take_over(finished, key)
+    sibling = siblings.reuse(finished, key)
     if sibling:
         print(f"{stage.name}: taken over from {sibling}", flush=True)
     return sibling is not None
@@ -147,7 +147,7 @@ def _is_done(stage: Stage, finished: Path, work: Path, made_from: dict, key: str
     else:
         print(f"{stage.name}: done before", flush=True)
         return True
-    if _is_taken_over(stage, finished, key):
+    if _is_reused(stage, finished, key):
         return True
     print(f"{stage.name}: {why}", flush=True)
     return False
@@ -181,7 +181,7 @@ def _locked(run_dir: Path) -> Iterator[None]:
         if hosts := sorted({host for host in processes.all_ranks(socket.gethostname() if blind else None) if host}):
             raise UserError(
                 f"run_dir={run_dir} as seen on {', '.join(hosts)} is not that of the main process: it must lie on a file "
-                "system that all machines share: type run_dir=/SHARED/..."
+                "system that all machines share: set run_dir=/SHARED/..."
             )
         yield
 
@@ -192,7 +192,7 @@ def _refuse_other_settings(recipe: Recipe) -> None:
         if theirs != mine:
             difference = _difference(mine, theirs)
             raise UserError(
-                f"process {rank} was started with other settings than process {processes.rank()} ({difference}): type the "
+                f"process {rank} was started with other settings than process {processes.rank()} ({difference}): run the "
                 "same command on all machines"
             )
 

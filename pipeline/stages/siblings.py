@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.runtime import checksums
 
 
-def take_over(finished: Path, key: str) -> Path | None:
+def reuse(finished: Path, key: str) -> Path | None:
     """Puts at `finished` the same stage of a run in a folder beside, if there is one with this key; returns that run.
 
     The files are hard links where the file system has them, so they take no space and outlive the other run. They are

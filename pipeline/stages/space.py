@@ -37,7 +37,7 @@ def check(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> No
         who = f"{', '.join(stages)} need{'s' * (len(stages) == 1)}"
         raise UserError(
             f"{who} about {_text(needed - written)} more on the disk of {work.parent}, where {_text(free)} are free: make "
-            "room, or type run_dir=... on another disk"
+            "room, or set run_dir=... on another disk"
         )
 
 

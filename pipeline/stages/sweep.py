@@ -128,7 +128,7 @@ def _check(key: str, values: list[str]) -> None:
     if "" in values:
         raise UserError(f"{key}={','.join(values)}: a value is missing beside a comma")
     if isinstance(default, list) and not all(value.startswith("[") for value in values):
-        raise UserError(f"{key} is a list: type '{key}=[{','.join(values)}]'")
+        raise UserError(f"{key} is a list: set '{key}=[{','.join(values)}]'")
 
 
 def _folder(first: list[str], recipes: list[str] | None) -> Path:
