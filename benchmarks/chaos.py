@@ -48,7 +48,7 @@ def main() -> int:
         for series in range(-(-arguments.kills // len(STAGES))):
             run_dir = folder / str(series) / "run"
             left = min(len(STAGES), arguments.kills - len(landed))
-            landed += [kill_in(stage, draw, run_dir, whole, processes) for stage in STAGES[:left]]
+            landed += [kill_in(stage, draw, run_dir, whole, processes) for stage in list(STAGES)[:left]]
             codes = end(start(run_dir, processes))
             same = codes == [0] * processes and what_matters(run_dir) == what_matters(whole)
             differ += not same

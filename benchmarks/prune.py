@@ -20,10 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from callbacks.layer_writer import LayerWriter
-from callbacks.methods import pruner
 from pipeline.engine.matrices import matrices_of
 from pipeline.engine.walk import LayerWalk, run_layerwise
 from pipeline.pruning.allocation import allocate
+from pipeline.pruning.block_pruner import BlockPruner
+from pipeline.registry import PRUNE_METHODS
 from pipeline.runtime import processes
 from pipeline.settings.schema import Prune
 from pipeline.sparsity import patterns
@@ -72,16 +73,15 @@ def ours(model, windows, method: str, pattern: str, batch_size: int) -> dict[str
     observing, passing, ending = Clock(), Clock(), Clock()
     with tempfile.TemporaryDirectory() as folder:
         walk = LayerWalk(model, list(windows.split(batch_size)), processes.device(), Path(folder))
-        callback = pruner(settings, allocate(walk.blocks, settings))
-        callback.observe = observing.around(callback.observe)
+        chosen = PRUNE_METHODS.entry(method).load()(settings, allocate(walk.blocks, settings))
+        chosen.observe = observing.around(chosen.observe)
         walk.forwards.try_on = passing.around(walk.forwards.try_on)
-        callback.on_predict_batch_end = ending.around(callback.on_predict_batch_end)
         writer = LayerWriter()
         writing = Clock()
         writer.write_on_batch_end = writing.around(writer.write_on_batch_end)
         wait()
         started = time.perf_counter()
-        run_layerwise(walk, [callback, writer])
+        run_layerwise(walk, ending.around(BlockPruner(chosen)), [writer])
         wait()
         seconds = time.perf_counter() - started - writing.total  # the textbook writes nothing
     pruning = ending.total - passing.total + observing.total  # all but the forward passes, in which inputs are observed

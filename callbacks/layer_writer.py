@@ -4,13 +4,11 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 
 class LayerWriter(BasePredictionWriter):
-    """Stands after the callback that prunes or reconstructs."""
+    """What a walk's `visit` returns of a block is a `BlockResult`, or None where there is nothing to write."""
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
 
-    def write_on_batch_end(
-        self, trainer, walk, prediction, batch_indices, block, number: int, dataloader_idx: int
-    ) -> None:
-        if trainer.is_global_zero and not walk.is_finished(block):
-            walk.files.write(block, walk.masks, walk.log_row)
+    def write_on_batch_end(self, trainer, walk, result, batch_indices, block, number: int, dataloader_idx: int) -> None:
+        if trainer.is_global_zero and result is not None:
+            walk.files.write(block, result)

@@ -166,7 +166,7 @@ CASES: dict[str, list[Case]] = {
         Case("prune.method=./none.py", "no such file"),
         Case(
             "prune.method={here}/m.py",
-            "should define one subclass of LayerPruner",
+            "should define one subclass of PruneMethod",
             put("m.py", "x = 1"),
             "holds `x = 1`",
         ),

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from callbacks.methods import METHODS, WandaPruner
 from pipeline.data import sources, token_windows
 from pipeline.models import loading, model_files
+from pipeline.pruning.score_methods import Wanda
+from pipeline.registry import PRUNE_METHODS
 from pipeline.reporting import series
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
@@ -91,7 +92,7 @@ def test_the_folder_is_an_ordinary_model(tiny_llama, tmp_path):
     assert "pruned with Wanda to 2of4" in (tmp_path / "p/model/README.md").read_text()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRUNE_METHODS.entries)
 def test_every_method_on_every_pattern(tiny_llama, tmp_path, method):
     for sparsity, ratio in {"2of4": 0.5, "1of8": 0.875, "0.5": 0.5, "0.3": 0.3}.items():
         masks, _ = pruned(tiny_llama, tmp_path / sparsity, f"prune.method={method}", f"prune.sparsity={sparsity}")
@@ -175,7 +176,7 @@ def test_an_expert_is_judged_by_the_tokens_it_saw_and_a_starved_one_by_its_weigh
 def test_owl_prunes_less_where_outliers_are_and_as_much_on_the_whole(tiny_llama, tmp_path):
     more = ("prune.allocation=owl", "prune.sparsity=0.6", "prune.owl_outliers=3", "prune.owl_spread=0.1")
     masks, _ = pruned(tiny_llama, tmp_path / "p", *more)
-    shares = json.loads((tmp_path / "p/owl.json").read_text())["outlier_shares"]
+    shares = json.loads((tmp_path / "p/allocation.json").read_text())["measured"]
     by_layer = []
     for layer in range(3):
         part = [mask for name, mask in masks.items() if f".{layer}." in name]
@@ -205,14 +206,14 @@ def test_killed_at_a_layer_it_goes_on_there(tiny_llama, tmp_path, monkeypatch):
     whole_masks, whole = pruned(tiny_llama, tmp_path / "whole")
     begun = []
 
-    def score(self, weight_OI, total, original=WandaPruner.score):
+    def score(self, weight_OI, total, original=Wanda.score):
         begun.append(weight_OI.shape)
         if len(begun) == 7 + 3:  # in the middle of the second layer
             raise Killed
         return original(self, weight_OI, total)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(WandaPruner, "score", score)
+        patch.setattr(Wanda, "score", score)
         pruned(tiny_llama, tmp_path / "p")
     first = tmp_path / "p/model/model-00001-of-00004.safetensors"
     written = first.stat().st_mtime_ns
@@ -232,7 +233,7 @@ def test_two_processes_prune_as_one_by_every_method(tiny_llama, tmp_path):
         environ = environment() | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-    for method in METHODS:
+    for method in PRUNE_METHODS.entries:
         for sparsity in ("2of4", "0.5"):
             one, two = (tmp_path / n / f"{method}-{sparsity}" for n in "12")
             assert (one / "masks.safetensors").read_bytes() == (two / "masks.safetensors").read_bytes(), method
@@ -244,18 +245,18 @@ def test_two_processes_prune_as_one_by_every_method(tiny_llama, tmp_path):
 ALL_METHODS = """
 import sys
 from pathlib import Path
-from callbacks.methods import METHODS
+from pipeline.registry import PRUNE_METHODS
 from pipeline.runtime import processes
 from pipeline.settings import reader
 from pipeline.stages import prune
 model, where, *settings = sys.argv[1:]
 processes.start()
-for method in METHODS:
+for method in PRUNE_METHODS.entries:
     for sparsity in ("2of4", "0.5"):
         folder = Path(where) / f"{method}-{sparsity}"
         folder.mkdir(parents=True, exist_ok=True)
         chosen = ["stages=[prune]", f"model={model}", *settings, f"prune.method={method}", f"prune.sparsity={sparsity}"]
-        prune.run(recipe_reader.load(chosen), folder, {})
+        prune.run(reader.load(chosen), folder, {})
         processes.barrier()
 processes.stop()
 """

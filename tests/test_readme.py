@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.registry import PRUNE_METHODS
 from pipeline.settings import reader, schema
 from pipeline.sparsity.masks import Masks
 from tests.conftest import QUICK, ROOT, espalier
@@ -31,7 +32,7 @@ def test_its_keys_and_methods_exist():
     known = schema.plain(reader.load([]))["prune"].keys()
     for key in re.findall(r"`prune\.(\w+)`", table):
         assert key in known
-    for method in schema.METHODS:
+    for method in PRUNE_METHODS.entries:
         assert f"`{method}`" in table
     for line in re.findall(r"launch\.py (.*)$", README, flags=re.M):
         for name in re.findall(r"recipe=(\w+)", line):
@@ -40,7 +41,7 @@ def test_its_keys_and_methods_exist():
 
 
 def test_its_snippets_run_through_the_whole_pipeline(tiny_llama, tmp_path):
-    mine = {"prune.method": snippet("LayerPruner"), "prune.sparsity": snippet("(Pattern)")}
+    mine = {"prune.method": snippet("PruneMethod"), "prune.sparsity": snippet("(Pattern)")}
     for setting, text in mine.items():
         assert len(text.splitlines()) <= 20
         (tmp_path / f"{setting}.py").write_text(text)

@@ -142,7 +142,8 @@ def test_a_sweep_in_a_folder_with_a_comma():
 
 def test_home_is_known_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "own.py").write_text("")
+    method = "from pipeline.pruning.method import PruneMethod\nclass Own(PruneMethod): ...\n"
+    (tmp_path / "own.py").write_text(method)
     (tmp_path / "r.yaml").write_text("model: ~/model\nstages: [prune]\nevaluate: {tasks: [~/t.yaml, boolq]}\n")
     more = ["run_dir=~/runs/x", "mirror=~/hub", "prune.method=~/own.py"]
     loaded = reader.load(["recipe=~/r.yaml", *more])

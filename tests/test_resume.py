@@ -23,18 +23,14 @@ SECOND = "model-00002-of-00004.safetensors"
 TRAIN = ("stages=[prune,finetune]", "finetune.max_steps=60", "finetune.checkpoint_every=1000")
 MINE = """
 import os, signal
-from callbacks.methods import WandaPruner
+from pipeline.pruning.score_methods import Wanda
 
-class StoppingPruner(WandaPruner):
-    def score(self, weight_OI, total):
-        if os.environ.get("STOP_IN_LAYER") == self.layer:
+class Stopping(Wanda):
+    def prune(self, weights, total):
+        if f".{os.environ.get('STOP_IN_LAYER')}." in next(iter(weights)):
             del os.environ["STOP_IN_LAYER"]
             os.kill(os.getpid(), signal.SIGTERM)
-        return super().score(weight_OI, total)
-
-    def on_predict_batch_end(self, trainer, walk, outputs, layer, index, dataloader_idx=0):
-        self.layer = str(index)
-        super().on_predict_batch_end(trainer, walk, outputs, layer, index)
+        return super().prune(weights, total)
 """
 
 

@@ -8,7 +8,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
-    *("runtime", "sparsity", "settings", "models", "data", "engine", "pruning", "recovery", "evaluation", "compact"),
+    *(
+        "runtime",
+        "registry",
+        "sparsity",
+        "settings",
+        "models",
+        "data",
+        "engine",
+        "pruning",
+        "recovery",
+        "evaluation",
+        "compact",
+    ),
     *("callbacks", "reporting", "stages", "commands"),
 )
 FILES = sorted([*ROOT.glob("pipeline/*/*.py"), *ROOT.glob("callbacks/*.py")])

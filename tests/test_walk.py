@@ -7,7 +7,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from callbacks.methods import WandaPruner
 from pipeline.data import sources, token_windows
 from pipeline.engine.blocks import Block, find_blocks
 from pipeline.engine.coverage import Coverage
@@ -17,6 +16,7 @@ from pipeline.engine.observe import InputObserver
 from pipeline.engine.walk import LayerWalk
 from pipeline.models import loading, model_files
 from pipeline.pruning import calibration, scores
+from pipeline.pruning.score_methods import Wanda
 from pipeline.reporting import series
 from pipeline.runtime.errors import UserError
 from pipeline.settings import schema
@@ -76,14 +76,14 @@ def test_pruned_exactly_and_nothing_else_changed_and_resumed_to_the_bit(origin, 
     names = list(masks)
     killed_at, begun = len(names) // 2, []
 
-    def score(self, weight_OI, total, original=WandaPruner.score):
+    def score(self, weight_OI, total, original=Wanda.score):
         begun.append(weight_OI.shape)
         if len(begun) == killed_at:
             raise Killed
         return original(self, weight_OI, total)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(WandaPruner, "score", score)
+        patch.setattr(Wanda, "score", score)
         pruned(folder, tmp_path / "p", tokens)
     pruned(folder, tmp_path / "p", tokens)
     assert (tmp_path / "p/masks.safetensors").read_bytes() == (tmp_path / "whole/masks.safetensors").read_bytes()

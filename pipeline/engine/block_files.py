@@ -1,6 +1,7 @@
 """Owns what a walk writes: the weights and masks of each block as it is finished, and from them the new model folder."""
 
 import csv
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -10,6 +11,14 @@ from pipeline.engine.blocks import Block
 from pipeline.models import file_names, model_files
 from pipeline.runtime import checksums, files, processes
 from pipeline.sparsity.masks import Masks
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What was done to a block: its masks, where it was pruned, and what is logged of it."""
+
+    masks: Masks
+    log: dict
 
 
 class BlockFiles:
@@ -47,8 +56,8 @@ class BlockFiles:
         """Whether the shard of a block holds its parameter `name`; one that blocks share has its place in one of them."""
         return f"{block.name}.{name}" in self._names
 
-    def write(self, block: Block, masks: Masks, log: dict) -> None:
-        masks.save(self.masks_file(block.index), log)
+    def write(self, block: Block, result: BlockResult) -> None:
+        result.masks.save(self.masks_file(block.index), result.log)
         self._save(block.index, self._state(block))
         checksums.record(self.folder, self.masks_file(block.index), self.shard(block.index))
 

@@ -1,4 +1,4 @@
-"""Owns the walk over a model's blocks, in which a batch is a block; pruning or reconstructing it is a callback."""
+"""Owns the walk over a model's blocks, in which a batch is a block; what is done to each is handed to `run_layerwise`."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,21 +9,24 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from pipeline.engine.block_files import BlockFiles
+from pipeline.engine.block_files import BlockFiles, BlockResult
 from pipeline.engine.blocks import Block, find_blocks
 from pipeline.engine.layerwise import LayerwiseForwards
 from pipeline.engine.matrices import Matrix
 from pipeline.engine.observe import InputObserver, Observed
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
-from pipeline.sparsity.masks import Masks
+
+Visit = Callable[
+    ["LayerWalk", Block], BlockResult | None
+]  # what is done to a block; what it returns, the callbacks get
 
 
 class LayerWalk(LightningModule):
     """Owns a model's blocks, and the forwards of this rank's batches, which are paused at the block at hand.
 
-    A block that an earlier try finished, as `files` knows, is given its weights and only passed through. Without files
-    nothing is written, and no callback may change the weights.
+    A block that an earlier try finished, as `files` knows, is given its weights. Without files nothing is written, and the
+    weights may not change.
     """
 
     def __init__(
@@ -36,8 +39,7 @@ class LayerWalk(LightningModule):
         self.tokens = sum(batch.numel() for batch in batches)
         self.files = BlockFiles(folder, model, self.blocks) if folder else None
         self.forwards = self.forwards_of(model, self.files)
-        self.masks = Masks()  # of the block at hand
-        self.log_row: dict = {}
+        self.visit: Visit = lambda walk, block: None
 
     def is_finished(self, block: Block) -> bool:
         return self.files is not None and self.files.is_finished(block)
@@ -79,8 +81,8 @@ class LayerWalk(LightningModule):
     def on_predict_batch_end(self, outputs, block: Block, number: int, dataloader_idx: int = 0) -> None:
         self.ended += 1
 
-    def predict_step(self, block: Block, number: int) -> None:
-        self.masks, self.log_row = Masks(), {}
+    def predict_step(self, block: Block, number: int) -> BlockResult | None:
+        return self.visit(self, block)
 
     @torch.no_grad()
     def observe(self, matrices: dict[str, Matrix], observe: Callable[[Tensor], Tensor]) -> Observed:
@@ -124,8 +126,9 @@ class _Reached(IterableDataset):
         return self.walk.reached()
 
 
-def run_layerwise(walk: LayerWalk, callbacks: list[Callback]) -> None:
-    """Walks all blocks with the callbacks."""
+def run_layerwise(walk: LayerWalk, visit: Visit, callbacks: list[Callback]) -> None:
+    """Walks all blocks: each is handed to `visit`, and what that returns to the callbacks, as the outputs of a batch."""
+    walk.visit = visit
     trainer = Trainer(
         callbacks=callbacks,
         inference_mode=False,  # else the weights become inference tensors, and a later fit of them dies

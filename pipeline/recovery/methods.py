@@ -1,8 +1,4 @@
-"""Owns what trains on a pruned model, one class a way, and how its mask holds meanwhile.
-
-All have the same four methods: `reapply` (after each real step; returns how many pruned weights were not zero),
-`mask_gradients` (before clipping), `merged` (a weight of the finished model) and `save`.
-"""
+"""Owns what trains on a pruned model, one class a way, and how its mask holds meanwhile."""
 
 import functools
 import textwrap
@@ -21,9 +17,39 @@ from pipeline.settings.schema import Finetune
 from pipeline.sparsity.masks import Masks, apply_, multiply_, nonzero_pruned
 
 
-class PlainLora:
+class FinetuneMethod:
+    """Chooses what trains on a pruned `model`, and keeps its masks meanwhile: of the model's own weights where they train
+    (`SparseFull`), or by adapters whose update is masked (`MaskedLora`).
+
+    A subclass sets `self.model`, the model that is called, with `requires_grad` where it trains. In a file of the user's,
+    its attributes `label`, `description` and `citation` say what it is called in checks and reports; a subclass of neither
+    class sets `trains_weights` and `leaves_model` as well (registry/finetune_methods.py).
+    """
+
+    model: nn.Module
+
+    def __init__(self, model: nn.Module, masks: Masks, settings: Finetune) -> None:
+        raise NotImplementedError
+
+    def mask_gradients(self) -> None:
+        """Called before the gradients are clipped."""
+
+    def reapply(self) -> int:
+        """Called after each real step: masks what trains. Returns how many pruned weights were not zero after that."""
+        return 0
+
+    def merged(self, name: str, weight: Tensor) -> Tensor | None:
+        """The finished model's weight of this name in its files, from the pruned model's; None where it is the same. All
+        ranks must call."""
+        return None
+
+    def save(self, folder: Path, masks_file: Path) -> None:
+        """Writes what there is beside the model. All ranks must call."""
+
+
+class PlainLora(FinetuneMethod):
     """The baseline of the Wanda paper (section 4.3): a dense LoRA, kept apart from the weights. Merged, it would fill the
-    zeros, so there is no merged model."""
+    zeros, so there is no merged model. A and B are not masked: B starts at zero."""
 
     def __init__(self, model: nn.Module, masks: Masks, settings: Finetune) -> None:
         self.model = self.attach(model, masks, settings)
@@ -49,15 +75,6 @@ class PlainLora:
                 f"{ends}{why}: set finetune.targets to others, or finetune.method=lora"
             )
         return model
-
-    def mask_gradients(self) -> None:
-        """A and B are not masked: B starts at zero, and what they change is masked where it is made."""
-
-    def reapply(self) -> int:
-        return 0
-
-    def merged(self, name: str, weight: Tensor) -> Tensor | None:
-        return None
 
     def save(self, folder: Path, masks_file: Path) -> None:
         """Writes `adapter/`; all ranks must call."""
@@ -96,7 +113,7 @@ class MaskedLora(PlainLora):
             lora.save_adapter(self.model, masks_file, folder / "adapter", state)
 
 
-class SparseFull:
+class SparseFull(FinetuneMethod):
     """Every kept weight trains, and all that was never pruned (norms, embeddings)."""
 
     def __init__(self, model: nn.Module, masks: Masks, settings: Finetune) -> None:
@@ -141,9 +158,3 @@ class SparseFull:
     def merged(self, name: str, weight: Tensor) -> Tensor | None:
         """None for what is no parameter: buffers do not train."""
         return sharding.whole(self.parameters[name].detach()) if name in self.parameters else None
-
-    def save(self, folder: Path, masks_file: Path) -> None:
-        """There is nothing beside the model."""
-
-
-METHODS = {"lora": MaskedLora, "plain_lora": PlainLora, "full": SparseFull}

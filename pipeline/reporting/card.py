@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pipeline import registry
+from pipeline.registry import ALLOCATIONS, FINETUNE_METHODS
 from pipeline.reporting import series
-from pipeline.reporting.summary import MARK, Cell, Groups, method_name, model_name, short
+from pipeline.reporting.summary import MARK, Cell, Groups, label_of, model_name, short
 from pipeline.runtime import files
 from pipeline.settings.schema import Recipe
 
@@ -58,17 +60,21 @@ def write_model_card(folder: Path, recipe: Recipe, stage: str) -> None:
     It is written by that stage, as a finished one stays as it is, so it tells what was done and not what came of it.
     """
     text, prune, tune = recipe.calibration, recipe.prune, recipe.finetune
-    name = short(model_name(recipe))
-    told = f"{name}, pruned with {method_name(recipe)} to {prune.sparsity}"
+    name, methods = short(model_name(recipe)), {"methods": registry.describe(recipe)}
+    method, pattern, allocation = (
+        label_of(recipe, f"prune.{key}", methods) for key in ("method", "sparsity", "allocation")
+    )
+    told = f"{name}, pruned with {method} to {pattern}"
+    if ALLOCATIONS.entry(prune.allocation).shares_ratio:
+        told += f" shared out by {allocation}"
     told += f" ({text.samples} samples of {text.seq_len} tokens of {text.dataset})"
     if stage != "prune" and "reconstruct" in recipe.stages:
         told += ", its layers reconstructed"
     if stage == "finetune":
-        how = "all kept weights" if tune.method == "full" else f"a LoRA of rank {tune.rank}, merged"
-        told += f", then fine-tuned within its masks: {how}"
+        told += f", then fine-tuned within its masks: {FINETUNE_METHODS.entry(tune.method).in_words(tune)}"
         told += f" ({tune.max_steps} steps of {tune.batch_size * tune.accumulate} x {tune.seq_len} tokens of {tune.dataset})"
     where = "What it scores stands in the report of its run (`report/report.md`), with all settings."
-    title = f"# {escaped(f'{name} {prune.sparsity}')}"
+    title = f"# {escaped(f'{name} {pattern}')}"
     parts = [_front(model_name(recipe)), title, escaped(f"{told}."), AS_ZEROS, where]
     with files.atomic_write(folder / "README.md") as tmp:
         tmp.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from pipeline.reporting.summary import pattern_name
+from pipeline.registry import ALLOCATIONS, FINETUNE_METHODS, PATTERNS
 from pipeline.settings.schema import Recipe
 
 TEXT = "wikitext-2-raw-v1@test"  # the tokenised configuration gives other numbers
@@ -20,10 +20,12 @@ def find(recipe: Recipe, protocol: dict) -> tuple[dict[str, float], str]:
         or protocol.get("bos")
     ):
         return {}, ""
-    pruned = f"{settings.method} {pattern_name(settings.sparsity)}"
+    pruned = f"{settings.method} {PATTERNS.label(settings.sparsity)}"
     rows = {"dense": "dense"}
-    if settings.allocation == "uniform" and not settings.overrides:
-        rows |= {"pruned": pruned, "finetuned": f"{pruned} + lora" if "lora" in recipe.finetune.method else ""}
+    allocation = ALLOCATIONS.entries.get(settings.allocation)  # none of these for a file of the user's
+    if allocation and not allocation.shares_ratio and not settings.overrides:
+        tuning = FINETUNE_METHODS.entries.get(recipe.finetune.method)
+        rows |= {"pruned": pruned, "finetuned": f"{pruned} + {tuning.published_as}" if tuning else ""}
     for table in OmegaConf.to_container(OmegaConf.load(Path(__file__).with_suffix(".yaml"))):
         columns = [Path(model).name.lower() for model in table["models"]]
         if name in columns and protocol.get("seq_len") == table["seq_len"]:

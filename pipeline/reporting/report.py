@@ -78,7 +78,7 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> dict[str, Any]:
     return {
         "model": summary.model_name(recipe),
         "title": summary.short(summary.model_name(recipe)),
-        "pattern": str(recipe.prune.sparsity) if "pruned" in models else "",
+        "pattern": summary.label_of(recipe, "prune.sparsity", results) if "pruned" in models else "",
         "headline": summary.headline(recipe, results),
         "cost": cost if machines else "",
         "columns": summary.columns(results),
@@ -155,7 +155,11 @@ def _protocol(protocol: dict) -> list[tuple[str, str]]:
 
 def _origin(recipe: Recipe, results: dict, about: dict[str, dict]) -> list[tuple[str, str]]:
     """What a run must agree in to be this one: seed, machine, versions, and the hashes of what came out."""
-    told = [("seed", str(recipe.seed))]
+    told = []
+    for key, about in (results.get("methods") or {}).items():
+        said = ". ".join(text for text in (about["description"], about["citation"]) if text)
+        told.append((key, f"{about['label']}: {said}" if said else about["label"]))
+    told.append(("seed", str(recipe.seed)))
     for key, name in (("machine", "hardware"), ("system", "system")):
         told += [(name, value) for value in _once(stage.get(key) for stage in about.values())]
     libraries = [*(stage.get("versions") or {} for stage in about.values()), results.get("versions") or {}]

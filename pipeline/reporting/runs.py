@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline import registry
 from pipeline.reporting import summary
 from pipeline.reporting.summary import MODELS
 from pipeline.runtime import checksums, files
@@ -26,7 +27,10 @@ class Run(NamedTuple):
 
     @property
     def pattern(self) -> str:
-        return summary.pattern_name(self.settings["prune.sparsity"])
+        return self.label("prune.sparsity")
+
+    def label(self, key: str) -> str:
+        return registry.label(key, self.settings[key], self.results.get("methods"))
 
 
 class Row(NamedTuple):
@@ -79,13 +83,11 @@ def row_of(run: Run, state: str, runs: list[Run]) -> Row:
     model = summary.short(run.settings["model"] or "A small Llama trained here")
     if state == "dense":
         return Row(model, state, f"dense{_bracketed(told['dense'])}")
-    method = summary.METHODS.get(run.settings["prune.method"], Path(run.settings["prune.method"]).stem)
     healing = ""
-    tuning = summary.RECOVERIES[run.settings["finetune.method"]]
-    for healed, name in (("reconstructed", "reconstruction"), ("finetuned", tuning)):
+    for healed, name in (("reconstructed", "reconstruction"), ("finetuned", run.label("finetune.method"))):
         if healed in run.results["models"] and MODELS.index(healed) <= MODELS.index(state):
             healing += f" + {name}{_bracketed(told[healed])}"
-    return Row(model, state, f"{method}{_bracketed(told['dense'] + told['pruned'])}", healing)
+    return Row(model, state, f"{run.label('prune.method')}{_bracketed(told['dense'] + told['pruned'])}", healing)
 
 
 def differing_protocol(runs: list[Run]) -> list[str]:

@@ -4,11 +4,10 @@ import math
 import re
 from typing import Any, NamedTuple
 
-from pipeline.settings.schema import Recipe
+from pipeline import registry
+from pipeline.settings.schema import STAGES, Recipe
 
-MODELS = ("dense", "pruned", "reconstructed", "finetuned")  # in the order of the work
-METHODS = {"wanda": "Wanda", "wanda_variant": "Wanda variant", "sparsegpt": "SparseGPT", "ria": "RIA", "dsnot": "DSnoT"}
-RECOVERIES = {"lora": "LoRA", "plain_lora": "plain LoRA", "full": "full fine-tuning"}
+MODELS = ("dense", *(stage.model for stage in STAGES.values() if stage.model))  # in the order of the work
 SHARES = ("acc", "exact_match", "zero_shot_mean")  # metrics in 0..1, by their beginnings
 MARK = "*"
 
@@ -200,7 +199,8 @@ def headline(recipe: Recipe, results: dict) -> str:
     if "pruned" in models:
         overall = (models["pruned"].get("sparsity") or {}).get("overall")
         share = "" if overall is None else f" ({overall:.2%} of the prunable weights are zero)"
-        sentence += f", pruned with {method_name(recipe)} to {recipe.prune.sparsity}{share},"
+        method, pattern = (label_of(recipe, key, results) for key in ("prune.method", "prune.sparsity"))
+        sentence += f", pruned with {method} to {pattern}{share},"
     dataset = next(iter(keys(model.get("perplexity") for model in models.values())), None)
     if dataset:
         kind, write = f"{dataset}{_part(results)} perplexity", perplexity
@@ -214,7 +214,7 @@ def headline(recipe: Recipe, results: dict) -> str:
     if not {"dense", "pruned"} <= said.keys():
         return f"{sentence} has a {kind} of {' and '.join(map(write, said.values()))}."
     sentence += f" went from a {kind} of {write(said['dense'])} to {write(said['pruned'])}"
-    steps = f"{RECOVERIES[recipe.finetune.method]} for {recipe.finetune.max_steps} steps"
+    steps = f"{label_of(recipe, 'finetune.method', results)} for {recipe.finetune.max_steps} steps"
     healers = {"reconstructed": "reconstruction of its layers", "finetuned": steps}
     healed = [name for name in healers if name in said]
     for name in healed:
@@ -234,14 +234,8 @@ def short(model: str) -> str:
     return model.rstrip("/").rpartition("/")[2] if model.startswith((".", "/", "~")) else model
 
 
-def pattern_name(sparsity: object) -> str:
-    """`2:4` as `2of4`, 0.50 as 0.5, a file of one's own by its name."""
-    text = str(sparsity).replace(":", "of")
-    return text.rpartition("/")[2].removesuffix(".py") if text.endswith(".py") else re.sub(r"(\.\d*?)0+$", r"\1", text)
-
-
-def method_name(recipe: Recipe) -> str:
-    return METHODS.get(recipe.prune.method, recipe.prune.method)
+def label_of(recipe: Recipe, key: str, results: dict) -> str:
+    return registry.label(key, registry.value_of(recipe, key), results.get("methods"))
 
 
 def keys(tables: Any) -> list[str]:

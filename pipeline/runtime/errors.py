@@ -1,5 +1,6 @@
 """Owns what ends a run before its end: a message to the user, or a request to stop. And keeps secrets out of messages."""
 
+import difflib
 import os
 import re
 
@@ -32,3 +33,9 @@ def one_line(text: object) -> str:
         if len(value) >= 8 and SECRET.search(name):
             line = line.replace(value, f"${name}")
     return line
+
+
+def did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
+    """What a message about an unknown name ends with."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean '{prefix}{close[0]}'?" if close else f" (known: {', '.join(prefix + k for k in known)})"

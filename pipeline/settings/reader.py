@@ -14,8 +14,9 @@ from typing import Any, get_args, get_origin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.runtime.errors import UserError
-from pipeline.settings.schema import METHODS, Finetune, Recipe
+from pipeline.registry import PATTERNS, REGISTRIES, value_of
+from pipeline.runtime.errors import UserError, did_you_mean
+from pipeline.settings.schema import Finetune, Recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", dict: "{name: value, ...}"}
@@ -58,7 +59,7 @@ def _files(name: str) -> list[dict]:
         candidates = [folder / f"{name}.yaml", RECIPES / f"{name}.yaml", Path(os.path.expanduser(name))]
         path = next((c.resolve() for c in candidates if c.suffix == ".yaml" and c.is_file()), None)
         if path is None:
-            raise UserError(f"no recipe '{name}'{_did_you_mean(name, available())}: `ls recipes` lists what there is")
+            raise UserError(f"no recipe '{name}'{did_you_mean(name, available())}: `ls recipes` lists what there is")
         if path in seen:
             raise UserError(f"recipe '{name}' extends itself: {' -> '.join(p.stem for p in [*seen, path])}")
         seen.append(path)
@@ -109,10 +110,11 @@ def _expand_homes(recipe: Recipe) -> None:
     recipe.model, recipe.run_dir, recipe.mirror = (
         _expanded(key, getattr(recipe, key)) for key in ("model", "run_dir", "mirror")
     )
-    settings = recipe.prune
-    settings.method = _expanded("prune.method", settings.method)
-    settings.sparsity = _expanded("prune.sparsity", settings.sparsity)
-    settings.overrides = {name: _expanded(f"prune.overrides[{name}]", it) for name, it in settings.overrides.items()}
+    for key in REGISTRIES:
+        section, _, name = key.partition(".")
+        setattr(getattr(recipe, section), name, _expanded(key, value_of(recipe, key)))
+    overrides = recipe.prune.overrides
+    overrides |= {name: _expanded(f"prune.overrides[{name}]", it) for name, it in overrides.items()}
     recipe.evaluate.tasks = [_expanded("evaluate.tasks", name) for name in recipe.evaluate.tasks]
 
 
@@ -153,7 +155,7 @@ def _refuse_unknown(layer: dict, schema: type, prefix: str) -> None:
     known = {f.name: f for f in dataclasses.fields(schema)}
     for key, value in layer.items():
         if key not in known:
-            raise UserError(f"unknown key '{prefix}{key}'{_did_you_mean(str(key), list(known), prefix)}")
+            raise UserError(f"unknown key '{prefix}{key}'{did_you_mean(str(key), list(known), prefix)}")
         if dataclasses.is_dataclass(known[key].type):
             if not isinstance(value, dict):
                 inside = "|".join(f.name for f in dataclasses.fields(known[key].type))
@@ -169,16 +171,14 @@ def _refuse_unknown(layer: dict, schema: type, prefix: str) -> None:
             raise UserError(f"{prefix}{key}={value}: ${{...}} is not allowed, a recipe holds plain values")
 
 
-def _did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f": did you mean '{prefix}{close[0]}'?" if close else f" (known: {', '.join(prefix + k for k in known)})"
-
-
 def _check(section: Any, prefix: str) -> None:
     for f in dataclasses.fields(section):
         key, value = prefix + f.name, getattr(section, f.name)
         if dataclasses.is_dataclass(value):
             _check(value, f"{key}.")
+            continue
+        if registry := f.metadata.get("registry"):
+            registry.entry(value)  # answers an unknown name, and a file that does not load
             continue
         low, high, choices, words = (f.metadata.get(name) for name in ("low", "high", "choices", "words"))
         for item in value if isinstance(value, list) else [value]:
@@ -218,29 +218,16 @@ def _check_stages(recipe: Recipe) -> None:
                 f"{key}=self: what the model itself writes is text to calibrate by only: choose another text"
             )
     _check_finetune(recipe.finetune)
-    method = recipe.prune.method
-    if method not in METHODS and not method.endswith(".py"):
-        raise UserError(f"prune.method={method} is not a method{_did_you_mean(method, list(METHODS))}")
-    if method.endswith(".py") and not Path(method).is_file():
-        raise UserError(f"prune.method={method}: no such file")
-    from pipeline.sparsity import patterns  # loads torch, so it comes last
-
-    pattern = patterns.parse(recipe.prune.sparsity)
-    if recipe.prune.allocation == "owl" and not isinstance(pattern, patterns.Unstructured):
-        raise UserError(
-            f"prune.allocation=owl shares out a ratio over the layers: set prune.sparsity={pattern.ratio:g}"
-        )
+    for key, registry in REGISTRIES.items():
+        if problem := registry.entry(value_of(recipe, key)).problem(getattr(recipe, key.partition(".")[0])):
+            raise UserError(problem)
     for glob, value in recipe.prune.overrides.items():
         if value != "dense":
-            patterns.parse(value, f"prune.overrides[{glob}]")
+            PATTERNS.entry(value, f"prune.overrides[{glob}]")
 
 
 def _check_finetune(settings: Finetune) -> None:
-    lora = settings.method != "full"
     refused = {
-        "finetune.quantize freezes the weights, which finetune.method=full trains: set finetune.method=lora": (
-            settings.quantize and not lora
-        ),
         "finetune.quantize and finetune.strategy=fsdp exclude each other: quantised weights are whole on each process": (
             settings.quantize and settings.strategy == "fsdp"
         ),

@@ -7,7 +7,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-STAGES = ("pretrain", "prune", "reconstruct", "finetune", "evaluate", "report")
+from pipeline.registry import ALLOCATIONS, FINETUNE_METHODS, PATTERNS, PRUNE_METHODS
+from pipeline.registry.entry import Registry, is_file
 
 
 def setting(
@@ -16,14 +17,39 @@ def setting(
     high: float | None = None,
     choices: tuple | None = None,
     words: tuple = (),
+    registry: Registry | None = None,
     decides: bool = True,
 ) -> Any:
-    """A field with its range (both ends allowed) and the words that may stand for a number, or its choices, checked by
-    recipe_reader.py. What does not decide what comes out can be changed without running a stage again."""
-    metadata = {"low": low, "high": high, "choices": choices, "words": words, "decides": decides}
+    """A field with its range (both ends allowed) and the words that may stand for a number, or its choices, or the registry
+    of its values, checked by reader.py. What does not decide what comes out can be changed without running a stage again."""
+    metadata = {"low": low, "high": high, "choices": choices, "words": words, "decides": decides, "registry": registry}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A line of the stage table: `pipeline/stages/<name>.py` has `run(recipe, folder, inputs)`, which writes `folder`, and
+    where it can, `check(recipe)`, which answers before any work what is known to fail."""
+
+    name: str
+    reads: tuple[str, ...]  # the stages before it whose folders it is given
+    settings: tuple[str, ...]  # the keys of the recipe that decide what it writes
+    model: str | None = None  # what the model is called that it leaves
+
+
+MODEL = ("dtype", "attn_implementation", "trust_remote_code")
+BEFORE = ("pretrain", "prune", "reconstruct", "finetune")
+TABLE = (
+    Stage("pretrain", (), ("pretrain", "seed")),
+    Stage("prune", BEFORE[:1], (*MODEL, "calibration", "prune", "seed"), "pruned"),
+    Stage("reconstruct", BEFORE[:2], (*MODEL, "calibration", "reconstruct", "seed"), "reconstructed"),
+    Stage("finetune", BEFORE[:3], (*MODEL, "finetune", "seed"), "finetuned"),
+    Stage("evaluate", BEFORE, (*MODEL, "evaluate", "seed")),
+    Stage("report", (*BEFORE, "evaluate"), ("model", "stages")),
+)
+STAGES = {stage.name: stage for stage in TABLE}  # in the order in which they run
 
 
 @dataclass
@@ -53,17 +79,12 @@ class Calibration:
     batch_size: int = setting(1, low=1)  # samples per forward pass
 
 
-METHODS = (
-    *("wanda", "wanda_variant", "magnitude", "sparsegpt", "ria", "dsnot"),
-    *("magnitude_seq", "magnitude_iter", "wanda_seq", "wanda_iter"),
-)
-
-
 @dataclass
 class Prune:
-    method: str = "wanda"  # one of METHODS, or a .py file with a LayerPruner of one's own
-    sparsity: Any = "2of4"  # a ratio, or N kept of each M; see pipeline/sparsity/patterns.py
-    allocation: str = setting("uniform", choices=("uniform", "owl"))  # of a ratio, over the layers
+    # each of these three, and finetune.method: what pipeline/registry/ lists, or a .py file of one's own
+    method: str = setting("wanda", registry=PRUNE_METHODS)
+    sparsity: Any = setting("2of4", registry=PATTERNS)  # a ratio, or N kept of each M
+    allocation: str = setting("uniform", registry=ALLOCATIONS)  # of a ratio, over the layers
     owl_outliers: float = setting(5.0, low=0)  # M: an outlier is above M times its layer's mean score
     owl_spread: float = setting(0.08, low=0, high=1)  # lambda: layers differ by at most twice this
     overrides: dict[str, Any] = field(default_factory=dict)  # glob of parameter names -> a sparsity, or dense
@@ -87,9 +108,7 @@ class Reconstruct:
 
 @dataclass
 class Finetune:
-    method: str = setting(
-        "lora", choices=("lora", "full", "plain_lora")
-    )  # plain_lora: a baseline, kept apart, not sparse
+    method: str = setting("lora", registry=FINETUNE_METHODS)
     dataset: str = "c4"
     config: str | None = None
     split: str = "train"
@@ -155,7 +174,7 @@ class Recipe:
     trust_remote_code: bool = False
     run_dir: str | None = None  # runs/<recipe>
     seed: int = setting(0, low=0)
-    stages: list[str] = setting(["prune", "finetune", "evaluate", "report"], choices=STAGES)
+    stages: list[str] = setting(["prune", "finetune", "evaluate", "report"], choices=tuple(STAGES))
     mirror: str | None = None  # a folder laid out as the hub, read instead of it
     debug: bool = False  # tracebacks
     timeout_minutes: float = setting(30.0, low=0.05)  # that the processes wait for the slowest of them
@@ -180,10 +199,12 @@ def section(recipe: Recipe, key: str) -> Any:
     return {f.name: data[f.name] for f in dataclasses.fields(value) if f.metadata.get("decides", True)}
 
 
-def own_code(settings: Prune) -> list[Path]:
-    """The Python files of the user's that prune."""
-    named = (settings.method, settings.sparsity, *settings.overrides.values())
-    return sorted({Path(str(name)) for name in named if str(name).endswith(".py")})
+def own_code(settings: Any) -> list[Path]:
+    """The Python files of the user's that a section (or a part of it) names."""
+    if isinstance(settings, dict | list):
+        parts = settings.values() if isinstance(settings, dict) else settings
+        return sorted({path for part in parts for path in own_code(part)})
+    return [Path(settings)] if isinstance(settings, str) and is_file(settings) else []
 
 
 def reconstruction_text(recipe: Recipe) -> Calibration:

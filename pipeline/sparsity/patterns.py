@@ -4,24 +4,21 @@ Shapes: O = out_features, I = in_features, G = groups of M consecutive inputs, K
 A pattern returns the mask it selects (True = kept) and changes nothing. Ties fall as in the published code.
 """
 
-import importlib.util
-import inspect
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.runtime.errors import UserError
+from pipeline.registry.patterns import PATTERNS
 
 CHUNK = 64  # rows at a time
 
 
 class Pattern:
-    """What a pattern of one's own provides; `prune.sparsity=./my_pattern.py` takes the subclass in that file."""
+    """What a pattern of one's own provides; `prune.sparsity=./my_pattern.py` takes the subclass in that file, whose
+    attributes `label`, `description` and `citation` say what it is called."""
 
     ratio: float  # share of the weights that go
 
@@ -161,43 +158,5 @@ def _second_of_four(score_OG4: Tensor) -> Tensor:
 
 def parse(value: str | int | float, key: str = "prune.sparsity") -> Pattern:
     """`0.5` -> Unstructured, `2of4` or `"2:4"` -> NofM, `./mine.py` -> the pattern in it; `UserError` naming `key`."""
-    text = str(value)
-    if match := re.fullmatch(r"\s*(\d+)\s*(?:of|:)\s*(\d+)\s*", text):
-        n, m = map(int, match.groups())
-        if not 0 < n < m:
-            raise UserError(f"{key}={value}: N of M keeps N of each M weights, so 0 < N < M is needed, as in 2of4")
-        return NofM(n, m)
-    if text.endswith(".py"):
-        return subclass_in(Path(text), Pattern, key)()
-    try:
-        ratio = float(value)
-    except (ValueError, TypeError):
-        raise UserError(f"{key}={value} is not a sparsity: set a ratio such as 0.5, or N of M such as 2of4") from None
-    if ratio >= 60 and ratio == int(ratio):
-        n, m = divmod(int(ratio), 60)  # YAML 1.1 reads 2:4 in base 60
-        raise UserError(f"{key}={value} is not a ratio. YAML reads {n}:{m} as {value}: write {n}of{m}")
-    if not 0 < ratio < 1:
-        raise UserError(f"{key}={value} is out of range: a ratio lies between 0 and 1, such as 0.5")
-    return Unstructured(ratio)
-
-
-def subclass_in(path: Path, base: type, key: str) -> type:
-    """The one subclass of `base` that a Python file of the user's defines."""
-    if not path.is_file():
-        raise UserError(f"{key}={path}: no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(
-            f"{key}={path} does not load: {type(error).__name__}: {error} (debug=true shows the traceback)"
-        ) from error
-    found = [
-        member
-        for _, member in inspect.getmembers(module, inspect.isclass)
-        if issubclass(member, base) and member.__module__ == path.stem
-    ]
-    if len(found) != 1:
-        raise UserError(f"{key}={path} should define one subclass of {base.__name__}, and defines {len(found)}")
-    return found[0]
+    entry, arguments = PATTERNS.parse(value, key)
+    return entry.load()(**arguments)

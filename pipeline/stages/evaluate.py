@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline import registry
 from pipeline.data import sources, special_tokens
 from pipeline.evaluation import continuations, paired
 from pipeline.evaluation.measure import Subject, measure
@@ -17,11 +18,11 @@ from pipeline.evaluation.tasks import check_tasks
 from pipeline.models import loading, verification
 from pipeline.runtime import files, memory, processes
 from pipeline.runtime.errors import UserError
-from pipeline.settings.schema import Recipe
+from pipeline.settings.schema import STAGES, Recipe
 from pipeline.sparsity.masks import Masks
 
 LIBRARIES = ("torch", "transformers", "lm_eval")
-MODELS = {"pruned": "prune", "reconstructed": "reconstruct", "finetuned": "finetune"}  # and the stage that makes each
+MODELS = {stage.model: stage.name for stage in STAGES.values() if stage.model}  # and the stage that makes each
 PROMPT = 128  # tokens of a prompt at most, and half the model's positions
 
 
@@ -35,11 +36,12 @@ def check(recipe: Recipe) -> None:
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
-    """Writes `results.json`: {"models": {"dense", "pruned", ...}, "protocol", "versions"}.
+    """Writes `results.json`: {"models": {"dense", "pruned", ...}, "protocol", "versions", "methods"}.
 
     Of each model: "perplexity" and "perplexity_stderr" by data set, "zero_shot" by task, "continuations" of the
     protocol's "prompts", "differences" from each model before it (`paired.difference`), "hash" of its folder,
-    "sparsity" and "mask_violations". The protocol holds the sha256 of the "masks" file.
+    "sparsity" and "mask_violations". The protocol holds the sha256 of the "masks" file. "methods" says what prunes and trains
+    is called, by key (`registry.describe`).
     """
     settings, dense = recipe.evaluate, loading.dense_folder(recipe, inputs)
     _check_length(dense, recipe)
@@ -80,7 +82,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
             if masks and not subject.adapter:
                 results[subject.name] |= _weights(subject.name, subject.folder, masks, recipe)
         libraries = {library: version(library) for library in LIBRARIES}
-        files.write_json(folder / "results.json", {"models": results, "protocol": protocol, "versions": libraries})
+        found = {"models": results, "protocol": protocol, "versions": libraries, "methods": registry.describe(recipe)}
+        files.write_json(folder / "results.json", found)
 
 
 def _subjects(dense: Path, inputs: dict[str, Path]) -> list[Subject]:

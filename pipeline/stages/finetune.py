@@ -14,8 +14,8 @@ from pipeline.models import loading
 from pipeline.models.rewrite import parameters, rewrite
 from pipeline.pruning.allocation import allocate
 from pipeline.recovery import lora, quantization
-from pipeline.recovery.methods import METHODS
 from pipeline.recovery.training import fit, precision, sequences, share
+from pipeline.registry import FINETUNE_METHODS
 from pipeline.reporting import card
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
@@ -38,15 +38,15 @@ def check(recipe: Recipe) -> None:
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
-    """Writes `model/`, `metrics.csv` and, for a LoRA, `adapter/`; a plain LoRA leaves no `model/`."""
-    settings = recipe.finetune
+    """Writes `model/`, `metrics.csv` and, for a LoRA, `adapter/`; a method may leave no `model/` (its entry says)."""
+    settings, method = recipe.finetune, FINETUNE_METHODS.entry(recipe.finetune.method)
     origin, masks_file = inputs.get("reconstruct", inputs["prune"]) / "model", inputs["prune"] / "masks.safetensors"
     masks, _ = Masks.load(masks_file)
     tokenizer = loading.tokenizer(origin, recipe)
     share(settings, processes.world_size())  # refuses what cannot be shared before anything is read
 
     # a whole model trains in full precision: steps too small for bfloat16's 8 bits would be lost
-    full = "float32" if settings.method == "full" and settings.precision != "bf16-true" else None
+    full = "float32" if method.trains_weights and settings.precision != "bf16-true" else None
     pruned = loading.load(origin, recipe, full, quantization.configuration(settings.quantize))
     loading.check_length(pruned.config, "finetune.seq_len", settings.seq_len)
     source, *held_out = sources.of_stage(recipe, "finetune")
@@ -56,7 +56,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     loading.check_vocabulary(pruned.config, ids_NT, source)
 
     torch.manual_seed(recipe.seed)  # of A; B starts at zero
-    recovery = METHODS[settings.method](pruned, masks, settings)
+    recovery = method.load()(pruned, masks, settings)
     callbacks: list[Callback] = [MaskKeeper(recovery), *of_training(folder, settings.checkpoint_every)]
     validation = None
     if held_out:
@@ -72,7 +72,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     assert recovery.reapply() == 0
 
     recovery.save(folder, masks_file)
-    if settings.method != "plain_lora":
+    if method.leaves_model:
         rewrite(origin, folder / "model", recipe, recovery.merged)
         if processes.is_main():
             violations = masks.violations(parameters(folder / "model", recipe))

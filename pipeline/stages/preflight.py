@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from pipeline import registry
 from pipeline.data import chat, sampled, sources, special_tokens, token_windows
 from pipeline.evaluation.perplexity import windows
 from pipeline.evaluation.tasks import hub_data
@@ -55,6 +56,7 @@ def _look(recipe: Recipe) -> list[str]:
     special_tokens.check(tokenizer, config, folder)
     _lengths(recipe, config)
     said = [f"the tokenizer of {folder}: {text}" for text in _questions(recipe, tokenizer, config)]
+    said += registry.ignored(recipe)
     _packages(recipe)
     _tasks(recipe)
     texts = {stage: sources.of_stage(recipe, stage) for stage in READERS if stage in recipe.stages}

@@ -3,25 +3,27 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from callbacks.layer_writer import LayerWriter
-from callbacks.methods import pruner
-from callbacks.outliers import OutlierShares
 from callbacks.stop_at_signal import StopAtSignal
 from pipeline.engine.block_files import write_rows
-from pipeline.engine.blocks import find_blocks
+from pipeline.engine.blocks import Block, find_blocks
 from pipeline.engine.coverage import Coverage
 from pipeline.engine.matrices import entries
 from pipeline.engine.walk import LayerWalk, run_layerwise
 from pipeline.models import loading
 from pipeline.pruning import calibration
-from pipeline.pruning.allocation import allocate
+from pipeline.pruning.allocation import allocate, by_layer
+from pipeline.pruning.block_measure import BlockMeasure
+from pipeline.pruning.block_pruner import BlockPruner
+from pipeline.registry import ALLOCATIONS, PRUNE_METHODS
 from pipeline.reporting import card
 from pipeline.runtime import files, memory, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 from pipeline.sparsity.masks import Masks
+from pipeline.sparsity.patterns import Pattern, parse
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
@@ -35,31 +37,34 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         processes.say(f"  {what}: {text}")
     batches = calibration.batches(recipe, recipe.calibration, "calibration", origin, model)
     store = calibration.plan_memory(model, batches, settings.hidden_states)
-    if settings.allocation == "owl":
-        shares = outlier_shares(loading.load(origin, recipe), batches, store, recipe, folder)
-        patterns = allocate(blocks, settings, shares)
+    if ALLOCATIONS.entry(settings.allocation).shares_ratio:
+        patterns = allocate(blocks, settings, layer_patterns(blocks, origin, batches, store, recipe, folder))
     walk = LayerWalk(model, batches, store, folder)
     if done := walk.files.finished_before:
         processes.say(f"  {len(done)} of {len(blocks)} layers were pruned before: passed through")
-    run_layerwise(walk, [pruner(settings, patterns), LayerWriter(), StopAtSignal()])
+    method = PRUNE_METHODS.entry(settings.method).load()(settings, patterns)
+    run_layerwise(walk, BlockPruner(method), [LayerWriter(), StopAtSignal()])
     processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
     if processes.is_main():
         finish(walk, origin, recipe, coverage)
 
 
-def outlier_shares(
-    model: nn.Module, batches: list[Tensor], store: torch.device, recipe: Recipe, folder: Path
-) -> dict[int, float]:
-    """The shares for OWL by block, from a walk through the dense model; kept in `owl.json` for a resumed run."""
-    path = folder / "owl.json"
-    before = processes.from_main(files.read_json(path))
-    if before is not None:
-        return {int(index): share for index, share in before["outlier_shares"].items()}
-    measure = OutlierShares(recipe.prune.owl_outliers)
-    run_layerwise(LayerWalk(model, batches, store), [measure, StopAtSignal()])
-    if processes.is_main():
-        files.write_json(path, {"outlier_shares": measure.shares})
-    return measure.shares
+def layer_patterns(
+    blocks: list[Block], origin: Path, batches: list[Tensor], store: torch.device, recipe: Recipe, folder: Path
+) -> dict[int, Pattern]:
+    """The pattern of each layer, by what the allocation measures of the dense model, if it does; that is kept in
+    `allocation.json` for a resumed run."""
+    settings, path = recipe.prune, folder / "allocation.json"
+    allocation = ALLOCATIONS.entry(settings.allocation).load()(settings)
+    before = processes.from_main(files.read_json(path)) or {"measured": {}}
+    measured = {int(index): value for index, value in before["measured"].items()}
+    if allocation.measure and not measured:
+        measure = BlockMeasure(allocation)
+        run_layerwise(LayerWalk(loading.load(origin, recipe), batches, store), measure, [StopAtSignal()])
+        measured = measure.measured
+        if processes.is_main():
+            files.write_json(path, {"measured": measured})
+    return by_layer(allocation, blocks, measured, parse(settings.sparsity).ratio)
 
 
 def finish(walk: LayerWalk, origin: Path, recipe: Recipe, coverage: Coverage) -> None:

@@ -7,12 +7,12 @@ Fine-Tuning for Sparse LLMs"); the masks stay as they are.
 from pathlib import Path
 
 from callbacks.layer_writer import LayerWriter
-from callbacks.reconstructor import LayerReconstructor
 from callbacks.stop_at_signal import StopAtSignal
 from pipeline.engine.block_files import write_rows
 from pipeline.engine.walk import LayerWalk, run_layerwise
 from pipeline.models import loading
 from pipeline.pruning import calibration
+from pipeline.recovery.layer_reconstructor import LayerReconstructor
 from pipeline.reporting import card
 from pipeline.runtime import memory, processes
 from pipeline.runtime.errors import UserError
@@ -42,9 +42,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     if done := walk.files.finished_before:
         processes.say(f"  {len(done)} of {len(walk.blocks)} layers were done before: passed through")
     with walk.forwards_of(dense) as forwards:
-        run_layerwise(
-            walk, [LayerReconstructor(forwards, masks, settings, recipe.seed, steps), LayerWriter(), StopAtSignal()]
-        )
+        reconstructor = LayerReconstructor(forwards, masks, settings, recipe.seed, steps)
+        run_layerwise(walk, reconstructor, [LayerWriter(), StopAtSignal()])
     processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
     if processes.is_main():
         walk.files.write_rest(origin, recipe.dtype)

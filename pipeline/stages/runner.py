@@ -1,18 +1,19 @@
-"""Owns a run's state: which stages there are, what each reads, when one is done, and where it works.
+"""Owns a run's state: when a stage of the table (settings/schema.py) is done, and where it works.
 
 A stage is done when `<run_dir>/<stage>/stage.json` holds the key of what it was made from. It works in
 `<run_dir>/.<stage>/`, which is renamed when it is whole: resuming is the same command again.
 """
 
+import importlib
 import os
 import shutil
 import socket
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,33 +25,16 @@ from pipeline.models import loading, model_files
 from pipeline.reporting.report import show
 from pipeline.runtime import checksums, files, hardware, lock, memory, processes
 from pipeline.runtime.errors import UserError
-from pipeline.settings.schema import Recipe, own_code, plain, section
-from pipeline.stages import evaluate, finetune, preflight, pretrain, prune, reconstruct, report, siblings, space
+from pipeline.settings.schema import STAGES, Recipe, Stage, own_code, plain, section
+from pipeline.stages import preflight, siblings, space
 
 LIBRARIES = ("torch", "transformers", "datasets", "lightning", "peft", "accelerate", "lm_eval")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """`run(recipe, folder, inputs)` writes `folder`; `settings` are the recipe's keys that decide what it writes."""
-
-    name: str
-    run: Callable[[Recipe, Path, dict[str, Path]], None]
-    reads: tuple[str, ...]
-    settings: tuple[str, ...]
-
-
 OUTCOME = (".safetensors", "results.json")  # what other stages compute with; tables also tell times
 SCRATCH = ("masks", "checkpoints")  # what an unfinished stage goes on from
-MODEL = ("dtype", "attn_implementation", "trust_remote_code")
-STAGES = (
-    Stage("pretrain", pretrain.run, (), ("pretrain", "seed")),
-    Stage("prune", prune.run, ("pretrain",), (*MODEL, "calibration", "prune", "seed")),
-    Stage("reconstruct", reconstruct.run, ("pretrain", "prune"), (*MODEL, "calibration", "reconstruct", "seed")),
-    Stage("finetune", finetune.run, ("pretrain", "prune", "reconstruct"), (*MODEL, "finetune", "seed")),
-    Stage("evaluate", evaluate.run, ("pretrain", "prune", "reconstruct", "finetune"), (*MODEL, "evaluate", "seed")),
-    Stage("report", report.run, ("pretrain", "prune", "reconstruct", "finetune", "evaluate"), ("model", "stages")),
-)
+# all of them at once, so that the cells of a sweep, which are forked, import nothing
+MODULES = {name: importlib.import_module(f"pipeline.stages.{name}") for name in STAGES}
 
 
 def run(recipe: Recipe) -> None:
@@ -59,15 +43,16 @@ def run(recipe: Recipe) -> None:
     with processes.together(recipe.timeout_minutes), _traceback_kept(run_dir):
         _refuse_other_settings(recipe)
         outside = processes.from_main(_read_from_outside(recipe) if processes.is_main() else None)
-        reconstruct.check(recipe)
-        finetune.check(recipe)
-        evaluate.check(recipe)
+        chosen = [stage for stage in STAGES.values() if stage.name in recipe.stages]
+        for stage in chosen:
+            if check := getattr(MODULES[stage.name], "check", None):
+                check(recipe)
         preflight.check(recipe)
         with _locked(run_dir):
             if processes.is_main():
                 preflight.check_disk(recipe)
             done: dict[str, str] = {}  # stage -> what came out of it
-            for stage in (stage for stage in STAGES if stage.name in recipe.stages):
+            for stage in chosen:
                 inputs = {name: run_dir / name for name in stage.reads if name in done}
                 made_from = {name: section(recipe, name) for name in stage.settings}
                 made_from |= {"read": {name: done[name] for name in inputs}, **outside.get(stage.name, {})}
@@ -96,7 +81,7 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
     memory.free_memory()
     memory.restart_peak(processes.device())
     started = time.perf_counter()
-    stage.run(recipe, work, inputs)
+    MODULES[stage.name].run(recipe, work, inputs)
     memory_gib = max(processes.all_ranks(memory.peak_gib(processes.device())))
     if processes.is_main():
         about = {
@@ -214,7 +199,9 @@ def _read_from_outside(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What the stages read from outside, so that a changed model, text, task or method of the user's own is seen, and a
     missing one before any work."""
     found: dict[str, dict[str, Any]] = defaultdict(dict)
-    found["prune"]["code"] = files.fingerprint(own_code(recipe.prune))
+    for name in recipe.stages:
+        if code := own_code(section(recipe, name) if hasattr(recipe, name) else {}):
+            found[name]["code"] = files.fingerprint(code)
     if "evaluate" in recipe.stages:
         asked = (recipe.mirror, recipe.evaluate.fewshot)
         found["evaluate"]["tasks"] = {name: tasks.identity(name, *asked) for name in recipe.evaluate.tasks}

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pipeline.models import file_names, loading, model_files
+from pipeline.registry import FINETUNE_METHODS
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 
@@ -57,7 +58,8 @@ def _finetune(recipe: Recipe, inputs: dict[str, Path]) -> int:
     optimizer, for a checkpoint replaces the one before."""
     origin = inputs["prune"] / "model" if "prune" in inputs else loading.dense_folder(recipe, inputs)
     shapes, settings = _shapes(origin), recipe.finetune
-    trained = sum(count if settings.method == "full" else settings.rank * width for count, _, width in shapes)
+    method = FINETUNE_METHODS.entry(settings.method)
+    trained = sum(method.trained(settings, count, width) for count, _, width in shapes)
     return sum(count * itemsize for count, itemsize, _ in shapes) + 4 * trained * (2 + 2 * 3) + SMALL
 
 

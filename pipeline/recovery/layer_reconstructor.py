@@ -1,4 +1,4 @@
-"""Trains each pruned layer, as the walk passes it, to give what the dense model has in its place."""
+"""Trains each pruned layer, as `run_layerwise` reaches it, to give what the dense model has in its place."""
 
 import itertools
 import math
@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor, nn
 
+from pipeline.engine.block_files import BlockResult
 from pipeline.engine.blocks import Block
 from pipeline.engine.layerwise import LayerwiseForwards
+from pipeline.engine.walk import LayerWalk
 from pipeline.recovery import layer_fit
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
@@ -21,7 +22,7 @@ from pipeline.sparsity.masks import Masks
 PATIENCE = 30  # seconds that a layer may take before each of its epochs says a line
 
 
-class LayerReconstructor(Callback):
+class LayerReconstructor:
     """Takes the forwards of the dense model along with the walk's, those of the pruned model.
 
     A layer's inputs are what the layers before it give, reconstructed already; its targets are the hidden states of the
@@ -36,15 +37,18 @@ class LayerReconstructor(Callback):
         self.targets: list[Tensor] = []
         self.passed: set[int] = set()  # the ids of parameters of the blocks before
 
-    def on_predict_epoch_start(self, trainer, walk) -> None:
+    def _start(self, walk: LayerWalk) -> None:
         self.dense.start()
         self.targets = [torch.empty(0)] * len(walk.batches)
         self.judging = range(self.steps[-1].stop, len(walk.batches))
         tokens = sum(walk.batches[i].numel() for i in self.judging)
         self.tokens = processes.all_sum(torch.tensor(tokens, device=walk.device)).item()
 
-    def on_predict_batch_end(self, trainer, walk, outputs, block, number: int, dataloader_idx: int = 0) -> None:
+    def __call__(self, walk: LayerWalk, block: Block) -> BlockResult | None:
+        """Trains a block that is not finished, in place."""
         started = time.perf_counter()
+        if not self.targets:
+            self._start(walk)
 
         def see(i: int, hidden: Tensor) -> None:
             self.targets[i] = hidden if walk.store is None else hidden.to(walk.store)
@@ -55,20 +59,15 @@ class LayerReconstructor(Callback):
         own = self._own(walk, block)
         self.passed |= set(map(id, block.module.parameters()))
         if walk.is_finished(block):
-            return
+            return None
         before, after = self._fit(walk, block, own)
         seconds = time.perf_counter() - started
-        walk.log_row = {
-            "layer": block.index,
-            "seconds": round(seconds, 4),
-            "error_before": before,
-            "error_after": after,
-            "memory_gib": round(peak_gib(walk.device), 3),
-        }
         found = f"{before:.4f} -> {after:.4f}" if after < before else f"{before:.4f}, no better: it stays as it was"
         processes.say(f"  layer {block.index + 1}/{len(walk.blocks)}: held-out error {found}, {seconds:.1f} s")
+        row = {"layer": block.index, "seconds": round(seconds, 4), "error_before": before, "error_after": after}
+        return BlockResult(Masks(), row | {"memory_gib": round(peak_gib(walk.device), 3)})
 
-    def _own(self, walk, block: Block) -> dict[str, nn.Parameter]:
+    def _own(self, walk: LayerWalk, block: Block) -> dict[str, nn.Parameter]:
         """What the block's shard will hold, but for what a block before it uses as well, which has been trained there."""
         named = block.module.named_parameters()
         return {n: p for n, p in named if walk.files.holds(block, n) and id(p) not in self.passed}
@@ -77,7 +76,7 @@ class LayerReconstructor(Callback):
         for _ in self.dense.advance(see):
             pass
 
-    def _fit(self, walk, block: Block, parameters: dict[str, nn.Parameter]) -> tuple[float, float]:
+    def _fit(self, walk: LayerWalk, block: Block, parameters: dict[str, nn.Parameter]) -> tuple[float, float]:
         started, epochs_done = time.perf_counter(), itertools.count()
         epochs, lr = self.settings.epochs, self.settings.lr
 

@@ -1,70 +1,16 @@
-"""The published pruning methods, each a `LayerPruner`; `prune.method` names one of them, or a file with one's own."""
-
-from pathlib import Path
+"""SparseGPT and the ablations of the Wanda paper: the weights that stay make good for those that go."""
 
 import torch
 from torch import Tensor
 
-from callbacks.pruner import LayerPruner
 from pipeline.pruning import obs, scores
+from pipeline.pruning.method import PruneMethod
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
-from pipeline.settings.schema import Prune
-from pipeline.sparsity import masks
-from pipeline.sparsity.patterns import NofM, Pattern, Unstructured, subclass_in
+from pipeline.sparsity.patterns import NofM
 
 
-class MagnitudePruner(LayerPruner):
-    """The weight alone; a ratio is compared over the whole matrix (Han et al. 2015)."""
-
-    whole_matrix = True
-
-    def score(self, weight_OI: Tensor, total: Tensor) -> Tensor:
-        return scores.magnitude(weight_OI)
-
-
-class WandaPruner(LayerPruner):
-    """Weight times input norm, compared within each output row (Sun et al. 2023)."""
-
-    def score(self, weight_OI: Tensor, total: Tensor) -> Tensor:
-        return scores.wanda(weight_OI, total)
-
-
-class WandaVariantPruner(WandaPruner):
-    """Wanda's rows lose an equal share of their score instead of an equal number of weights; N of M is Wanda's."""
-
-    def select(self, name: str, score_OI: Tensor) -> Tensor:
-        pattern = self.patterns[name]
-        if isinstance(pattern, Unstructured):
-            return scores.select_variant(score_OI, pattern.ratio)
-        return pattern.select(score_OI)
-
-
-class RiaPruner(LayerPruner):
-    """Relative importance and activations (Zhang et al. 2024); a ratio is compared over the whole matrix."""
-
-    whole_matrix = True
-
-    def score(self, weight_OI: Tensor, total: Tensor) -> Tensor:
-        return scores.ria(weight_OI, total)
-
-
-class DsnotPruner(WandaPruner):
-    """Wanda's mask, refined by pruning and regrowing after DSnoT (Zhang et al. 2024)."""
-
-    def observe(self, input_NI: Tensor) -> Tensor:
-        return scores.moments(input_NI)
-
-    def prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
-        found = {}
-        for name, weight_OI in weights.items():
-            mask_OI = self.select(name, self.score(weight_OI, total[0]))
-            found[name] = scores.regrow(weight_OI, mask_OI, total, self.patterns[name])
-            masks.apply_(weight_OI, found[name])
-        return found
-
-
-class ObsPruner(LayerPruner):
+class Obs(PruneMethod):
     """Column by column, each error pushed on to the later columns (Frantar & Alistarh 2023, algorithm 1).
 
     The mask of a block of columns is chosen from its updated weights, by `obs_score`. Matrices with the same inputs
@@ -125,7 +71,7 @@ class ObsPruner(LayerPruner):
         return dict(zip(names, kept_RI.split(lengths)))
 
 
-class SparseGptPruner(ObsPruner):
+class SparseGpt(Obs):
     """Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot"."""
 
 
@@ -139,46 +85,24 @@ class _ByWanda:
         return weight_RB.abs() * square_sum_B.sqrt()
 
 
-class MagnitudeIterPruner(_ByMagnitude, ObsPruner):
+class MagnitudeIter(_ByMagnitude, Obs):
     """Ablations of the Wanda paper (section 5): the score of one method, the update of the other. `iter`: the mask block
     by block from updated weights; `seq`: the whole mask first."""
 
 
-class WandaIterPruner(_ByWanda, ObsPruner):
-    """See `MagnitudeIterPruner`."""
+class WandaIter(_ByWanda, Obs):
+    """See `MagnitudeIter`."""
 
 
-class MagnitudeSeqPruner(ObsPruner):
-    """See `MagnitudeIterPruner`."""
+class MagnitudeSeq(Obs):
+    """See `MagnitudeIter`."""
 
     def masks_first(self, weights: dict[str, Tensor], square_sum_I: Tensor) -> dict[str, Tensor]:
         return {name: self.patterns[name].select(scores.magnitude(w), True) for name, w in weights.items()}
 
 
-class WandaSeqPruner(ObsPruner):
-    """See `MagnitudeIterPruner`."""
+class WandaSeq(Obs):
+    """See `MagnitudeIter`."""
 
     def masks_first(self, weights: dict[str, Tensor], square_sum_I: Tensor) -> dict[str, Tensor]:
         return {name: self.patterns[name].select(scores.wanda(w, square_sum_I)) for name, w in weights.items()}
-
-
-METHODS: dict[str, type[LayerPruner]] = {
-    "wanda": WandaPruner,
-    "wanda_variant": WandaVariantPruner,
-    "magnitude": MagnitudePruner,
-    "sparsegpt": SparseGptPruner,
-    "magnitude_seq": MagnitudeSeqPruner,
-    "magnitude_iter": MagnitudeIterPruner,
-    "wanda_seq": WandaSeqPruner,
-    "wanda_iter": WandaIterPruner,
-    "ria": RiaPruner,
-    "dsnot": DsnotPruner,
-}
-
-
-def pruner(settings: Prune, patterns: dict[str, Pattern]) -> LayerPruner:
-    """The callback of `prune.method`: a name of `METHODS`, or the path of a Python file with one subclass of
-    `LayerPruner`."""
-    if settings.method.endswith(".py"):
-        return subclass_in(Path(settings.method), LayerPruner, "prune.method")(settings, patterns)
-    return METHODS[settings.method](settings, patterns)

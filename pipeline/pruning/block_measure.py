@@ -1,0 +1,25 @@
+"""Measures each dense block as the walk passes it, for an allocation that asks: what `run_layerwise` calls."""
+
+from pipeline.engine.blocks import Block
+from pipeline.engine.matrices import matrices
+from pipeline.engine.walk import LayerWalk
+from pipeline.pruning.allocation import Allocation
+from pipeline.runtime import processes
+
+
+class BlockMeasure:
+    """`measured` holds what the allocation found, by the block's index."""
+
+    def __init__(self, allocation: Allocation) -> None:
+        self.allocation = allocation
+        self.measured: dict[int, float] = {}
+
+    def __call__(self, walk: LayerWalk, block: Block) -> None:
+        found = matrices(block, walk.blocks)
+        observed = walk.observe(found, self.allocation.observe)
+        weights = {name: found[name].weight_OI for name in observed.shared_input_key}
+        totals = {name: observed.totals[key] for name, key in observed.shared_input_key.items()}
+        if weights:
+            self.measured[block.index] = value = float(self.allocation.measure(weights, totals))
+            label = type(self.allocation).__name__
+            processes.say(f"  layer {block.index + 1}/{len(walk.blocks)}: {label} measured {value:.4g}")

@@ -1,0 +1,103 @@
+"""Prunes each block as the walk reaches it, by any method: what `run_layerwise` calls."""
+
+import time
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from pipeline.engine.block_files import BlockResult
+from pipeline.engine.blocks import Block
+from pipeline.engine.matrices import Matrix, matrices
+from pipeline.engine.observe import Observed
+from pipeline.engine.walk import LayerWalk
+from pipeline.pruning import scores
+from pipeline.pruning.method import PruneMethod, is_finite
+from pipeline.runtime import processes
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.memory import peak_gib
+from pipeline.sparsity.masks import Masks
+
+FEW_TOKENS = 32  # below, an expert's statistics say more of the sample than of the expert
+
+
+class BlockPruner:
+    def __init__(self, method: PruneMethod) -> None:
+        self.method = method
+        self.started = time.perf_counter()  # a block's seconds count what ran since the block before
+
+    def __call__(self, walk: LayerWalk, block: Block) -> BlockResult | None:
+        """The masks of a block that is not finished, and the rows of its log; its weights are pruned in place."""
+        result = None
+        if not walk.is_finished(block):
+            masks, rows = self._prune(walk, block)
+            result = BlockResult(masks, self._log(walk, block, masks, rows))
+        self.started = time.perf_counter()
+        return result
+
+    def _prune(self, walk: LayerWalk, block: Block) -> tuple[Masks, list[dict]]:
+        found, patterns = matrices(block, walk.blocks), self.method.patterns
+        observed = walk.observe(found, self.method.observe)
+        masks, rows, undersampled = Masks(), [], []
+        for key, members in _by_input(found, observed, patterns).items():
+            weights = {name: matrix.weight_OI for name, matrix in members.items()}
+            total, first = observed.totals.pop(key), next(iter(members.values()))
+            if first.routed and observed.tokens[key] < FEW_TOKENS:
+                undersampled += [f"{name} ({observed.tokens[key]})" for name in members]
+                # that of inputs which are all alike
+                total = self.method.observe(torch.eye(first.weight_OI.shape[1], device=total.device)).double()
+            _check_finite(weights, total)
+            dense_OI = {name: weight.clone() for name, weight in weights.items()}
+            masks_OI = self.method.prune(weights, total)
+            for name, matrix in members.items():
+                mask_OI, pattern = masks_OI[name], patterns[name]
+                if problem := pattern.violation(mask_OI):
+                    raise UserError(f"{type(self.method).__name__} on {name}: {problem}")
+                masks.add(name, matrix.stored(mask_OI), str(pattern), matrix.transposed)
+                share, error = 1 - mask_OI.count_nonzero().item() / mask_OI.numel(), None
+                if len(observed.samples[key]):  # no token of this rank reached some experts
+                    error = scores.relative_error(observed.samples[key], dense_OI[name], weights[name])
+                rows.append({"layer": block.index, "matrix": name, "sparsity": share, "relative_output_error": error})
+        if undersampled:
+            processes.say(f"  fewer than {FEW_TOKENS} tokens, so judged by weight alone: {', '.join(undersampled)}")
+        for name in patterns.keys() & (found.keys() - observed.shared_input_key.keys()):
+            processes.say(f"  stays dense, for the model never calls it with calibration text: {name}")
+        return masks, rows
+
+    def _log(self, walk: LayerWalk, block: Block, masks: Masks, rows: list[dict]) -> dict:
+        seconds, sparsity = time.perf_counter() - self.started, masks.sparsity()
+        errors = [row["relative_output_error"] for row in rows if row["relative_output_error"] is not None]
+        error = sum(errors) / max(1, len(errors))
+        processes.say(
+            f"  layer {block.index + 1}/{len(walk.blocks)}: sparsity {sparsity:.4f}, output error {error:.3f}, {seconds:.1f} s"
+        )
+        return {
+            "layer": block.index,
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(walk.tokens * processes.world_size() / seconds, 1),
+            "sparsity": sparsity,
+            "relative_output_error": error,
+            "memory_gib": round(peak_gib(walk.device), 3),
+            "matrices": rows,
+        }
+
+
+def _by_input(found: dict[str, Matrix], observed: Observed, patterns: dict) -> dict[str, dict[str, Matrix]]:
+    """The matrices to prune that were called, those with the same inputs together."""
+    groups: dict[str, dict[str, Matrix]] = defaultdict(dict)
+    for name, matrix in found.items():
+        if name in patterns and name in observed.shared_input_key:
+            groups[observed.shared_input_key[name]][name] = matrix
+    return groups
+
+
+def _check_finite(weights: dict[str, Tensor], total: Tensor) -> None:
+    for name, weight in weights.items():
+        if not is_finite(weight):
+            raise UserError(
+                f"{name} holds weights that are not finite: the files are damaged, or its training diverged"
+            )
+    if not is_finite(total):
+        half = any(weight.dtype == torch.float16 for weight in weights.values())
+        hint = "set dtype=bfloat16 or dtype=float32" if half else "weights before it are damaged, or too large"
+        raise UserError(f"the inputs of {' and '.join(weights)} are not finite: {hint}")

@@ -1,0 +1,58 @@
+"""The methods that choose weights by a score and change no others; the formulas are in scores.py."""
+
+from torch import Tensor
+
+from pipeline.pruning import scores
+from pipeline.pruning.method import PruneMethod
+from pipeline.sparsity import masks
+from pipeline.sparsity.patterns import Unstructured
+
+
+class Magnitude(PruneMethod):
+    """The weight alone; a ratio is compared over the whole matrix (Han et al. 2015)."""
+
+    whole_matrix = True
+
+    def score(self, weight_OI: Tensor, total: Tensor) -> Tensor:
+        return scores.magnitude(weight_OI)
+
+
+class Wanda(PruneMethod):
+    """Weight times input norm, compared within each output row (Sun et al. 2023)."""
+
+    def score(self, weight_OI: Tensor, total: Tensor) -> Tensor:
+        return scores.wanda(weight_OI, total)
+
+
+class WandaVariant(Wanda):
+    """Wanda's rows lose an equal share of their score instead of an equal number of weights; N of M is Wanda's."""
+
+    def select(self, name: str, score_OI: Tensor) -> Tensor:
+        pattern = self.patterns[name]
+        if isinstance(pattern, Unstructured):
+            return scores.select_variant(score_OI, pattern.ratio)
+        return pattern.select(score_OI)
+
+
+class Ria(PruneMethod):
+    """Relative importance and activations (Zhang et al. 2024); a ratio is compared over the whole matrix."""
+
+    whole_matrix = True
+
+    def score(self, weight_OI: Tensor, total: Tensor) -> Tensor:
+        return scores.ria(weight_OI, total)
+
+
+class Dsnot(Wanda):
+    """Wanda's mask, refined by pruning and regrowing after DSnoT (Zhang et al. 2024)."""
+
+    def observe(self, input_NI: Tensor) -> Tensor:
+        return scores.moments(input_NI)
+
+    def prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
+        found = {}
+        for name, weight_OI in weights.items():
+            mask_OI = self.select(name, self.score(weight_OI, total[0]))
+            found[name] = scores.regrow(weight_OI, mask_OI, total, self.patterns[name])
+            masks.apply_(weight_OI, found[name])
+        return found

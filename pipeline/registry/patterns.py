@@ -1,0 +1,61 @@
+"""The registry of `prune.sparsity`: what a value such as 0.5, 2of4 or my_pattern.py stands for."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.registry.entry import Entry, Registry, is_file
+from pipeline.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class PatternEntry(Entry):
+    is_ratio: bool = False  # holds for a share of the weights wherever they lie
+
+
+class Patterns(Registry):
+    def label(self, value: Any) -> str:
+        """`2:4` as `2of4`, 0.50 as 0.5."""
+        text = str(value)
+        return super().label(text) if is_file(text) else re.sub(r"(\.\d*?)0+$", r"\1", text.replace(":", "of"))
+
+    def entry(self, value: Any, key: str | None = None) -> Entry:
+        return self.parse(value, key)[0]
+
+    def parse(self, value: Any, key: str | None = None) -> tuple[Entry, dict[str, Any]]:
+        """The entry and the arguments of its pattern: `0.5` -> unstructured, `2of4` or `"2:4"` -> N:M, `./mine.py` -> the
+        pattern in it. `UserError` naming `key`."""
+        text, key = str(value), key or self.key
+        if match := re.fullmatch(r"\s*(\d+)\s*(?:of|:)\s*(\d+)\s*", text):
+            n, m = map(int, match.groups())
+            if not 0 < n < m:
+                raise UserError(f"{key}={value}: N of M keeps N of each M weights, so 0 < N < M is needed, as in 2of4")
+            return self.entries["N:M"], {"n": n, "m": m}
+        if is_file(text):
+            return super().entry(text, key), {}
+        try:
+            ratio = float(value)
+        except (ValueError, TypeError):
+            raise UserError(
+                f"{key}={value} is not a sparsity: set a ratio such as 0.5, or N of M such as 2of4"
+            ) from None
+        if ratio >= 60 and ratio == int(ratio):
+            n, m = divmod(int(ratio), 60)  # YAML 1.1 reads 2:4 in base 60
+            raise UserError(f"{key}={value} is not a ratio. YAML reads {n}:{m} as {value}: write {n}of{m}")
+        if not 0 < ratio < 1:
+            raise UserError(f"{key}={value} is out of range: a ratio lies between 0 and 1, such as 0.5")
+        return self.entries["unstructured"], {"ratio": ratio}
+
+
+PATTERNS = Patterns(
+    "prune.sparsity",
+    "pipeline.sparsity.patterns:Pattern",
+    PatternEntry(
+        "unstructured",
+        "unstructured",
+        "A share of the weights goes, wherever they lie",
+        "pipeline.sparsity.patterns:Unstructured",
+        is_ratio=True,
+    ),
+    PatternEntry("N:M", "N:M", "N of each M consecutive inputs of a row stay", "pipeline.sparsity.patterns:NofM"),
+)
