@@ -156,9 +156,9 @@ def _protocol(protocol: dict) -> list[tuple[str, str]]:
 def _origin(recipe: Recipe, results: dict, about: dict[str, dict]) -> list[tuple[str, str]]:
     """What a run must agree in to be this one: seed, machine, versions, and the hashes of what came out."""
     told = []
-    for key, about in (results.get("methods") or {}).items():
-        said = ". ".join(text for text in (about["description"], about["citation"]) if text)
-        told.append((key, f"{about['label']}: {said}" if said else about["label"]))
+    for key, entry in (results.get("methods") or {}).items():
+        said = ". ".join(text for text in (entry["description"], entry["citation"]) if text)
+        told.append((key, f"{entry['label']}: {said}" if said else entry["label"]))
     told.append(("seed", str(recipe.seed)))
     for key, name in (("machine", "hardware"), ("system", "system")):
         told += [(name, value) for value in _once(stage.get(key) for stage in about.values())]

@@ -34,7 +34,7 @@ class Stage:
     where it can, `check(recipe)`, which answers before any work what is known to fail."""
 
     name: str
-    reads: tuple[str, ...]  # the stages before it whose folders it is given
+    reads: tuple[str, ...] | None  # the stages before it whose folders it is given; None is all
     settings: tuple[str, ...]  # the keys of the recipe that decide what it writes
     model: str | None = None  # what the model is called that it leaves
 
@@ -47,7 +47,7 @@ TABLE = (
     Stage("reconstruct", BEFORE[:2], (*MODEL, "calibration", "reconstruct", "seed"), "reconstructed"),
     Stage("finetune", BEFORE[:3], (*MODEL, "finetune", "seed"), "finetuned"),
     Stage("evaluate", BEFORE, (*MODEL, "evaluate", "seed")),
-    Stage("report", (*BEFORE, "evaluate"), ("model", "stages")),
+    Stage("report", None, ("model", "stages")),
 )
 STAGES = {stage.name: stage for stage in TABLE}  # in the order in which they run
 

@@ -53,7 +53,9 @@ def run(recipe: Recipe) -> None:
                 preflight.check_disk(recipe)
             done: dict[str, str] = {}  # stage -> what came out of it
             for stage in chosen:
-                inputs = {name: run_dir / name for name in stage.reads if name in done}
+                inputs = {
+                    name: run_dir / name for name in (done if stage.reads is None else stage.reads) if name in done
+                }
                 made_from = {name: section(recipe, name) for name in stage.settings}
                 made_from |= {"read": {name: done[name] for name in inputs}, **outside.get(stage.name, {})}
                 _run_one(stage, recipe, run_dir, inputs, made_from)

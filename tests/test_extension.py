@@ -1,0 +1,218 @@
+"""What CONTRIBUTING.md shows works: each of four extensions is one file of the user's own, a stage is two files."""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import registry
+from pipeline.commands import compare
+from pipeline.registry import ALLOCATIONS, FINETUNE_METHODS, PATTERNS, PRUNE_METHODS, REGISTRIES
+from pipeline.runtime.errors import UserError
+from pipeline.settings import reader, schema
+from pipeline.sparsity.masks import Masks
+from pipeline.stages import runner
+from tests.conftest import QUICK, ROOT, environment
+from tests.test_report import Page
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
+(LINE,) = re.findall(r'^    Stage\("histogram".*\n', (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M)
+BASES = {"prune.method": "PruneMethod", "prune.sparsity": "Pattern", "prune.allocation": "Allocation"}
+BASES["finetune.method"] = "SparseFull"
+LABELS = {"prune.method": "square root", "prune.sparsity": "half the columns", "prune.allocation": "by depth"}
+LABELS["finetune.method"] = "norm tuning"
+
+
+def snippet(says: str) -> str:
+    (found,) = (text for text in SNIPPETS if says in text)
+    return found
+
+
+def own_files(folder: Path, *keys: str) -> list[str]:
+    """The settings of the given keys, each a file of the user's in `folder`."""
+    for key in keys:
+        (folder / f"my_{key}.py").write_text(snippet(f"({BASES[key]})"))
+    return [f"{key}={folder}/my_{key}.py" for key in keys]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_llama, tmp_path_factory) -> Path:
+    """Two finished runs by the user's own files, which are gone, and their comparison."""
+    folder = tmp_path_factory.mktemp("own")
+    usual = (*QUICK, f"model={tiny_llama}", "evaluate.continuations=0")
+    a = own_files(folder, "prune.method", "prune.sparsity", "finetune.method")
+    b = [*own_files(folder, "prune.method", "prune.allocation"), "prune.sparsity=0.5"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, settings in (("a", a), ("b", b)):
+            patch.setattr(sys, "argv", ["launch.py", *usual, *settings, f"run_dir={folder}/runs/{name}"])
+            assert runner.run(reader.load(sys.argv[1:])) is None
+    for path in folder.glob("*.py"):
+        path.unlink()
+    compare.main([str(folder / "runs"), f"out={folder}"])
+    return folder
+
+
+def test_a_method_a_pattern_and_a_finetuning_of_ones_own_are_told_everywhere(runs):
+    markdown = (runs / "runs/a/report/report.md").read_text()
+    for text in (markdown, Page((runs / "runs/a/report/report.html").read_text()).text):
+        assert "pruned with square root to half the columns" in text
+        assert "norm tuning for 6 steps" in text
+        assert "Between magnitude and Wanda" in text and 'Doe 2026, "Roots"' in text
+    pruned, finetuned = ((runs / f"runs/a/{stage}/model/README.md").read_text() for stage in ("prune", "finetune"))
+    for card in (pruned, finetuned):
+        assert "pruned with square root to half the columns" in card
+    assert "fine-tuned within its masks: norm tuning (" in finetuned
+    for text in ((runs / "compare.md").read_text(), Page((runs / "compare.html").read_text()).text):
+        assert "square root (prune.allocation=uniform) + norm tuning" in text and "half the columns" in text
+    results = json.loads((runs / "runs/a/evaluate/results.json").read_text())["models"]
+    assert results["finetuned"]["mask_violations"] == 0
+    assert results["finetuned"]["perplexity"] != results["pruned"]["perplexity"]
+
+
+def test_an_allocation_of_ones_own_is_told_everywhere(runs):
+    masks, _ = Masks.load(runs / "runs/b/prune/masks.safetensors")
+    by_layer = []
+    for layer in range(3):
+        part = [mask for name, mask in masks.items() if f".{layer}." in name]
+        by_layer.append(1 - sum(int(mask.sum()) for mask in part) / sum(mask.numel() for mask in part))
+    assert by_layer == pytest.approx([0.4, 0.5, 0.6], abs=0.03)
+    markdown = (runs / "runs/b/report/report.md").read_text()
+    for text in (markdown, Page((runs / "runs/b/report/report.html").read_text()).text):
+        assert "by depth: Later layers are pruned more" in text
+    assert "to 0.5 shared out by by depth" in (runs / "runs/b/prune/model/README.md").read_text()
+    assert "square root (prune.allocation=by depth)" in (runs / "compare.md").read_text()
+
+
+@pytest.mark.parametrize("key", REGISTRIES)
+def test_an_edited_file_makes_its_stage_anew(tiny_llama, tmp_path, key):
+    more = ["prune.sparsity=0.5"] if key == "prune.allocation" else []
+    recipe = reader.load([f"model={tiny_llama}", *QUICK, *more, *own_files(tmp_path, key)])
+    before = runner._read_from_outside(recipe)
+    path, stage = tmp_path / f"my_{key}.py", key.partition(".")[0]
+    path.write_text(path.read_text() + "\nSOMETHING = 1\n")
+    now = runner._read_from_outside(recipe)
+    assert {name for name in now if now[name] != before[name]} == {stage}
+    assert list(schema.STAGES[stage].settings).count(stage) == 1
+
+
+@pytest.mark.parametrize("key", REGISTRIES)
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "no such file"),
+        ("def", "does not load: SyntaxError"),
+        ("import nothing_of_that_name", "does not load: ModuleNotFoundError"),
+        ("x = 1", "should define one subclass of"),
+    ],
+)
+def test_a_bad_file_is_one_line_before_any_work(tmp_path, key, text, says):
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=says) as raised:
+        reader.load(
+            [
+                "model=m",
+                "stages=[prune,finetune]",
+                f"{key}={path}",
+                *(["prune.sparsity=0.5"] if key == "prune.allocation" else []),
+            ]
+        )
+    assert "\n" not in str(raised.value) and str(raised.value).startswith(f"{key}={path}")
+
+
+def test_a_subclass_is_what_its_base_is_but_for_what_it_says(tmp_path):
+    (setting,) = own_files(tmp_path, "finetune.method")
+    path = setting.partition("=")[2]
+    entry, base = FINETUNE_METHODS.entry(path), FINETUNE_METHODS.entry("full")
+    assert (entry.label, entry.trains_weights, entry.leaves_model) == ("norm tuning", True, True)
+    assert entry.trained(schema.Finetune(), 99, 9) == base.trained(schema.Finetune(), 99, 9) == 99
+    with pytest.raises(UserError, match="finetune.quantize freezes the weights, .*: set finetune.method=lora"):
+        reader.load(["model=m", "stages=[prune,finetune]", setting, "finetune.quantize=nf4"])
+    Path(path).write_text(Path(path).read_text().replace('label = "norm tuning"', "trains_weights = False"))
+    entry = FINETUNE_METHODS.entry(path)
+    assert (entry.label, entry.trains_weights, entry.citation) == ("my_finetune.method", False, None)
+
+
+def test_an_allocation_needs_a_ratio_and_gives_numbers(tmp_path, tiny_llama, refused):
+    (setting,) = own_files(tmp_path, "prune.allocation")
+    with pytest.raises(UserError, match="set prune.sparsity=0.5"):
+        reader.load(["model=m", "stages=[prune,finetune]", setting])
+    path = Path(setting.partition("=")[2])
+    path.write_text(path.read_text().replace("len(measured))]", "1)]"))
+    said = refused(tmp_path / "run", f"model={tiny_llama}", setting, "prune.sparsity=0.5")
+    assert "ByDepth.ratios gave [0.4]: it should give 3 numbers" in said
+
+
+def test_a_setting_that_is_not_read_is_named():
+    chosen = reader.load(
+        ["model=m", "stages=[prune,finetune]", "prune.damp=0.1", "finetune.method=full", "finetune.rank=3"]
+    )
+    assert registry.ignored(chosen) == [
+        "prune.damp is set, and method=wanda does not read it",
+        "finetune.rank is set, and method=full does not read it",
+    ]
+    assert not registry.ignored(
+        reader.load(["model=m", "stages=[prune,finetune]", "prune.damp=0.1", "prune.method=sparsegpt"])
+    )
+
+
+@pytest.mark.parametrize("key", REGISTRIES)
+def test_each_entry_is_whole(key):
+    found, section = REGISTRIES[key], key.partition(".")[0]
+    settings = getattr(schema.Recipe(), section)
+    for name, entry in found.entries.items():
+        assert (entry.name, entry.label.strip(), bool(entry.description)) == (name, entry.label, True)
+        assert not entry.description.endswith(".")
+        assert all(hasattr(settings, it) for it in entry.reads)
+        base = registry.entry._resolve(found.base)
+        assert issubclass(entry.load(), base)
+    assert len({entry.label for entry in found.entries.values()}) == len(found.entries)
+
+
+def test_no_name_of_an_entry_stands_outside_the_registries():
+    """But for the defaults in the schema."""
+    names = {name for it in (PRUNE_METHODS, PATTERNS, ALLOCATIONS, FINETUNE_METHODS) for name in it.entries}
+    paths = [ROOT / "launch.py", *ROOT.glob("callbacks/*.py"), *ROOT.glob("pipeline/**/*.py")]
+    for path in (path for path in paths if path.parent.name != "registry"):
+        tree = ast.parse(path.read_text())
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        defaults = {id(c.args[0]) for c in calls if any(it.arg == "registry" for it in c.keywords)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and id(node) not in defaults:
+                assert node.value not in names, f"{path}:{node.lineno}: {node.value}"
+
+
+def test_a_new_stage_is_two_files(tiny_llama, tmp_path):
+    copy = tmp_path / "checkout"
+    shutil.copytree(ROOT / "pipeline", copy / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("callbacks", "recipes"):
+        shutil.copytree(ROOT / name, copy / name)
+    shutil.copy(ROOT / "launch.py", copy)
+    (copy / "pipeline/stages/histogram.py").write_text(snippet("def run(recipe"))
+    path = copy / "pipeline/settings/schema.py"
+    text = path.read_text()
+    for before, new in (
+        ("@dataclass\nclass Recipe", snippet("class Histogram") + "\n\n"),
+        ('    Stage("evaluate"', LINE),
+        ("    evaluate: Evaluate =", "    histogram: Histogram = field(default_factory=Histogram)\n"),
+    ):
+        assert text.count(before) == 1
+        text = text.replace(before, new + before)
+    path.write_text(text)
+
+    def run(*settings: str) -> subprocess.CompletedProcess:
+        chosen = [*QUICK, "stages=[prune,histogram,evaluate,report]", f"model={tiny_llama}", f"run_dir={tmp_path}/run"]
+        line = [sys.executable, "launch.py", *chosen, "evaluate.continuations=0", *settings]
+        return subprocess.run(line, cwd=copy, env=environment(), capture_output=True, text=True, timeout=300)
+
+    assert "histogram.bins=0 is out of range" in run("histogram.bins=0").stderr
+    done = run("histogram.bins=7")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(json.loads((tmp_path / "run/histogram/histogram.json").read_text())["counts"]) == 7
+    assert "| histogram |" in (tmp_path / "run/report/report.md").read_text()
