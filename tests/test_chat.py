@@ -11,9 +11,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from callbacks.validation import Validation
 from pipeline.data import chat, sources, token_windows
 from pipeline.recovery import distillation
+from pipeline.recovery.held_out import HeldOut
 from pipeline.recovery.training import fit
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune
@@ -218,14 +218,8 @@ def test_validation_is_the_mean_over_the_assistants_tokens(tmp_path):
     model = small_model("llama")
     ids, labels = token_windows.ids_and_labels(WINDOWS)
     expected = F.cross_entropy(model(ids).logits[:, :-1].transpose(1, 2), labels[:, 1:]).exp().item()
-
-    class Module:
-        device = torch.device("cpu")
-
-    module = Module()
-    module.model = model
     for batch_size in (1, 3, 32):
-        found = Validation(WINDOWS, batch_size, 1, 0, tmp_path).measure(module)
+        found = HeldOut(WINDOWS, batch_size, 0, tmp_path).measure(model, torch.device("cpu"))
         assert found == pytest.approx(expected, rel=1e-5)
 
 

@@ -11,6 +11,7 @@ from callbacks import of_training
 from callbacks.mask_keeper import MaskKeeper
 from callbacks.validation import Validation
 from pipeline.recovery import training
+from pipeline.recovery.held_out import HeldOut
 from pipeline.recovery.methods import SparseFull
 from pipeline.recovery.training import share
 from pipeline.runtime import checksums
@@ -154,16 +155,15 @@ def test_validation_stops_training_at_its_best(tmp_path):
     model = small_model("llama")
     chosen = schedule(max_steps=60, batch_size=1, accumulate=1, lr=3e-2, warmup=0.0)
     windows = torch.randint(3, 61, (60, 16), generator=torch.Generator().manual_seed(2))
-    validation = Validation(text, 2, 2, 3, tmp_path)
-    fit(model, windows, chosen, 0, tmp_path, [validation])
-    validation.restore(model)
+    held_out = HeldOut(text, 2, 3, tmp_path)
+    fit(model, windows, chosen, 0, tmp_path, [Validation(held_out, 2)])
+    held_out.restore(model)
     rows = [row.split(",") for row in (tmp_path / "metrics.csv").read_text().splitlines()[1:]]
     values = [float(row[-1]) for row in rows if row[-1]]
     assert len(rows) < 60 and len(rows) % 2 == 0
     assert len(values) == len(rows) // 2
     assert min(values) not in values[-3:]
-    module = type("", (), {"model": model, "device": torch.device("cpu")})
-    assert validation.measure(module) == pytest.approx(min(values), rel=1e-5)
+    assert held_out.measure(model, torch.device("cpu")) == pytest.approx(min(values), rel=1e-5)
 
 
 @pytest.mark.parametrize("patience", [2, 100])
@@ -172,10 +172,11 @@ def test_the_best_comes_back_to_one_that_was_killed_after_the_last_step(tmp_path
     chosen = schedule(max_steps=60, batch_size=1, accumulate=1, lr=3e-2, warmup=0.0, checkpoint_every=1)
     found = []
     for _ in range(2):  # the second finds the checkpoint of the first one's last step
-        model, validation = small_model("llama"), Validation(WINDOWS[:4], 2, 2, patience, tmp_path)
+        model, held_out = small_model("llama"), HeldOut(WINDOWS[:4], 2, patience, tmp_path)
+        validation = Validation(held_out, 2)
         fit(model, windows, chosen, 0, tmp_path, [validation])
         found.append((validation.seen, {name: value.clone() for name, value in model.state_dict().items()}))
-        validation.restore(model)
+        held_out.restore(model)
         found[-1] += ({name: value.clone() for name, value in model.state_dict().items()},)
     (step, last, best), (step_again, _, best_again) = found
     assert step == step_again and (step == 60) == (patience == 100)

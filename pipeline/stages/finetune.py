@@ -14,6 +14,7 @@ from pipeline.models import loading
 from pipeline.models.rewrite import parameters, rewrite
 from pipeline.pruning.allocation import allocate
 from pipeline.recovery import lora, quantization
+from pipeline.recovery.held_out import HeldOut
 from pipeline.recovery.training import fit, precision, sequences, share
 from pipeline.registry import FINETUNE_METHODS
 from pipeline.reporting import card
@@ -49,7 +50,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     full = "float32" if method.trains_weights and settings.precision != "bf16-true" else None
     pruned = loading.load(origin, recipe, full, quantization.configuration(settings.quantize))
     loading.check_length(pruned.config, "finetune.seq_len", settings.seq_len)
-    source, *held_out = sources.of_stage(recipe, "finetune")
+    source, *validated = sources.of_stage(recipe, "finetune")
     samples = settings.max_steps * sequences(settings)
     windows_NT = token_windows.packed(source, tokenizer, settings.seq_len, samples, recipe.seed, loss=settings.loss)
     ids_NT = token_windows.ids_and_labels(windows_NT)[0] if settings.loss != "all" else windows_NT
@@ -58,17 +59,17 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     torch.manual_seed(recipe.seed)  # of A; B starts at zero
     recovery = method.load()(pruned, masks, settings)
     callbacks: list[Callback] = [MaskKeeper(recovery), *of_training(folder, settings.checkpoint_every)]
-    validation = None
-    if held_out:
+    held_out = None
+    if validated:
         windows = token_windows.packed(
-            held_out[0], tokenizer, settings.seq_len, settings.validation_samples, 0, loss=settings.loss
+            validated[0], tokenizer, settings.seq_len, settings.validation_samples, 0, loss=settings.loss
         )
-        validation = Validation(windows, settings.batch_size, settings.validate_every, settings.patience, folder)
-        callbacks.insert(0, validation)
+        held_out = HeldOut(windows, settings.batch_size, settings.patience, folder)
+        callbacks.insert(0, Validation(held_out, settings.validate_every))
     teacher = loading.load(loading.dense_folder(recipe, inputs), recipe) if settings.distill else None
     fit(recovery.model, windows_NT, settings, recipe.seed, folder, callbacks, teacher)
-    if validation:
-        validation.restore(recovery.model)
+    if held_out:
+        held_out.restore(recovery.model)
     assert recovery.reapply() == 0
 
     recovery.save(folder, masks_file)
