@@ -255,7 +255,7 @@ for method in METHODS:
         folder = Path(where) / f"{method}-{sparsity}"
         folder.mkdir(parents=True, exist_ok=True)
         chosen = ["stages=[prune]", f"model={model}", *settings, f"prune.method={method}", f"prune.sparsity={sparsity}"]
-        prune.run(recipe_reader.load(chosen), folder, {})
+        prune.run(reader.load(chosen), folder, {})
         processes.barrier()
 processes.stop()
 """
