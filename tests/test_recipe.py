@@ -37,7 +37,7 @@ def test_every_recipe_loads_and_is_short(path):
         ("prune.method=wandda", "did you mean 'wanda'?"),
         ("prune=wanda", "this is a section"),
         ("stages={}", "stages is a list: set 'stages=["),
-        ("evaluate.tasks={a: 1}", "evaluate.tasks is a list: type"),
+        ("evaluate.tasks={a: 1}", "evaluate.tasks is a list: set"),
         ("prune.overrides=0", "prune.overrides=0: {name: value, ...} is needed"),
         ("prune.overrides=null", "prune.overrides=None: {name: value, ...} is needed"),
         ("finetune.rank=0", "finetune.rank=0 is out of range"),
