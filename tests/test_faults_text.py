@@ -16,7 +16,7 @@ def test_too_short_a_text_and_what_is_said_to_type(tiny_llama, tmp_path, refused
     settings = (f"model={tiny_llama}", f"calibration.dataset={text}")
     line = refused(tmp_path / "run", *settings)
     assert "8 samples of 32 are asked for" in line
-    finishes(tmp_path / "run", *settings, re.search(r"type (calibration\.samples=\d+)", line)[1])
+    finishes(tmp_path / "run", *settings, re.search(r"set (calibration\.samples=\d+)", line)[1])
     text.write_text("the cat\n")
     assert "a longer text or a shorter calibration.seq_len is needed" in refused(tmp_path / "other", *settings)
     text.write_text("the cat sat on the mat .\n" * 200)

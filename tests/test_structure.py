@@ -1,12 +1,13 @@
-"""Imports go one way: each part of the pipeline stands on those before it, and only the stages use the callbacks."""
+"""Laws about the code itself: imports go one way, the mathematics knows no trainer, and callbacks know no other callback."""
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
+
+# each part imports only those before it; only the stages use the callbacks
 ORDER = (
     *(
         "runtime",
@@ -24,15 +25,22 @@ ORDER = (
     *("callbacks", "reporting", "stages", "commands"),
 )
 FILES = sorted([*ROOT.glob("pipeline/*/*.py"), *ROOT.glob("callbacks/*.py")])
+MATH = (
+    *("sparsity/masks", "sparsity/patterns", "pruning/scores", "pruning/obs", "pruning/allocation", "engine/layerwise"),
+    *("engine/observe", "engine/matrices", "evaluation/perplexity", "recovery/layer_fit"),
+)
+WIRING = ("lightning", "accelerate", "torch.distributed", "pytorch_lightning")
 
 
-def imported(path: Path) -> Iterator[str]:
-    """The dotted names of the project's own modules that a file imports, wherever in it."""
+def imports(path: Path) -> set[str]:
+    """The dotted names of all modules, and of what is taken from them, that a file imports wherever in it."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
 def part_of(name: str) -> str | None:
@@ -43,7 +51,7 @@ def part_of(name: str) -> str | None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path):
     own = part_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    parts = {part for name in imported(path) if (part := part_of(name))}
+    parts = {part for name in imports(path) if (part := part_of(name))}
     later = {part for part in parts if ORDER.index(part) > ORDER.index(own)}
     assert not later, f"{own} imports {sorted(later)}, which stand on it"
     if "callbacks" in parts:
@@ -52,3 +60,26 @@ def test_imports_go_one_way(path):
 
 def test_every_part_is_in_the_order():
     assert {path.parent.name for path in FILES} == set(ORDER)
+
+
+@pytest.mark.parametrize("name", MATH)
+def test_the_math_knows_no_trainer_and_no_processes(name):
+    seen: set[str] = set()
+    left = [ROOT / "pipeline" / f"{name}.py"]
+    while left:  # what it imports of ours counts as well
+        path = left.pop()
+        for module in imports(path):
+            assert not module.startswith(WIRING), f"{path.name} imports {module}"
+            own = ROOT / f"{module.replace('.', '/')}.py"
+            if own.is_file() and module not in seen:
+                seen.add(module)
+                left.append(own)
+
+
+def test_callbacks_know_no_other_callback():
+    """But for the methods, which are subclasses of one, and the package, which puts some together."""
+    for path in (ROOT / "callbacks").glob("[!_]*.py"):
+        own = {module for module in imports(path) if module.startswith("callbacks")}
+        assert own <= ({"callbacks.pruner", "callbacks.pruner.LayerPruner"} if path.stem == "methods" else set()), (
+            path.name
+        )
