@@ -55,6 +55,8 @@ def by_layer(
     """A pattern by the block's index; `measured` has what the allocation measured, where it does. `UserError` where an
     allocation of the user's own gives no ratios."""
     places = list(measured) if allocation.measure else [block.index for block in blocks]
+    if not places:  # the model calls none of its layers: the walk will say so
+        return {}
     ratios = list(allocation.ratios([measured.get(index) for index in places], ratio))
     if len(ratios) != len(places) or not all(isinstance(it, int | float) and it == it for it in ratios):
         raise UserError(f"{type(allocation).__name__}.ratios gave {ratios}: it should give {len(places)} numbers")

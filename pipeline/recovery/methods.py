@@ -23,7 +23,8 @@ class FinetuneMethod:
 
     A subclass sets `self.model`, the model that is called, with `requires_grad` where it trains. In a file of the user's,
     its attributes `label`, `description` and `citation` say what it is called in checks and reports; a subclass of neither
-    class sets `trains_weights` and `leaves_model` as well (registry/finetune_methods.py).
+    class sets `trains_weights` and `leaves_model` as well (registry/finetune_methods.py). One that leaves no model writes
+    `adapter/`, a folder of peft, in `save`.
     """
 
     model: nn.Module

@@ -76,7 +76,8 @@ class Registry:
     def _own(self, path: Path, key: str) -> Entry:
         if not path.is_file():
             raise UserError(f"{key}={path}: no such file")
-        found = _subclass_in(path, path.stat().st_mtime_ns, self.base, key)
+        stat = path.stat()
+        found = _subclass_in(path, (stat.st_mtime_ns, stat.st_size), self.base, key)
         names = [f"{base.__module__}:{base.__qualname__}" for base in found.__mro__]
         entries = sorted(self.entries.values(), key=lambda it: (*names, it.implementation).index(it.implementation))
         nearest, kind = entries[0], type(entries[0])
@@ -99,8 +100,8 @@ def _resolve(place: str) -> type:
 
 
 @functools.lru_cache
-def _subclass_in(path: Path, changed_ns: int, base_place: str, key: str) -> type:
-    """The one subclass of the base that a Python file defines. A file is run once, until it is `changed`."""
+def _subclass_in(path: Path, stamp: tuple[int, int], base_place: str, key: str) -> type:
+    """The one subclass of the base that a Python file defines. A file is run once, until its time or size changes."""
     base = _resolve(base_place)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)

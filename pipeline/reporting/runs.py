@@ -98,7 +98,8 @@ def differing_protocol(runs: list[Run]) -> list[str]:
 def _differing(run: Run, runs: list[Run], sections: tuple[str, ...]) -> list[str]:
     keys = [key for key in run.settings if key.partition(".")[0] in sections and key not in OWN_PLACE]
     keys = [key for key in keys if len({str(other.settings.get(key)) for other in runs}) > 1]
-    return [f"{key}={run.label(key) if registry.is_file(run.settings[key]) else run.settings[key]}" for key in keys]
+    own = {key for key in registry.REGISTRIES if registry.is_file(run.settings[key])}
+    return [f"{key}={run.label(key) if key in own else run.settings[key]}" for key in keys]
 
 
 def _bracketed(told: list[str]) -> str:
