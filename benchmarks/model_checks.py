@@ -110,7 +110,7 @@ class Checks:
             return f"WRONG: {sorted(self.before.keys() ^ self.after.keys())[0]} is in one model only"
         left = set(self.masks)
         for name, new in self.after.items():
-            mask = self.masks.of(name, new)
+            mask = self.masks.for_parameter(name, new)
             old = self.before[name] if mask is None else torch.where(mask, self.before[name], 0.0)
             if new.dtype != old.dtype or not torch.equal(as_bytes(new), as_bytes(old)):
                 wrong.append(f"{name} has changed")

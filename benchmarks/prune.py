@@ -74,7 +74,7 @@ def ours(model, windows, method: str, pattern: str, batch_size: int) -> dict[str
         walk = LayerWalk(model, list(windows.split(batch_size)), processes.device(), Path(folder))
         callback = pruner(settings, allocate(walk.blocks, settings))
         callback.observe = observing.around(callback.observe)
-        walk.forwards.try_on = passing.around(walk.forwards.try_on)
+        walk.forwards.run_block = passing.around(walk.forwards.run_block)
         callback.on_predict_batch_end = ending.around(callback.on_predict_batch_end)
         writer = LayerWriter()
         writing = Clock()

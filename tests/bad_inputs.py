@@ -144,8 +144,8 @@ CASES: dict[str, list[Case]] = {
         Case("recipe={here}/r.yaml", "did you mean 'seed'?", put("r.yaml", "sed: 1"), "holds `sed: 1`"),
     ],
     "Pruning": [
-        Case("prune.sparsity=2:4", "type 2of4"),
-        Case("prune.sparsity=124", "YAML reads 2:4 as 124: type 2of4"),
+        Case("prune.sparsity=2:4", "set prune.sparsity=2of4"),
+        Case("prune.sparsity=124", "YAML reads 2:4 as 124: set prune.sparsity=2of4"),
         Case("prune.sparsity=1.5", "between 0 and 1"),
         Case("prune.sparsity=0", "between 0 and 1"),
         Case("prune.sparsity=nan", "between 0 and 1"),
@@ -154,7 +154,10 @@ CASES: dict[str, list[Case]] = {
         Case("prune.sparsity=1of5", "not divisible by 5"),
         Case("prune.sparsity=./none.py", "prune.sparsity=none.py: no such file"),
         Case(
-            "prune.sparsity={here}/p.py", "should define one subclass of Pattern", put("p.py", "x = 1"), "holds `x = 1`"
+            "prune.sparsity={here}/p.py",
+            "defines 0 subclasses of Pattern: define exactly one",
+            put("p.py", "x = 1"),
+            "holds `x = 1`",
         ),
         Case(
             "prune.sparsity={here}/p.py",
@@ -166,7 +169,7 @@ CASES: dict[str, list[Case]] = {
         Case("prune.method=./none.py", "no such file"),
         Case(
             "prune.method={here}/m.py",
-            "should define one subclass of LayerPruner",
+            "defines 0 subclasses of LayerPruner: define exactly one",
             put("m.py", "x = 1"),
             "holds `x = 1`",
         ),
@@ -512,7 +515,7 @@ CASES: dict[str, list[Case]] = {
         ),
         Case(
             "verify {here}/model {here}/masks.safetensors",
-            "another model's mask file?",
+            "is this another model's mask file?",
             written_masks(torch.ones(4, 4, dtype=torch.bool), "0.5"),
             "a mask of another shape",
         ),
@@ -521,7 +524,7 @@ CASES: dict[str, list[Case]] = {
         Case(f"apply {{here}}/model {MASKS} {{here}}/model/config.json/new", "cannot write"),
         Case(
             "apply {here}/model {here}/masks.safetensors {here}/new",
-            "another model's mask file?",
+            "is this another model's mask file?",
             written_masks(torch.ones(48, 32, dtype=torch.bool), "0.5", "model.layers.7.mlp.up_proj.weight"),
             "a mask of a layer that is not there",
         ),

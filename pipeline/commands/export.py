@@ -80,7 +80,7 @@ def _compressed(name: str, weight: Tensor, masks: Masks) -> file_format.Compact 
     if len(kinds := {entry.transposed for entry in masked}) > 1:
         raise UserError(f"the masks of {name} disagree on whether it is transposed")
     patterns = tuple(sorted({entry.pattern for entry in masked}))
-    return file_format.compress(name, weight, masks.of(name, weight), kinds.pop(), patterns)
+    return file_format.compress(name, weight, masks.for_parameter(name, weight), kinds.pop(), patterns)
 
 
 def _write_manifest(target: Path, origin: Path, model: nn.Module, matrices: dict[str, file_format.Layout]) -> None:

@@ -83,7 +83,7 @@ def load_compact(folder: str | Path, recipe: Recipe | None = None) -> nn.Module:
         for name, it in found.read(shard):
             dtype = empty_model.dtype_in_memory(model, name, found.dtype)
             if isinstance(it, Compact):
-                _attach(model, aliases[name], CompactWeight.of(it, dtype))
+                _attach(model, aliases[name], CompactWeight.from_compact(it, dtype))
             else:
                 empty_model.place(model, aliases[name], it.to(dtype))
     for module in model.modules():

@@ -36,7 +36,7 @@ class CompactWeight:
         self.columns, self.transposed, self.experts = columns, transposed, experts
 
     @classmethod
-    def of(cls, compact: Compact, dtype: torch.dtype) -> "CompactWeight":
+    def from_compact(cls, compact: Compact, dtype: torch.dtype) -> "CompactWeight":
         """Checks that each row has as many values as bits, so that no kernel reads beyond them; the bits are copied, so that
         this stays true. `UserError` where it is not."""
         *experts, _, columns = compact.layout.shape_OI

@@ -110,7 +110,7 @@ def _attach(model: nn.Module, masks: Masks, config: LoraConfig, cached: bool, re
             around[module] = layer
         else:
             _check_shapes(name, asked[name], masks, parameter.shape)
-            mask = masks.of(name, parameter)
+            mask = masks.for_parameter(name, parameter)
             layer = MaskedParameter(module, attribute, config.r, config.lora_alpha / config.r, transposed)
             layer.set_mask(
                 mask, [e for e in range(len(parameter)) if asked[name] != [name] and f"{name}[{e}]" not in masks]
@@ -143,7 +143,7 @@ def _places(model: nn.Module, names: Iterable[str]) -> dict[str, list[tuple[nn.M
     by_id = {id(parameter): name for name, parameter in model.named_parameters() if name in found}
     if missing := found.keys() - by_id.values():
         raise UserError(
-            f"the model has no {sorted(missing)[0]} ({len(missing)} masked matrices missing): another model's mask file?"
+            f"the model has no {sorted(missing)[0]} ({len(missing)} masked matrices missing): is this another model's mask file?"
         )
     for module in model.modules():
         for attribute, parameter in module.named_parameters(recurse=False):
@@ -164,7 +164,7 @@ def _check_shapes(name: str, masked: list[str], masks: Masks, shape: tuple[int, 
         expected = tuple(shape if mask == name else shape[1:])
         if masks.packed[mask].shape != expected or (mask != name and int(mask[len(name) + 1 : -1]) >= shape[0]):
             raise UserError(
-                f"{mask} has shape {expected}, its mask {masks.packed[mask].shape}: another model's mask file?"
+                f"{mask} has shape {expected}, its mask {masks.packed[mask].shape}: is this another model's mask file?"
             )
 
 

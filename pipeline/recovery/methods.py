@@ -114,7 +114,7 @@ class SparseFull:
             if not parameter.requires_grad:
                 continue
             if name not in self.parts:
-                mask = self.masks.of(name, parameter)
+                mask = self.masks.for_parameter(name, parameter)
                 self.parts[name] = None if mask is None else sharding.like(mask, parameter)
             if (part := self.parts[name]) is not None:
                 # Lightning takes a model that it has trained off the GPU
