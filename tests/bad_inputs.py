@@ -191,7 +191,7 @@ CASES: dict[str, list[Case]] = {
         Case("", "(0 bytes) is damaged", cut("model/model.safetensors", 0), "`model.safetensors` is empty"),
         Case(
             "",
-            "model.safetensors (42 bytes) is damaged or was not fetched whole",
+            "model.safetensors (42 bytes) is damaged or incomplete",
             put("model/model.safetensors", "version https://git-lfs.github.com/spec/v1"),
             "`model.safetensors` is a pointer of git-lfs",
         ),
@@ -229,7 +229,7 @@ CASES: dict[str, list[Case]] = {
         ),
         Case(
             "",
-            f"lacks {UP} (1 missing in all)",
+            f"lacks {UP} (1 missing)",
             change_weights(lambda weights: weights.pop(UP), "model/model.safetensors"),
             "a weight is missing",
         ),
@@ -386,7 +386,7 @@ CASES: dict[str, list[Case]] = {
         text("t.jsonl", '{"input_ids": [0.5]}', "should hold token ids"),
         Case(
             "calibration.dataset={here}/t.jsonl",
-            "holds token 1000000, the model knows",
+            "holds token 1000000, but the model knows",
             put("t.jsonl", json.dumps({"input_ids": [10**6] * 256})),
             "holds tokens of another vocabulary",
         ),

@@ -51,7 +51,7 @@ def test_rows_without_text_are_passed_over(tmp_path):
 def test_tokens_of_another_vocabulary(tiny_llama, tmp_path, refused, token):
     (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": [token] * 256}))
     line = refused(tmp_path / "run", f"model={tiny_llama}", f"calibration.dataset={tmp_path}/ids.jsonl")
-    assert f"holds token {token}, the model knows" in line
+    assert f"holds token {token}, but the model knows" in line
 
 
 def test_fewer_batches_than_processes(tiny_llama, tmp_path):

@@ -75,7 +75,7 @@ def load_compact(folder: str | Path, recipe: Recipe | None = None) -> nn.Module:
     found = CompactFolder(Path(folder).expanduser())
     model = empty_model.skeleton(found, recipe)
     aliases = {name: [name] for name in found.shapes}
-    for other, kept in file_names.ties(model).items():
+    for other, kept in file_names.tied_names(model).items():
         if other not in found.shapes:
             aliases[kept].append(other)
     empty_model.compute_buffers(model, set(found.shapes))

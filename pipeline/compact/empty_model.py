@@ -30,7 +30,7 @@ def skeleton(found: CompactFolder, recipe: Recipe) -> nn.Module:
             raise UserError(
                 f"{found.folder}: {name} is {shape} in the files, {tuple(known[name].shape)} by config.json"
             )
-    tied = file_names.ties(model)
+    tied = file_names.tied_names(model)
     missing = {name for name in known if tied.get(name, name) not in found.shapes and name not in found.shapes}
     info = LoadStateDictInfo(missing, set(), set(), [], {}, set())
     model._adjust_missing_and_unexpected_keys(info)
@@ -41,7 +41,7 @@ def skeleton(found: CompactFolder, recipe: Recipe) -> nn.Module:
 
 def compute_buffers(model: nn.Module, given: set[str]) -> None:
     """Computes what no file holds: buffers that are not persistent, and what a model may lack. `given`: what a file holds."""
-    state, tied = model.state_dict(keep_vars=True), file_names.ties(model)
+    state, tied = model.state_dict(keep_vars=True), file_names.tied_names(model)
     for tensor in state.values():
         tensor._is_hf_initialized = True  # else it would be filled with random numbers
     lacking = {name for name in state if name not in given and tied.get(name, name) not in given}

@@ -130,7 +130,7 @@ def _model(recipe: Recipe, dense: Path) -> nn.Module:
     def load(**where):
         return loading.load(dense, recipe, **where)
 
-    return placement.resident(placement_of(load), load)
+    return placement.place(placement_of(load), load)
 
 
 def placement_of(load: Callable[[], nn.Module]) -> str:

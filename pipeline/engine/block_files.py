@@ -19,7 +19,7 @@ class BlockFiles:
     def __init__(self, folder: Path, model: nn.Module, blocks: list[Block]) -> None:
         self.folder, self.model, self.blocks = folder, model, blocks
         # a set: a dict view would keep the tensors of dropped blocks alive; a shared or tied weight has one name here
-        self._names = set(file_names.saved(model))
+        self._names = set(file_names.saved_state(model))
         # files whose names or shapes differ from the model's cannot be read back block by block
         self._converts = file_names.converts(model)
         self.finished_before: frozenset[int] = processes.from_main(
@@ -81,7 +81,7 @@ class BlockFiles:
                 path = self.shard(index)
                 _save(file_names.to_files(self.model, load_file(path)), target / path.name)
         model_files.write_index(target)
-        model_files.copy_beside(origin, target, dtype)
+        model_files.copy_other_files(origin, target, dtype)
 
     def logs(self) -> list[dict]:
         """The log rows saved with the masks of each block that was reached."""

@@ -50,7 +50,7 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
     # each at its first use, since all may have been measured before
     tokenizer = functools.cache(lambda: loading.tokenizer(subject.folder, recipe))
     where = functools.cache(lambda: placement.choose(settings.placement, lambda: subject.load(recipe)))
-    model = functools.cache(lambda: placement.resident(where(), functools.partial(subject.load, recipe)))
+    model = functools.cache(lambda: placement.place(where(), functools.partial(subject.load, recipe)))
     known_as = processes.from_main(subject.identity() if processes.is_main() else None)
     about_model = {"model": known_as, "dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation}
     once = functools.partial(_once, Path(recipe.run_dir).parent / ".measured")
@@ -69,11 +69,11 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
                 layerwise = subject.load(recipe)
                 loading.check_vocabulary(layerwise.config, windows_NT, source)
                 logits = streamed(layerwise, processes.device(), tell)
-                at_once = placement.number(settings.batch_size)
+                at_once = placement.batch_number(settings.batch_size)
             else:
                 loading.check_vocabulary(model().config, windows_NT, source)
                 logits = whole(model())
-                at_once = placement.windows_at_once(settings.batch_size, logits, windows_NT)
+                at_once = placement.find_batch_size(settings.batch_size, logits, windows_NT)
             share = (processes.rank(), processes.world_size(), _all_sum)
             return window_losses(logits, windows_NT, at_once, *share, tell).tolist()
 
@@ -98,7 +98,9 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
                 tokenizer(),
                 [task],
                 recipe.mirror,
-                settings.batch_size if processes.device().type == "cuda" else placement.number(settings.batch_size),
+                settings.batch_size
+                if processes.device().type == "cuda"
+                else placement.batch_number(settings.batch_size),
                 settings.limit,
                 settings.fewshot,
                 processes.rank(),

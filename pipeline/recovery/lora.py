@@ -143,7 +143,8 @@ def _places(model: nn.Module, names: Iterable[str]) -> dict[str, list[tuple[nn.M
     by_id = {id(parameter): name for name, parameter in model.named_parameters() if name in found}
     if missing := found.keys() - by_id.values():
         raise UserError(
-            f"the model has no {sorted(missing)[0]} ({len(missing)} masked matrices missing): is this another model's mask file?"
+            f"the model has no {sorted(missing)[0]} ({len(missing)} masked matrices missing): is this another model's mask "
+            "file?"
         )
     for module in model.modules():
         for attribute, parameter in module.named_parameters(recurse=False):
