@@ -193,7 +193,7 @@ CASES: dict[str, list[Case]] = {
             "",
             "model.safetensors (42 bytes) is damaged or incomplete",
             put("model/model.safetensors", "version https://git-lfs.github.com/spec/v1"),
-            "`model.safetensors` is a pointer of git-lfs",
+            "`model.safetensors` is a git-lfs pointer",
         ),
         Case("", "config.json (", cut("model/config.json"), "`config.json` is cut in half"),
         Case("", "config.json (0 bytes) is damaged", cut("model/config.json", 0), "`config.json` is empty"),
@@ -272,32 +272,32 @@ CASES: dict[str, list[Case]] = {
     "Special tokens and chats": [
         Case(
             "",
-            "has the eos token '[END]' with id 552, the model 552 embedding rows: set eos_token in its tokenizer_config.json",
+            "has the eos token '[END]' with id 552, but the model 552 embedding rows: set eos_token in its tokenizer_config",
             tokenizer_with(eos="[END]"),
             "the token that ends a text has no embedding",
         ),
         Case("", "has the unk token '[UNK]' with id 552", tokenizer_with(unk="[UNK]"), "nor has that of unknown words"),
         Case(
             "",
-            "the model only 9 embedding rows: it, or config.json, is another model's",
+            "the model only 9 embedding rows: is the tokenizer or config.json another model's?",
             changed("model/config.json", vocab_size=9),
             "`vocab_size` is 9",
         ),
         Case(
             "calibration.dataset={here}/c.jsonl",
-            "holds conversations, and the model's tokenizer has no chat template",
+            "holds conversations, but the model's tokenizer has no chat template",
             put("c.jsonl", CHAT),
             f"holds `{CHAT}`",
         ),
         Case(
             "finetune.dataset={here}/c.jsonl finetune.loss=assistant",
-            "the chat template does not take a conversation of user, assistant: no",
+            "the chat template refuses a conversation of user, assistant: no",
             together(put("c.jsonl", CHAT), put("model/chat_template.jinja", "{{ raise_exception('no') }}")),
             "its chat template refuses all",
         ),
         Case(
             "finetune.dataset={here}/c.jsonl finetune.loss=assistant",
-            "a conversation has a turn of 'narrator': the roles are user, human, assistant",
+            "a conversation has a turn by 'narrator': the known roles are user, human, assistant",
             together(
                 put("c.jsonl", CHAT.replace("user", "narrator")), put("model/chat_template.jinja", "{{ messages }}")
             ),
@@ -325,7 +325,7 @@ CASES: dict[str, list[Case]] = {
         ),
         Case(
             "calibration.dataset={here}/d",
-            "has configurations de, en: name the one that is meant",
+            "has configurations de, en: name one of them",
             split_files(*(f"{config}/{name}" for config in ("de", "en") for name in SPLITS)),
             "holds two configurations",
         ),
@@ -337,7 +337,7 @@ CASES: dict[str, list[Case]] = {
         ),
         Case(
             "calibration.dataset={here}/d",
-            "several forms (a.parquet, b.txt)",
+            "several formats (a.parquet, b.txt)",
             together(split_files("a.parquet"), put("d/b.txt", "the cat")),
             "holds two forms",
         ),
@@ -347,14 +347,14 @@ CASES: dict[str, list[Case]] = {
             put("d/dataset_info.json", "{}"),
             "holds metadata only",
         ),
-        Case("calibration.dataset={here}/t.gz", "such as t.jsonl.gz", put("t.gz", "a"), "does not tell its form"),
+        Case("calibration.dataset={here}/t.gz", "such as t.jsonl.gz", put("t.gz", "a"), "does not name its format"),
         Case(
             "calibration.dataset={here}/t.txt",
-            "is a pointer of git-lfs",
+            "is a git-lfs pointer",
             put("t.txt", "version https://git-lfs.github.com/spec/v1"),
-            "is a pointer of git-lfs",
+            "is a git-lfs pointer",
         ),
-        Case("calibration.dataset={here}/t.txt@test", "is one file", put("t.txt", "a"), "is one file"),
+        Case("calibration.dataset={here}/t.txt@test", "is a single file", put("t.txt", "a"), "is a single file"),
         Case(
             "finetune.dataset={here}/t.jsonl",
             "it has id, data.body; set finetune.column",
@@ -371,7 +371,7 @@ CASES: dict[str, list[Case]] = {
     "Texts": [
         Case("calibration.dataset=./nowhere", "no dataset at"),
         Case("calibration.dataset=", "calibration.dataset=None: a word is needed"),
-        Case("calibration.dataset=\"''\"", "the section calibration names a data set by nothing"),
+        Case("calibration.dataset=\"''\"", "calibration.dataset is empty"),
         Case("calibration.dataset=nobody/nothing", "cannot load nobody/nothing@train"),
         Case("calibration.dataset=c4@test", "c4 has no split 'test': use one of train, validation"),
         Case("calibration.dataset={here}/t.docx", "the formats are .parquet", put("t.docx", "a"), "is no text file"),
@@ -380,7 +380,7 @@ CASES: dict[str, list[Case]] = {
         text("t.jsonl", '{"text": "a', "JSON parse error"),
         text("t.json.gz", "text", "ot a gzipped file"),
         text("t.parquet", "text", "Parquet file size"),
-        text("t.jsonl", '{"text": 3}', "should hold text: its first row is 3"),
+        text("t.jsonl", '{"text": 3}', "should hold text, but its first row is 3"),
         text("t.jsonl", '{"text": null}', "holds no text"),
         text("t.jsonl", '{"title": "a"}', "no column 'text' or 'input_ids': it has title"),
         text("t.jsonl", '{"input_ids": [0.5]}', "should hold token ids"),
@@ -390,7 +390,7 @@ CASES: dict[str, list[Case]] = {
             put("t.jsonl", json.dumps({"input_ids": [10**6] * 256})),
             "holds tokens of another vocabulary",
         ),
-        text("t.txt", "the cat sat on the mat .\n" * 2, "a longer text or a shorter calibration.seq_len is needed"),
+        text("t.txt", "the cat sat on the mat .\n" * 2, "set a longer text or a shorter calibration.seq_len"),
         Case(
             "calibration.dataset={here}/t.txt",
             "set calibration.samples=",

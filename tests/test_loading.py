@@ -358,7 +358,8 @@ def test_all_that_lies_beside_the_weights_is_copied(tiny_llama, tmp_path):
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 def test_files_have_the_mode_of_the_users_umask(tmp_path, umask):
     code = (
-        "import torch, sys; from pathlib import Path; from safetensors.torch import save_file; from pipeline import files\n"
+        "import torch, sys; from pathlib import Path; from safetensors.torch import save_file\n"
+        "from pipeline.runtime import files\n"
         "with files.atomic_write(Path(sys.argv[1])) as tmp: save_file({'a': torch.ones(1)}, tmp)\n"
     )
     path = tmp_path / "model.safetensors"

@@ -131,7 +131,7 @@ def test_float8(tmp_path, family, block):
     scale = next(name for name in weights if "scale" in name)
     del weights[scale]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="8-bit floats without the scales"):
+    with pytest.raises(UserError, match="8-bit floats without scales"):
         loading.load(folder, Recipe())
 
 

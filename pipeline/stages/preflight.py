@@ -99,17 +99,17 @@ def _questions(recipe: Recipe, tokenizer: Any, config: PreTrainedConfig) -> list
     prompted = settings.continuations and (settings.prompts or settings.perplexity)
     if not (settings.tasks or prompted):
         return []
-    asking, mended = special_tokens.for_questions(tokenizer, config)
+    fixed, fixes = special_tokens.for_questions(tokenizer, config)
     positions = loading.positions(config)
     for prompt in settings.prompts if prompted else ():
-        length = len(asking(prompt).input_ids)
+        length = len(fixed(prompt).input_ids)
         if length == 0:
             raise UserError(f"evaluate.prompts: '{prompt}' gives no token to go on from: use a longer one")
         if positions and length >= positions:
             raise UserError(
                 f"evaluate.prompts: one of {length} tokens fills the model's {positions} positions: use a shorter one"
             )
-    return mended
+    return fixes
 
 
 def _packages(recipe: Recipe) -> None:
@@ -140,7 +140,7 @@ def _text(recipe: Recipe, stage: str, source: sources.Source, tokenizer: Any, co
     """Whether a text can be read and is long enough; of one of the hub, which is fetched, by a stage that is not done."""
     loss = recipe.finetune.loss if stage == "finetune" else "all"
     if source.name == sources.SELF:
-        sampled.start(tokenizer, config)
+        sampled.first_token(tokenizer, config)
         return
     if source.is_local:
         rows = sources.first_rows(source)
@@ -152,7 +152,7 @@ def _text(recipe: Recipe, stage: str, source: sources.Source, tokenizer: Any, co
     if first is None:
         raise UserError(f"{source} holds no text")
     if loss != "all":
-        token_windows.refuse_without_conversations(source, first)
+        token_windows.require_conversations(source, first)
     if chat.is_chat(first):
         token_windows.chat_tokens(first, tokenizer, source, loss)
     _long_enough(recipe, stage, source, tokenizer, itertools.chain([first], rows))
