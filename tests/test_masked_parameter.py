@@ -231,7 +231,7 @@ def test_masks_of_other_experts_are_refused():
 )
 def test_a_plain_lora_refuses_what_peft_would_not_adapt(family, wanted):
     model, masks = with_masks(tiny(family))
-    with pytest.raises(UserError, match="peft's LoRA cannot adapt exactly .*set finetune.targets to others") as raised:
+    with pytest.raises(UserError, match="peft's LoRA cannot adapt exactly .*set other finetune.targets") as raised:
         PlainLora(model, masks, Finetune(method="plain_lora", targets=wanted))
     assert "\n" not in str(raised.value)
     PlainLora(*with_masks(tiny("mixtral")), Finetune(method="plain_lora", targets=["q_proj"]))

@@ -36,7 +36,7 @@ def tokenizer(single: str = "<bos> $A", **tokens):
 
 
 @pytest.mark.parametrize(
-    ("single", "before", "behind"),
+    ("single", "before", "after"),
     [("$A", [], []), ("<bos> $A", [0], []), ("<bos> $A <eos>", [0], [1]), ("$A <eos>", [], [1])],
 )
 def test_what_is_put_around_a_text(single, before, after):

@@ -18,7 +18,7 @@ from pipeline.data import chat, sampled, sources, special_tokens, token_windows
 from pipeline.evaluation.perplexity import windows
 from pipeline.evaluation.tasks import hub_data
 from pipeline.models import loading
-from pipeline.recovery.training import share
+from pipeline.recovery.training import batch_per_process
 from pipeline.runtime import caches, checksums, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe, plain, reconstruction_text
@@ -36,7 +36,7 @@ PACKAGES = {
 def check(recipe: Recipe) -> None:
     """`UserError` for the first thing found; says what was mended. All ranks must call."""
     if "finetune" in recipe.stages:
-        share(recipe.finetune, processes.world_size())
+        batch_per_process(recipe.finetune, processes.world_size())
     for line in processes.from_main(_look(recipe) if processes.is_main() else None):
         processes.say(line)
 
