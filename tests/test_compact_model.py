@@ -97,7 +97,7 @@ def test_whatever_else_torch_does_with_it_sees_it_dense():
 def test_a_mask_that_does_not_fit_its_values_is_refused():
     layout = Layout((4, 64), torch.float32, False, ("x",))
     bits = torch.full((32,), 255, dtype=torch.uint8)
-    with pytest.raises(UserError, match="keeps 256 weights, and there are 255"):
+    with pytest.raises(UserError, match="keeps 256 weights, but there are 255"):
         CompactWeight.from_compact(Compact("w", layout, bits, torch.zeros(255)), torch.float32)
 
 

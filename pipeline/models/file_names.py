@@ -1,8 +1,8 @@
-"""Owns the two sets of names: a parameter's in memory, and those of the tensors in the files that it is made of.
+"""Maps the names and shapes of parameters in memory to those of the tensors in a model's files, and back.
 
-transformers 5 converts as it loads: it renames, fuses `experts.0.up_proj.weight` and so on into one parameter, splits a
-fused projection. A file must have the names and the form that its input had, since other tools know no others. This is
-the only file that uses the internals of transformers by which that is done.
+transformers 5 converts while loading: it renames tensors, fuses `experts.0.up_proj.weight` and so on into one parameter, and
+splits fused projections. Our files keep the input's names and shapes, the only ones other tools know. Only this file
+uses the transformers internals for it.
 """
 
 import copy
@@ -28,7 +28,7 @@ try:
     from transformers.utils.loading_report import LoadStateDictInfo
 except ImportError as error:
     raise UserError(
-        f"this version of transformers converts names otherwise ({error}): install the pinned one"
+        f"this transformers version converts names differently ({error}): install the pinned one"
     ) from error
 
 State = dict[str, Tensor]
