@@ -167,6 +167,7 @@ class CompactFolder:
             self.shapes[parameter] = shape
 
     def check_contents(self) -> None:
+        """Raises `UserError` if the sha256 of a file differs from compact.json."""
         for name, expected in self.sha256.items():
             if files.sha256(self.folder / name) != expected:
                 raise UserError(f"{self.folder / name} is damaged (its sha256 differs): fetch or export it again")

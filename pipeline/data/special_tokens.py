@@ -33,6 +33,7 @@ def added_tokens(tokenizer: Any) -> AddedTokens:
 
 
 def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer starts every text with its begin-of-sequence token."""
     return tokenizer.bos_token_id is not None and tokenizer.bos_token_id in added_tokens(tokenizer).before
 
 

@@ -131,6 +131,7 @@ def chat_tokens(row: dict, tokenizer, source: Source, loss: str = "all") -> list
 
 
 def require_conversations(source: Source, columns) -> None:
+    """Raises `UserError` if rows with these columns are not conversations."""
     if not chat.is_chat(columns):
         raise UserError(f"{source} holds no conversations, which finetune.loss=assistant needs: set finetune.loss=all")
 

@@ -34,6 +34,7 @@ class BlockFiles:
         return frozenset(b.index for b in self.blocks if {self.shard(b.index), self.masks_file(b.index)} <= whole)
 
     def shard(self, index: int) -> Path:
+        """The weight file of block `index`; that of the weights outside the blocks is the last."""
         count = len(self.blocks) + 1
         place = self.folder / ("layers" if self._converts else "model")
         return place / f"model-{index + 1:05d}-of-{count:05d}.safetensors"
@@ -49,6 +50,7 @@ class BlockFiles:
         return f"{block.name}.{name}" in self._names
 
     def write(self, block: Block, masks: Masks, log: dict) -> None:
+        """Writes the weights and masks of a finished block, with checksums."""
         masks.save(self.masks_file(block.index), log)
         self._save(block.index, self._state(block))
         checksums.record(self.folder, self.masks_file(block.index), self.shard(block.index))
@@ -88,6 +90,7 @@ class BlockFiles:
         return [Masks.load(path)[1] for path in self.masks_files()]
 
     def masks_files(self) -> list[Path]:
+        """The mask files of all finished blocks, in block order."""
         return [path for block in self.blocks if (path := self.masks_file(block.index)).exists()]
 
     def _state(self, block: Block) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ class Coverage:
         return sorted(rows.values(), key=lambda row: row["reason"] != PRUNED)
 
     def describe(self, pruned: Collection[str]) -> list[tuple[str, str]]:
+        """See the function `describe`."""
         return describe(self.rows(pruned))
 
 

@@ -40,6 +40,7 @@ class LayerWalk(LightningModule):
         self.log_row: dict = {}
 
     def is_finished(self, block: Block) -> bool:
+        """Whether an earlier run finished the block."""
         return self.files is not None and self.files.is_finished(block)
 
     def paused_forwards(self, model: nn.Module, files: BlockFiles | None = None) -> LayerwiseForwards:

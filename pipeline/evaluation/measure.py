@@ -35,10 +35,12 @@ class Subject:
     adapter: Path | None = None
 
     def load(self, recipe: Recipe, **where: Any) -> nn.Module:
+        """The model with its adapter, in evaluation mode. `where`: see `loading.load`."""
         model = loading.load(self.folder, recipe, **where)
         return PeftModel.from_pretrained(model, self.adapter).get_base_model().eval() if self.adapter else model
 
     def identity(self) -> str:
+        """A hash of the model folder and the adapter."""
         identity_hash = model_files.identity(self.folder)
         return (
             files.digest([identity_hash, files.fingerprint(self.adapter.iterdir())]) if self.adapter else identity_hash

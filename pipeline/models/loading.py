@@ -52,6 +52,7 @@ def locate(model: str, revision: str | None) -> Path:
 
 
 def tokenizer(folder: Path, recipe: Recipe):
+    """The tokenizer in a model folder. Raises `UserError` if it is unusable."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
     except Exception as error:  # damaged files raise KeyError, AttributeError and more
@@ -157,6 +158,7 @@ def positions(config: PreTrainedConfig) -> int | None:
 
 
 def check_length(config: PreTrainedConfig, key: str, seq_len: int) -> None:
+    """Raises `UserError` if `seq_len` exceeds the positions of the model."""
     known = positions(config)
     if known and seq_len > known:
         raise UserError(f"{key}={seq_len} exceeds the model's {known} positions: set {key}={known}")

@@ -29,6 +29,7 @@ PEFT = ("base_model.model.", ".base_layer.")  # in a PeftModel's parameter names
 
 
 def identity(folder: Path) -> str:
+    """A fingerprint of a model folder's weights, config, tokenizer and code."""
     return files.fingerprint({path for pattern in (*WEIGHTS, *IDENTITY) for path in folder.glob(pattern)})
 
 
@@ -66,6 +67,7 @@ def open_weights(folder: Path) -> "Tensors":
 
 
 def cannot_load(folder: Path, error: Exception, *patterns: str) -> str:
+    """The message for a model that cannot be loaded, naming the damaged file if there is one."""
     return f"cannot load the model in {folder}: {problem(folder, error, *(patterns or LOADED))}"
 
 

@@ -39,6 +39,7 @@ def place(placement: str, load: Callable[..., nn.Module]) -> nn.Module:
 
 
 def batch_number(batch_size: int | str) -> int:
+    """The batch size as a number: `BATCH` for `auto`."""
     return BATCH if batch_size == "auto" else batch_size
 
 

@@ -65,6 +65,7 @@ def attach(model: nn.Module, masks: Masks, settings: Finetune, cached: bool | No
 
 
 def lora_config(masks: Masks, settings: Finetune) -> LoraConfig:
+    """peft's configuration for the masked matrices that `settings` chooses."""
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

@@ -255,6 +255,7 @@ def _loggers(names: list[str], folder: Path) -> list:
 
 
 def precision(setting: str) -> str:
+    """Lightning's `precision`: `auto` is bf16-mixed with a GPU, else 32-true."""
     if setting != "auto":
         return setting
     return "bf16-mixed" if torch.cuda.is_available() else "32-true"

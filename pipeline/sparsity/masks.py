@@ -87,6 +87,7 @@ class Masks(Mapping[str, Tensor]):
         return {name: entry.pattern for name, entry in self.packed.items()}
 
     def add(self, name: str, mask: Tensor, pattern: str, transposed: bool = False) -> None:
+        """Packs and stores a mask in the shape of its stored parameter."""
         self.packed[name] = Packed(pack(mask).cpu(), tuple(mask.shape), str(pattern), transposed)
 
     def for_parameter(self, name: str, parameter: Tensor) -> Tensor | None:
@@ -99,6 +100,7 @@ class Masks(Mapping[str, Tensor]):
         )
 
     def save(self, path: Path, log: dict | None = None) -> None:
+        """Writes the mask file, with an optional JSON log. Equal masks give equal files."""
         entries = dict(sorted(self.packed.items()))
         about = {
             name: {"shape": list(entry.shape), "pattern": entry.pattern, "transposed": entry.transposed}
@@ -137,6 +139,7 @@ class Masks(Mapping[str, Tensor]):
         return masks, about["log"]
 
     def sparsity(self) -> float:
+        """The share of pruned weights over all masks."""
         entries = self.packed.values()
         return sum(entry.weights - entry.kept for entry in entries) / max(1, sum(entry.weights for entry in entries))
 
@@ -205,6 +208,7 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `pack`: a bool mask of `shape`, on the device of `bits`."""
     if bits.device.type == "cpu":  # numpy takes a third of the time and memory
         flat = np.unpackbits(bits.numpy(), count=math.prod(shape), bitorder="little")
         return torch.from_numpy(flat.view(bool)).view(shape)
