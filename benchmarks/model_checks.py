@@ -201,9 +201,8 @@ class Checks:
         """Perplexity layer by layer is that of the whole model, dense and pruned."""
         values = []
         for placement in ("whole", "stream"):
-            run = (
-                self.work / placement / "run"
-            )  # what was measured is kept beside a run, so each has a place of its own
+            # measurements are cached next to a run, so each gets its own folder
+            run = self.work / placement / "run"
             if not run.exists():
                 shutil.copytree(self.run, run)
             verdict, _ = self.command.typed(run, "stages=[prune,evaluate]", f"evaluate.placement={placement}")

@@ -164,9 +164,8 @@ def compare(args, method: str, pattern: str, dtype: str) -> None:
     windows = torch.randint(0, 32000, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0))
     windows = windows.to(processes.device())
     new, old = [], []
-    ours(
-        build(args.shape, getattr(torch, dtype)), windows[:1], method, pattern, 1
-    )  # kernels are chosen at the first call
+    # kernels are chosen at the first call
+    ours(build(args.shape, getattr(torch, dtype)), windows[:1], method, pattern, 1)
     for _ in range(args.repeats):
         new.append(ours(build(args.shape, getattr(torch, dtype)), windows, method, pattern, args.batch_size))
         if not args.only_ours:

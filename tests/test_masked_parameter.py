@@ -137,9 +137,8 @@ def test_effective_weights_are_made_once_a_call_and_once_in_backward(family, mon
     once = len(made)
     assert once == len(set(made)) > 0
     loss.backward()
-    assert (
-        max(made.count(masked) for masked in made) == 2
-    )  # fewer where backward needs no weight, as of the first block
+    # fewer where backward needs no weight, as in the first block
+    assert max(made.count(masked) for masked in made) == 2
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "falcon_mamba"])

@@ -158,9 +158,8 @@ def _is_data(path: Path, root: Path) -> bool:
 def _files_of_split(folder: Path, files: dict[Path, Path], split: str, named: bool) -> list[Path]:
     """The `files` of the split; all of them if no file names a split and the user named none."""
     by_path = {path: _split_of(relative) for path, relative in files.items()}
-    if not all(
-        it.standard for it in by_path.values()
-    ):  # among texts without split names, "my-train-trip.txt" means no split
+    # among texts without split names, "my-train-trip.txt" means no split
+    if not all(it.standard for it in by_path.values()):
         by_path = {path: it if it.certain else SplitName() for path, it in by_path.items()}
     wanted = SPLITS.get(split, split)
     chosen = [path for path, it in by_path.items() if split == it.name or wanted == it.standard]

@@ -130,9 +130,8 @@ class LayerwiseForwards:
         forward = self.forwards[i]
         # detached aliases: backward may need them after the originals were offloaded
         args, kwargs = tree_map_only(Tensor, Tensor.detach, (forward.args, forward.kwargs))
-        kwargs = {
-            k: copy.deepcopy(v) if isinstance(v, Cache) else v for k, v in kwargs.items()
-        }  # XLM always passes one
+        # XLM always passes a cache
+        kwargs = {k: copy.deepcopy(v) if isinstance(v, Cache) else v for k, v in kwargs.items()}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         versions = [tensor._version for tensor in tensors]
         try:
@@ -173,13 +172,13 @@ class LayerwiseForwards:
             yield from self.advance()
 
     def _enter_block(self) -> None:
-        before_block = {forward.index for forward in self.forwards}
-        if len(before_block) > 1:
-            names = sorted("the end" if index is None else self.blocks[index].name for index in before_block)
+        reached = {forward.index for forward in self.forwards}
+        if len(reached) > 1:
+            names = sorted("the end" if index is None else self.blocks[index].name for index in reached)
             raise UserError(
                 f"the batches take different paths through the model: one is at {names[0]}, one at {names[1]}"
             )
-        index = next(iter(before_block), None)
+        index = next(iter(reached), None)
         self.current = None if index is None else self.blocks[index]
         if self.current is None:
             return

@@ -42,7 +42,7 @@ class Observed:
 
 class InputObserver:
     """Sums `observe(input_NI)` over all inputs of each matrix. Call the block as usual inside `batch()`; it may end early
-    by `EveryInputSeen`, which `batch` catches."""
+    by `AllInputsSeen`, which `batch` catches."""
 
     def __init__(self, matrices: dict[str, Matrix], observe: Callable[[Tensor], Tensor]) -> None:
         self.matrices, self.observe = matrices, observe

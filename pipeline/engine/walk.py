@@ -95,9 +95,8 @@ class LayerWalk(LightningModule):
             with observer.batch():
                 self.forwards.run_block(i)
         observed, known = observer.observed, {}
-        for keys_of_rank in processes.all_ranks(
-            observed.shared_input_key
-        ):  # some ranks may have no token for an expert
+        # some ranks may have no token for an expert
+        for keys_of_rank in processes.all_ranks(observed.shared_input_key):
             known = keys_of_rank | known
         routed = {name for name, matrix in matrices.items() if matrix.routed}
         if routed & known.keys():

@@ -86,9 +86,8 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
         losses[spec] = cached(cache_key, measure_losses)
         found["perplexity"][spec] = value = perplexity(torch.tensor(losses[spec], dtype=torch.float64))
         if (error := paired.standard_error(losses[spec])) is not None:
-            found["perplexity_stderr"][spec] = (
-                value * error
-            )  # delta method: the error of exp(x) is exp(x) times that of x
+            # delta method: the error of exp(x) is exp(x) times that of x
+            found["perplexity_stderr"][spec] = value * error
         protocol["datasets"][spec] = (
             f"{source}, {'the first ' if settings.windows else ''}{len(losses[spec])} windows of {settings.seq_len} tokens"
         )

@@ -20,10 +20,8 @@ from pipeline.runtime.errors import UserError
 WEIGHTS = ("*.safetensors", "*.bin")
 IDENTITY = ("config.json", "tokenizer*", "vocab*", "merges*", "*.model", "*.py")  # besides the weights
 OTHER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "additional_chat_templates/*.jinja")
-SINGLE_FILES = (
-    "model.safetensors",
-    "pytorch_model.bin",
-)  # in transformers' order of preference; each may have an index instead
+# in transformers' order of preference; each may have an index instead
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 LOADED = ("config.json", "*.index.json", "*.safetensors", "pytorch_model*.bin")
 PEFT = ("base_model.model.", ".base_layer.")  # in a PeftModel's parameter names
 
