@@ -49,11 +49,11 @@ class Checks:
         self.work, self.dense, self.run = work, work / "dense", work / "whole/run"
         self.command = Command(work)
         self.walked: list[LayerWalk] = []
-        self.seen: dict[int, list[list[Tensor]]] = {}  # what each block was given while it was pruned, by batch
+        self.seen: dict[int, list[list[Tensor]]] = {}  # inputs of each block while it was pruned, by batch
         self.trained: list[nn.Module] = []
-        self._look_on()
+        self._record_calls()
 
-    def _look_on(self) -> None:
+    def _record_calls(self) -> None:
         step, fit = LayerWalk.predict_step, pipeline.stages.finetune.fit
 
         def predict_step(walk, block, number):
