@@ -36,8 +36,8 @@ def batch_per_process(settings: Finetune, world_size: int) -> tuple[int, int]:
 
 
 def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor, reduction: str = "mean") -> Tensor:
-    """Next-token cross-entropy in nats; labels of -100 are ignored. The model's own `.loss` will not do: a multimodal family
-    skips image positions (GIT), and others add a router loss."""
+    """Next-token cross-entropy in nats; labels of -100 are ignored. The model's own `.loss` will not do: GIT takes the
+    first positions for its image, and others add a router loss."""
     next_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)  # the last token predicts nothing
     return F.cross_entropy(logits_BTV.flatten(0, 1).float(), next_BT.flatten(), reduction=reduction)
 
