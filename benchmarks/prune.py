@@ -74,7 +74,7 @@ def ours(model, windows, method: str, pattern: str, batch_size: int) -> dict[str
         walk = LayerWalk(model, list(windows.split(batch_size)), processes.device(), Path(folder))
         callback = pruner(settings, allocate(walk.blocks, settings))
         callback.observe = observing.around(callback.observe)
-        walk.forwards.try_on = passing.around(walk.forwards.try_on)
+        walk.forwards.run_block = passing.around(walk.forwards.run_block)
         callback.on_predict_batch_end = ending.around(callback.on_predict_batch_end)
         writer = LayerWriter()
         writing = Clock()
@@ -164,9 +164,8 @@ def compare(args, method: str, pattern: str, dtype: str) -> None:
     windows = torch.randint(0, 32000, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0))
     windows = windows.to(processes.device())
     new, old = [], []
-    ours(
-        build(args.shape, getattr(torch, dtype)), windows[:1], method, pattern, 1
-    )  # kernels are chosen at the first call
+    # kernels are chosen at the first call
+    ours(build(args.shape, getattr(torch, dtype)), windows[:1], method, pattern, 1)
     for _ in range(args.repeats):
         new.append(ours(build(args.shape, getattr(torch, dtype)), windows, method, pattern, args.batch_size))
         if not args.only_ours:

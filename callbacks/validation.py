@@ -79,7 +79,7 @@ class Validation(Callback):
         return math.exp(min(loss / max(count, 1.0), 700.0))
 
     def _keep(self, model) -> None:
-        trained = sharding.trained(model)
+        trained = sharding.gather_trained(model)
         if processes.is_main():
             with files.atomic_write(self.best) as tmp:
                 save_file(trained, tmp)
@@ -95,7 +95,7 @@ class Validation(Callback):
         best = load_file(self.best)
         for name, parameter in model.named_parameters():
             if name in best:
-                sharding.local(parameter).copy_(sharding.like(best[name], parameter))
+                sharding.local_shard(parameter).copy_(sharding.shard_like(best[name], parameter))
 
     def state_dict(self) -> dict:
         return {"lowest": self.lowest, "since": self.since, "seen": self.seen}

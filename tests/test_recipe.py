@@ -26,9 +26,9 @@ def test_every_recipe_loads_and_is_short(path):
     [
         ("prune.sparcity=0.5", "unknown key 'prune.sparcity': did you mean 'prune.sparsity'?"),
         ("modle=x", "did you mean 'model'?"),
-        ("prune.sparsity=2:4", "write 2of4"),
-        ("prune.sparsity=4:8", "write 4of8"),
-        ("prune.sparsity=124", "write 2of4"),
+        ("prune.sparsity=2:4", "set prune.sparsity=2of4"),
+        ("prune.sparsity=4:8", "set prune.sparsity=4of8"),
+        ("prune.sparsity=124", "set prune.sparsity=2of4"),
         ("prune.sparsity=1.5", "between 0 and 1"),
         ("prune.sparsity=0", "between 0 and 1"),
         ("prune.sparsity=4of2", "0 < N < M"),

@@ -86,7 +86,7 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> dict[str, Any]:
         "explained": summary.explained(groups),
         "reference": f"Published: {source}." if reference else "",
         "notes": summary.notes(results),
-        "coverage": coverage.told(_rows(inputs, "prune", "coverage.csv")),
+        "coverage": coverage.describe(_rows(inputs, "prune", "coverage.csv")),
         "layers": _rows(inputs, "prune", "layers.csv"),
         "matrices": _rows(inputs, "prune", "matrices.csv"),
         "reconstruction": _rows(inputs, "reconstruct", "layers.csv"),
