@@ -1,14 +1,14 @@
-"""Owns the report: what the other stages left on disk, told as report.html, report.md and a table on the terminal.
+"""The report of a run: what the other stages left on disk, as report.html, report.md and a table on the terminal.
 
 Imports no torch, and matplotlib only to draw, so that the table on the terminal is there at once.
 """
 
-import math
+import base64
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+import numpy as np
 from omegaconf import OmegaConf
 from rich import box
 from rich.console import Console
@@ -16,8 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.engine import coverage
-from pipeline.reporting import page, published, series, summary
-from pipeline.reporting.card import SINCE, markdown
+from pipeline.reporting import card, page, published, series, summary
 from pipeline.runtime import checksums, files
 from pipeline.settings.schema import STAGES, Recipe, plain
 
@@ -25,145 +24,159 @@ PROTOCOL = {
     **{"seq_len": "tokens per window", "limit": "questions per task", "fewshot": "examples per question"},
     **{"windows": "windows of each text", "bos": "each window begins with BOS"},
 }
-TOLD_ELSEWHERE = ("datasets", "notes", "prompts", "masks")  # of the protocol
+SHOWN_ELSEWHERE = ("datasets", "notes", "prompts", "masks")  # of the protocol
+LAST_START = "since it was last started"  # a resumed stage counts its last try
+WORDS = {None: "all", True: "yes", False: "no"}
 
 
 def write(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes report.html and report.md into `folder`; the same inputs give the same bytes."""
     facts = collect(recipe, inputs)
-    html = page.render("report.html.jinja", **facts, figures=figures(facts), mark=summary.MARK)
-    page.write(folder, {"report.html": html, "report.md": markdown(facts)})
+    page.write(folder / "report.md", card.markdown(facts))
+    page.write(
+        folder / "report.html", page.render("report.html.jinja", **facts, figures=figures(facts), mark=summary.MARK)
+    )
 
 
 def show(run_dir: Path, console: Console | None = None) -> None:
-    """Prints the table of a run, its notes, and where the report lies."""
-    console = console or Console()
+    """Prints the table of a run, its notes, and the path of the report."""
     results = files.read_json(run_dir / "evaluate" / "results.json")
     assert results is not None, f"{run_dir}: evaluate has not finished"
-    groups = summary.groups(results)
-    console.print(table(summary.columns(results), groups))
-    if any(cell.beyond for _, rows in groups for _, cells in rows for cell in cells):
-        console.print(Text(f"{summary.MARK} differs from dense by more than two standard errors of the difference"))
-    for note in summary.notes(results):
-        console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
-    console.print(Text(f"report: {run_dir / 'report' / 'report.html'}"), soft_wrap=True)
+    print_table(summary.columns(results), summary.groups(results), summary.notes(results), console)
+    (console or Console()).print(Text(f"report: {run_dir / 'report' / 'report.html'}"), soft_wrap=True)
 
 
-def table(columns: list[str], groups: summary.Groups) -> Table:
-    shown = Table(box=box.SIMPLE_HEAD)
-    shown.add_column("", overflow="fold")
+def print_table(columns: list[str], groups: summary.Groups, notes: list[str], console: Console | None = None) -> None:
+    console, table = console or Console(), Table(box=box.SIMPLE_HEAD)
+    table.add_column("", overflow="fold")
     for name in columns:
-        shown.add_column(Text(name), justify="right", no_wrap=True)
+        table.add_column(Text(name), justify="right", no_wrap=True)
     for title, rows in groups:
-        shown.add_row(Text(title, style="green"))
+        table.add_row(Text(title, style="green"))
         for label, cells in rows:
-            shown.add_row(
-                Text(f"  {label}"), *(Text(cell.marked, style="bold" if cell.strong else "") for cell in cells)
-            )
-    return shown
+            texts = [cell.value + summary.MARK * cell.significant for cell in cells]
+            styles = ["bold" if cell.best else "" for cell in cells]
+            table.add_row(Text(f"  {label}"), *map(Text, texts, styles))
+    console.print(table)
+    if any(cell.significant for _, rows in groups for _, cells in rows for cell in cells):
+        console.print(Text(f"{summary.MARK} differs from dense by more than two standard errors of the difference"))
+    for note in notes:
+        console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
 
 
 def collect(recipe: Recipe, inputs: dict[str, Path]) -> dict[str, Any]:
-    """All that the report tells, as plain data; what belongs to a stage that did not run is empty."""
+    """All that the report shows, as plain data; what belongs to a stage that did not run is empty."""
     results = files.read_json(inputs["evaluate"] / "results.json")
     assert results is not None, f"{inputs['evaluate']}: no results.json"
-    models, protocol = results["models"], results.get("protocol") or {}
-    found = {name: checksums.read(folder) for name, folder in inputs.items()}
-    about = {name: stage for name, stage in found.items() if stage}
+    protocol = results.get("protocol") or {}
+    about = {name: stage for name, folder in inputs.items() if (stage := checksums.read(folder))}
     reference, source = published.find(recipe, protocol)
     groups = summary.groups(results, reference)
-    machines = _once(stage.get("machine") for stage in about.values())
-    cost = f"It took {summary.duration(sum(stage['seconds'] for stage in about.values()))} on {'; '.join(machines)}."
+    times = [summary.duration(stage["seconds"]) for stage in about.values()]
+    machines, total = (
+        _once(stage.get("machine") for stage in about.values()),
+        sum(it["seconds"] for it in about.values()),
+    )
     used = {key: value for key, value in plain(recipe).items() if key not in STAGES or key in recipe.stages}
+    loss = series.points(_rows(inputs, "finetune", "metrics.csv"), "step", "loss")
+    first_and_last = loss.iloc[[0, -1]] if len(loss) else loss
+    lists = {
+        "Fine-tuning loss": [(f"step {step:.0f}", f"{it:.3f} nats per token") for step, it in first_and_last.items()],
+        "Weights of the layers": coverage.told(_rows(inputs, "prune", "coverage.csv")),
+        "Protocol": _protocol(protocol),
+        "Environment": _environment(recipe, results, about),
+    }
     return {
         "model": summary.model_name(recipe),
         "title": summary.short(summary.model_name(recipe)),
-        "pattern": str(recipe.prune.sparsity) if "pruned" in models else "",
+        "pattern": summary.pattern_name(recipe.prune.sparsity) if "pruned" in results["models"] else "",
         "headline": summary.headline(recipe, results),
-        "cost": cost if machines else "",
+        "cost": f"It took {summary.duration(total)} on {'; '.join(machines)}." if machines else "",
         "columns": summary.columns(results),
         "groups": groups,
-        "explained": summary.explained(groups),
+        "explained": summary.EXPLAINED,
         "reference": f"Published: {source}." if reference else "",
         "notes": summary.notes(results),
-        "coverage": coverage.told(_rows(inputs, "prune", "coverage.csv")),
         "layers": _rows(inputs, "prune", "layers.csv"),
         "matrices": _rows(inputs, "prune", "matrices.csv"),
         "reconstruction": _rows(inputs, "reconstruct", "layers.csv"),
         "metrics": _rows(inputs, "finetune", "metrics.csv"),
+        "loss": loss,
         "continuations": _continuations(results),
-        "stages": [_stage(name, stage) for name, stage in about.items()],
-        "protocol": _protocol(protocol),
-        "origin": _origin(recipe, results, about),
+        "costs": [(it["seconds"], time, it.get("memory_gib")) for it, time in zip(about.values(), times)],
+        "stage_header": ["stage", f"time, {LAST_START}", "peak memory", "processes", "finished (UTC)"],
+        "stages": [
+            [
+                name,
+                time,
+                f"{it['memory_gib']:.2f} GiB" if "memory_gib" in it else "-",
+                it["processes"],
+                it["finished"][:16].replace("T", " "),
+            ]
+            for (name, it), time in zip(about.items(), times)
+        ],
+        "lists": [(title, pairs) for title, pairs in lists.items() if pairs],
         "recipe": OmegaConf.to_yaml(used).strip(),
     }
 
 
-def figures(facts: dict[str, Any]) -> list[tuple[str, Markup]]:
-    """(caption, inline SVG) of all that there are numbers for."""
+def figures(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """(caption, image as a data URI) of all that there are numbers for."""
     from pipeline.reporting import plots  # matplotlib takes a second to import
 
-    drawn = []
-    if sparsity := series.by_type(facts["matrices"], "sparsity"):
-        drawn.append(("Pruned weights of each layer, by matrix", plots.sparsity(series.together(sparsity))))
-    if errors := series.by_type(facts["matrices"], "relative_output_error"):
-        drawn.append(("Output error of each layer, by matrix", plots.output_error(errors)))
-    if before := series.points(facts["reconstruction"], "layer", "error_before"):
-        after = series.points(facts["reconstruction"], "layer", "error_after")
-        drawn.append(
-            ("Output error of each layer, before and after its reconstruction", plots.reconstruction(before, after))
+    drawn = {}
+    if len(sparsity := series.by_type(facts["matrices"], "sparsity")):
+        drawn["Pruned weights of each layer, by matrix"] = plots.by_layer(
+            series.merge_equal(sparsity), "pruned weights (%)", 100
         )
-    if losses := series.points(facts["metrics"], "step", "loss"):
-        held_out = [(step, math.log(it)) for step, it in series.points(facts["metrics"], "step", "val_perplexity")]
-        drawn.append(("Loss while fine-tuning", plots.loss(losses, held_out)))
-    if stages := facts["stages"]:
-        told = [[stage[key] for stage in stages] for key in ("name", "seconds", "time", "memory_gib")]
-        drawn.append((f"Time of each stage{SINCE}, and peak memory of one process", plots.stages(*told)))
-    return [(caption, Markup(svg)) for caption, svg in drawn]
+    if len(errors := series.by_type(facts["matrices"], "relative_output_error")):
+        drawn["Output error of each layer, by matrix"] = plots.by_layer(
+            errors, "output error (% of the norm)", 110 * errors.max(axis=None) or 100
+        )
+    if len(before := series.points(facts["reconstruction"], "layer", "error_before")):
+        after = series.points(facts["reconstruction"], "layer", "error_after")
+        drawn["Output error of each layer, before and after reconstruction"] = plots.reconstruction(before, after)
+    if len(facts["loss"]):
+        validation = np.log(series.points(facts["metrics"], "step", "val_perplexity"))
+        drawn["Fine-tuning loss"] = plots.loss(facts["loss"], validation)
+    if facts["stages"]:
+        names = [stage[0] for stage in facts["stages"]]
+        caption = f"Time of each stage ({LAST_START}) and peak memory of one process"
+        drawn[caption] = plots.stages(names, *zip(*facts["costs"]))
+    return [(caption, data_uri(svg)) for caption, svg in drawn.items()]
+
+
+def data_uri(svg: str) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 
 
 def _continuations(results: dict) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(prompt, [(model, what it wrote)])."""
-    wrote = {name: results["models"][name].get("continuations") or [] for name in summary.columns(results)}
+    """(prompt, [(model, its text)])."""
+    texts = {name: results["models"][name].get("continuations") or [] for name in summary.columns(results)}
     prompts = (results.get("protocol") or {}).get("prompts") or []
     return [
-        (prompt, [(name, texts[place]) for name, texts in wrote.items() if place < len(texts)])
+        (prompt, [(name, of_model[place]) for name, of_model in texts.items() if place < len(of_model)])
         for place, prompt in enumerate(prompts)
     ]
 
 
-def _stage(name: str, about: dict) -> dict[str, Any]:
-    return {
-        "name": name,
-        "seconds": about["seconds"],
-        "time": summary.duration(about["seconds"]),
-        "memory_gib": about.get("memory_gib"),
-        "memory": f"{about['memory_gib']:.2f} GiB" if "memory_gib" in about else "-",
-        "processes": about["processes"],
-        "finished": about["finished"][:16].replace("T", " "),
-    }
-
-
 def _protocol(protocol: dict) -> list[tuple[str, str]]:
-    told = [(PROTOCOL.get(key, key), value) for key, value in protocol.items() if key not in TOLD_ELSEWHERE]
-    texts = [(name, str(text)) for name, text in (protocol.get("datasets") or {}).items()]
-    words = {None: "all", True: "yes", False: "no"}
-    return [
-        (key, words[value] if value is None or isinstance(value, bool) else str(value)) for key, value in told
-    ] + texts
+    settings = {PROTOCOL.get(key, key): value for key, value in protocol.items() if key not in SHOWN_ELSEWHERE}
+    pairs = settings | (protocol.get("datasets") or {})
+    return [(key, WORDS[it] if it is None or isinstance(it, bool) else str(it)) for key, it in pairs.items()]
 
 
-def _origin(recipe: Recipe, results: dict, about: dict[str, dict]) -> list[tuple[str, str]]:
-    """What a run must agree in to be this one: seed, machine, versions, and the hashes of what came out."""
-    told = [("seed", str(recipe.seed))]
+def _environment(recipe: Recipe, results: dict, about: dict[str, dict]) -> list[tuple[str, str]]:
+    """What a run must agree in to be the same: seed, machine, versions, and the hashes of its models and masks."""
+    pairs = [("seed", str(recipe.seed))]
     for key, name in (("machine", "hardware"), ("system", "system")):
-        told += [(name, value) for value in _once(stage.get(key) for stage in about.values())]
+        pairs += [(name, value) for value in _once(stage.get(key) for stage in about.values())]
     libraries = [*(stage.get("versions") or {} for stage in about.values()), results.get("versions") or {}]
     for package in sorted(summary.keys(libraries)):
-        told.append((package, ", ".join(_once(versions.get(package) for versions in libraries))))
+        pairs.append((package, ", ".join(_once(versions.get(package) for versions in libraries))))
     hashes = {f"{name} model": results["models"][name].get("hash") for name in summary.columns(results)}
     hashes["masks"] = (results.get("protocol") or {}).get("masks")
-    return told + [(f"hash of the {name}", str(value)) for name, value in hashes.items() if value]
+    return pairs + [(f"hash of the {name}", str(value)) for name, value in hashes.items() if value]
 
 
 def _once(values: Iterable[Any]) -> list[str]:

@@ -30,16 +30,16 @@ class Run(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A model of one or several runs; `method` and `healing` say the settings that tell it from others."""
+    """A model of one or several runs; `method` and `recovery` say the settings that tell it from others."""
 
     model: str
     state: str  # one of MODELS
     method: str
-    healing: str = ""
+    recovery: str = ""
 
     @property
     def label(self) -> str:
-        return self.method + self.healing
+        return self.method + self.recovery
 
 
 def find(folders: list[Path]) -> list[Run]:
@@ -80,12 +80,12 @@ def row_of(run: Run, state: str, runs: list[Run]) -> Row:
     if state == "dense":
         return Row(model, state, f"dense{_bracketed(told['dense'])}")
     method = summary.METHODS.get(run.settings["prune.method"], Path(run.settings["prune.method"]).stem)
-    healing = ""
+    recovery = ""
     tuning = summary.RECOVERIES[run.settings["finetune.method"]]
     for healed, name in (("reconstructed", "reconstruction"), ("finetuned", tuning)):
         if healed in run.results["models"] and MODELS.index(healed) <= MODELS.index(state):
-            healing += f" + {name}{_bracketed(told[healed])}"
-    return Row(model, state, f"{method}{_bracketed(told['dense'] + told['pruned'])}", healing)
+            recovery += f" + {name}{_bracketed(told[healed])}"
+    return Row(model, state, f"{method}{_bracketed(told['dense'] + told['pruned'])}", recovery)
 
 
 def differing_protocol(runs: list[Run]) -> list[str]:
