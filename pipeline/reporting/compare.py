@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pipeline.reporting import page, runs, summary
-from pipeline.reporting.report import data_uri, print_table
+from pipeline.reporting.report import print_table
 from pipeline.reporting.runs import Run
 from pipeline.reporting.summary import MISSING, Cell
 
@@ -44,9 +44,10 @@ def compare(folders: list[Path], out: Path) -> None:
         "protocol": {} if runs.differing_protocol(found) else found[0].results.get("protocol", {}),
         "runs": [str(run.folder) for run in found],
     }
-    figures = [("", data_uri(plots.comparison(panels)))]
-    page.write(out / "compare.html", page.render("compare.html.jinja", **facts, figures=figures))
-    page.write(out / "compare.md", page.render("compare.md.jinja", **facts))
+    figures = [("", page.data_uri(plots.comparison(panels)))]
+    text = page.render("compare.md.jinja", **facts, figures=figures)
+    page.write(out / "compare.html", page.html(text, title=facts["title"], kind="comparison"))
+    page.write(out / "compare.md", page.render("compare.md.jinja", **facts, figures=[]))
     page.write(out / "compare.svg", plots.comparison(panels, background="white"))
     Console().print(Text(f"comparison: {out / 'compare.html'}"), soft_wrap=True)
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-INK, LINE, ACCENT, SECOND = "#1e2822", "#dce4dc", "#2f7d4f", "#b3661a"
+INK, LINE, ACCENT, SECOND = "#1e2822", "#c9d3cb", "#2f7d4f", "#b3661a"
 SERIES = (ACCENT, SECOND, "#2b6ca8", "#93458a", "#857414", "#5c6b73")  # distinct for the colour-blind with MARKERS
 MARKERS = "os^Dv"
 SIZE = (4.4, 2.75)  # inches of 72 px; two fit side by side on a laptop

@@ -3,12 +3,13 @@
 Imports no torch, and matplotlib only to draw, so that the table on the terminal is there at once.
 """
 
-import base64
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from omegaconf import OmegaConf
 from rich import box
 from rich.console import Console
@@ -26,16 +27,23 @@ PROTOCOL = {
 }
 SHOWN_ELSEWHERE = ("datasets", "notes", "prompts", "masks")  # of the protocol
 LAST_START = "since it was last started"  # a resumed stage counts its last try
+LOGS = {
+    **{name: ("prune", f"{name}.csv") for name in ("layers", "matrices", "coverage")},
+    **{"reconstruction": ("reconstruct", "layers.csv"), "metrics": ("finetune", "metrics.csv")},
+}
+Section = tuple[str, list[str], list]  # title, and header and rows of its table
 WORDS = {None: "all", True: "yes", False: "no"}
 
 
 def write(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
-    """Writes report.html and report.md into `folder`; the same inputs give the same bytes."""
-    facts = collect(recipe, inputs)
-    page.write(folder / "report.md", card.markdown(facts))
-    page.write(
-        folder / "report.html", page.render("report.html.jinja", **facts, figures=figures(facts), mark=summary.MARK)
-    )
+    """Writes report.html, and report.md as a model card, into `folder`; the same inputs give the same bytes."""
+    facts, logs, about = collect(recipe, inputs)
+    text = page.render("report.md.jinja", **facts, figures=figures(logs, about))
+    page.write(folder / "report.html", page.html(text, title=f"{facts['title']} {facts['pattern']}", kind="report"))
+    # for the hub; tables in place of the pictures
+    facts["tables"] = _tables(logs) + facts["tables"]
+    front = page.render("front.md.jinja", base_model=card.on_hub(summary.model_name(recipe)))
+    page.write(folder / "report.md", f"{front}\n{page.render('report.md.jinja', **facts, figures=[])}")
 
 
 def show(run_dir: Path, console: Console | None = None) -> None:
@@ -64,90 +72,84 @@ def print_table(columns: list[str], groups: summary.Groups, notes: list[str], co
         console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
 
 
-def collect(recipe: Recipe, inputs: dict[str, Path]) -> dict[str, Any]:
-    """All that the report shows, as plain data; what belongs to a stage that did not run is empty."""
+def collect(recipe: Recipe, inputs: dict[str, Path]) -> tuple[dict[str, Any], dict[str, series.Rows], dict[str, dict]]:
+    """What the report shows, what the stages logged, and what they cost; what belongs to no stage of this run is empty."""
     results = files.read_json(inputs["evaluate"] / "results.json")
     assert results is not None, f"{inputs['evaluate']}: no results.json"
-    protocol = results.get("protocol") or {}
     about = {name: stage for name, folder in inputs.items() if (stage := checksums.read(folder))}
-    reference, source = published.find(recipe, protocol)
-    groups = summary.groups(results, reference)
-    times = [summary.duration(stage["seconds"]) for stage in about.values()]
-    machines, total = (
-        _once(stage.get("machine") for stage in about.values()),
-        sum(it["seconds"] for it in about.values()),
-    )
+    logs = {name: series.read(inputs[it] / file) if it in inputs else [] for name, (it, file) in LOGS.items()}
+    reference, source = published.find(recipe, results.get("protocol") or {})
+    machines = _once(stage.get("machine") for stage in about.values())
+    total = summary.duration(sum(stage["seconds"] for stage in about.values()))
     used = {key: value for key, value in plain(recipe).items() if key not in STAGES or key in recipe.stages}
-    loss = series.points(_rows(inputs, "finetune", "metrics.csv"), "step", "loss")
-    first_and_last = loss.iloc[[0, -1]] if len(loss) else loss
-    lists = {
-        "Fine-tuning loss": [(f"step {step:.0f}", f"{it:.3f} nats per token") for step, it in first_and_last.items()],
-        "Weights of the layers": coverage.told(_rows(inputs, "prune", "coverage.csv")),
-        "Protocol": _protocol(protocol),
-        "Environment": _environment(recipe, results, about),
-    }
-    return {
-        "model": summary.model_name(recipe),
+    text = OmegaConf.to_yaml(used).strip()
+    stages = ["stage", f"time, {LAST_START}", "peak memory", "processes", "finished (UTC)"]
+    tables = [
+        ("Stages", stages, [[name, *_cost(stage)] for name, stage in about.items()]),
+        ("Weights of the layers", ["", ""], coverage.told(logs["coverage"])),
+        ("Protocol", ["", ""], _protocol(results.get("protocol") or {})),
+        ("Environment", ["", ""], _environment(recipe, results, about)),
+    ]
+    facts = {
         "title": summary.short(summary.model_name(recipe)),
         "pattern": summary.pattern_name(recipe.prune.sparsity) if "pruned" in results["models"] else "",
         "headline": summary.headline(recipe, results),
-        "cost": f"It took {summary.duration(total)} on {'; '.join(machines)}." if machines else "",
+        "cost": f"It took {total} on {'; '.join(machines)}." if machines else "",
         "columns": summary.columns(results),
-        "groups": groups,
-        "explained": summary.EXPLAINED,
-        "reference": f"Published: {source}." if reference else "",
+        "groups": summary.groups(results, reference),
+        "mark": summary.MARK,
+        "remarks": [summary.EXPLAINED, *([f"Published: {source}."] if reference else [])],
         "notes": summary.notes(results),
-        "layers": _rows(inputs, "prune", "layers.csv"),
-        "matrices": _rows(inputs, "prune", "matrices.csv"),
-        "reconstruction": _rows(inputs, "reconstruct", "layers.csv"),
-        "metrics": _rows(inputs, "finetune", "metrics.csv"),
-        "loss": loss,
         "continuations": _continuations(results),
-        "costs": [(it["seconds"], time, it.get("memory_gib")) for it, time in zip(about.values(), times)],
-        "stage_header": ["stage", f"time, {LAST_START}", "peak memory", "processes", "finished (UTC)"],
-        "stages": [
-            [
-                name,
-                time,
-                f"{it['memory_gib']:.2f} GiB" if "memory_gib" in it else "-",
-                it["processes"],
-                it["finished"][:16].replace("T", " "),
-            ]
-            for (name, it), time in zip(about.items(), times)
-        ],
-        "lists": [(title, pairs) for title, pairs in lists.items() if pairs],
-        "recipe": OmegaConf.to_yaml(used).strip(),
+        "tables": [table for table in tables if table[-1]],
+        "recipe": text,
+        "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0)),
     }
+    return facts, logs, about
 
 
-def figures(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def _tables(logs: dict[str, series.Rows]) -> list[Section]:
+    """What the pictures show, in numbers."""
+    errors = series.by_type(logs["matrices"], "relative_output_error")
+    spread = errors.agg(["min", "mean", "max"]).T.rename_axis("").reset_index() if len(errors) else errors
+    loss = series.numbers(logs["metrics"], "step", "loss").dropna()
+    rebuilt = series.numbers(logs["reconstruction"], "layer", "error_before", "error_after", "seconds")
+    frames = {
+        "Layers": series.numbers(logs["layers"], "layer", "sparsity", "relative_output_error", "seconds"),
+        "Relative output error of each matrix over the layers": spread,
+        "Relative output error of each layer, before and after reconstruction": rebuilt,
+        "Fine-tuning loss (nats per token)": loss.iloc[[0, -1]] if len(loss) else loss,
+    }
+    return [(it, [name.replace("_", " ") for name in rows], _cells(rows)) for it, rows in frames.items() if len(rows)]
+
+
+def _cells(frame: pd.DataFrame) -> list[list[str]]:
+    return [[it if isinstance(it, str) else "-" if it != it else f"{it:.4g}" for it in row] for row in frame.values]
+
+
+def figures(logs: dict[str, series.Rows], about: dict[str, dict]) -> list[tuple[str, str]]:
     """(caption, image as a data URI) of all that there are numbers for."""
     from pipeline.reporting import plots  # matplotlib takes a second to import
 
     drawn = {}
-    if len(sparsity := series.by_type(facts["matrices"], "sparsity")):
-        drawn["Pruned weights of each layer, by matrix"] = plots.by_layer(
-            series.merge_equal(sparsity), "pruned weights (%)", 100
-        )
-    if len(errors := series.by_type(facts["matrices"], "relative_output_error")):
-        drawn["Output error of each layer, by matrix"] = plots.by_layer(
-            errors, "output error (% of the norm)", 110 * errors.max(axis=None) or 100
-        )
-    if len(before := series.points(facts["reconstruction"], "layer", "error_before")):
-        after = series.points(facts["reconstruction"], "layer", "error_after")
+    sparsity, errors = (series.by_type(logs["matrices"], key) for key in ("sparsity", "relative_output_error"))
+    before, after = (series.points(logs["reconstruction"], "layer", f"error_{when}") for when in ("before", "after"))
+    loss, perplexity = (series.points(logs["metrics"], "step", key) for key in ("loss", "val_perplexity"))
+    if len(sparsity):
+        svg = plots.by_layer(series.merge_equal(sparsity), "pruned weights (%)", 100)
+        drawn["Pruned weights of each layer, by matrix"] = svg
+    if len(errors):
+        svg = plots.by_layer(errors, "output error (% of the norm)", 110 * errors.max(axis=None) or 100)
+        drawn["Output error of each layer, by matrix"] = svg
+    if len(before):
         drawn["Output error of each layer, before and after reconstruction"] = plots.reconstruction(before, after)
-    if len(facts["loss"]):
-        validation = np.log(series.points(facts["metrics"], "step", "val_perplexity"))
-        drawn["Fine-tuning loss"] = plots.loss(facts["loss"], validation)
-    if facts["stages"]:
-        names = [stage[0] for stage in facts["stages"]]
-        caption = f"Time of each stage ({LAST_START}) and peak memory of one process"
-        drawn[caption] = plots.stages(names, *zip(*facts["costs"]))
-    return [(caption, data_uri(svg)) for caption, svg in drawn.items()]
-
-
-def data_uri(svg: str) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+    if len(loss):
+        drawn["Fine-tuning loss"] = plots.loss(loss, np.log(perplexity))
+    if about:
+        seconds, gib = ([stage.get(key) for stage in about.values()] for key in ("seconds", "memory_gib"))
+        svg = plots.stages(list(about), seconds, list(map(summary.duration, seconds)), gib)
+        drawn[f"Time of each stage ({LAST_START}) and peak memory of one process"] = svg
+    return [(caption, page.data_uri(svg)) for caption, svg in drawn.items()]
 
 
 def _continuations(results: dict) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -160,10 +162,15 @@ def _continuations(results: dict) -> list[tuple[str, list[tuple[str, str]]]]:
     ]
 
 
+def _cost(about: dict) -> list[str]:
+    memory = f"{about['memory_gib']:.2f} GiB" if "memory_gib" in about else "-"
+    return [summary.duration(about["seconds"]), memory, about["processes"], about["finished"][:16].replace("T", " ")]
+
+
 def _protocol(protocol: dict) -> list[tuple[str, str]]:
-    settings = {PROTOCOL.get(key, key): value for key, value in protocol.items() if key not in SHOWN_ELSEWHERE}
-    pairs = settings | (protocol.get("datasets") or {})
-    return [(key, WORDS[it] if it is None or isinstance(it, bool) else str(it)) for key, it in pairs.items()]
+    settings = [(PROTOCOL.get(key, key), value) for key, value in protocol.items() if key not in SHOWN_ELSEWHERE]
+    pairs = [*settings, *(protocol.get("datasets") or {}).items()]
+    return [(key, WORDS[it] if it is None or isinstance(it, bool) else str(it)) for key, it in pairs]
 
 
 def _environment(recipe: Recipe, results: dict, about: dict[str, dict]) -> list[tuple[str, str]]:
@@ -181,7 +188,3 @@ def _environment(recipe: Recipe, results: dict, about: dict[str, dict]) -> list[
 
 def _once(values: Iterable[Any]) -> list[str]:
     return list(dict.fromkeys(str(value) for value in values if value))
-
-
-def _rows(inputs: dict[str, Path], stage: str, name: str) -> series.Rows:
-    return series.read(inputs[stage] / name) if stage in inputs else []

@@ -24,8 +24,8 @@ class Cell(NamedTuple):
 Groups = list[tuple[str, list[tuple[str, list[Cell]]]]]  # (title, rows), a row being (label, a cell per column)
 MISSING, BLANK = Cell("-"), Cell("")
 EXPLAINED = (
-    "±: standard error. Small: the difference to the dense model (perplexity: in percent, or as a factor from 2 on; "
-    f"accuracy: in points) and its paired standard error; {MARK}: more than two standard errors. "
+    "±: standard error. In brackets: the difference to the dense model (perplexity: in percent, or as a factor from "
+    f"2 on; accuracy: in points) and its paired standard error; {MARK}: more than two standard errors. "
     "Recovered: the regained share of the log-perplexity that pruning lost."
 )
 
