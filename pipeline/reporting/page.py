@@ -44,5 +44,5 @@ def _escaped(value: object) -> Markup:
     """Markdown that shows the value as it is on one line, also in a table. Markup is what macros return."""
     if isinstance(value, Markup):
         return value
-    text = re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w)|^>|^[#+-]+(?=\s))", r"\\\1", " ".join(str(value).split()))
+    text = re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])|^>|^[#+-]+(?=\s))", r"\\\1", " ".join(str(value).split()))
     return Markup(text.replace("&", "&amp;").replace("<", "&lt;"))
