@@ -144,7 +144,12 @@ CASES: dict[str, list[Case]] = {
         Case("recipe={here}/r.yaml", "did you mean 'seed'?", put("r.yaml", "sed: 1"), "holds `sed: 1`"),
     ],
     "Pruning": [
-        Case("prune.sparsity=2:4", "set prune.sparsity=2of4"),
+        Case(
+            "recipe={here}/r.yaml",
+            "YAML reads 2:4 as 124: set prune.sparsity=2of4",
+            put("r.yaml", "prune: {sparsity: 2:4}"),
+            "holds `prune: {sparsity: 2:4}`",
+        ),
         Case("prune.sparsity=124", "YAML reads 2:4 as 124: set prune.sparsity=2of4"),
         Case("prune.sparsity=1.5", "between 0 and 1"),
         Case("prune.sparsity=0", "between 0 and 1"),
