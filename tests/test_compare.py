@@ -68,7 +68,8 @@ def test_each_number_stands_in_its_row_and_column(tmp_path, capsys):
                 assert cell.startswith(f"{value:.2f} ± ")
                 assert cell in said and cell in page
     (mean,) = (row for row in table if row[0].startswith("mean accuracy"))
-    assert table[table.index(mean) + 1][1].startswith("65.9 ±")  # of arc_easy and boolq
+    assert table[table.index(mean) + 1][1].startswith("65.9 ±")
+    assert "Mean accuracy of arc_easy, boolq." in page
     Page((tmp_path / "compare.svg").read_text())
 
 
