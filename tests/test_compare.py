@@ -68,7 +68,8 @@ def test_each_number_stands_in_its_row_and_column(tmp_path, capsys):
                 assert cell.startswith(f"{value:.2f} ± ")
                 assert cell in said and cell in page
     (mean,) = (row for row in table if row[0].startswith("mean accuracy"))
-    assert table[table.index(mean) + 1][1].startswith("65.9 ±")  # of arc_easy and boolq
+    assert table[table.index(mean) + 1][1].startswith("65.9 ±")
+    assert "Mean accuracy of arc_easy, boolq." in page
     Page((tmp_path / "compare.svg").read_text())
 
 
@@ -112,6 +113,15 @@ def test_another_text_of_the_same_name_is_refused(tmp_path):
         compared(tmp_path / "a", tmp_path / "b")
 
 
+def test_equal_settings_with_other_numbers_are_noted(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b")  # whose pruned and finetuned perplexities are others
+    assert len([row for row in compared(tmp_path / "a", tmp_path / "b") if row[0] == "Wanda"]) == 3
+    text = (tmp_path / "out/compare.md").read_text()
+    assert "Wanda: runs of equal settings differ in wikitext2 perplexity; the first is shown" in text
+    assert "dense: runs of equal settings differ" not in text
+
+
 def test_the_mean_is_over_the_tasks_of_all(tmp_path):
     write_run(tmp_path / "a")
     fewer = make_results(*PLAIN)
@@ -134,6 +144,12 @@ def test_what_is_not_finished_is_said_and_nothing_is_refused(tmp_path, capsys):
         compare.main([str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match="nothing to compare"):
         compare.main([])
+    write_run(
+        tmp_path / "c", results={"models": {name: {"perplexity": {"wikitext2": 1}} for name in PLAIN}, "protocol": {}}
+    )
+    (tmp_path / "c/evaluate/results.json").write_text('{"models": {"dense": {}}, "protocol": {}}')
+    with pytest.raises(UserError, match="the runs have no perplexity"):
+        compare.main([str(tmp_path / "c")])
 
 
 def test_names_from_outside_stay_text(tmp_path):

@@ -1,6 +1,7 @@
 """Compares finished runs: a table over methods, patterns and models, on the terminal and as compare.html and compare.md,
 and a plot of it."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from rich.text import Text
 from pipeline.reporting import page, runs, summary
 from pipeline.reporting.report import print_table
 from pipeline.reporting.runs import Run
-from pipeline.reporting.summary import MISSING, Cell
+from pipeline.reporting.summary import Cell, get
+from pipeline.runtime.errors import UserError
 
 PERPLEXITY = "perplexity"
 
@@ -33,7 +35,7 @@ def compare(folders: list[Path], out: Path) -> None:
         title = f"{model}, {measure}" if numbers.model.nunique() > 1 else measure
         rows = [(label, row.set_index("pattern").cell) for label, row in part.groupby("label", sort=False)]
         better = "lower" if PERPLEXITY in measure else "higher"
-        cells = [(label, [row.get(pattern, MISSING) for pattern in patterns]) for label, row in rows]
+        cells = [(label, [row.get(pattern, Cell("-")) for pattern in patterns]) for label, row in rows]
         groups.append((f"{title} ({better} is better)", cells))
         panels.append((title, part))
     print_table(patterns, groups, notes)
@@ -58,38 +60,39 @@ def tabulate(found: list[Run], tasks: list[str]) -> tuple[pd.DataFrame, list[str
     if differing := runs.differing_protocol(found):
         keys = ", ".join(f"evaluate.{key}" for key in differing)
         notes.append(f"the runs differ in {keys}: their numbers are not comparable")
-    lines = []
+    lines, seen = [], {}
     for run in found:
         for state in summary.columns(run.results):
             row = runs.row_of(run, state, found)
-            for measure, value, error, text in _measured(run.results["models"][state], tasks):
+            about = {"model": row.model, "is_sparse": state != "dense", "method": row.method, "label": row.label}
+            for number in _measured(run.results["models"][state], tasks):
                 for pattern in dict.fromkeys(it.pattern for it in found) if state == "dense" else [run.pattern]:
-                    lines.append(
-                        (measure, row.model, state != "dense", row.method, row.label, bool(row.recovery), pattern)
-                    )
-                    lines[-1] += (value, error, text)
-    columns = ["measure", "model", "is_sparse", "method", "label", "is_recovered", "pattern", "value", "error", "text"]
-    frame, place = pd.DataFrame(lines, columns=columns), ["measure", "model", "label", "pattern"]
-    same = frame.groupby(place, sort=False).value
-    for measure, model, label, _ in same.max().index[(same.max() / same.min()).fillna(1) > 1.0001]:
-        notes.append(f"{model} {label}: runs of equal settings differ in {measure}; the first is shown")
-    frame = frame.drop_duplicates(place)
+                    first = seen.setdefault((row, number["measure"], pattern), number)
+                    if first is number:
+                        lines.append({**about, "is_recovered": bool(row.recovery), "pattern": pattern, **number})
+                    elif not math.isclose(first["value"], number["value"], rel_tol=1e-4):
+                        what = f"{row.model} {row.label}: runs of equal settings differ in {number['measure']}"
+                        notes.append(f"{what}; the first is shown")
+    if not lines:
+        raise UserError("nothing to compare: the runs have no perplexity, and no task that all have")
     order = ["measure", "model", "is_sparse", "method", "is_recovered"]  # each in the order of appearance
-    frame = frame.sort_values(order, key=lambda it: it if it.dtype == bool else it.factorize()[0], kind="stable")
+    frame = pd.DataFrame(lines).sort_values(
+        order, key=lambda it: it if it.dtype == bool else it.factorize()[0], kind="stable"
+    )
     cost = frame.value.where(frame.measure.str.contains(PERPLEXITY), -frame.value)
-    groups = [frame[name] for name in ("measure", "model", "pattern", "is_sparse", "is_recovered")]
-    rivals = cost.groupby(groups)
+    rivals = cost.groupby([frame[name] for name in ("measure", "model", "pattern", "is_sparse", "is_recovered")])
     frame["best"] = frame.is_sparse & (cost == rivals.transform("min")) & (rivals.transform("count") > 1)
     frame["cell"] = [Cell(text, best=best) for text, best in zip(frame.text, frame.best)]
     return frame, list(dict.fromkeys(notes))
 
 
-def _measured(model: dict, tasks: list[str]) -> Iterator[tuple[str, float, float | None, str]]:
+def _measured(model: dict, tasks: list[str]) -> Iterator[dict]:
     """Measure, value, standard error and text; the mean accuracy is in percent, of independent tasks."""
     for name, value in (model.get("perplexity") or {}).items():
-        error = (model.get("perplexity_stderr") or {}).get(name)
-        yield f"{name} {PERPLEXITY}", value, error, summary.perplexity(value, error)
+        error = get(model, "perplexity_stderr", name)
+        yield dict(measure=f"{name} {PERPLEXITY}", value=value, error=error, text=summary.perplexity(value, error))
     if tasks:
         scores = [model["zero_shot"][task] for task in tasks]
-        mean = {"acc": sum(score["acc"] for score in scores) / len(scores), "acc_stderr": summary.mean_error(scores)}
-        yield "mean accuracy, %", *(it and 100 * it for it in mean.values()), summary.accuracy(mean, "acc")
+        mean, error = sum(score["acc"] for score in scores) / len(scores), summary.mean_error(scores)
+        text = summary.accuracy({"acc": mean, "acc_stderr": error}, "acc")
+        yield dict(measure="mean accuracy, %", value=100 * mean, error=error and 100 * error, text=text)

@@ -88,7 +88,7 @@ def row_of(run: Run, state: str, runs: list[Run]) -> Row:
 
 
 def differing_protocol(runs: list[Run]) -> list[str]:
-    return [key for key in PROTOCOL if len({run.results.get("protocol", {}).get(key) or None for run in runs}) > 1]
+    return [key for key in PROTOCOL if len({summary.get(run.results, "protocol", key) or None for run in runs}) > 1]
 
 
 def _differing(run: Run, runs: list[Run], sections: tuple[str, ...]) -> list[str]:
@@ -105,7 +105,7 @@ def _check_texts(runs: list[Run]) -> None:
     """`UserError` where a data set's name stands for different texts."""
     seen: dict[str, tuple[str, Path]] = {}
     for run in runs:
-        for name, source in (run.results.get("protocol", {}).get("datasets") or {}).items():
+        for name, source in (summary.get(run.results, "protocol", "datasets") or {}).items():
             text = source.rpartition(", ")[0]  # the number of windows depends on the tokenizer
             before, folder = seen.setdefault(name, (text, run.folder))
             if before != text:

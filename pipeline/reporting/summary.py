@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from pipeline.settings.schema import Recipe
@@ -22,7 +22,6 @@ class Cell(NamedTuple):
 
 
 Groups = list[tuple[str, list[tuple[str, list[Cell]]]]]  # (title, rows), a row being (label, a cell per column)
-MISSING, BLANK = Cell("-"), Cell("")
 EXPLAINED = (
     "±: standard error. In brackets: the difference to the dense model (perplexity: in percent, or as a factor from "
     f"2 on; accuracy: in points) and its paired standard error; {MARK}: more than two standard errors. "
@@ -36,53 +35,52 @@ def columns(results: dict) -> list[str]:
 
 def groups(results: dict, published: dict[str, float] | None = None) -> Groups:
     """All rows of the table; what no model has is left out. `published`: perplexities on wikitext2, by model."""
-    names, published = columns(results), published or {}
-    models = [results["models"][name] for name in names]
+    models, published = {name: results["models"][name] for name in columns(results)}, published or {}
     language, tasks, weights = [], [], []
-    for dataset in keys(model.get("perplexity") for model in models):
-        language += _row(dataset + _part(results), [perplexity_cell(model, dataset) for model in models])
+    for dataset in keys(model.get("perplexity") for model in models.values()):
+        language += _row(dataset + _part(results), [perplexity_cell(model, dataset) for model in models.values()])
         if dataset == "wikitext2":
-            numbers = [published.get(name) for name in names]
-            language += _row(f"{dataset}, published", [it and Cell(perplexity(it)) for it in numbers], BLANK)
-        shares = [_recovered(results["models"], name, dataset) for name in names]
-        cells = [None if share is None else Cell(_signed(f"{share:.0%}")) for share in shares]
-        language += _row(f"{dataset}, recovered", cells, BLANK)
-    for task in keys(model.get("zero_shot") for model in models):
-        scores = [(model.get("zero_shot") or {}).get(task) for model in models]
-        for metric in (key for key in keys(scores) if not key.endswith("_stderr")):
-            label = task if metric == "acc" else f"{task}, {metric}"
-            label += "" if metric.startswith(SHARES) else " (not in %)"
-            tasks += _row(label, [_score_cell(model, task, metric) for model in models])
-    tasks += _row("mean", [_mean_cell(model) for model in models])
-    sparsity = [(model.get("sparsity") or {}).get("overall") for model in models]
-    weights += _row("sparsity, %", [None if it is None else Cell(f"{100 * it:.2f}") for it in sparsity])
-    violations = [model.get("mask_violations") for model in models]
-    weights += _row("mask violations", [None if it is None else Cell(str(it)) for it in violations])
-    fewshot = results.get("protocol", {}).get("fewshot")
+            language += _row(f"{dataset}, published", [_cell(published.get(it), perplexity) for it in models], "")
+        shares = [_recovered(models, name, dataset) for name in models]
+        language += _row(f"{dataset}, recovered", [_cell(it, "{:.0%}".format) for it in shares], "")
+    for task in keys(model.get("zero_shot") for model in models.values()):
+        for metric in keys(get(model, "zero_shot", task) for model in models.values()):
+            if not metric.endswith("_stderr"):
+                label = task if metric == "acc" else f"{task}, {metric}"
+                label += "" if metric.startswith(SHARES) else " (not in %)"
+                tasks += _row(label, [_score_cell(model, task, metric) for model in models.values()])
+    tasks += _row("mean", [_mean_cell(model) for model in models.values()])
+    sparsity = [get(model, "sparsity", "overall") for model in models.values()]
+    weights += _row("sparsity, %", [_cell(it, lambda it: f"{100 * it:.2f}") for it in sparsity])
+    weights += _row("mask violations", [_cell(model.get("mask_violations"), str) for model in models.values()])
+    fewshot = get(results, "protocol", "fewshot")
     shots = f"{fewshot}-shot" if fewshot else "Zero-shot"
     titles = ("Perplexity (lower is better)", f"{shots}, % (higher is better)", "Weights")
     return [(title, rows) for title, rows in zip(titles, (language, tasks, weights), strict=True) if rows]
 
 
-def _row(label: str, cells: list[Cell | None], missing: Cell = MISSING) -> list[tuple[str, list[Cell]]]:
+def _row(label: str, cells: list[Cell | None], missing: str = "-") -> list[tuple[str, list[Cell]]]:
     """No row where no model has a cell."""
-    return [(label, [cell or missing for cell in cells])] if any(cells) else []
+    return [(label, [cell or Cell(missing) for cell in cells])] if any(cells) else []
+
+
+def _cell(value: Any, form: Callable[[Any], str]) -> Cell | None:
+    return None if value is None else Cell(_signed(form(value)))
 
 
 def _part(results: dict) -> str:
     """Marks perplexities of the beginning of a text only."""
-    windows = results.get("protocol", {}).get("windows")
+    windows = get(results, "protocol", "windows")
     return f" (first {windows} windows)" if windows else ""
 
 
 def perplexity_cell(model: dict, dataset: str) -> Cell | None:
     """`7.26 ± 0.05`, and as difference `+27.8 ± 0.4%`, or `×2.03 ± 0.02` where it doubled."""
-    value = (model.get("perplexity") or {}).get(dataset)
+    value, difference = get(model, "perplexity", dataset), get(model, "differences", "dense", "perplexity", dataset)
     if value is None:
         return None
-    text = perplexity(value, (model.get("perplexity_stderr") or {}).get(dataset))
-    difference = _difference(model, "perplexity", dataset)
-    if "log" not in difference:
+    text = perplexity(value, get(model, "perplexity_stderr", dataset))
+    if not difference:
         return Cell(text)
     factor, error = math.exp(min(difference["log"], 700)), difference["stderr"]  # beyond, a float overflows
     change = f"{100 * (factor - 1):+.1f} ± {100 * factor * error:.1f}%"
@@ -93,9 +91,11 @@ def perplexity_cell(model: dict, dataset: str) -> Cell | None:
 
 def _score_cell(model: dict, task: str, metric: str) -> Cell:
     """`61.2 ± 1.0`, and as difference `−2.1 ± 0.8`."""
-    text = accuracy((model.get("zero_shot") or {}).get(task) or {}, metric)
-    difference = _difference(model, "zero_shot", task)
-    if metric not in difference:
+    text, difference = (
+        accuracy(get(model, "zero_shot", task) or {}, metric),
+        get(model, "differences", "dense", "zero_shot", task),
+    )
+    if metric not in (difference or {}):
         return Cell(text)
     change, error = difference[metric], difference["stderr"]
     return Cell(text, _signed(f"{100 * change:+.1f} ± {100 * error:.1f}"), abs(change) > 2 * error)
@@ -115,10 +115,6 @@ def mean_error(scores: list[dict]) -> float | None:
     return math.hypot(*errors) / len(errors) if known else None
 
 
-def _difference(model: dict, kind: str, key: str) -> dict[str, float]:
-    return ((model.get("differences") or {}).get("dense") or {}).get(kind, {}).get(key) or {}
-
-
 def notes(results: dict) -> list[str]:
     """What a reader must know before believing the table."""
     counts = {name: results["models"][name].get("mask_violations") for name in columns(results)}
@@ -127,7 +123,7 @@ def notes(results: dict) -> list[str]:
         for name, count in counts.items()
         if count
     ]
-    return broken + list(results.get("protocol", {}).get("notes") or [])
+    return broken + list(get(results, "protocol", "notes") or [])
 
 
 def recovered(dense: float | None, pruned: float | None, after: float | None) -> float | None:
@@ -141,7 +137,7 @@ def recovered(dense: float | None, pruned: float | None, after: float | None) ->
 
 
 def _recovered(models: dict, name: str, dataset: str | None) -> float | None:
-    numbers = [(models.get(model, {}).get("perplexity") or {}).get(dataset) for model in (*MODELS[:2], name)]
+    numbers = [get(models, model, "perplexity", dataset) for model in (*MODELS[:2], name)]
     return None if name in MODELS[:2] else recovered(*numbers)
 
 
@@ -176,13 +172,13 @@ def headline(recipe: Recipe, results: dict) -> str:
     """What was pruned, how, to what sparsity, and what became of the first perplexity, or else of the mean accuracy."""
     models, sentence = {name: results["models"][name] for name in columns(results)}, short(model_name(recipe))
     if "pruned" in models:
-        overall = (models["pruned"].get("sparsity") or {}).get("overall")
+        overall = get(models, "pruned", "sparsity", "overall")
         share = "" if overall is None else f" ({overall:.2%} of the prunable weights are zero)"
         sentence += f", pruned with {method_name(recipe)} to {pattern_name(recipe.prune.sparsity)}{share}"
     dataset = next(iter(keys(model.get("perplexity") for model in models.values())), None)
     if dataset:
         measure, form = f"{dataset}{_part(results)} perplexity", perplexity
-        values = {name: (model.get("perplexity") or {}).get(dataset) for name, model in models.items()}
+        values = {name: get(model, "perplexity", dataset) for name, model in models.items()}
     else:
         measure, form = "mean zero-shot accuracy (%)", lambda value: f"{100 * value:.1f}"
         values = {name: model.get("zero_shot_mean") for name, model in models.items()}
@@ -193,11 +189,9 @@ def headline(recipe: Recipe, results: dict) -> str:
     words = {"dense": "dense", "pruned": "pruned", "reconstructed": "after reconstruction", "finetuned": tuning}
     sentence += f": {measure} {' → '.join(f'{form(value)} {words[name]}' for name, value in values.items())}."
     share = _recovered(models, list(values)[-1], dataset)
-    if share is not None:
-        sentence += (
-            f" {share:.0%} of the lost log-perplexity was recovered." if share > 0 else " Nothing was recovered."
-        )
-    return sentence
+    if share is None:
+        return sentence
+    return f"{sentence} {f'{share:.0%} of the lost log-perplexity' if share > 0 else 'Nothing'} was recovered."
 
 
 def model_name(recipe: Recipe) -> str:
@@ -225,3 +219,10 @@ def method_name(recipe: Recipe) -> str:
 def keys(tables: Iterable[Any]) -> list[str]:
     """The keys of several dicts (or None), once each, in their order."""
     return list(dict.fromkeys(key for table in tables for key in table or {}))
+
+
+def get(tree: Any, *path: str) -> Any:
+    """A value of nested dicts, each of which may be None or missing; None where there is none."""
+    for key in path:
+        tree = (tree or {}).get(key)
+    return tree
