@@ -49,11 +49,11 @@ class Checks:
         self.work, self.dense, self.run = work, work / "dense", work / "whole/run"
         self.command = Command(work)
         self.walked: list[LayerWalk] = []
-        self.seen: dict[int, list[list[Tensor]]] = {}  # what each block was given while it was pruned, by batch
+        self.seen: dict[int, list[list[Tensor]]] = {}  # inputs of each block while it was pruned, by batch
         self.trained: list[nn.Module] = []
-        self._look_on()
+        self._record_calls()
 
-    def _look_on(self) -> None:
+    def _record_calls(self) -> None:
         step, fit = LayerWalk.predict_step, pipeline.stages.finetune.fit
 
         def predict_step(walk, block, number):
@@ -110,7 +110,7 @@ class Checks:
             return f"WRONG: {sorted(self.before.keys() ^ self.after.keys())[0]} is in one model only"
         left = set(self.masks)
         for name, new in self.after.items():
-            mask = self.masks.of(name, new)
+            mask = self.masks.for_parameter(name, new)
             old = self.before[name] if mask is None else torch.where(mask, self.before[name], 0.0)
             if new.dtype != old.dtype or not torch.equal(as_bytes(new), as_bytes(old)):
                 wrong.append(f"{name} has changed")
@@ -201,9 +201,8 @@ class Checks:
         """Perplexity layer by layer is that of the whole model, dense and pruned."""
         values = []
         for placement in ("whole", "stream"):
-            run = (
-                self.work / placement / "run"
-            )  # what was measured is kept beside a run, so each has a place of its own
+            # measurements are cached next to a run, so each gets its own folder
+            run = self.work / placement / "run"
             if not run.exists():
                 shutil.copytree(self.run, run)
             verdict, _ = self.command.typed(run, "stages=[prune,evaluate]", f"evaluate.placement={placement}")

@@ -50,9 +50,8 @@ def main() -> int:
     asked = parser.parse_args()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    torch.set_num_threads = lambda count: (
-        None
-    )  # the command takes all cores, which costs much where models are this small
+    # the command would take all cores, which is slow for such small models
+    torch.set_num_threads = lambda count: None
     gc.freeze()  # the command collects garbage often, and should not look through the imports each time
     with tempfile.TemporaryDirectory() as work:
         results = try_all(asked.families or list(FAMILIES), Path(work), asked.jobs, asked.timeout)

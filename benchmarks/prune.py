@@ -75,7 +75,7 @@ def ours(model, windows, method: str, pattern: str, batch_size: int) -> dict[str
         walk = LayerWalk(model, list(windows.split(batch_size)), processes.device(), Path(folder))
         chosen = PRUNE_METHODS.entry(method).load()(settings, allocate(walk.blocks, settings))
         chosen.observe = observing.around(chosen.observe)
-        walk.forwards.try_on = passing.around(walk.forwards.try_on)
+        walk.forwards.run_block = passing.around(walk.forwards.run_block)
         writer = LayerWriter()
         writing = Clock()
         writer.write_on_batch_end = writing.around(writer.write_on_batch_end)
@@ -164,9 +164,8 @@ def compare(args, method: str, pattern: str, dtype: str) -> None:
     windows = torch.randint(0, 32000, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0))
     windows = windows.to(processes.device())
     new, old = [], []
-    ours(
-        build(args.shape, getattr(torch, dtype)), windows[:1], method, pattern, 1
-    )  # kernels are chosen at the first call
+    # kernels are chosen at the first call
+    ours(build(args.shape, getattr(torch, dtype)), windows[:1], method, pattern, 1)
     for _ in range(args.repeats):
         new.append(ours(build(args.shape, getattr(torch, dtype)), windows, method, pattern, args.batch_size))
         if not args.only_ours:

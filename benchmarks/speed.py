@@ -168,7 +168,7 @@ def products(dtype: torch.dtype, sparsity: str, threads: list[int], repeats: int
         weight = torch.randn(rows, columns).to(dtype)
         mask = torch.ones(weight.shape, dtype=torch.bool) if sparsity == "0" else parse(sparsity).select(weight.abs())
         apply_(weight, mask)
-        compact = CompactWeight.of(compress("w", weight, mask, False, (sparsity,)), dtype)
+        compact = CompactWeight.from_compact(compress("w", weight, mask, False, (sparsity,)), dtype)
         copies = max(1, int(COLD / weight.nbytes))
         dense = [weight.clone() for _ in range(copies)]
         packed = [

@@ -144,8 +144,13 @@ CASES: dict[str, list[Case]] = {
         Case("recipe={here}/r.yaml", "did you mean 'seed'?", put("r.yaml", "sed: 1"), "holds `sed: 1`"),
     ],
     "Pruning": [
-        Case("prune.sparsity=2:4", "write 2of4"),
-        Case("prune.sparsity=124", "YAML reads 2:4 as 124: write 2of4"),
+        Case(
+            "recipe={here}/r.yaml",
+            "YAML reads 2:4 as 124: set prune.sparsity=2of4",
+            put("r.yaml", "prune: {sparsity: 2:4}"),
+            "holds `prune: {sparsity: 2:4}`",
+        ),
+        Case("prune.sparsity=124", "YAML reads 2:4 as 124: set prune.sparsity=2of4"),
         Case("prune.sparsity=1.5", "between 0 and 1"),
         Case("prune.sparsity=0", "between 0 and 1"),
         Case("prune.sparsity=nan", "between 0 and 1"),
@@ -154,7 +159,10 @@ CASES: dict[str, list[Case]] = {
         Case("prune.sparsity=1of5", "not divisible by 5"),
         Case("prune.sparsity=./none.py", "prune.sparsity=none.py: no such file"),
         Case(
-            "prune.sparsity={here}/p.py", "should define one subclass of Pattern", put("p.py", "x = 1"), "holds `x = 1`"
+            "prune.sparsity={here}/p.py",
+            "defines 0 subclasses of Pattern: define exactly one",
+            put("p.py", "x = 1"),
+            "holds `x = 1`",
         ),
         Case(
             "prune.sparsity={here}/p.py",
@@ -166,7 +174,7 @@ CASES: dict[str, list[Case]] = {
         Case("prune.method=./none.py", "no such file"),
         Case(
             "prune.method={here}/m.py",
-            "should define one subclass of PruneMethod",
+            "defines 0 subclasses of PruneMethod: define exactly one",
             put("m.py", "x = 1"),
             "holds `x = 1`",
         ),
@@ -188,9 +196,9 @@ CASES: dict[str, list[Case]] = {
         Case("", "(0 bytes) is damaged", cut("model/model.safetensors", 0), "`model.safetensors` is empty"),
         Case(
             "",
-            "model.safetensors (42 bytes) is damaged or was not fetched whole",
+            "model.safetensors (42 bytes) is damaged or incomplete",
             put("model/model.safetensors", "version https://git-lfs.github.com/spec/v1"),
-            "`model.safetensors` is a pointer of git-lfs",
+            "`model.safetensors` is a git-lfs pointer",
         ),
         Case("", "config.json (", cut("model/config.json"), "`config.json` is cut in half"),
         Case("", "config.json (0 bytes) is damaged", cut("model/config.json", 0), "`config.json` is empty"),
@@ -226,7 +234,7 @@ CASES: dict[str, list[Case]] = {
         ),
         Case(
             "",
-            f"lacks {UP} (1 missing in all)",
+            f"lacks {UP} (1 missing)",
             change_weights(lambda weights: weights.pop(UP), "model/model.safetensors"),
             "a weight is missing",
         ),
@@ -269,32 +277,32 @@ CASES: dict[str, list[Case]] = {
     "Special tokens and chats": [
         Case(
             "",
-            "has the eos token '[END]' with id 552, the model 552 embedding rows: set eos_token in its tokenizer_config.json",
+            "has the eos token '[END]' with id 552, but the model 552 embedding rows: set eos_token in its tokenizer_config",
             tokenizer_with(eos="[END]"),
             "the token that ends a text has no embedding",
         ),
         Case("", "has the unk token '[UNK]' with id 552", tokenizer_with(unk="[UNK]"), "nor has that of unknown words"),
         Case(
             "",
-            "the model only 9 embedding rows: it, or config.json, is another model's",
+            "the model only 9 embedding rows: is the tokenizer or config.json another model's?",
             changed("model/config.json", vocab_size=9),
             "`vocab_size` is 9",
         ),
         Case(
             "calibration.dataset={here}/c.jsonl",
-            "holds conversations, and the model's tokenizer has no chat template",
+            "holds conversations, but the model's tokenizer has no chat template",
             put("c.jsonl", CHAT),
             f"holds `{CHAT}`",
         ),
         Case(
             "finetune.dataset={here}/c.jsonl finetune.loss=assistant",
-            "the chat template does not take a conversation of user, assistant: no",
+            "the chat template refuses a conversation of user, assistant: no",
             together(put("c.jsonl", CHAT), put("model/chat_template.jinja", "{{ raise_exception('no') }}")),
             "its chat template refuses all",
         ),
         Case(
             "finetune.dataset={here}/c.jsonl finetune.loss=assistant",
-            "a conversation has a turn of 'narrator': the roles are user, human, assistant",
+            "a conversation has a turn by 'narrator': the known roles are user, human, assistant",
             together(
                 put("c.jsonl", CHAT.replace("user", "narrator")), put("model/chat_template.jinja", "{{ messages }}")
             ),
@@ -322,7 +330,7 @@ CASES: dict[str, list[Case]] = {
         ),
         Case(
             "calibration.dataset={here}/d",
-            "has configurations de, en: name the one that is meant",
+            "has configurations de, en: name one of them",
             split_files(*(f"{config}/{name}" for config in ("de", "en") for name in SPLITS)),
             "holds two configurations",
         ),
@@ -334,7 +342,7 @@ CASES: dict[str, list[Case]] = {
         ),
         Case(
             "calibration.dataset={here}/d",
-            "several forms (a.parquet, b.txt)",
+            "several formats (a.parquet, b.txt)",
             together(split_files("a.parquet"), put("d/b.txt", "the cat")),
             "holds two forms",
         ),
@@ -344,14 +352,14 @@ CASES: dict[str, list[Case]] = {
             put("d/dataset_info.json", "{}"),
             "holds metadata only",
         ),
-        Case("calibration.dataset={here}/t.gz", "such as t.jsonl.gz", put("t.gz", "a"), "does not tell its form"),
+        Case("calibration.dataset={here}/t.gz", "such as t.jsonl.gz", put("t.gz", "a"), "does not name its format"),
         Case(
             "calibration.dataset={here}/t.txt",
-            "is a pointer of git-lfs",
+            "is a git-lfs pointer",
             put("t.txt", "version https://git-lfs.github.com/spec/v1"),
-            "is a pointer of git-lfs",
+            "is a git-lfs pointer",
         ),
-        Case("calibration.dataset={here}/t.txt@test", "is one file", put("t.txt", "a"), "is one file"),
+        Case("calibration.dataset={here}/t.txt@test", "is a single file", put("t.txt", "a"), "is a single file"),
         Case(
             "finetune.dataset={here}/t.jsonl",
             "it has id, data.body; set finetune.column",
@@ -368,7 +376,7 @@ CASES: dict[str, list[Case]] = {
     "Texts": [
         Case("calibration.dataset=./nowhere", "no dataset at"),
         Case("calibration.dataset=", "calibration.dataset=None: a word is needed"),
-        Case("calibration.dataset=\"''\"", "the section calibration names a data set by nothing"),
+        Case("calibration.dataset=\"''\"", "calibration.dataset is empty"),
         Case("calibration.dataset=nobody/nothing", "cannot load nobody/nothing@train"),
         Case("calibration.dataset=c4@test", "c4 has no split 'test': use one of train, validation"),
         Case("calibration.dataset={here}/t.docx", "the formats are .parquet", put("t.docx", "a"), "is no text file"),
@@ -377,17 +385,17 @@ CASES: dict[str, list[Case]] = {
         text("t.jsonl", '{"text": "a', "JSON parse error"),
         text("t.json.gz", "text", "ot a gzipped file"),
         text("t.parquet", "text", "Parquet file size"),
-        text("t.jsonl", '{"text": 3}', "should hold text: its first row is 3"),
+        text("t.jsonl", '{"text": 3}', "should hold text, but its first row is 3"),
         text("t.jsonl", '{"text": null}', "holds no text"),
         text("t.jsonl", '{"title": "a"}', "no column 'text' or 'input_ids': it has title"),
         text("t.jsonl", '{"input_ids": [0.5]}', "should hold token ids"),
         Case(
             "calibration.dataset={here}/t.jsonl",
-            "holds token 1000000, the model knows",
+            "holds token 1000000, but the model knows",
             put("t.jsonl", json.dumps({"input_ids": [10**6] * 256})),
             "holds tokens of another vocabulary",
         ),
-        text("t.txt", "the cat sat on the mat .\n" * 2, "a longer text or a shorter calibration.seq_len is needed"),
+        text("t.txt", "the cat sat on the mat .\n" * 2, "set a longer text or a shorter calibration.seq_len"),
         Case(
             "calibration.dataset={here}/t.txt",
             "set calibration.samples=",
@@ -512,7 +520,7 @@ CASES: dict[str, list[Case]] = {
         ),
         Case(
             "verify {here}/model {here}/masks.safetensors",
-            "another model's mask file?",
+            "is this another model's mask file?",
             written_masks(torch.ones(4, 4, dtype=torch.bool), "0.5"),
             "a mask of another shape",
         ),
@@ -521,7 +529,7 @@ CASES: dict[str, list[Case]] = {
         Case(f"apply {{here}}/model {MASKS} {{here}}/model/config.json/new", "cannot write"),
         Case(
             "apply {here}/model {here}/masks.safetensors {here}/new",
-            "another model's mask file?",
+            "is this another model's mask file?",
             written_masks(torch.ones(48, 32, dtype=torch.bool), "0.5", "model.layers.7.mlp.up_proj.weight"),
             "a mask of a layer that is not there",
         ),

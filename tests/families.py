@@ -93,9 +93,8 @@ def configuration(name: str) -> PreTrainedConfig:
 
 def _shrunk(fields: dict[str, Any], layers: int, tokens: dict[str, int]) -> dict[str, Any]:
     depths = [value for field, value in fields.items() if DEPTH.fullmatch(field) and isinstance(value, int)]
-    fields = {
-        field: value for field, value in fields.items() if field != "per_layer_config"
-    }  # made of the layers' types
+    # per_layer_config is made from the layers' types
+    fields = {field: value for field, value in fields.items() if field != "per_layer_config"}
     return {field: _small(field, value, layers, depths, tokens) for field, value in fields.items()}
 
 

@@ -130,13 +130,13 @@ REFUSED = {
     "an earlier turn is written otherwise": (
         FORGETFUL,
         {"messages": TURNS},
-        r"turn 3, the assistant's, otherwise .*loss=all",
+        r"turn 3, the assistant's, differently .*loss=all",
     ),
     "the template refuses": (PICKY, {"messages": TURNS}, "of system, user.*: no system role here"),
-    "an unknown speaker": (CHATML, {"messages": [{"role": "narrator", "content": "x"}]}, "has a turn of 'narrator'"),
-    "no speaker": (CHATML, {"messages": [{"speaker": "user", "content": "x"}]}, "has a turn of 'None'"),
+    "an unknown speaker": (CHATML, {"messages": [{"role": "narrator", "content": "x"}]}, "has a turn by 'narrator'"),
+    "no speaker": (CHATML, {"messages": [{"speaker": "user", "content": "x"}]}, "has a turn by 'None'"),
     "pictures": (CHATML, {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "holds pictures"),
-    "nothing said": (CHATML, {"messages": [{"role": "user", "text": "x"}]}, "a turn of 'user' without text"),
+    "nothing said": (CHATML, {"messages": [{"role": "user", "text": "x"}]}, "a turn by 'user' without text"),
     "plain text": (CHATML, {"text": "x"}, "holds no conversations, which finetune.loss=assistant needs"),
 }
 

@@ -124,7 +124,7 @@ def test_what_is_typed_wrong_is_one_line(tiny_llama, pruned, tmp_path, typed):  
         (["export", tmp_path / "other", masks, tmp_path / "new"], "another model's mask file?"),
         (["export", pruned / "model", masks, tmp_path], "is there already"),
         (["expand", tiny_llama], "2 paths are needed"),
-        (["expand", tiny_llama, tmp_path / "new"], "is not a compact folder"),
+        (["expand", tiny_llama, tmp_path / "new"], "write a compact folder with"),
         (["expand", tiny_llama, tmp_path], "is there already"),
     ]:
         code, _, lines = typed(*words)
@@ -178,7 +178,7 @@ def test_damage_is_named(folder, tmp_path):
     (bad / SHARD).write_bytes(data)
     assert "sha256" in refused(bad, tmp_path / "t")
     (bad / SHARD).write_bytes(data[:-100])
-    assert f"has {len(data) - 100} bytes and should have {len(data)}" in refused(bad, tmp_path / "t")
+    assert f"has {len(data) - 100} bytes but should have {len(data)}" in refused(bad, tmp_path / "t")
     (bad / SHARD).unlink()
     assert "is missing" in refused(bad, tmp_path / "t")
     (bad / file_format.MANIFEST).write_text((bad / file_format.MANIFEST).read_text().replace("0.5", "0.6"))
@@ -222,7 +222,7 @@ def test_a_manifest_that_does_not_fit_the_files(folder, tmp_path, harm):
         (lambda t: t.pop(NAME + "#mask"), "does not fit"),
         (lambda t: t.update({"other#mask": t[NAME + "#mask"].clone()}), "does not fit"),
         (lambda t: t.update({NAME: torch.zeros(48, 32)}), "does not fit"),
-        (lambda t: t.update({"more": torch.zeros(3)}), "no place for"),
+        (lambda t: t.update({"more": torch.zeros(3)}), "does not define"),
         (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), "by config.json"),
         (lambda t: t.pop("model.norm.weight"), "lacks model.norm.weight"),
     ],

@@ -28,7 +28,7 @@ def a_matrix(rows: int, columns: int, sparsity: float, dtype: torch.dtype) -> tu
     mask = torch.rand(rows, columns) >= sparsity
     weight = torch.randn(rows, columns).to(dtype) * mask
     weight = torch.where(mask, weight, torch.zeros((), dtype=dtype))
-    return weight, CompactWeight.of(compress("w", weight, mask, False, ("x",)), dtype)
+    return weight, CompactWeight.from_compact(compress("w", weight, mask, False, ("x",)), dtype)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -97,8 +97,8 @@ def test_whatever_else_torch_does_with_it_sees_it_dense():
 def test_a_mask_that_does_not_fit_its_values_is_refused():
     layout = Layout((4, 64), torch.float32, False, ("x",))
     bits = torch.full((32,), 255, dtype=torch.uint8)
-    with pytest.raises(UserError, match="keeps 256 weights, and there are 255"):
-        CompactWeight.of(Compact("w", layout, bits, torch.zeros(255)), torch.float32)
+    with pytest.raises(UserError, match="keeps 256 weights, but there are 255"):
+        CompactWeight.from_compact(Compact("w", layout, bits, torch.zeros(255)), torch.float32)
 
 
 def test_the_kernels_refuse_what_does_not_fit():

@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from pipeline.commands import compare
@@ -52,7 +53,7 @@ def test_each_number_stands_in_its_row_and_column(tmp_path, capsys):
     }
     compare.main([str(tmp_path)])
     table = rows(tmp_path)
-    assert table[0] == ["", "0.5", "2of4", "4of8"]
+    assert table[0] == ["", "0.5", "2:4", "4:8"]
     start = next(place for place, row in enumerate(table) if row[0].startswith("wikitext2 perplexity"))
     assert [row[0] for row in table[start + 1 : start + 6]] == [
         *("dense", "magnitude", "magnitude + LoRA", "Wanda", "Wanda + LoRA")
@@ -67,7 +68,8 @@ def test_each_number_stands_in_its_row_and_column(tmp_path, capsys):
                 assert cell.startswith(f"{value:.2f} ± ")
                 assert cell in said and cell in page
     (mean,) = (row for row in table if row[0].startswith("mean accuracy"))
-    assert table[table.index(mean) + 1][1].startswith("65.9 ±")  # of arc_easy and boolq
+    assert table[table.index(mean) + 1][1].startswith("65.9 ±")
+    assert "Mean accuracy of arc_easy, boolq." in page
     Page((tmp_path / "compare.svg").read_text())
 
 
@@ -96,7 +98,10 @@ def test_another_protocol_is_marked(tmp_path):
     write_run(tmp_path / "b", results=other)
     labels = [row[0] for row in compared(tmp_path / "a", tmp_path / "b")]
     assert "Wanda (evaluate.seq_len=256)" in labels and "dense (evaluate.seq_len=512)" in labels
-    assert "not all was measured alike" in (tmp_path / "out/compare.md").read_text()
+    assert (
+        "the runs differ in evaluate.seq_len: their numbers are not comparable"
+        in (tmp_path / "out/compare.md").read_text()
+    )
 
 
 def test_another_text_of_the_same_name_is_refused(tmp_path):
@@ -108,6 +113,15 @@ def test_another_text_of_the_same_name_is_refused(tmp_path):
         compared(tmp_path / "a", tmp_path / "b")
 
 
+def test_equal_settings_with_other_numbers_are_noted(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b")  # whose pruned and finetuned perplexities are others
+    assert len([row for row in compared(tmp_path / "a", tmp_path / "b") if row[0] == "Wanda"]) == 3
+    text = (tmp_path / "out/compare.md").read_text()
+    assert "Wanda: runs of equal settings differ in wikitext2 perplexity; the first is shown" in text
+    assert "dense: runs of equal settings differ" not in text
+
+
 def test_the_mean_is_over_the_tasks_of_all(tmp_path):
     write_run(tmp_path / "a")
     fewer = make_results(*PLAIN)
@@ -117,7 +131,7 @@ def test_the_mean_is_over_the_tasks_of_all(tmp_path):
     table = compared(tmp_path / "a", tmp_path / "b")
     (mean,) = (row for row in table if row[0].startswith("mean accuracy"))
     assert table[table.index(mean) + 1][1] == "61.1 ± 1.3"
-    assert "not in the mean accuracy, as not all runs tell theirs: boolq" in (tmp_path / "out/compare.md").read_text()
+    assert "not in the mean accuracy, as not all runs have them: boolq" in (tmp_path / "out/compare.md").read_text()
 
 
 def test_what_is_not_finished_is_said_and_nothing_is_refused(tmp_path, capsys):
@@ -130,6 +144,12 @@ def test_what_is_not_finished_is_said_and_nothing_is_refused(tmp_path, capsys):
         compare.main([str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match="nothing to compare"):
         compare.main([])
+    write_run(
+        tmp_path / "c", results={"models": {name: {"perplexity": {"wikitext2": 1}} for name in PLAIN}, "protocol": {}}
+    )
+    (tmp_path / "c/evaluate/results.json").write_text('{"models": {"dense": {}}, "protocol": {}}')
+    with pytest.raises(UserError, match="the runs have no perplexity"):
+        compare.main([str(tmp_path / "c")])
 
 
 def test_names_from_outside_stay_text(tmp_path):
@@ -162,9 +182,9 @@ def test_experts_are_drawn_as_one_and_equal_series_together():
         for name, share in (("a.q.weight", 0.5), ("b.down[0]", 0.4), ("b.down[1]", 0.6), ("c.up.weight", 0.7))
     ]
     found = series.by_type(rows, "sparsity")
-    assert found == {"q": [(0, 0.5), (1, 0.5)], "down": [(0, 0.5), (1, 0.5)], "up": [(0, 0.7), (1, 0.7)]}
-    assert list(series.together(found)) == ["q, down", "up"]
-    assert list(series.together({name: found["q"] for name in "abc"})) == ["all 3 matrices"]
+    assert found.to_dict() == {"q": {0: 0.5, 1: 0.5}, "down": {0: 0.5, 1: 0.5}, "up": {0: 0.7, 1: 0.7}}
+    assert list(series.merge_equal(found)) == ["q, down", "up"]
+    assert list(series.merge_equal(pd.DataFrame({name: found["q"] for name in "abc"}))) == ["all 3 matrices"]
 
 
 def test_a_stage_of_an_equal_key_is_linked(tmp_path):

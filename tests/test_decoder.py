@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.engine.blocks import find_blocks
 from pipeline.engine.coverage import Coverage
 from pipeline.engine.layerwise import LayerwiseForwards
-from pipeline.engine.matrices import entries, matrices, matrices_of
+from pipeline.engine.matrices import coverage_entries, matrices, matrices_of
 from pipeline.runtime.errors import UserError
 
 SMALL = {
@@ -68,7 +68,7 @@ def test_block_by_block_is_the_whole_model_to_the_bit(family, attention):
         def reached(block):
             order.append(block.name)
             for i in range(len(batches)):
-                forwards.try_on(i)  # changes nothing
+                forwards.run_block(i)  # changes nothing
 
         found = list(forwards.results(reached))
     assert order == [block.name for block in blocks] and len(order) == 3
@@ -96,10 +96,10 @@ def test_the_models_own_grad_mode_stays_inside_its_forward():
 
     with LayerwiseForwards(model, find_blocks(model), call, [torch.ones(1, 9).long()], torch.device("cpu")) as forwards:
         forwards.start()
-        assert forwards.try_on(0).requires_grad == torch.is_grad_enabled() is True
+        assert forwards.run_block(0).requires_grad == torch.is_grad_enabled() is True
         with torch.no_grad():
-            assert not forwards.try_on(0).requires_grad
-            [logits] = forwards.advance() if forwards.at.index == 2 else [torch.zeros(1, requires_grad=True)]
+            assert not forwards.run_block(0).requires_grad
+            [logits] = forwards.advance() if forwards.current.index == 2 else [torch.zeros(1, requires_grad=True)]
         assert torch.is_grad_enabled() and logits.requires_grad
 
 
@@ -111,7 +111,10 @@ def test_batches_that_take_different_ways_are_refused():
 
     batches = [torch.ones(1, 2), torch.ones(2, 2)]
     forwards = LayerwiseForwards(model, find_blocks(model), call, batches, torch.device("cpu"))
-    with forwards, pytest.raises(UserError, match=r"different ways .* one is at model.layers.1, one at model.layers.2"):
+    with (
+        forwards,
+        pytest.raises(UserError, match=r"different paths .* one is at model.layers.1, one at model.layers.2"),
+    ):
         forwards.start()
 
 
@@ -124,15 +127,15 @@ def test_a_block_that_changes_its_inputs_is_not_tried():
     call = lambda ids: model(input_ids=ids, use_cache=False)  # noqa: E731
     with LayerwiseForwards(model, find_blocks(model), call, [torch.ones(1, 9).long()], torch.device("cpu")) as forwards:
         forwards.start()
-        forwards.try_on(0)
+        forwards.run_block(0)
         list(forwards.advance())
         with pytest.raises(UserError, match=r"model.layers.1 changes its inputs in place"):
-            forwards.try_on(0)
+            forwards.run_block(0)
     assert layer.forward.__name__ == "<lambda>"
 
 
 def test_a_model_that_is_not_understood_says_what_was_looked_for():
-    with pytest.raises(UserError, match="Sequential is not understood: .* found no list of layers"):
+    with pytest.raises(UserError, match="Sequential is not supported: .* found no list of layers"):
         find_blocks(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 
@@ -146,10 +149,10 @@ def test_routers_stay_dense_and_every_expert_is_a_matrix():
     assert len(names) == 4 + 8 + 3
     chosen = matrices_of(small_model("qwen2_moe")).keys()
     total = 3 * (4 * 32 + 32 * (32 + 16 + 16 + 32) + 4 * 3 * 16 * 32 + 3 * 24 * 32 + 32)
-    assert Coverage(entries(model, blocks), chosen).told(chosen) == [
+    assert Coverage(coverage_entries(model, blocks), chosen).describe(chosen) == [
         ("pruned", f"{total - 480:,} of {total:,} weights in the layers' matrices ({1 - 480 / total:.1%})"),
         ("mlp.gate.weight", "stays dense: router (3 x 128 weights)"),
         ("mlp.shared_expert_gate.weight", "stays dense: router (3 x 32 weights)"),
     ]
-    none = Coverage(entries(model, blocks), chosen).rows([])
+    none = Coverage(coverage_entries(model, blocks), chosen).rows([])
     assert {row["reason"] for row in none} == {"router", "the model never calls it with calibration text"}

@@ -122,7 +122,7 @@ def test_what_was_measured_before_a_fault_is_kept(tiny_llama, tmp_path, typed):
     settings = (f"model={tiny_llama}", "stages=[evaluate]", f"run_dir={tmp_path}/runs/one")
     settings += (f"evaluate.perplexity=[world,{text}]",)
     code, _, (line,) = typed(*settings)
-    assert code == 2 and "holds token 1000000, the model knows" in line
+    assert code == 2 and "holds token 1000000, but the model knows" in line
     before = kept(tmp_path / "runs")
     assert len(before) == 1 and not (tmp_path / "runs/one/evaluate").exists()
     text.write_text("\n".join(rows))

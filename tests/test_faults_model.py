@@ -68,7 +68,7 @@ SECOND = "model-00002-of-00004.safetensors"
 @pytest.mark.parametrize(
     ("form", "damage", "says"),
     [
-        ("one", cut("model.safetensors"), r"model.safetensors \(\d+ bytes\) is damaged or was not fetched whole"),
+        ("one", cut("model.safetensors"), r"model.safetensors \(\d+ bytes\) is damaged or incomplete"),
         ("one", cut("model.safetensors", 0), r"model.safetensors \(0 bytes\) is damaged"),
         (
             "one",

@@ -15,10 +15,10 @@ def test_too_short_a_text_and_what_is_said_to_type(tiny_llama, tmp_path, refused
     text.write_text("the cat sat on the mat .\n" * 20)
     settings = (f"model={tiny_llama}", f"calibration.dataset={text}")
     line = refused(tmp_path / "run", *settings)
-    assert "8 samples of 32 are asked for" in line
+    assert "8 samples of 32 are needed" in line
     finishes(tmp_path / "run", *settings, re.search(r"set (calibration\.samples=\d+)", line)[1])
     text.write_text("the cat\n")
-    assert "a longer text or a shorter calibration.seq_len is needed" in refused(tmp_path / "other", *settings)
+    assert "set a longer text or a shorter calibration.seq_len" in refused(tmp_path / "other", *settings)
     text.write_text("the cat sat on the mat .\n" * 200)
     finishes(tmp_path / "other", *settings)
 
@@ -30,7 +30,7 @@ def test_too_short_a_text_and_what_is_said_to_type(tiny_llama, tmp_path, refused
         ("text.jsonl", '{"text": "a', "cannot load .* JSON parse error"),
         ("text.json.gz", "text", "cannot load .* [Nn]ot a gzipped file"),
         ("text.parquet", "text", "cannot load .* Parquet file size"),
-        ("text.jsonl", '{"text": 3}', "should hold text: its first row is 3"),
+        ("text.jsonl", '{"text": 3}', "should hold text, but its first row is 3"),
         ("text.jsonl", '{"text": null}', "holds no text"),
         ("text.jsonl", '{"title": "a"}', "no column 'text' or 'input_ids': it has title"),
         ("ids.jsonl", '{"input_ids": [0.5]}', "should hold token ids"),
@@ -51,7 +51,7 @@ def test_rows_without_text_are_passed_over(tmp_path):
 def test_tokens_of_another_vocabulary(tiny_llama, tmp_path, refused, token):
     (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": [token] * 256}))
     line = refused(tmp_path / "run", f"model={tiny_llama}", f"calibration.dataset={tmp_path}/ids.jsonl")
-    assert f"holds token {token}, the model knows" in line
+    assert f"holds token {token}, but the model knows" in line
 
 
 def test_fewer_batches_than_processes(tiny_llama, tmp_path):

@@ -33,7 +33,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from pipeline.commands.verify import checked
+from pipeline.commands.verify import check_matrices
 from pipeline.models import file_names, loading, model_files
 from pipeline.models.model_files import Tensors
 from pipeline.models.rewrite import layers, parameters, rewrite
@@ -84,7 +84,7 @@ def test_a_family_is_written_under_the_names_it_had(family, tmp_path, monkeypatc
     name, folder = family
     monkeypatch.setattr("pipeline.models.rewrite.SHARD", 20_000)
     before, model = load_file(folder / "model.safetensors"), loading.load(folder, Recipe())
-    same(file_names.to_files(model, file_names.saved(model)), before)
+    same(file_names.to_files(model, file_names.saved_state(model)), before)
     assert file_names.converts(model) == (
         name in (*FUSED, "gemma3", "llava", "mistral3", "mllama", "qwen2_5_vl", "qwen3_5_moe")
     )
@@ -111,7 +111,7 @@ def test_a_familys_parameters_are_streamed_as_they_are_in_memory(family):
     name, folder = family
     model = loading.load(folder, Recipe())
     streamed = list(parameters(folder, Recipe()))
-    same(dict(streamed), file_names.saved(model))
+    same(dict(streamed), file_names.saved_state(model))
     assert len(streamed) == len(dict(streamed))
     _, found = layers(folder, Recipe())
     assert {layer for layer in found if layer} == {file_names.layer_of(n) for n, _ in streamed} - {""}
@@ -135,7 +135,7 @@ def test_masks_of_fused_experts_are_checked_against_their_files(tmp_path):
     )
     files_of[stray][row, column] = 0.25
     save_file(files_of, tmp_path / "model.safetensors", {"format": "pt"})
-    (violation,) = [matrix.violation for matrix in checked(tmp_path, masks, Recipe()) if matrix.violation]
+    (violation,) = [matrix.violation for matrix in check_matrices(tmp_path, masks, Recipe()) if matrix.violation]
     assert (violation.name, violation.first, violation.value) == (f"{name}[2]", (48 + row, column), 0.25)
 
 
@@ -162,12 +162,12 @@ def test_weights_that_are_not_the_models_are_refused(family, tmp_path):
     small_model(family).save_pretrained(tmp_path / "model")
     bias = "model.layers.1.self_attn.q_proj.bias"
     more = changed(tmp_path / "model", tmp_path / "more", lambda w: w | {bias: torch.ones(32), "x.y": torch.ones(1)})
-    assert f"holds {bias}, which its config.json has no place for (2 in all)" in refused(more)
+    assert f"holds {bias}, which its config.json does not define (2 such)" in refused(more)
     norm = "model.layers.2.input_layernorm.weight"
     less = changed(tmp_path / "model", tmp_path / "less", lambda w: {k: v for k, v in w.items() if k != norm})
-    assert f"lacks {norm} (1 missing in all)" in refused(less)
+    assert f"lacks {norm} (1 missing)" in refused(less)
     other = changed(tmp_path / "model", tmp_path / "other", lambda w: w | {norm: torch.ones(7)})
-    assert f"{norm} is (7,) in the files, (32,) by config.json" in refused(other)
+    assert f"{norm} is (7,) in the files, but (32,) by config.json" in refused(other)
 
 
 def test_a_shard_that_is_missing_or_damaged_is_named(tmp_path):
@@ -207,8 +207,8 @@ def test_old_forms_of_a_checkpoint_are_loaded(family, tmp_path):
     model = small_model(family, tie_word_embeddings=family != "llama")
     model.save_pretrained(tmp_path / "new")
     old = changed(tmp_path / "new", tmp_path / "old", OLD[family])
-    expected = file_names.saved(model)
-    same(file_names.saved(loading.load(old, Recipe())), expected)
+    expected = file_names.saved_state(model)
+    same(file_names.saved_state(loading.load(old, Recipe())), expected)
     same(dict(parameters(old, Recipe())), expected)
     rewrite(old, tmp_path / "written", Recipe(), lambda name, weight: None)
     same(by_its_class(family, tmp_path / "written").state_dict(), model.state_dict())
@@ -220,7 +220,7 @@ def test_tied_weights_that_differ_in_the_files_are_not_tied(tmp_path):
     change = lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"] * 2}  # noqa: E731
     folder = changed(tmp_path / "tied", tmp_path / "apart", change)
     loaded = loading.load(folder, Recipe())
-    same(dict(parameters(folder, Recipe())), file_names.saved(loaded))
+    same(dict(parameters(folder, Recipe())), file_names.saved_state(loaded))
     rewrite(folder, tmp_path / "written", Recipe(), lambda name, weight: None)
     same(by_its_class("qwen2", tmp_path / "written").state_dict(), loaded.state_dict())
     assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
@@ -233,7 +233,7 @@ def test_files_of_torch_save_are_streamed(tmp_path, zipped):
     weights = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    same(dict(parameters(tmp_path, Recipe())), file_names.saved(model))
+    same(dict(parameters(tmp_path, Recipe())), file_names.saved_state(model))
 
 
 def test_weights_beside_those_that_transformers_loads_are_left_alone(tiny_llama, tmp_path):
@@ -358,7 +358,8 @@ def test_all_that_lies_beside_the_weights_is_copied(tiny_llama, tmp_path):
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 def test_files_have_the_mode_of_the_users_umask(tmp_path, umask):
     code = (
-        "import torch, sys; from pathlib import Path; from safetensors.torch import save_file; from pipeline import files\n"
+        "import torch, sys; from pathlib import Path; from safetensors.torch import save_file\n"
+        "from pipeline.runtime import files\n"
         "with files.atomic_write(Path(sys.argv[1])) as tmp: save_file({'a': torch.ones(1)}, tmp)\n"
     )
     path = tmp_path / "model.safetensors"

@@ -146,7 +146,9 @@ def test_the_adapter_folder_gives_the_same_model_again(tmp_path):
 
 def test_bad_input_says_what_to_type(tmp_path):
     model, masks = with_masks(small_model("llama"))
-    with pytest.raises(UserError, match=r"no pruned matrix is called 'query'; there are down_proj, gate_proj.*or all"):
+    with pytest.raises(
+        UserError, match=r"no pruned matrix is called 'query': set some of down_proj, gate_proj.*or all"
+    ):
         lora.attach(model, masks, Finetune(targets=["query"]))
     with pytest.raises(UserError, match="no masked LoRA"):
         lora.load_adapter(model, tmp_path)

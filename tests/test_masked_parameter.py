@@ -137,9 +137,8 @@ def test_effective_weights_are_made_once_a_call_and_once_in_backward(family, mon
     once = len(made)
     assert once == len(set(made)) > 0
     loss.backward()
-    assert (
-        max(made.count(masked) for masked in made) == 2
-    )  # fewer where backward needs no weight, as of the first block
+    # fewer where backward needs no weight, as in the first block
+    assert max(made.count(masked) for masked in made) == 2
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "falcon_mamba"])
@@ -231,7 +230,7 @@ def test_masks_of_other_experts_are_refused():
 )
 def test_a_plain_lora_refuses_what_peft_would_not_adapt(family, wanted):
     model, masks = with_masks(tiny(family))
-    with pytest.raises(UserError, match="peft's LoRA cannot adapt exactly .*set finetune.targets to others") as raised:
+    with pytest.raises(UserError, match="peft's LoRA cannot adapt exactly .*set other finetune.targets") as raised:
         PlainLora(model, masks, Finetune(method="plain_lora", targets=wanted))
     assert "\n" not in str(raised.value)
     PlainLora(*with_masks(tiny("mixtral")), Finetune(method="plain_lora", targets=["q_proj"]))

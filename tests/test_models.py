@@ -87,7 +87,7 @@ def test_the_inputs_of_fused_experts_are_those_of_a_plain_loop(name):
         walk.start()
         for i in range(len(BATCHES)):
             with observer.batch():
-                walk.try_on(i)
+                walk.run_block(i)
     observed, prefix = observer.observed, f"{blocks[0].name}.{about.path}"
 
     moe, given = model.get_submodule(prefix), []

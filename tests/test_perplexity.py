@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from pipeline.data import sources, token_windows
 from pipeline.evaluation import paired
-from pipeline.evaluation.perplexity import perplexity, streamed, whole, window_losses, windows
+from pipeline.evaluation.perplexity import full_logits, perplexity, streamed_logits, window_losses, windows
 from pipeline.runtime.errors import UserError
 from tests.test_decoder import FAMILIES, small_model
 
@@ -38,7 +38,7 @@ def random_windows(tokens: int = 300, seq_len: int = 40) -> torch.Tensor:
 
 
 def measured(model, windows_NT: torch.Tensor, batch_size: int, *shared) -> float:
-    return perplexity(window_losses(whole(model), windows_NT, batch_size, *shared))
+    return perplexity(window_losses(full_logits(model), windows_NT, batch_size, *shared))
 
 
 def papers_loop(model, ids: torch.Tensor, seq_len: int) -> float:
@@ -97,7 +97,7 @@ def test_batch_size_does_not_change_it(batch_size):
 
 @pytest.mark.parametrize("world_size", [2, 3, 9])  # of 7 windows: some ranks have none
 def test_ranks_sum_to_the_same_bits(world_size):
-    logits = whole(tiny_llama().eval())
+    logits = full_logits(tiny_llama().eval())
     alone, shares = window_losses(logits, random_windows(), 2), []
     for rank in range(world_size):
         window_losses(logits, random_windows(), 2, rank, world_size, lambda loss_N: shares.append(loss_N) or alone)
@@ -143,7 +143,7 @@ def test_a_gpu_finds_what_the_cpu_does():
 def test_leaves_the_model_as_it_was_and_tells_its_progress():
     model, told = tiny_llama(), []
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    window_losses(whole(model), random_windows(), 3, tell=told.append)
+    window_losses(full_logits(model), random_windows(), 3, report=told.append)
     assert told == ["3 of 7 windows", "6 of 7 windows", "7 of 7 windows"]
     assert not any(tensor.is_inference() for tensor in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -153,9 +153,9 @@ def test_leaves_the_model_as_it_was_and_tells_its_progress():
 def test_layer_by_layer_is_the_whole_model_to_the_bit(family):
     """Final norms, heads and what is done to logits too; the last batch is smaller than the others."""
     ids_NT = torch.randint(3, 61, (5, 24), generator=torch.Generator().manual_seed(3))
-    expected = window_losses(whole(small_model(family)), ids_NT, 2)
+    expected = window_losses(full_logits(small_model(family)), ids_NT, 2)
     told = []
-    found = window_losses(streamed(small_model(family), torch.device("cpu"), told.append), ids_NT, 2)
+    found = window_losses(streamed_logits(small_model(family), torch.device("cpu"), told.append), ids_NT, 2)
     assert torch.equal(found, expected)
     assert told == ["layer 1 of 3", "layer 2 of 3", "layer 3 of 3"]
 

@@ -89,7 +89,7 @@ def test_the_folder_is_an_ordinary_model(tiny_llama, tmp_path):
     for row in layers:
         errors = [float(it["relative_output_error"]) for it in matrices if it["layer"] == row["layer"]]
         assert float(row["relative_output_error"]) == pytest.approx(sum(errors) / len(errors))
-    assert "pruned with Wanda to 2of4" in (tmp_path / "p/model/README.md").read_text()
+    assert "pruned with Wanda to 2:4" in (tmp_path / "p/model/README.md").read_text()
 
 
 @pytest.mark.parametrize("method", PRUNE_METHODS.entries)

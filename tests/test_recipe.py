@@ -26,9 +26,9 @@ def test_every_recipe_loads_and_is_short(path):
     [
         ("prune.sparcity=0.5", "unknown key 'prune.sparcity': did you mean 'prune.sparsity'?"),
         ("modle=x", "did you mean 'model'?"),
-        ("prune.sparsity=2:4", "write 2of4"),
-        ("prune.sparsity=4:8", "write 4of8"),
-        ("prune.sparsity=124", "write 2of4"),
+        ("prune.sparsity=124", "=2of4"),
+        ("prune.sparsity=4:2", "0 < N < M"),
+        ("prune.overrides={'*.0.*': 124}", "=2of4"),
         ("prune.sparsity=1.5", "between 0 and 1"),
         ("prune.sparsity=0", "between 0 and 1"),
         ("prune.sparsity=4of2", "0 < N < M"),
@@ -67,10 +67,20 @@ def test_no_model_says_what_to_type():
         reader.load(["stages=[prune]"])
 
 
-def test_colon_in_quotes_is_accepted(tmp_path):
+def test_a_colon_is_read_where_it_is_known(tmp_path):
+    """In a file, YAML reads 2:4 without quotes as 124."""
     path = tmp_path / "mine.yaml"
     path.write_text('model: m\nprune: {sparsity: "2:4"}\n')
     assert reader.load([f"recipe={path}"]).prune.sparsity == "2:4"
+    for typed in ("2:4", '"2:4"', "2of4"):
+        assert reader.load([f"recipe={path}", f"prune.sparsity={typed}"]).prune.sparsity == "2of4"
+    typed = """prune.overrides={'*.0.*': 2:4, "*.1.*":"4:8", '*.2.*': 0.5, '*.1:2.*': dense}"""
+    expected = {"*.0.*": "2of4", "*.1.*": "4of8", "*.2.*": 0.5, "*.1:2.*": "dense"}
+    assert reader.load([f"recipe={path}", typed]).prune.overrides == expected
+    for key in ("sparsity: 2:4", "overrides: {'*.0.*': 2:4}"):
+        path.write_text(f"model: m\nprune: {{{key}}}\n")
+        with pytest.raises(UserError, match="YAML reads 2:4 as 124: set prune.*=2of4"):
+            reader.load([f"recipe={path}"])
 
 
 def test_extends_then_file_then_command_line(tmp_path):

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.data import sources, token_windows
 from pipeline.engine.blocks import find_blocks
-from pipeline.evaluation.perplexity import whole, window_losses, windows
+from pipeline.evaluation.perplexity import full_logits, window_losses, windows
 from pipeline.models import loading, model_files
 from pipeline.models.rewrite import parameters
 from pipeline.recovery import layer_fit
@@ -90,7 +90,7 @@ def test_a_trained_model_gets_most_of_its_perplexity_back(stories, hub, tmp_path
     chosen = settings(stories)
     text = token_windows.joined(sources.source("local/stories", str(hub), "test"), loading.tokenizer(stories, chosen))
     dense, before, after = (
-        window_losses(whole(loading.load(folder, chosen)), windows(text, 128)[:24], 8).mean()
+        window_losses(full_logits(loading.load(folder, chosen)), windows(text, 128)[:24], 8).mean()
         for folder in (stories, tmp_path / "prune/model", tmp_path / "reconstruct/model")
     )
     assert before - after > 0.6 * (before - dense)

@@ -202,7 +202,9 @@ def test_masks_of_another_model_are_refused(pruned, tiny_llama, tmp_path):
     shutil.copytree(pruned / "model", tmp_path / "model")
     masks.save(tmp_path / "masks.safetensors")
     for more in ((), ("finetune.method=full",)):
-        with pytest.raises(UserError, match=rf"{name} has shape \(.*\), its mask \(.*\): another model's mask file"):
+        with pytest.raises(
+            UserError, match=rf"{name} has shape \(.*\), its mask \(.*\): is this another model's mask file"
+        ):
             finetune.run(settings(tiny_llama, *more), tmp_path / "run", {"prune": tmp_path})
 
 

@@ -64,7 +64,7 @@ def test_a_signal_in_a_layer_and_a_file_damaged_since(tiny_llama, whole_masks, t
     code, said, _ = typed(*settings)
     assert code == 0
     assert f"{1 if damaged else 2} of 3 layers were pruned before" in said
-    assert not damaged or f"damaged, so made again: {damaged}" in said
+    assert not damaged or f"damaged files, to be made again: {damaged}" in said
     assert (tmp_path / "run/prune/masks.safetensors").read_bytes() == whole_masks
     assert signal.getsignal(signal.SIGTERM) == handler
 
@@ -89,7 +89,7 @@ def test_a_signal_in_a_training_and_a_checkpoint_damaged_since(trained, tmp_path
         flip(checkpoint)
     code, said, _ = typed(*settings, f"run_dir={tmp_path}/run")
     assert code == 0
-    assert (f"going on from {checkpoint.name}" in said) == (number == signal.SIGTERM)
+    assert (f"resuming from {checkpoint.name}" in said) == (number == signal.SIGTERM)
     assert (f"{checkpoint.name} is damaged" in said) == (number == signal.SIGINT)
     assert weights(tmp_path / "run") == weights(whole)
 
@@ -174,7 +174,7 @@ def test_what_a_stage_goes_on_from_stays_until_it_is_known_to_be_finished(traine
     monkeypatch.setattr(runner.hardware, "machine", machine)
     codes, said, _ = zip(*(typed(*settings, f"run_dir={tmp_path}/run") for _ in range(3)))
     assert codes == (2, 2, 0)
-    assert "3 of 3 layers were pruned before" in said[1] and "going on from step=60.ckpt" in said[2]
+    assert "3 of 3 layers were pruned before" in said[1] and "resuming from step=60.ckpt" in said[2]
     assert weights(tmp_path / "run") == weights(whole)
     assert not [path for name in runner.SCRATCH for path in (tmp_path / "run").glob(f"*/{name}")]
 

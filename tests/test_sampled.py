@@ -29,7 +29,7 @@ def test_it_is_drawn_from_the_models_own_distribution(tiny_llama):
         parameter.data *= 4  # far from uniform
     expected = model(torch.tensor([[0]])).logits[0, -1].softmax(-1)
     model.generation_config = GenerationConfig(temperature=0.1, top_p=0.5, top_k=3)
-    found = torch.cat([sampled.write(model, 0, 1, 2, seed) for seed in range(200)])
+    found = torch.cat([sampled.sample_batch(model, 0, 1, 2, seed) for seed in range(200)])
     assert (found[:, 0] == 0).all()
     counts = torch.bincount(found[:, 1].long(), minlength=len(expected))
     often = expected * len(found) > 20
@@ -42,7 +42,7 @@ def test_after_an_end_a_new_document_begins(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     with torch.no_grad():
         model.get_output_embeddings().weight[1] += 2 * model.model.norm.weight.mean()  # <eos> comes often
-    ids = torch.cat([sampled.write(model, 0, 1, 60, seed) for seed in range(4)])
+    ids = torch.cat([sampled.sample_batch(model, 0, 1, 60, seed) for seed in range(4)])
     ended = ids[:, :-1] == 1
     assert ended.any() and (ids[:, 1:][ended] == 0).all()
     assert ids.shape == (4 * sampled.BATCH, 60)
@@ -115,9 +115,9 @@ def test_it_is_for_calibration_only(key):
 def test_a_tokenizer_without_a_token_to_begin_with(tiny_llama):
     tokenizer = loading.tokenizer(tiny_llama, asked(tiny_llama, "x"))
     config = loading.config(tiny_llama, asked(tiny_llama, "x"))
-    assert sampled.start(tokenizer, config) == 0
+    assert sampled.first_token(tokenizer, config) == 0
     tokenizer.bos_token = None
-    assert sampled.start(tokenizer, config) == tokenizer.eos_token_id == 1
+    assert sampled.first_token(tokenizer, config) == tokenizer.eos_token_id == 1
     tokenizer.eos_token = None
-    with pytest.raises(UserError, match="dataset=self: the model's tokenizer has no"):
-        sampled.start(tokenizer, config)
+    with pytest.raises(UserError, match="dataset=self needs a begin-of-sequence"):
+        sampled.first_token(tokenizer, config)

@@ -43,7 +43,7 @@ def test_a_shard_outside_the_folder_is_refused(tiny_llama, tmp_path, refused, sh
     (folder / "one.safetensors").write_bytes(b"")
     index = {"weight_map": {name: shard for name in load_file(tmp_path / "other.safetensors")}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert f"names the shard '{shard}', which is not a file of its folder" in refused(
+    assert f"names the shard '{shard}', which is not a file in its folder" in refused(
         tmp_path / "run", f"model={folder}"
     )
 

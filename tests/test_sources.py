@@ -146,7 +146,7 @@ REFUSED = {
         "has no split 'train': the splits there are test",
     ),
     "a split where files name none": ({"a.txt": "a"}, "{here}@test", "its files name no split, so leave out @test"),
-    "a split of a file": ({"a.txt": "a"}, "{here}/a.txt@test", "is one file, which has no split 'test'"),
+    "a split of a file": ({"a.txt": "a"}, "{here}/a.txt@test", "is a single file without a split 'test'"),
     "a part of a split's name": (
         SFT,
         "{here}",
@@ -156,20 +156,20 @@ REFUSED = {
     "several configurations": (
         C4,
         "{here}",
-        "has configurations de, en: name the one that is meant, such as {here}:en",
+        "has configurations de, en: name one of them, such as {here}:en",
     ),
     "no such configuration": (C4, "{here}:fr", "has no configuration 'fr': it has de, en"),
     "two forms": (
         {"a.parquet": parquet("one"), "b.txt": "x"},
         "{here}",
-        "holds files of several forms (a.parquet, b.txt): name the file that is meant",
+        "holds files of several formats (a.parquet, b.txt): set the path of one file",
     ),
-    "JSON lines beside text": ({"a.jsonl": jsonl("one"), "b.txt": "x"}, "{here}", "several forms (a.jsonl, b.txt)"),
+    "JSON lines beside text": ({"a.jsonl": jsonl("one"), "b.txt": "x"}, "{here}", "several formats (a.jsonl, b.txt)"),
     "metadata only": ({"dataset_info.json": "{}", "README.txt": "x"}, "{here}", "it holds no file of text"),
     "a name that tells no form": (
         {"a.gz": gzip.compress(b"x")},
         "{here}/a.gz",
-        "such as a.jsonl.gz, the name must tell it",
+        "must name its format, such as a.jsonl.gz",
     ),
     "another form": ({"a.docx": "x"}, "{here}/a.docx", "the formats are .parquet, .json"),
     "a configuration of nothing": ({}, "{here}/none:en@train", "no dataset at {here}/none"),
@@ -177,7 +177,7 @@ REFUSED = {
     "a pointer of git-lfs": (
         {"a.txt": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"},
         "{here}",
-        "is a pointer of git-lfs and no text: run git lfs pull",
+        "is a git-lfs pointer, not text: run git lfs pull",
     ),
     "an empty file": ({"a.txt": ""}, "{here}/a.txt", "is empty"),
     "half a folder of save_to_disk": ({"dataset_dict.json": "{"}, "{here}", "dataset_dict.json is damaged"),
@@ -231,7 +231,7 @@ def test_a_missing_column_names_those_there_are_and_the_key(tmp_path, read):
         assert f"set {section}.column" in str(refusal.value)
     with pytest.raises(UserError, match="no column 'txt': it has id"):
         read(sources.source(str(tmp_path / "a.jsonl"), column="txt"))
-    with pytest.raises(UserError, match="column 'id' .* should hold text: its first row is 1"):
+    with pytest.raises(UserError, match="column 'id' .* should hold text, but its first row is 1"):
         read(sources.source(str(tmp_path / "a.jsonl"), column="id"))
 
 

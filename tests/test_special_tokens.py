@@ -36,11 +36,11 @@ def tokenizer(single: str = "<bos> $A", **tokens):
 
 
 @pytest.mark.parametrize(
-    ("single", "before", "behind"),
+    ("single", "before", "after"),
     [("$A", [], []), ("<bos> $A", [0], []), ("<bos> $A <eos>", [0], [1]), ("$A <eos>", [], [1])],
 )
-def test_what_is_put_around_a_text(single, before, behind):
-    assert special_tokens.around(tokenizer(single)) == (before, behind)
+def test_what_is_put_around_a_text(single, before, after):
+    assert special_tokens.added_tokens(tokenizer(single)) == (before, after)
 
 
 MENDED = {
@@ -50,18 +50,18 @@ MENDED = {
     "a padding token without a row": (
         {"pad": "[PAD]"},
         CONFIG,
-        f"has id {WORDS} of {WORDS}: '<unk>' pads",
+        f"has id {WORDS} of {WORDS}: uses '<unk>'",
         ("<eos>", "<unk>"),
     ),
-    "no end, but the model's": ({"eos": None}, CONFIG, "'<eos>' is taken, from config.json", ("<eos>", "<pad>")),
-    "no end anywhere": ({"eos": None}, NO_EOS, "'<bos>' is taken, from its begin", ("<bos>", "<pad>")),
+    "no end, but the model's": ({"eos": None}, CONFIG, "uses '<eos>' from config.json", ("<eos>", "<pad>")),
+    "no end anywhere": ({"eos": None}, NO_EOS, "uses '<bos>' from its begin", ("<bos>", "<pad>")),
     "a beginning without a row": (
         {"single": "$A", "bos": "[BOS]"},
         CONFIG,
         "bos token '[BOS]' has id",
         ("<eos>", "<pad>"),
     ),
-    "an end is appended": ({"single": "<bos> $A <eos>"}, CONFIG, "it appends <eos> to every text", ("<eos>", "<pad>")),
+    "an end is appended": ({"single": "<bos> $A <eos>"}, CONFIG, "appends <eos> to every text", ("<eos>", "<pad>")),
 }
 
 
@@ -70,12 +70,12 @@ def test_what_is_mended_for_questions(tokens, config, says, has):
     ours = tokenizer(**tokens)
     special_tokens.check(ours, config, "here")
     ids = ours("the cat").input_ids
-    asking, mended = special_tokens.for_questions(ours, config)
-    assert (says in mended[0]) if says else not mended
-    assert (asking.eos_token, asking.pad_token) == has
-    assert asking.pad_token_id < WORDS
+    fixed, fixes = special_tokens.for_questions(ours, config)
+    assert (says in fixes[0]) if says else not fixes
+    assert (fixed.eos_token, fixed.pad_token) == has
+    assert fixed.pad_token_id < WORDS
     appended = ids[-1:] == [1]
-    assert asking("the cat").input_ids == asking.encode("the cat") == (ids[:-1] if appended else ids)
+    assert fixed("the cat").input_ids == fixed.encode("the cat") == (ids[:-1] if appended else ids)
     assert ours("the cat").input_ids == ids  # the texts' own tokenizer stays as it was
 
 
@@ -83,10 +83,10 @@ REFUSED = {
     "an end without a row": (
         {"eos": "[END]"},
         CONFIG,
-        f"eos token '\\[END\\]' with id {WORDS}, the model {WORDS} embedding rows",
+        f"eos token '\\[END\\]' with id {WORDS}, but the model {WORDS} embedding rows",
     ),
     "an unknown token without a row": ({"unk": "[UNK]"}, CONFIG, "set unk_token in its tokenizer_config.json"),
-    "another model's": ({}, LlamaConfig(vocab_size=WORDS - 9), "it, or config.json, is another model's"),
+    "another model's": ({}, LlamaConfig(vocab_size=WORDS - 9), "is the tokenizer or config.json another model's"),
 }
 
 

@@ -40,6 +40,7 @@ def test_cells_are_the_product_of_all_values():
         "run_dir=runs/tiny/own_lr=1e-3",
     ]
     assert sweep.cells(["recipe=tiny", "seed=7"]) == {"": ["recipe=tiny", "seed=7"]}
+    assert list(sweep.cells(["model=m", "stages=[prune]", "prune.sparsity=0.5,2:4"])) == ["0.5", "2of4"]
 
 
 def test_values_of_one_end_keep_their_whole_path():

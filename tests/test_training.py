@@ -13,7 +13,7 @@ from callbacks.validation import Validation
 from pipeline.recovery import training
 from pipeline.recovery.held_out import HeldOut
 from pipeline.recovery.methods import SparseFull
-from pipeline.recovery.training import share
+from pipeline.recovery.training import batch_per_process
 from pipeline.runtime import checksums
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune
@@ -204,7 +204,7 @@ def test_another_number_of_processes_does_not_go_on_and_says_so(tmp_path):
     torch.save(torch.load(path, weights_only=True) | {"processes": 4}, path)
     checksums.record(tmp_path, path)
     with pytest.raises(
-        UserError, match=f"begun with 4 processes .*: launch with --num_processes 4, or remove {tmp_path} to begin"
+        UserError, match=f"started with 4 processes .*: launch with --num_processes 4, or remove {tmp_path} to start"
     ):
         fit(small_model("llama"), WINDOWS, schedule(max_steps=10), 0, tmp_path)
 
@@ -238,13 +238,13 @@ def test_activation_checkpointing_trains_the_same(tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_the_effective_batch_does_not_depend_on_the_processes(world_size):
     for batch_size, accumulate in [(8, 1), (4, 2), (2, 4), (1, 8)]:
-        size, times = share(schedule(batch_size=batch_size, accumulate=accumulate), world_size)
+        size, times = batch_per_process(schedule(batch_size=batch_size, accumulate=accumulate), world_size)
         assert size * times * world_size == 8
         assert size <= batch_size
 
 
 def test_what_cannot_be_shared_evenly_is_refused():
-    with pytest.raises(UserError, match="cannot be shared evenly by 3 processes"):
-        share(schedule(), 3)
+    with pytest.raises(UserError, match="do not divide among 3 processes"):
+        batch_per_process(schedule(), 3)
     with pytest.raises(UserError, match="cannot be shared"):
-        share(schedule(batch_size=1, accumulate=1), 2)
+        batch_per_process(schedule(batch_size=1, accumulate=1), 2)

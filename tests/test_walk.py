@@ -11,7 +11,7 @@ from pipeline.data import sources, token_windows
 from pipeline.engine.blocks import Block, find_blocks
 from pipeline.engine.coverage import Coverage
 from pipeline.engine.layerwise import hidden_states
-from pipeline.engine.matrices import entries, matrices, matrices_of
+from pipeline.engine.matrices import coverage_entries, matrices, matrices_of
 from pipeline.engine.observe import InputObserver
 from pipeline.engine.walk import LayerWalk
 from pipeline.models import loading, model_files
@@ -166,7 +166,7 @@ def test_a_layer_that_raises_stop_iteration_is_refused_and_does_not_end_the_walk
 
 
 def test_a_layer_that_returns_no_tensor_is_refused():
-    with pytest.raises(UserError, match="return a object, in which no tensor"):
+    with pytest.raises(UserError, match="return a object without a tensor"):
         hidden_states(object())
 
 
@@ -244,7 +244,7 @@ def test_layers_in_containers_that_are_not_lists_are_refused_or_told():
     with pytest.raises(UserError, match="found lists inside of layers"):
         find_blocks(model)
     model.layers, model.more = nn.ModuleList([Layer("twice")]), nn.Sequential(Layer("twice"))
-    rows = Coverage(entries(model, find_blocks(model)), matrices_of(model)).rows(matrices_of(model))
+    rows = Coverage(coverage_entries(model, find_blocks(model)), matrices_of(model)).rows(matrices_of(model))
     assert [row["kind"] for row in rows if row["reason"] == "outside the layers"] == [
         "more.*.q.weight",
         "more.*.k.weight",

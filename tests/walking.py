@@ -19,15 +19,15 @@ def difference(model: nn.Module, batches: list[Tensor]) -> str | None:
 
     def see(i: int, hidden: Tensor) -> None:
         if not same(hidden, tried[i]):
-            found.append(f"{walk.at.name} tried on batch {i} gave other hidden states than when it was run")
+            found.append(f"{walk.current.name} run twice on batch {i} gave different hidden states")
 
     def call(batch: Tensor) -> Tensor:
         return model(input_ids=batch, use_cache=False).logits
 
     with LayerwiseForwards(model, find_blocks(model), call, batches, torch.device("cpu")) as walk:
         walk.start()
-        while walk.at is not None:
-            tried = [walk.try_on(i) for i in range(len(batches))]
+        while walk.current is not None:
+            tried = [walk.run_block(i) for i in range(len(batches))]
             results += walk.advance(see)
     found += [
         f"logits of batch {i}: {apart(given, own)}"

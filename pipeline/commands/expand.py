@@ -36,7 +36,7 @@ def expand(folder: Path, target: Path, recipe: Recipe | None = None) -> None:
     found = file_format.CompactFolder(folder)
     found.check_contents()
     model = empty_model.skeleton(found, recipe or Recipe())
-    file_names.remember(model, found.names)
+    file_names.set_file_names(model, found.names)
     tmp = target.with_name(f".{target.name}.part")
     shutil.rmtree(tmp, ignore_errors=True)
     for path in found.shards:
@@ -44,7 +44,7 @@ def expand(folder: Path, target: Path, recipe: Recipe | None = None) -> None:
         state = {name: tensor.contiguous() for name, tensor in file_names.to_files(model, state).items()}
         with files.atomic_write(tmp / path.name.replace("compact-", "model-")) as part:
             save_file(state, part, {"format": "pt"})
-    model_files.copy_beside(folder, tmp)
+    model_files.copy_other_files(folder, tmp)
     (tmp / file_format.MANIFEST).unlink()
     model_files.write_index(tmp)
     tmp.rename(target)

@@ -62,7 +62,7 @@ def export(folder: Path, masks: Masks, target: Path, recipe: Recipe | None = Non
     written = {matrix for name in matrices for matrix in _matrices(name, model.get_parameter(name))}
     if left := set(masks) - written:
         raise UserError(f"{min(left)} is another name of a tied weight ({len(left)} in all): tied weights stay dense")
-    model_files.copy_beside(folder, tmp)
+    model_files.copy_other_files(folder, tmp)
     _write_manifest(tmp, folder, model, matrices)
     tmp.rename(target)
     return dense, packed
@@ -80,11 +80,11 @@ def _compressed(name: str, weight: Tensor, masks: Masks) -> file_format.Compact 
     if len(kinds := {entry.transposed for entry in masked}) > 1:
         raise UserError(f"the masks of {name} disagree on whether it is transposed")
     patterns = tuple(sorted({entry.pattern for entry in masked}))
-    return file_format.compress(name, weight, masks.of(name, weight), kinds.pop(), patterns)
+    return file_format.compress(name, weight, masks.for_parameter(name, weight), kinds.pop(), patterns)
 
 
 def _write_manifest(target: Path, origin: Path, model: nn.Module, matrices: dict[str, file_format.Layout]) -> None:
-    tensors = model_files.opened(origin)
+    tensors = model_files.open_weights(origin)
     about = {
         "format": file_format.FORMAT,
         "version": file_format.VERSION,

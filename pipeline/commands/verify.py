@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline.models import loading, model_files
-from pipeline.models.verification import checked
+from pipeline.models.verification import check_matrices
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import sha256
 from pipeline.settings.schema import Recipe
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     row = f"{{:{widths[0]}}}  {{:>{widths[1]}}}  {{:>{widths[2]}}}  {{:>9}}  {{:>8}}  {{:>10}}"
     print(row.format("matrix", "shape", "pattern", "pruned, %", "zero, %", "violations"))
     problems, zeros, weights = [], 0, 0
-    for matrix in checked(folder, masks, Recipe()):
+    for matrix in check_matrices(folder, masks, Recipe()):
         entry, violation = masks.packed[matrix.name], matrix.violation
         count = violation.count if violation else 0
         shares = (f"{100 * part / matrix.weights:.2f}" for part in (entry.weights - entry.kept, matrix.zeros))

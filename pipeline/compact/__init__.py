@@ -1,1 +1,1 @@
-"""Pruned models with one bit a weight and the kept values: the file format and the CPU runtime."""
+"""Compact models, stored as one bit per weight and the kept values: file format and CPU runtime."""

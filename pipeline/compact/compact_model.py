@@ -1,4 +1,4 @@
-"""`load_compact(folder)`: owns a model of transformers whose pruned matrices hold only their compact form, on the CPU."""
+"""`load_compact(folder)`: a transformers model on the CPU whose pruned matrices stay in compact form."""
 
 import functools
 from pathlib import Path
@@ -16,24 +16,24 @@ from pipeline.models import file_names
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 
-SMALL = 1 << 16  # weights below which a dense matrix is left to torch
+SMALL = 1 << 16  # weights; torch handles smaller dense matrices
 
 
-class Compacted:
-    """What a module with compact weights is besides: they are no parameters, and stay where and what they are."""
+class CompactModule:
+    """Mixin of modules with compact weights, which are no parameters and cannot change device or dtype."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         for weight in self._compact.values():
             probe = fn(torch.empty(0, dtype=weight.dtype))
             if probe.dtype != weight.dtype or probe.device.type != "cpu":
                 raise UserError(
-                    "a compact model stays on the CPU and in its dtype: `launch.py expand` makes a dense one"
+                    "a compact model cannot change device or dtype: make it dense with `python launch.py expand`"
                 )
         return super()._apply(fn, recurse)
 
 
-class CompactLinear(Compacted, nn.Linear):
-    """x W^T + b, with W in compact form."""
+class CompactLinear(CompactModule, nn.Linear):
+    """x W^T + b with a compact W."""
 
     @property
     def weight(self) -> CompactWeight:
@@ -43,15 +43,15 @@ class CompactLinear(Compacted, nn.Linear):
         return self._compact["weight"].linear(x, self.bias)
 
 
-class CompactConv1D(Compacted, Conv1D):
-    """The same, of GPT-2's Conv1D, whose weight is stored (in, out)."""
+class CompactConv1D(CompactModule, Conv1D):
+    """The same for GPT-2's Conv1D, whose weight is stored (in, out)."""
 
     weight = CompactLinear.weight
     forward = CompactLinear.forward
 
 
 class FewTokensLinear(nn.Linear):
-    """A dense Linear in bfloat16, as an LM head is: torch's product for one token is far from the speed of the memory."""
+    """A dense bfloat16 Linear, such as an LM head: torch's one-token product is far below memory speed."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
@@ -66,16 +66,16 @@ class FewTokensLinear(nn.Linear):
 
 
 def load_compact(folder: str | Path, recipe: Recipe | None = None) -> nn.Module:
-    """The model of a compact folder, in evaluation mode, for `generate` or any other use without training.
+    """Loads a compact folder in evaluation mode, for `generate` or any other inference.
 
-    Values are a lazy view of the files. Checks sizes and headers, and of each matrix that its mask has a bit for each value;
-    `expand` checks the hashes too. Raises `UserError` where the folder is no compact model, or is damaged.
+    Values are a lazy view of the files. Checks sizes, headers, and that each mask has as many bits as values; `expand` also
+    checks the hashes. Raises `UserError` if the folder is not a compact model, or is damaged.
     """
     recipe = recipe or Recipe()
     found = CompactFolder(Path(folder).expanduser())
     model = empty_model.skeleton(found, recipe)
     aliases = {name: [name] for name in found.shapes}
-    for other, kept in file_names.ties(model).items():
+    for other, kept in file_names.tied_names(model).items():
         if other not in found.shapes:
             aliases[kept].append(other)
     empty_model.compute_buffers(model, set(found.shapes))
@@ -83,7 +83,7 @@ def load_compact(folder: str | Path, recipe: Recipe | None = None) -> nn.Module:
         for name, it in found.read(shard):
             dtype = empty_model.dtype_in_memory(model, name, found.dtype)
             if isinstance(it, Compact):
-                _attach(model, aliases[name], CompactWeight.of(it, dtype))
+                _attach(model, aliases[name], CompactWeight.from_compact(it, dtype))
             else:
                 empty_model.place(model, aliases[name], it.to(dtype))
     for module in model.modules():
@@ -100,22 +100,22 @@ def _attach(model: nn.Module, names: list[str], weight: CompactWeight) -> None:
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         if attribute in module.__dict__.get("_compact", ()):
-            continue  # a module that the model has twice
+            continue  # a module that the model holds twice
         del module._parameters[attribute]
         module.__dict__.setdefault("_compact", {})[attribute] = weight
         module.__class__ = _class_with(type(module), attribute)
         if weight.experts and hasattr(module, "config"):
-            module.config._experts_implementation = "eager"  # expert by expert, as the others see them all dense
+            module.config._experts_implementation = "eager"  # one expert at a time; the others would expand them all
 
 
 @functools.cache
 def _class_with(base: type, attribute: str) -> type:
-    """The class of a module of type `base` with a compact weight `attribute`."""
+    """The class for a module of type `base` with a compact weight `attribute`."""
     if attribute == "weight" and base in (nn.Linear, Conv1D):
         return CompactLinear if base is nn.Linear else CompactConv1D
-    bases = (base,) if issubclass(base, Compacted) else (Compacted, base)
+    bases = (base,) if issubclass(base, CompactModule) else (CompactModule, base)
     return type(base.__name__, bases, {attribute: property(lambda module: module._compact[attribute])})
 
 
 def _refuse_to_save(folder: Path, *args: Any, **kwargs: Any) -> None:
-    raise UserError(f"a compact model is not saved: copy {folder}, or make a dense one of it by `launch.py expand`")
+    raise UserError(f"a compact model cannot be saved: copy {folder}, or make it dense with `python launch.py expand`")

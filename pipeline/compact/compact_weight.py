@@ -1,4 +1,4 @@
-"""Owns a pruned matrix in compact form at work: products with a few tokens by the kernels, with many by dense tiles.
+"""A compact matrix in use: kernels multiply it with a few tokens, dense tiles with many.
 
 Shapes: E = experts, O = out_features, I = in_features, N = tokens.
 """
@@ -16,29 +16,29 @@ from pipeline.compact import kernels
 from pipeline.compact.file_format import INTEGERS, Compact
 from pipeline.runtime.errors import UserError
 
-FEW = 16  # tokens up to which the kernel is faster than a dense product with the matrix made dense first
-TILE = 32 << 20  # bytes of a matrix that are dense at a time
+FEW = 16  # up to so many tokens the kernel is faster than expanding the matrix and a dense product
+TILE = 32 << 20  # bytes of a matrix that are expanded at a time
 MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__)
 
-_scratch = threading.local()  # the tile of each dtype: fresh memory for it costs as much as filling it
+_scratch = threading.local()  # one tile per dtype: allocating it costs as much as filling it
 
 
 class CompactWeight:
-    """Takes the place of a weight (O, I), (E, O, I), or (E, I, O) and (I, O) where it is stored transposed. Of what torch
-    does with it, `F.linear(x, weight)`, `x @ weight.T` and one expert's `weight[e]` stay compact; all else sees it dense."""
+    """Stands in for a weight (O, I) or (E, O, I), or their transposes. `F.linear(x, weight)`, `x @ weight.T` and one expert's
+    `weight[e]` stay compact; every other operation sees the dense weight."""
 
     _is_hf_initialized = True
 
     def __init__(self, mask: Tensor, values: Tensor, offsets: Tensor, columns: int, transposed: bool, experts: int = 0):
-        """`mask` (rows, ceil(I / 8)) uint8, the lowest bit first; `values` (kept,); `offsets` (rows + 1,) int64, where in
-        `values` each row begins. The rows are all O, or all E * O of `experts`."""
+        """`mask` (rows, ceil(I / 8)) uint8, lowest bit first; `values` (kept,); `offsets` (rows + 1,) int64, the start of each
+        row in `values`. rows = O, or E * O with `experts`."""
         self.mask, self.values, self.offsets = mask, values, offsets
         self.columns, self.transposed, self.experts = columns, transposed, experts
 
     @classmethod
-    def of(cls, compact: Compact, dtype: torch.dtype) -> "CompactWeight":
-        """Checks that each row has as many values as bits, so that no kernel reads beyond them; the bits are copied, so that
-        this stays true. `UserError` where it is not."""
+    def from_compact(cls, compact: Compact, dtype: torch.dtype) -> "CompactWeight":
+        """Raises `UserError` unless the mask has as many bits as values, since kernels read unchecked. The bits are copied, so
+        that this stays true."""
         *experts, _, columns = compact.layout.shape_OI
         bits = compact.bits.numpy()
         if columns % 8:
@@ -51,7 +51,7 @@ class CompactWeight:
         np.cumsum(np.bitwise_count(wide).sum(1, dtype=np.int64), out=offsets[1:])
         if offsets[-1] != len(compact.values):
             raise UserError(
-                f"{compact.name} is damaged: its mask keeps {offsets[-1]} weights, and there are {len(compact.values)}"
+                f"{compact.name} is damaged: its mask keeps {offsets[-1]} weights, but there are {len(compact.values)}"
             )
         mask, offsets = torch.from_numpy(mask), torch.from_numpy(offsets)
         return cls(mask, compact.values.to(dtype), offsets, columns, compact.layout.transposed, *experts)
@@ -86,11 +86,11 @@ class CompactWeight:
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> Any:
-        """One expert's matrix, compact; else as of the dense weight."""
-        is_one = isinstance(index, int) or (
+        """One expert's matrix, compact; any other index works on the dense weight."""
+        is_single_index = isinstance(index, int) or (
             isinstance(index, Tensor) and index.dim() == 0 and index.dtype != torch.bool
         )
-        if not self.experts or not is_one:
+        if not self.experts or not is_single_index:
             return self.dense()[index]
         expert = range(self.experts)[int(index)]
         rows = len(self.mask) // self.experts
@@ -117,14 +117,14 @@ class CompactWeight:
         return func(*args, **kwargs)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (..., I) W^T + bias, (..., O), of one matrix, however it is stored."""
-        few, operators = x.numel() <= FEW * self.columns, kernels.load()
-        alike = x.dtype == self.dtype and (bias is None or bias.dtype == x.dtype) and x.shape[-1] == self.columns
-        differentiated = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        if not alike or differentiated or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        """x (..., I) W^T + bias, (..., O), for one matrix, however it is stored."""
+        is_small, operators = x.numel() <= FEW * self.columns, kernels.load()
+        same_dtype = x.dtype == self.dtype and (bias is None or bias.dtype == x.dtype) and x.shape[-1] == self.columns
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if not same_dtype or needs_grad or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return F.linear(x, self._rows(0, len(self.mask)), bias)
         flat, rows = x.reshape(-1, self.columns), len(self.mask)
-        if few and operators is not None and self.dtype in kernels.DTYPES:
+        if is_small and operators is not None and self.dtype in kernels.DTYPES:
             out = operators.product.default(self.mask, self.values, self.offsets, flat.contiguous(), bias)
         else:
             out = self._by_tiles(flat, bias)
@@ -133,8 +133,8 @@ class CompactWeight:
     def _by_tiles(self, x_NI: Tensor, bias: Tensor | None) -> Tensor:
         rows, height = len(self.mask), max(1, TILE // (self.columns * self.dtype.itemsize))
         scratch = _scratch.__dict__.setdefault(self.dtype, torch.empty(0, dtype=self.dtype))
-        if len(scratch) < (wanted := min(rows, height) * self.columns):
-            scratch = _scratch.__dict__[self.dtype] = torch.empty(wanted, dtype=self.dtype)
+        if len(scratch) < (needed := min(rows, height) * self.columns):
+            scratch = _scratch.__dict__[self.dtype] = torch.empty(needed, dtype=self.dtype)
         parts = []
         for start in range(0, rows, height):
             stop = min(rows, start + height)
@@ -143,13 +143,13 @@ class CompactWeight:
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def dense(self) -> Tensor:
-        """The weight as it is stored."""
+        """The dense weight as the model stores it."""
         dense = self._rows(0, len(self.mask))
         dense = dense.view(self.experts, -1, self.columns) if self.experts else dense
         return dense.transpose(-1, -2) if self.transposed else dense
 
     def _rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Rows of the matrix, dense."""
+        """Dense rows start to stop of the (rows, I) matrix, in `out` if given."""
         if out is None:
             out = torch.empty(stop - start, self.columns, dtype=self.dtype)
         mask, offsets = self.mask[start:stop], self.offsets[start : stop + 1]

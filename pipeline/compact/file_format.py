@@ -1,7 +1,7 @@
-"""Owns the compact format: of a pruned matrix, one bit a weight and the kept values. Its specification: docs/compact-format.md.
+"""The compact format: a pruned matrix as one bit per weight and the kept values. Specification: docs/compact-format.md.
 
-Shapes: E = experts, O = out_features, I = in_features. A compact matrix is (O, I) or (E, O, I) whatever way the model
-stores it; its rows are all O, or all E * O of them.
+Shapes: E = experts, O = out_features, I = in_features. A compact matrix is (O, I) or (E, O, I), however the model stores it;
+its rows are all O, or all E * O.
 """
 
 import math
@@ -21,18 +21,18 @@ from pipeline.sparsity import masks
 
 MANIFEST = "compact.json"
 FORMAT, VERSION = "espalier-compact", 1
-MASK, VALUES = "#mask", "#values"  # after a parameter's name; no parameter has a # in its own
-# not `model-*`, which transformers would load, and fill what it misses with random numbers
+MASK, VALUES = "#mask", "#values"  # suffixes of a parameter's name, which never contains #
+# not `model-*`: transformers would load such files and fill the missing weights with random numbers
 SHARDS = "compact-*.safetensors"
-DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # by their names in safetensors
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a weight: to compare and copy its bits
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # torch name: safetensors name
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per weight: to compare and copy its bits
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What compact.json says of a matrix."""
+    """The entry of a matrix in compact.json."""
 
-    shape: tuple[int, ...]  # as the model stores it: (O, I), (E, O, I), or with the last two the other way round
+    shape: tuple[int, ...]  # as the model stores it: (O, I), (E, O, I), or with the last two swapped
     dtype: torch.dtype
     transposed: bool  # stored (I, O)
     patterns: tuple[str, ...]
@@ -57,7 +57,7 @@ class Layout:
 
     @staticmethod
     def from_json(about: dict[str, Any]) -> "Layout":
-        """Raises `ValueError`, `KeyError` or `TypeError` where it is none."""
+        """Raises `ValueError`, `KeyError` or `TypeError` if `about` is not a valid entry."""
         shape, dtype, transposed = tuple(about["shape"]), about["dtype"], about["transposed"]
         if len(shape) not in (2, 3) or not all(type(size) is int and size > 0 for size in shape):
             raise ValueError(f"shape {shape}")
@@ -68,7 +68,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Compact:
-    """A pruned matrix: `bits` (ceil(weights / 8),) uint8, its rows end to end, the lowest bit first; `values` (kept,)."""
+    """A pruned matrix: `bits` (ceil(weights / 8),) uint8, the mask flattened, lowest bit first; `values` (kept,)."""
 
     name: str
     layout: Layout
@@ -76,19 +76,19 @@ class Compact:
     values: Tensor
 
     def dense(self) -> Tensor:
-        """The matrix as the model stores it, to the bit."""
+        """The matrix as the model stores it, to the bit. Raises `UserError` if mask and values disagree."""
         mask = masks.unpack(self.bits, self.layout.shape_OI).numpy()
         if (kept := int(np.count_nonzero(mask))) != len(self.values):
-            raise UserError(f"{self.name} is damaged: its mask keeps {kept} weights, and there are {len(self.values)}")
+            raise UserError(f"{self.name} is damaged: its mask keeps {kept} weights, but there are {len(self.values)}")
         dense = torch.zeros(self.layout.shape_OI, dtype=self.layout.dtype)
         _bits_of(dense).numpy()[mask] = _bits_of(self.values).numpy()
         return dense.transpose(-1, -2).contiguous() if self.layout.transposed else dense
 
 
 def compress(name: str, weight: Tensor, mask: Tensor, transposed: bool, patterns: tuple[str, ...]) -> Compact:
-    """A weight and its mask, both as they are stored. `UserError` where a pruned weight is not +0.0: it would be lost."""
+    """Compresses a weight with its mask, both as stored. Raises `UserError` if a pruned weight is not +0.0."""
     if str(weight.dtype).removeprefix("torch.") not in DTYPES:
-        raise UserError(f"{name} is {weight.dtype}, which has no compact form: float64, 32, 16 and bfloat16 have")
+        raise UserError(f"{name} is {weight.dtype}: only float64, float32, float16 and bfloat16 have a compact form")
     layout = Layout(tuple(weight.shape), weight.dtype, transposed, patterns)
     if transposed:
         weight, mask = weight.transpose(-1, -2), mask.transpose(-1, -2)
@@ -96,7 +96,7 @@ def compress(name: str, weight: Tensor, mask: Tensor, transposed: bool, patterns
     kept = words.numpy()[mask.numpy()]
     if np.count_nonzero(words.numpy()) != np.count_nonzero(kept):
         raise UserError(
-            f"{name} holds pruned weights that are not +0.0: `python launch.py apply` makes a model without"
+            f"{name} holds pruned weights that are not +0.0: run `python launch.py apply`, and export its result"
         )
     return Compact(name, layout, masks.pack(mask), torch.from_numpy(kept).view(weight.dtype))
 
@@ -106,19 +106,19 @@ def _bits_of(tensor: Tensor) -> Tensor:
 
 
 class CompactFolder:
-    """A compact folder, opened: every file is there in its size, every header fits compact.json. Tensors are lazy views of the
-    files. Raises `UserError` where a folder is none, or is damaged; `check_contents` compares the hashes too."""
+    """An opened compact folder, with sizes and headers checked against compact.json. Tensors are lazy views of the files.
+    Raises `UserError` if the folder is not compact or is damaged; `check_contents` also compares the hashes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / MANIFEST).is_file():
-            raise UserError(f"{folder} is not a compact folder: it has no {MANIFEST} (`launch.py export` writes one)")
+            raise UserError(f"{folder} has no {MANIFEST}: write a compact folder with `python launch.py export`")
         about = files.read_json(folder / MANIFEST) or {}
         if about.pop("digest", None) != files.digest(about):
-            raise UserError(f"{folder / MANIFEST} is damaged: its digest is another")
+            raise UserError(f"{folder / MANIFEST} is damaged: its digest does not match")
         if (about.get("format"), about.get("version")) != (FORMAT, VERSION):
             found = f"{about.get('format')} {about.get('version')}"
-            raise UserError(f"{folder} holds {found}, and {FORMAT} {VERSION} is read here")
+            raise UserError(f"{folder} holds {found}, but this version reads {FORMAT} {VERSION}")
         try:
             self.names: list[str] = [str(name) for name in about["names"]]
             self.dtype: torch.dtype = getattr(torch, {name: name for name in DTYPES}[about["dtype"]])
@@ -126,27 +126,27 @@ class CompactFolder:
             sizes = {name: int(entry["bytes"]) for name, entry in about["files"].items()}
             self.layouts = {name: Layout.from_json(entry) for name, entry in about["matrices"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{folder / MANIFEST} is not understood: {type(error).__name__}: {error}") from error
+            raise UserError(f"{folder / MANIFEST} is invalid: {type(error).__name__}: {error}") from error
         for name, size in sizes.items():
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise UserError(f"{folder / MANIFEST} names {name}, which lies outside the folder")
             path = folder / name
             if not path.is_file() or path.stat().st_size != size:
                 state = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
-                raise UserError(f"{path} {state} and should have {size}: fetch or export it again")
+                raise UserError(f"{path} {state} but should have {size}: fetch or export it again")
         self.shards = [folder / name for name in sorted(sizes) if Path(name).match(SHARDS)]
-        self.shapes: dict[str, tuple[int, ...]] = {}  # of the parameters and buffers, by name in memory
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of parameters and buffers, by name in memory
         for path in self.shards:
             self._check_header(path)
         if missing := self.layouts.keys() - self.shapes.keys():
-            raise UserError(f"{folder} lacks {min(missing)}, which {MANIFEST} names ({len(missing)} in all)")
+            raise UserError(f"{folder} lacks {min(missing)}, which {MANIFEST} lists ({len(missing)} missing)")
 
     def _check_header(self, path: Path) -> None:
         try:
             with safe_open(path, framework="pt") as file:
                 found = {name: file.get_slice(name) for name in file.keys()}
                 found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in found.items()}
-        except Exception as error:  # safetensors has its own
+        except Exception as error:  # safetensors raises its own type
             raise UserError(f"{path} is damaged: {error}") from error
         for name, (dtype, shape) in found.items():
             parameter = name.removesuffix(MASK).removesuffix(VALUES)
@@ -167,12 +167,13 @@ class CompactFolder:
             self.shapes[parameter] = shape
 
     def check_contents(self) -> None:
+        """Raises `UserError` if the sha256 of a file differs from compact.json."""
         for name, expected in self.sha256.items():
             if files.sha256(self.folder / name) != expected:
-                raise UserError(f"{self.folder / name} is damaged: its sha256 is another: fetch or export it again")
+                raise UserError(f"{self.folder / name} is damaged (its sha256 differs): fetch or export it again")
 
     def read(self, shard: Path) -> Iterator[tuple[str, Tensor | Compact]]:
-        """Name in memory of each parameter and buffer in a shard, and its tensor or the compact matrix."""
+        """Yields name in memory of each parameter and buffer in a shard, and its tensor or compact matrix."""
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():
                 parameter = name.removesuffix(MASK)

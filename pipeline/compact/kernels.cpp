@@ -1,16 +1,16 @@
-// Products of a few tokens with a matrix that is one bit a weight and the kept values, or dense; built by pipeline/compact/kernels.py.
+// Multiplies a few tokens with a compact matrix (one bit per weight and the kept values) or a dense one. Built by kernels.py.
 //
-// A row is `stride` bytes of mask, the lowest bit first, and the kept values from offsets[row] to offsets[row + 1]. A vector of
-// values is loaded, spread over the places of the set bits, and multiplied: what is zero is never read. Sums are float32.
-// A vector may be read beyond its row but never beyond the values: the last rows load only what there is ("careful").
-// Who calls has checked that the offsets are the counts of the bits.
+// A row is `stride` bytes of mask, lowest bit first, and the kept values from offsets[row] to offsets[row + 1]. A vector of
+// values is loaded, spread to the positions of the set bits, and multiplied; zeros are never read. Sums are float32.
+// A load may run past its row but never past the values: the last rows load exactly ("careful").
+// The caller must have checked that the offsets match the bit counts.
 //
-// Which instructions: as the flags say, AVX-512 with VBMI2 and perhaps BF16, AVX2, or none. K is a kind of value for each:
-//   V, X         a weight as stored; an input as it is multiplied
-//   BLOCK        columns at a time
-//   pack         inputs -> X
-//   load, spread, add   a vector of values; the same at its places; acc += values * inputs
-//   zero, plus, sum     of vectors of sums
+// The compiler flags choose AVX-512 with VBMI2 (and perhaps BF16), AVX2, or neither. K is the value type for each:
+//   V, X         a stored weight; an input in the form that is multiplied
+//   BLOCK        columns per step
+//   pack         converts inputs to X
+//   load, spread, add   loads values; spreads them to their positions; acc += values * inputs
+//   zero, plus, sum     on vectors of sums
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -33,10 +33,10 @@
 
 namespace {
 
-constexpr int64_t AHEAD = 4096;  // bytes of values that are asked for before they are needed
-constexpr int TOKENS = 4;        // that share one pass over a row
-constexpr int64_t WORD = 64;     // columns that one load of the mask covers
-constexpr int64_t GRAIN = 1 << 16;  // weights below which a thread is not worth it
+constexpr int64_t AHEAD = 4096;  // prefetch distance in bytes of values
+constexpr int TOKENS = 4;        // tokens that share one pass over a row
+constexpr int64_t WORD = 64;     // columns per load of the mask
+constexpr int64_t GRAIN = 1 << 16;  // weights per thread; fewer are not worth one
 
 struct BFloat16 { using V = c10::BFloat16; };
 struct Half { using V = c10::Half; };
@@ -48,7 +48,7 @@ inline uint64_t whole_word(const uint8_t* mask) {
   return word;
 }
 
-inline uint64_t last_word(const uint8_t* mask, int64_t bytes) {  // of a row: fewer than 8 bytes
+inline uint64_t last_word(const uint8_t* mask, int64_t bytes) {  // the rest of a row, under 8 bytes
   uint64_t word = 0;
   for (int64_t i = 0; i < bytes; i++) word |= static_cast<uint64_t>(mask[i]) << (8 * i);
   return word;
@@ -65,15 +65,15 @@ inline void for_each_word(const uint8_t* mask, int64_t columns, const Step& step
 #if defined(EXPANDS)
 constexpr bool VECTORS = true;
 
-// A register of zeros that the compiler takes for some register. An expansion into it keeps the zeros; the form of the
-// instruction that writes zeros itself waits, on AMD, for what its register held before: twice the time for a product.
+// Zeros in a register whose value is hidden from the compiler, so that it emits the merging form of expand. The zeroing form
+// waits, on AMD, for the register's previous value, which doubles the time of a product.
 inline __m512i nothing() {
   __m512i zeros = _mm512_setzero_si512();
   asm("" : "+v"(zeros));
   return zeros;
 }
 
-inline uint32_t first(int64_t count, int most) {  // as many bits, from none to `most`
+inline uint32_t first(int64_t count, int most) {  // a mask of `count` bits, clamped to 0..most
   return count >= 32 ? ~0u : count <= 0 ? 0u : count >= most ? (1ull << most) - 1 : (1u << count) - 1;
 }
 
@@ -106,7 +106,7 @@ struct KBFloat16 : Words<BFloat16> {
   }
 #else
   using X = float;
-  static void pack(const V* from, X* to, int64_t count) {  // of each 32 the even ones, then the odd ones
+  static void pack(const V* from, X* to, int64_t count) {  // per 32 inputs: the even ones, then the odd ones
     for (int64_t i = 0; i < count; i++) to[i / 32 * 32 + i % 2 * 16 + i % 32 / 2] = from[i];
   }
   static Acc add(Acc acc, Vector v, const X* x) {
@@ -145,7 +145,7 @@ struct KFloat : Wide<Float> {  // 16 weights
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 constexpr bool VECTORS = true;
 
-// by 8 bits of mask, which value goes to each of 8 places; below zero: none does
+// for each mask byte, the value that goes to each of 8 positions; negative: none
 const auto PLACES = [] {
   std::array<std::array<int8_t, 8>, 256> table;
   for (int mask = 0; mask < 256; mask++)
@@ -210,7 +210,7 @@ using KHalf = One<Half>;
 using KFloat = One<Float>;
 #endif
 
-// a row's bits, and its values from `p`; `end`: of all values; `x`: T inputs, `width` apart, zero after `columns`
+// the product of one row: its mask, its values at `p` (`end`: of all values), T inputs `x`, `width` apart, zero-padded
 template <class K, int T, bool CAREFUL>
 void sparse_row(const uint8_t* mask, int64_t columns, const typename K::V* p, const typename K::V* end,
                 const typename K::X* x, int64_t width, float* out) {
@@ -267,12 +267,12 @@ void dense_row(const typename K::V* p, int64_t columns, const typename K::X* x, 
   }
 }
 
-// `row(r, tokens at a time, their inputs, sums)` for all rows and tokens, shared out over the threads
+// calls `row(r, number of tokens, their inputs, sums)` for all rows and tokens, split over threads
 template <class K, class Row>
 at::Tensor products(const at::Tensor& x, int64_t rows, const std::optional<at::Tensor>& bias, const Row& row) {
   using V = typename K::V;
   const int64_t tokens = x.size(0), columns = x.size(1), width = (columns + WORD - 1) / WORD * WORD;
-  // aligned to the lines of the cache: a load across two of them takes twice as long
+  // aligned to cache lines: a load across two of them takes twice as long
   const at::Tensor memory = at::zeros({tokens * width * static_cast<int64_t>(sizeof(typename K::X))}, at::kByte);
   auto* packed = reinterpret_cast<typename K::X*>(memory.mutable_data_ptr<uint8_t>());
   for (int64_t t = 0; t < tokens; t++) K::pack(x.const_data_ptr<V>() + t * columns, packed + t * width, columns);
@@ -333,7 +333,7 @@ at::Tensor product(const at::Tensor& mask, const at::Tensor& values, const at::T
     const auto* end = v + values.size(0);
     const uint8_t* m = mask.const_data_ptr<uint8_t>();
     const int64_t* o = offsets.const_data_ptr<int64_t>();
-    const int64_t safe = values.size(0) - WORD;  // a row that ends before may load whole vectors
+    const int64_t safe = values.size(0) - WORD;  // rows that end before it may load whole vectors
     return products<K>(x, rows, bias, [=](int64_t r, int count, const typename K::X* inputs, int64_t width, float* sums) {
       const auto call = [&](auto tokens, auto careful) {
         sparse_row<K, tokens(), careful()>(m + r * stride, columns, v + o[r], end, inputs, width, sums);
@@ -386,7 +386,7 @@ void expand_row(const uint8_t* mask, int64_t columns, const V* p, const V* end, 
 #endif
 }
 
-// the rows of the matrix, dense, into `out` (rows, columns)
+// writes the dense rows of the matrix to `out` (rows, columns)
 void expand(const at::Tensor& mask, const at::Tensor& values, const at::Tensor& offsets, at::Tensor out) {
   const int64_t rows = mask.size(0), columns = out.size(-1), stride = mask.size(1);
   check_matrix(mask, values, offsets, columns);

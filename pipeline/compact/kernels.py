@@ -1,7 +1,7 @@
-"""Owns the compiled kernels of the CPU runtime (kernels.cpp): which instructions they use, when they are built, where they lie.
+"""Builds and loads the compiled CPU kernels (kernels.cpp) for the instructions that this CPU has.
 
-They are built once, at first use, by torch's own loader of extensions into a folder of the user's that nobody else may
-write. Where that cannot be, one line says why, and whoever asked takes the dense way.
+torch's extension loader builds them once, at first use, into a folder that only the user may write. If that fails, one line
+says why, and callers use dense products.
 """
 
 import functools
@@ -30,47 +30,47 @@ AVX512 = (
     "-mfma",
     "-mf16c",
 )
-# the best first: the flags of /proc/cpuinfo that it needs, and those of the compiler
+# best first: the flags in /proc/cpuinfo that it needs, and the compiler's flags
 INSTRUCTIONS: dict[str, tuple[set[str], tuple[str, ...]]] = {
     "avx512bf16": ({"avx512_vbmi2", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}, (*AVX512, "-mavx512bf16")),
     "avx512": ({"avx512_vbmi2", "avx512bw", "avx512vl", "avx512dq"}, AVX512),
     "avx2": ({"avx2", "fma", "f16c", "bmi2", "popcnt"}, ("-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt")),
 }
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of the values that the kernels know
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of values that the kernels support
 FLAGS = ("-O3", "-std=c++20", "-fopenmp")
 
 
 @functools.cache
 def cpu_flags() -> set[str]:
-    """What Linux says of the CPU; empty elsewhere."""
+    """The CPU's flags on Linux; empty elsewhere."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
     return set(next((line.split(":")[1].split() for line in lines if line.startswith("flags")), ()))
 
 
 def best() -> str | None:
-    """The best of `INSTRUCTIONS` that this CPU has; None: it has none of them."""
+    """The best of `INSTRUCTIONS` that this CPU has, or None."""
     return next((name for name, (needs, _) in INSTRUCTIONS.items() if needs <= cpu_flags()), None)
 
 
 @functools.cache
 def load() -> Any | None:
-    """The operators `product`, `expand` and `dense`, of the best instructions; built if they are not yet. None where they
-    cannot be: a line on the terminal says why, once."""
+    """The operators `product`, `expand` and `dense` for the best instructions, built if needed. None if they cannot be built,
+    which is reported once."""
     if sys.byteorder != "little" or best() is None:
         processes.say(
-            "no fast products of compact matrices: this CPU has neither AVX-512 VBMI2 nor AVX2 (dense instead)"
+            "no fast products of compact matrices: this CPU has neither AVX-512 VBMI2 nor AVX2 (using dense products)"
         )
         return None
     try:
         return build(best())
-    except Exception as error:  # of the compiler, ninja, the disk
-        processes.say(f"no fast products of compact matrices: {one_line(error)[:300]} (dense instead)")
+    except Exception as error:  # from the compiler, ninja, the disk
+        processes.say(f"no fast products of compact matrices: {one_line(error)[:300]} (using dense products)")
         return None
 
 
 def build(instructions: str, *more: str) -> Any:
-    """The operators of one of `INSTRUCTIONS`, with `more` flags of the compiler. Raises where they cannot be built."""
+    """The operators for one of `INSTRUCTIONS`, with `more` compiler flags. Raises if they cannot be built."""
     flags = [*FLAGS, *INSTRUCTIONS[instructions][1], *more]
     about = [SOURCE.read_text(), flags, torch.__version__, sys.platform, os.environ.get("CXX", "")]
     name = f"espalier_{instructions}_{files.digest(about)}"
@@ -84,11 +84,11 @@ def build(instructions: str, *more: str) -> Any:
 def _compile(name: str, flags: list[str], library: Path) -> None:
     for tool, what in ((os.environ.get("CXX", "g++"), "a C++ compiler"), ("ninja", "ninja (pip install ninja)")):
         if shutil.which(tool) is None:
-            raise RuntimeError(f"{tool} is absent: install {what}")
-    processes.say("building the products of compact matrices, once (half a minute)")
+            raise RuntimeError(f"{tool} is not installed: install {what}")
+    processes.say("building the kernels for compact matrices, once (half a minute)")
     from torch.utils.cpp_extension import load as build_and_load
 
-    # in a folder of its own, since torch waits for ever for the lock of a build that was killed
+    # in its own folder: torch waits forever for the lock of a build that was killed
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         build_and_load(name, [str(SOURCE)], flags, build_directory=folder, is_python_module=False)
         os.replace(Path(folder) / library.name, library)
@@ -99,8 +99,8 @@ def cache() -> Path:
 
 
 def private(folder: Path) -> Path:
-    """The folder, made if need be, of mode 0700. Raises where it, or the one above, is another user's, or others may write
-    there: who can write it can run code as this user."""
+    """Creates the folder with mode 0700 and returns it. Raises if it or its parent belongs to another user or is writable by
+    others: whoever can write it can run code as this user."""
     for place in (folder.parent, folder):
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = place.lstat()

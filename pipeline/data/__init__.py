@@ -1,1 +1,1 @@
-"""Text: where it comes from, and the windows of tokens that are cut from it."""
+"""Text: data sources, and the token windows cut from them."""

@@ -1,6 +1,6 @@
-"""Owns conversations: rows of chat data in any of the usual forms -> tokens, and which of them the assistant wrote.
+"""Turns chat data in any of the usual formats into tokens, and marks those that the assistant wrote.
 
-A conversation becomes text by the chat template of the model's tokenizer, and by nothing else.
+A conversation is rendered by the chat template of the model's tokenizer only.
 """
 
 import re
@@ -9,33 +9,33 @@ from typing import Any
 
 from pipeline.runtime.errors import UserError
 
-# as ShareGPT and others name those who speak
+# role names of ShareGPT and others
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
     **{role: role for role in ("system", "developer")},
 }
-SPEAKER, SAID = ("role", "from"), ("content", "value")
-MARKED = re.compile(r"{%-?\s*generation\s*-?%}")  # in a template: here the assistant's text begins
+SPEAKER, CONTENT = ("role", "from"), ("content", "value")
+GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")  # starts the assistant's text in a template
 
 
 def is_conversation(value: Any) -> bool:
-    """A list of turns, or a turn's parts each as a list, as `datasets` gives a sequence of structs."""
+    """Whether a value is a list of turns, or a dict of lists, as `datasets` returns a sequence of structs."""
     if isinstance(value, dict):
         return bool(value) and all(isinstance(part, list) for part in value.values())
     return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
 
 
 def is_chat(columns: Iterable[str]) -> bool:
-    """Whether rows with these columns, as `sources.documents` gives them, are conversations."""
+    """Whether rows with these columns, in the form of `sources.documents`, are conversations."""
     return not {"text", "input_ids"} & set(columns)
 
 
 def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The turns of a row with `messages`, or with `prompt` and `response`, as {"role", "content", ...}.
 
-    `UserError` where a turn has no speaker that is known, or holds more than text.
+    Raises `UserError` if a turn has an unknown role or holds more than text.
     """
     if "messages" in row:
         turns = row["messages"]
@@ -49,30 +49,30 @@ def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def first_turns(rows: dict[str, list]) -> list[str]:
-    """What is said first in each of several conversations, given by column."""
+    """The text of the first turn of each conversation; `rows` are columns."""
     return [conversation(dict(zip(rows, values)))[0]["content"] for values in zip(*rows.values())]
 
 
 def check(tokenizer: Any, source: object) -> None:
-    """`UserError` where the tokenizer has no template, so that a conversation has no form that the model knows."""
+    """Raises `UserError` if the tokenizer has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            f"{source} holds conversations, and the model's tokenizer has no chat template: put the chat_template.jinja of "
-            "its chat version into the model's folder, or choose a column of text (...column=NAME)"
+            f"{source} holds conversations, but the model's tokenizer has no chat template: put the chat_template.jinja of "
+            "its chat version into the model's folder, or set ...column=NAME to a column of text"
         )
 
 
 def tokens(row: dict[str, Any], tokenizer: Any, loss: str = "all") -> list[int]:
-    """The tokens of a conversation, with an end-of-sequence token where the template gives none.
+    """The token ids of a conversation, with an end-of-sequence token if the template adds none.
 
-    With `loss="assistant"`, a token that holds anything but what the assistant wrote, with the mark that ends its turn, is
-    stored as its complement, ~id: see `data.ids_and_labels`.
+    With `loss="assistant"`, every token outside the assistant's words and end-of-turn mark is stored as its complement ~id:
+    see `token_windows.ids_and_labels`. Raises `UserError` if the template cannot render or mark the conversation.
     """
     turns = conversation(row)
     if loss == "all":
         ids = tokenizer(_render(tokenizer, turns), add_special_tokens=False, verbose=False).input_ids
     else:
-        ids = _marked(tokenizer, turns)
+        ids = _assistant_tokens(tokenizer, turns)
     end = tokenizer.eos_token_id
     if end is None or end in ids or ~end in ids:
         return ids
@@ -81,60 +81,63 @@ def tokens(row: dict[str, Any], tokenizer: Any, loss: str = "all") -> list[int]:
 
 def _turn(turn: dict) -> dict[str, Any]:
     speaker = next((turn[key] for key in SPEAKER if turn.get(key) is not None), None)
-    said = next((turn[key] for key in SAID if turn.get(key) is not None), None)
+    content = next((turn[key] for key in CONTENT if turn.get(key) is not None), None)
     role = ROLES.get(str(speaker).lower())
     if role is None:
-        raise UserError(f"a conversation has a turn of '{speaker}': the roles are {', '.join(ROLES)}")
-    if isinstance(said, list):
-        parts = [part.get("text") if isinstance(part, dict) else part for part in said]
+        raise UserError(f"a conversation has a turn by '{speaker}': the known roles are {', '.join(ROLES)}")
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         if not all(isinstance(part, str) for part in parts):
-            raise UserError("a conversation holds pictures or other parts that are no text: leave such rows out")
-        said = "".join(parts)
-    if said is None and not turn.get("tool_calls"):
-        raise UserError(f"a conversation has a turn of '{speaker}' without text ({', '.join(map(str, turn))})")
-    rest = {key: value for key, value in turn.items() if key not in (*SPEAKER, *SAID) and value is not None}
-    return {"role": role, "content": said or "", **rest}
+            raise UserError("a conversation holds pictures or other parts that are not text: remove such rows")
+        content = "".join(parts)
+    if content is None and not turn.get("tool_calls"):
+        raise UserError(f"a conversation has a turn by '{speaker}' without text ({', '.join(map(str, turn))})")
+    rest = {key: value for key, value in turn.items() if key not in (*SPEAKER, *CONTENT) and value is not None}
+    return {"role": role, "content": content or "", **rest}
 
 
 def _render(tokenizer: Any, turns: list[dict], **more: Any) -> str:
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, **more)
-    except Exception as error:  # jinja's, and whatever a template raises
+    except Exception as error:  # jinja's errors, and whatever a template raises
         roles = ", ".join(turn["role"] for turn in turns) or "nobody"
         raise UserError(
-            f"the chat template does not take a conversation of {roles}: {error or type(error).__name__}"
+            f"the chat template refuses a conversation of {roles}: {error or type(error).__name__}"
         ) from error
 
 
-def _marked(tokenizer: Any, turns: list[dict]) -> list[int]:
-    """The tokens, those that bear no loss as their complements."""
+def _assistant_tokens(tokenizer: Any, turns: list[dict]) -> list[int]:
+    """The token ids, those without loss as their complements."""
     if not tokenizer.is_fast:
         raise UserError(
-            "finetune.loss=assistant needs a tokenizer.json, which tells where in a text a token lies: set finetune.loss=all"
+            "finetune.loss=assistant needs a tokenizer.json, which maps tokens to text positions: set finetune.loss=all"
         )
-    if MARKED.search(tokenizer.get_chat_template()):
+    if GENERATION_MARK.search(tokenizer.get_chat_template()):
         found = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return [id_ if ours else ~id_ for id_, ours in zip(found["input_ids"], found["assistant_masks"], strict=True)]
+        return [
+            id_ if by_assistant else ~id_
+            for id_, by_assistant in zip(found["input_ids"], found["assistant_masks"], strict=True)
+        ]
     text = _render(tokenizer, turns)
     spans = list(_spans(tokenizer, turns, text))
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     inside = [any(a <= start < end <= b for a, b in spans) for start, end in found.offset_mapping]
-    return [id_ if ours else ~id_ for id_, ours in zip(found.input_ids, inside, strict=True)]
+    return [id_ if by_assistant else ~id_ for id_, by_assistant in zip(found.input_ids, inside, strict=True)]
 
 
 def _spans(tokenizer: Any, turns: list[dict], text: str) -> Iterator[tuple[int, int]]:
-    """Where in the text the assistant's turns lie: what each adds to the text of the turns before it, after the beginning
-    of an answer (`add_generation_prompt`). Refused where the template writes earlier turns otherwise in a longer text."""
+    """The (start, end) of the assistant's turns in the text: what each turn adds to the text so far, after the start of an
+    answer (`add_generation_prompt`). Raises `UserError` if the template rewrites earlier turns in a longer text."""
     for number, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
         before = _render(tokenizer, turns[:number], add_generation_prompt=True) if number else ""
         after = _render(tokenizer, turns[: number + 1])
-        if not number and (said := after.find(turn["content"])) >= 0:
-            before = after[:said]  # nobody asked: only what stands before the words is not the assistant's
+        if not number and (start := after.find(turn["content"])) >= 0:
+            before = after[:start]  # no prompt: the assistant's part starts with its words
         if not (after.startswith(before) and text.startswith(after)):
             raise UserError(
-                f"the chat template writes turn {number + 1}, the assistant's, otherwise where the conversation goes on, so "
-                "its tokens cannot be told exactly: add {% generation %} marks to the template, or set finetune.loss=all"
+                f"the chat template writes turn {number + 1}, the assistant's, differently in a longer conversation, so its "
+                "tokens cannot be found exactly: add {% generation %} marks to the template, or set finetune.loss=all"
             )
         yield len(before), len(after)

@@ -1,12 +1,11 @@
-"""Owns `dataset=self`: text that the dense model itself writes, to calibrate by where there is no other.
+"""`dataset=self`: calibration text that the dense model writes, for when there is no other.
 
-A model's samples come near the text that it was trained on, which its owner need not have. Pruning and quantising by them is
-as good as by C4 or better: Williams, Chrysostomou & Aletras 2025, "Self-calibration for Language Model Quantization and
-Pruning" (NAACL), whose way this is: from the begin-of-sequence token on, by the model's own distribution (their schedule of
-temperatures, an option there, is left out). Ji et al. 2025, "Beware of Calibration Data for Pruning Large Language Models"
-(ICLR), find the same of their own sampling.
+A model's samples resemble its training text, which need not be available. Pruning and quantising with them works as well as
+with C4 or better: Williams, Chrysostomou & Aletras 2025, "Self-calibration for Language Model Quantization and Pruning"
+(NAACL). As there, we sample from the model's own distribution after a begin-of-sequence token (without their optional
+temperature schedule). Ji et al. 2025, "Beware of Calibration Data for Pruning Large Language Models" (ICLR), agree.
 
-Text after an end-of-sequence token is a new document in the same window, as in the packed text of a training.
+After an end-of-sequence token a new document starts in the same window, as in packed training text.
 """
 
 import sys
@@ -26,26 +25,26 @@ from pipeline.runtime import files, memory, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 
-BATCH = 16  # samples written at once: part of what they are, for the company of a sample decides its last bits
-FORM = 1  # of what is kept; another form is written anew
-EVERY = 30  # seconds between two lines that say how far it is
+BATCH = 16  # samples per batch; it affects their last bits, so it is part of the cache key
+FORM = 1  # version of the cache format
+EVERY = 30  # seconds between progress lines
 
 
-def dense(recipe: Recipe) -> Path:
-    """The folder of the dense model, once it is there."""
+def dense_folder(recipe: Recipe) -> Path:
+    """The folder of the dense model."""
     return loading.locate(recipe.model or str(Path(recipe.run_dir) / "pretrain" / "model"), recipe.revision)
 
 
 def samples(recipe: Recipe, dense: Path, count: int, seq_len: int) -> Tensor:
-    """(count, seq_len) token ids, the same on all ranks and for any number of them; all ranks must call.
+    """(count, seq_len) token ids, the same on all ranks and for any number of them. All ranks must call it.
 
-    Kept by batches in `<runs>/.sampled/`, by model and settings: a killed sampling goes on, other runs take it over, and
-    fewer samples are the first of more.
+    Batches are cached in `<runs>/.sampled/` by model and settings: an interrupted run continues, other runs reuse them, and
+    fewer samples are a prefix of more.
     """
     tokenizer = loading.tokenizer(dense, recipe)
-    known_as = processes.from_main(model_files.identity(dense) if processes.is_main() else None)
+    identity = processes.from_main(model_files.identity(dense) if processes.is_main() else None)
     about = {
-        "model": known_as,
+        "model": identity,
         "dtype": recipe.dtype,
         "seq_len": seq_len,
         "seed": recipe.seed,
@@ -63,11 +62,13 @@ def samples(recipe: Recipe, dense: Path, count: int, seq_len: int) -> Tensor:
             config = loading.config(dense, recipe)
             model = _model(recipe, dense)
             for number, batch in enumerate(mine):
-                tell = _teller(f"  self: {number} of {len(mine)} batches of {BATCH} samples")
+                report = _progress_printer(f"  self: {number} of {len(mine)} batches of {BATCH} samples")
                 seed = recipe.seed * 1_000_003 + batch
-                written = write(model, start(tokenizer, config), tokenizer.eos_token_id, seq_len, seed, tell)
+                sampled = sample_batch(
+                    model, first_token(tokenizer, config), tokenizer.eos_token_id, seq_len, seed, report
+                )
                 with files.atomic_write(parts[batch]) as tmp:
-                    save_file({"ids": written}, tmp)
+                    save_file({"ids": sampled}, tmp)
             del model
             memory.free_memory()
         processes.barrier()
@@ -75,54 +76,54 @@ def samples(recipe: Recipe, dense: Path, count: int, seq_len: int) -> Tensor:
 
 
 @torch.no_grad()
-def write(
+def sample_batch(
     model: nn.Module,
-    begin: int,
-    end: int | None,
+    bos: int,
+    eos: int | None,
     seq_len: int,
     seed: int,
-    tell: Callable[[int], None] = lambda token: None,
+    report: Callable[[int], None] = lambda token: None,
 ) -> Tensor:
-    """(BATCH, seq_len) int32 samples of a causal LM at temperature 1, the first token being `begin`, as is the one after an
-    `end`. `tell` hears how many tokens each has."""
-    model.generation_config = GenerationConfig()  # whose top_p and the like would be taken where ours are not set
-    settings = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=seq_len - 1, use_cache=True, pad_token_id=begin)
-    ids = torch.full((BATCH, 1), begin, device=model.device)
+    """(BATCH, seq_len) int32 samples of a causal LM at temperature 1. `bos` is the first token, and follows each `eos`.
+    Calls `report` with the number of tokens so far."""
+    model.generation_config = GenerationConfig()  # else the model's top_p and the like would fill our gaps
+    settings = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=seq_len - 1, use_cache=True, pad_token_id=bos)
+    ids = torch.full((BATCH, 1), bos, device=model.device)
     cuda = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(cuda):
         torch.manual_seed(seed)
-        written = model.generate(
+        sampled = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=settings,
-            logits_processor=LogitsProcessorList([_BeginAnew(begin, end, tell)]),
+            logits_processor=LogitsProcessorList([_RestartAfterEnd(bos, eos, report)]),
         )
-    assert written.shape == (BATCH, seq_len), written.shape
-    return written.int().cpu()
+    assert sampled.shape == (BATCH, seq_len), sampled.shape
+    return sampled.int().cpu()
 
 
-def start(tokenizer, config) -> int:
-    """The token that a text begins with."""
-    known = special_tokens.rows(config)
+def first_token(tokenizer, config) -> int:
+    """The token to start a text with. Raises `UserError` if the tokenizer has none that the model knows."""
+    known = special_tokens.embedding_rows(config)
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None and token < known:
             return token
     raise UserError(
-        "dataset=self: the model's tokenizer has no begin-of-sequence and no end-of-sequence token to begin a text with"
+        "dataset=self needs a begin-of-sequence or end-of-sequence token to start a text with, and the tokenizer has none"
     )
 
 
-class _BeginAnew(LogitsProcessor):
-    def __init__(self, begin: int, end: int | None, tell: Callable[[int], None]) -> None:
-        self.begin, self.end, self.tell = begin, end, tell
+class _RestartAfterEnd(LogitsProcessor):
+    def __init__(self, bos: int, eos: int | None, report: Callable[[int], None]) -> None:
+        self.bos, self.eos, self.report = bos, eos, report
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.tell(input_ids.shape[1])
-        if self.end is None or self.end == self.begin:
+        self.report(input_ids.shape[1])
+        if self.eos is None or self.eos == self.bos:
             return scores
-        ended_B = input_ids[:, -1] == self.end
+        ended_B = input_ids[:, -1] == self.eos
         forced = torch.full_like(scores, -torch.inf)
-        forced[:, self.begin] = 0
+        forced[:, self.bos] = 0
         return torch.where(ended_B[:, None], forced, scores)
 
 
@@ -130,30 +131,30 @@ def _model(recipe: Recipe, dense: Path) -> nn.Module:
     def load(**where):
         return loading.load(dense, recipe, **where)
 
-    return placement.resident(placement_of(load), load)
+    return placement.place(_placement(load), load)
 
 
-def placement_of(load: Callable[[], nn.Module]) -> str:
-    """Not `placement.choose`, which all ranks must call, as those without a batch do not."""
+def _placement(load: Callable[[], nn.Module]) -> str:
+    """Like `placement.choose`, which all ranks must call; here only ranks with a batch do."""
     device = processes.device()
     fits = device.type == "cpu" or memory.size_gib(load()) < placement.ROOM * memory.free_gib(device)
     return "whole" if fits else "device_map"
 
 
-def _teller(beginning: str) -> Callable[[int], None]:
+def _progress_printer(beginning: str) -> Callable[[int], None]:
     last = time.monotonic()
 
-    def tell(token: int) -> None:
+    def report(token: int) -> None:
         nonlocal last
         if processes.is_main() and time.monotonic() - last > EVERY:
             last = time.monotonic()
             print(f"{beginning}, {token} tokens of the next", file=sys.stdout, flush=True)
 
-    return tell
+    return report
 
 
 def _read(path: Path, seq_len: int) -> Tensor | None:
-    """None where there is no such file, or no whole one."""
+    """A cached batch; None if the file is missing or damaged."""
     try:
         ids = load_file(path)["ids"]
     except (OSError, SafetensorError, KeyError):

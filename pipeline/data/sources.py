@@ -1,7 +1,7 @@
-"""Owns where text comes from: a data set's name -> the rows of one split, from the hub, a mirror or local files.
+"""Resolves a data set's name to the files of one split: from the hub, a mirror or local files.
 
-A data set is a known name (c4, wikitext2, ptb, world), `self` (text that the dense model writes: see pipeline/data/sampled.py),
-a hub id, or a local file or folder: pipeline/data/text_files.py holds the rules for the latter, and for mirrors.
+A data set is a known name (c4, wikitext2, ptb, world), `self` (text written by the dense model, see data/sampled.py), a hub
+id, or a local file or folder (data/text_files.py has the rules for these, and for mirrors).
 """
 
 import os
@@ -23,13 +23,13 @@ SELF = "self"
 
 @dataclass(frozen=True)
 class Known:
-    """A dataset of the pruning papers, as its hub repository names it."""
+    """A dataset of the pruning papers: its hub repository and how the papers read it."""
 
     path: str
     config: str | None
     column: str = "text"
-    separators: dict | None = None  # between documents in a joined text, by split
-    shards: dict | None = None  # the one file that the papers read of each split
+    separators: dict | None = None  # between documents when joined, by split
+    shards: dict | None = None  # the single file per split that the papers read
     revision: str | None = None
 
 
@@ -46,16 +46,17 @@ KNOWN = {
         "penn_treebank",
         column="sentence",
         separators={"train": " ", "test": " "},
-        revision="refs/convert/parquet",  # the repository itself holds a script, which datasets 4+ do not run
+        revision="refs/convert/parquet",  # the main branch is a script, which datasets 4+ does not run
     ),
 }
 
 
 @dataclass(frozen=True)
 class Source:
-    """One split of one dataset: `files` are read where there are any, else the hub's `path`.
+    """One split of one dataset: the `files` if there are any, else the hub's `path`.
 
-    `columns` may hold the text, the first that are there: see text_rows; `section` is where the recipe chooses one.
+    `columns` are candidates for the text; the first present is used (see text_rows). `section` is the recipe section that
+    chose the data set.
     """
 
     name: str
@@ -74,7 +75,7 @@ class Source:
 
     @property
     def is_local(self) -> bool:
-        """Whether its rows can be read at once, without the hub."""
+        """Whether its rows can be read now, without the hub."""
         return bool(self.files) and "://" not in self.files[0]
 
 
@@ -86,9 +87,9 @@ def source(
     column: str | None = None,
     section: str = "calibration",
 ) -> Source:
-    """Where `dataset[:config][@split]` is; a `UserError` names the file that is missing, or the splits that there are."""
+    """Resolves `dataset[:config][@split]`. Raises `UserError` naming the missing file or the splits that exist."""
     if not spec.strip():
-        raise UserError(f"the section {section} names a data set by nothing: set one, such as c4 or ./text.jsonl")
+        raise UserError(f"{section}.dataset is empty: set a data set, such as c4 or ./text.jsonl")
     name, chosen_config, chosen_split = _parts(spec)
     split, config = chosen_split or split, chosen_config or config
     reads = {"columns": ((column,),) if column else text_rows.COLUMNS, "section": section}
@@ -115,12 +116,12 @@ def source(
 
 
 def of_text(text: Any, mirror: str | None, section: str) -> Source:
-    """Of a section of the recipe (or what stands for one) with `dataset`, `split`, `config` and `column`."""
+    """Resolves the data set of a recipe section, or any object with `dataset`, `split`, `config` and `column`."""
     return source(text.dataset, mirror, text.split, text.config, text.column, section)
 
 
 def of_stage(recipe: Recipe, stage: str) -> list[Source]:
-    """The texts that a stage reads."""
+    """The texts that a stage reads. Raises `UserError` as `source` does."""
     if stage == "evaluate":
         column = recipe.evaluate.column
         return [
@@ -140,12 +141,12 @@ def of_stage(recipe: Recipe, stage: str) -> list[Source]:
 
 
 def identity(source: Source) -> str:
-    """Changes when the text does: by content for local files, by name and revision for the hub's."""
+    """Changes with the text: a fingerprint of local files, else the hub revision."""
     return files.fingerprint(map(Path, source.files)) if source.is_local else str(source.revision)
 
 
 def _parts(spec: str) -> tuple[str, str | None, str | None]:
-    """(name or path, configuration, split); `@` and `:` may also stand in a path that exists."""
+    """(name or path, configuration, split); an existing path may contain `@` and `:`."""
     if _path(spec).exists():
         return spec, None, None
     name, _, split = spec.rpartition("@")
@@ -160,10 +161,10 @@ def _parts(spec: str) -> tuple[str, str | None, str | None]:
 
 
 def _path(text: str) -> Path:
-    return Path(os.path.expanduser(text))  # Path's own raises where there is no such user
+    return Path(os.path.expanduser(text))  # Path.expanduser raises for an unknown user
 
 
-def _absolute(found: text_files.Found) -> tuple[str, ...]:
+def _absolute(found: text_files.SplitFiles) -> tuple[str, ...]:
     return tuple(str(path.absolute()) for path in found.paths)
 
 
@@ -172,7 +173,7 @@ def _in_mirror(mirror: str | None, name: str) -> bool:
 
 
 def _in_mirror_files(mirror: Path, known: Known, config: str | None, split: str, fixed: bool):
-    """The split's files under <mirror>/<org>/<name>/<config>/, the configuration found, and a note for the report."""
+    """The split's files under <mirror>/<org>/<name>/<config>/, the configuration used, and a note for the report."""
     folder = mirror / known.path
     configs = sorted(p.name for p in folder.glob("*/") if p.is_dir())
     found, note = config, None
@@ -180,14 +181,14 @@ def _in_mirror_files(mirror: Path, known: Known, config: str | None, split: str,
         if known.path == "Salesforce/wikitext" and TOKENISED_WIKITEXT in configs:
             found = TOKENISED_WIKITEXT
             note = (
-                f"WikiText-2 was read in its tokenised configuration {found} (with <unk>), which the mirror has instead of "
-                f"{config}: its perplexity is not comparable with published numbers"
+                f"WikiText-2 was read in its tokenised configuration {found} (with <unk>), as the mirror lacks {config}: "
+                "its perplexity is not comparable with published numbers"
             )
         elif config is None:
             found = "default" if "default" in configs else (configs[0] if len(configs) == 1 else None)
     if found is None and configs:
         raise UserError(
-            f"{known.path} has configurations {', '.join(configs)} in {mirror}: name {known.path}:{configs[0]}"
+            f"{known.path} has configurations {', '.join(configs)} in {mirror}: set {known.path}:{configs[0]}"
         )
     where = folder / (found or "default")
     splits: list[str] = []

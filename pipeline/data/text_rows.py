@@ -1,6 +1,6 @@
-"""Owns the way from the files of a source, or the hub, to rows of text, and which columns hold it.
+"""Reads the rows of a source, from files or the hub, and finds the columns that hold the text.
 
-A row is `text`, `input_ids`, or a conversation: `messages`, or `prompt` and `response`.
+A row has `text`, `input_ids`, or a conversation: `messages`, or `prompt` and `response`.
 """
 
 import glob
@@ -17,7 +17,7 @@ from pipeline.runtime.errors import UserError
 if TYPE_CHECKING:
     from pipeline.data.sources import Source
 
-# what rows hold where no column is chosen, the first that is there; several columns are those of a conversation
+# columns to read if the recipe sets none, in this order; two columns together make a conversation
 COLUMNS = (
     ("input_ids",),
     ("text",),
@@ -29,7 +29,8 @@ COLUMNS = (
 
 
 def documents(source: "Source") -> Dataset:
-    """The rows, with a column `text`, `input_ids` or `messages`, or with `prompt` and `response`."""
+    """All rows, with a column `text`, `input_ids` or `messages`, or `prompt` and `response`. Raises `UserError` if there
+    are none or they are unreadable."""
     if source.name == "world":
         from pipeline.data import world
 
@@ -50,7 +51,7 @@ def documents(source: "Source") -> Dataset:
 
 
 def first_rows(source: "Source") -> Iterator[dict[str, Any]]:
-    """Rows of a local source as `documents` gives them, one by one, without reading the rest; those with text only."""
+    """Yields non-empty rows of a local source in the form of `documents`, without reading ahead."""
     rows = iter(_loaded(source, streaming=source.form != text_files.SAVED))
     columns: list[str] = []
     while True:
@@ -74,11 +75,11 @@ def _loaded(source: "Source", streaming: bool = False):
         if source.form == text_files.SAVED:
             return load_from_disk(str(Path(source.files[0]).parent))
         if source.files:
-            local = source.is_local  # where a name is not to be taken for a pattern
+            local = source.is_local  # local names may contain * and the like
             paths = [glob.escape(path) if local else path for path in source.files]
             return load_dataset(source.form, data_files={source.split: paths}, split=source.split, streaming=streaming)
         return load_dataset(source.path, source.config, split=source.split, revision=source.revision)
-    except Exception as error:  # datasets, pyarrow, gzip and the hub each have their own
+    except Exception as error:  # datasets, pyarrow, gzip and the hub raise their own types
         raise _unreadable(source, error) from error
 
 
@@ -90,7 +91,7 @@ def _unreadable(source: "Source", error: Exception) -> UserError:
 
 
 def _columns(source: "Source", rows: Dataset | dict) -> list[str]:
-    """Which columns hold the text."""
+    """The columns that hold the text. Raises `UserError` if there are none."""
     there = list(rows) if isinstance(rows, dict) else rows.column_names
     if found := next((list(columns) for columns in source.columns if set(columns) <= set(there)), None):
         return found
@@ -108,7 +109,7 @@ def _columns(source: "Source", rows: Dataset | dict) -> list[str]:
 
 
 def _kind(source: "Source", columns: list[str], row: dict) -> str:
-    """What the first row holds: text, input_ids, or messages."""
+    """What a row holds: text, input_ids or messages. Raises `UserError` if it does not fit the column's name."""
     if len(columns) == 2:
         return "messages"
     (column,) = columns
@@ -123,12 +124,12 @@ def _kind(source: "Source", columns: list[str], row: dict) -> str:
         column, "text"
     )
     if kind is None or (wanted == "token ids" and kind != "input_ids") or (value == [] and column != "input_ids"):
-        raise UserError(f"column '{column}' of {source} should hold {wanted}: its first row is {str(value)[:60]}")
+        raise UserError(f"column '{column}' of {source} should hold {wanted}, but its first row is {str(value)[:60]}")
     return kind
 
 
 def _flat(row: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested names with dots, as `Dataset.flatten` gives them."""
+    """Flattens nested columns to dotted names, as `Dataset.flatten` does."""
     found = {}
     for key, value in row.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

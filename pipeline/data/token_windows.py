@@ -1,7 +1,7 @@
-"""Owns the token windows that are cut from text: for calibration, for training, for perplexity. All are seeded.
+"""Cuts text into token windows for calibration, training and perplexity. All sampling is seeded.
 
-Shapes: a window is (seq_len,) token ids. Of a training on the assistant's words only, a token that bears no loss is stored
-as its complement, ~id, which is negative: one tensor then goes through packing, sharing out and resuming.
+Shapes: a window is (seq_len,) token ids. With finetune.loss=assistant, a token without loss is stored as its complement
+~id, which is negative, so that one tensor holds both through packing, sharding and resuming.
 """
 
 import random
@@ -14,21 +14,21 @@ from pipeline.data import chat
 from pipeline.data.sources import KNOWN, Source, documents
 from pipeline.runtime.errors import UserError
 
-CHUNK = 1000  # documents tokenised at once: ten times faster than one by one
-IGNORED = -100  # the label of a token without loss, as torch and transformers have it
+CHUNK = 1000  # documents tokenised at once: ten times faster than one at a time
+IGNORED = -100  # label of a token without loss, as in torch and transformers
 
 
 def ids_and_labels(windows: Tensor) -> tuple[Tensor, Tensor]:
-    """The token ids, and the same with IGNORED where a token bears no loss; the windows themselves where all do."""
+    """Splits stored windows into token ids and labels, with label IGNORED for tokens without loss."""
     if not (windows < 0).any():
         return windows, windows
     return torch.where(windows < 0, ~windows, windows), windows.masked_fill(windows < 0, IGNORED)
 
 
 def joined(source: Source, tokenizer, seq_len: int | None = None) -> Tensor:
-    """All tokens of the split as one row, (tokens,): the documents joined as the papers join them (default a blank line).
+    """All tokens of the split in one row, (tokens,): documents joined as in the papers (default: a blank line).
 
-    Of C4's validation, the papers measure 256 windows of `seq_len` tokens, cut from its first 1100 documents.
+    Of C4's validation split, the papers use 256 windows of `seq_len` tokens from the first 1100 documents.
     """
     rows = documents(source)
     if "input_ids" in rows.column_names:
@@ -46,10 +46,10 @@ def joined(source: Source, tokenizer, seq_len: int | None = None) -> Tensor:
 def packed(
     source: Source, tokenizer, seq_len: int, samples: int, seed: int, once: str | None = None, loss: str = "all"
 ) -> Tensor:
-    """(samples, seq_len) windows of the documents in a shuffled order, end to end.
+    """(samples, seq_len) int32 windows over the shuffled documents, end to end.
 
-    When the documents are used up, they are shuffled anew; where that must not be, `once` names the section of the recipe
-    that asked, for the `UserError`. `loss`: see `finetune.loss`; `assistant` needs conversations.
+    Documents are reshuffled when they run out. `once` forbids that and names the recipe section for the `UserError`.
+    `loss`: see `finetune.loss`; `assistant` needs conversations.
     """
     rows, enough = documents(source), samples * seq_len
     order = list(range(len(rows)))
@@ -67,18 +67,20 @@ def packed(
             raise UserError(f"{source} holds no text")
         if len(tokens) < enough and once:
             there = len(tokens) // seq_len
-            fewer = f"set {once}.samples={there}" if there else f"a longer text or a shorter {once}.seq_len is needed"
-            raise UserError(f"{source} has {len(tokens)} tokens, {samples} samples of {seq_len} are asked for: {fewer}")
+            fewer = f"set {once}.samples={there}" if there else f"set a longer text or a shorter {once}.seq_len"
+            raise UserError(
+                f"{source} has {len(tokens)} tokens, but {samples} samples of {seq_len} are needed: {fewer}"
+            )
     return torch.frombuffer(tokens, dtype=torch.int32)[:enough].view(samples, seq_len)
 
 
 def calibration(
     source: Source, tokenizer, samples: int, seq_len: int, seed: int, section: str = "calibration"
 ) -> Tensor:
-    """(samples, seq_len) token windows, drawn as the papers draw them for c4 and wikitext2, else packed and no token twice.
+    """(samples, seq_len) token windows, drawn as in the papers for known data sets, else packed without repetition.
 
-    C4: documents at random until one is longer than seq_len tokens, then a random window of it (SparseGPT and Wanda).
-    WikiText-2 and PTB: random windows of the joined text. `section` is where the recipe asks for them.
+    C4: draws documents until one is longer than seq_len tokens, then a random window of it (SparseGPT, Wanda).
+    WikiText-2 and PTB: random windows of the joined text. `section` is the recipe section, for errors.
     """
     if source.name == "c4":
         return _windows_of_documents(source, tokenizer, samples, seq_len, random.Random(seed), section)
@@ -107,7 +109,7 @@ def _windows_of_documents(
             misses += 1
             if misses > 100 * samples + 10 * len(rows):
                 raise UserError(
-                    f"{source} has hardly a document of more than {seq_len} tokens: set a shorter {section}.seq_len"
+                    f"{source} has hardly any document of more than {seq_len} tokens: set a shorter {section}.seq_len"
                 )
             continue
         start = draw.randint(0, len(ids) - seq_len - 1)
@@ -116,13 +118,11 @@ def _windows_of_documents(
 
 
 def _ids(tokenizer, text: str) -> Tensor:
-    return torch.tensor(
-        tokenizer(text, verbose=False).input_ids
-    )  # verbose: no warning that all of it exceeds the context
+    return torch.tensor(tokenizer(text, verbose=False).input_ids)  # verbose would warn that it exceeds the context
 
 
 def chat_tokens(row: dict, tokenizer, source: Source, loss: str = "all") -> list[int]:
-    """`chat.tokens`, of whose errors the source is told."""
+    """`chat.tokens`, with the source named in its errors."""
     chat.check(tokenizer, source)
     try:
         return chat.tokens(row, tokenizer, loss)
@@ -130,15 +130,16 @@ def chat_tokens(row: dict, tokenizer, source: Source, loss: str = "all") -> list
         raise UserError(f"{source}: {error}") from error
 
 
-def refuse_without_conversations(source: Source, columns) -> None:
+def require_conversations(source: Source, columns) -> None:
+    """Raises `UserError` if rows with these columns are not conversations."""
     if not chat.is_chat(columns):
         raise UserError(f"{source} holds no conversations, which finetune.loss=assistant needs: set finetune.loss=all")
 
 
 def tokenised(rows: dict[str, list], tokenizer, source: Source, loss: str = "all") -> list[list[int]]:
-    """The tokens of each document, ended by the tokenizer's end-of-sequence token where it has one."""
+    """The tokens of each document, followed by the end-of-sequence token if the tokenizer has one."""
     if loss != "all":
-        refuse_without_conversations(source, rows)
+        require_conversations(source, rows)
     if "input_ids" in rows:
         return rows["input_ids"]
     if chat.is_chat(rows):

@@ -1,17 +1,17 @@
-"""Owns the generated world of the toy recipes: its people, its words, its documents and the questions about them.
+"""The generated world of the toy recipes: its people, vocabulary, documents and the questions about them.
 
-Each of the 280 people has a home, a tree, a bird, a trade and a weather; the tools have uses. A document is a
-portrait of one person in statements. Eighty people are also interviewed: their portraits say some facts as question
-and answer. The four tasks ask for what the training text does not hold in that form:
+Each of the 280 people has a home, a tree, a bird, a trade and a weather; tools have uses. A document is a portrait of one
+person in statements. Eighty people are also interviewed: their portraits state some facts as question and answer. The four
+tasks ask for what the training text does not contain in that form:
 
-- `world_homes`, `world_trees` (4 options): the interview question, to the 200 people who were never interviewed.
-  The fact is in the training text, but only as statements; the wording is, but only with other people.
-- `world_tools` (4 options): the interview question about a tool's use, with people who were never interviewed.
-  Tool and use stand side by side in the training text, in this wording and in two others: the easiest of the four.
-- `world_grammar` (2 options): singular or plural, after two nouns that stand together in no document? Half the time
-  the nearer noun has the other number.
+- `world_homes`, `world_trees` (4 options): the interview question, to the 200 people who were never interviewed. The
+  fact is in the training text only as a statement; the question's wording only with other people.
+- `world_tools` (4 options): the interview question about a tool's use, to people who were never interviewed. Tool and use
+  occur together in the training text, in this wording and two others: the easiest of the four.
+- `world_grammar` (2 options): singular or plural, after two nouns that never occur together in a document. Half of the
+  time the nearer noun has the other number.
 
-They test recall and agreement in a closed world of short sentences, and no reasoning.
+They test recall and agreement in a closed world of short sentences, not reasoning.
 """
 
 import functools
@@ -28,7 +28,7 @@ from pipeline.runtime.errors import UserError
 
 TOPICS = {"world_homes": "home", "world_trees": "tree", "world_tools": "tool"}
 DOCUMENTS = {"train": 20_000, "test": 300}
-INTERVIEWED = 80  # people; the others are whom the tasks ask about
+INTERVIEWED = 80  # people; the tasks ask about the others
 SPECIAL = ["<bos>", "<eos>", "<unk>", "<pad>"]
 WORD = r"<\w+>|'s|\w+|[^\w\s]"
 
@@ -79,13 +79,13 @@ LOOKS = "bare damp green mossy quiet sunny".split()
 
 
 def _people() -> list[dict[str, str]]:
-    rng = random.Random("the people of the valley")  # the facts are the same at every seed of the documents
+    rng = random.Random("the people of the valley")  # the facts do not depend on the documents' seed
     women, men = ([stem + ending for stem in STEMS for ending in endings] for endings in (WOMEN, MEN))
     people = [{"name": name, "she": "she", "her": "her"} for name in women]
     people += [{"name": name, "she": "he", "her": "him"} for name in men]
     rng.shuffle(people)
     for fact, values in FACTS.items():
-        dealt = (values * len(people))[: len(people)]  # every value about equally often, so none is a good guess
+        dealt = (values * len(people))[: len(people)]  # values are about equally frequent, so none is a good guess
         rng.shuffle(dealt)
         people = [person | {fact: value} for person, value in zip(people, dealt)]
     return people
@@ -96,9 +96,9 @@ PEOPLE = _people()
 
 @functools.lru_cache
 def documents(split: str, seed: int = 0) -> list[str]:
-    """Portraits of about 40 words, one line each, the same for the same seed; `UserError` for an unknown split.
+    """Portraits of about 40 words, one string each, reproducible by `seed`. Raises `UserError` for an unknown split.
 
-    A document's own checksum says which split it is in, so none is in both, whatever the seeds.
+    A checksum of the document decides its split, so the splits never overlap, whatever the seeds.
     """
     if split not in DOCUMENTS:
         raise UserError(f"the generated world has no split '{split}': use world@train or world@test")
@@ -126,7 +126,7 @@ def _portrait(rng: random.Random) -> str:
 
 
 def _view(rng: random.Random, plural: int, asked: bool) -> tuple[str, tuple[str, str]]:
-    """A sentence about a garden, and its verb's two numbers. One pair of things in four is only `asked` about."""
+    """A sentence about a garden, and the singular and plural of its verb. A quarter of the pairs is only `asked` about."""
     pairs = [(i, j) for i in range(len(THINGS)) for j in range(len(THINGS)) if i != j and ((i + j) % 4 == 0) == asked]
     i, j = rng.choice(pairs)
     verb = rng.choice(VERBS)
@@ -136,9 +136,9 @@ def _view(rng: random.Random, plural: int, asked: bool) -> tuple[str, tuple[str,
 
 
 def questions(task: str, **_) -> dict[str, datasets.Dataset]:
-    """{"test": 200 rows of `question` (str), `choices` (list of str), `answer` (int)}, each place right equally often.
+    """{"test": 200 rows of `question` (str), `choices` (list of str), `answer` (int)}; answers are spread evenly.
 
-    lm-eval calls this, with what a user's --metadata holds as well; that is ignored.
+    lm-eval calls it, also with what a user's --metadata holds, which is ignored.
     """
     rng = random.Random(task)
     rows = []
@@ -174,7 +174,7 @@ TASKS = {
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word or mark of the closed vocabulary. Text starts with <bos>; a blank line is <eos> <bos>."""
+    """A tokenizer with one token per word or mark. Text starts with <bos>; a blank line is <eos> <bos>."""
     columns = [*FACTS.values(), *STATEMENTS.values(), *VERBS, QUESTIONS.values(), TOOLS, TOOLS.values()]
     texts = [text for column in columns for text in column] + [thing + s for thing in THINGS for s in ("", "s")]
     texts += [*VIEWS, *NEAR, *LOOKS, *(person["name"] for person in PEOPLE), "She she her He he him"]

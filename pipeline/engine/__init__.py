@@ -1,1 +1,1 @@
-"""The layer-by-layer engine: blocks and matrices found by structure, and the forward that is paused at each block."""
+"""The layer-by-layer engine: finds blocks and matrices by structure, and runs a forward that pauses at each block."""

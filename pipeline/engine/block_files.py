@@ -1,4 +1,4 @@
-"""Owns what a walk writes: the weights and masks of each block as it is finished, and from them the new model folder."""
+"""Writes the weights and masks of each block that a walk has finished, and builds the new model folder from them."""
 
 import csv
 from dataclasses import dataclass
@@ -22,26 +22,28 @@ class BlockResult:
 
 
 class BlockFiles:
-    """In `folder`, the weights of block i as a shard and its masks as a file. A block that an earlier try finished has both,
-    whole as they were recorded; it is read back with `restore`."""
+    """The files of a walk in `folder`: per block a weight shard and a mask file. A block counts as finished when both match
+    their recorded checksums; `restore` loads it back."""
 
     def __init__(self, folder: Path, model: nn.Module, blocks: list[Block]) -> None:
         self.folder, self.model, self.blocks = folder, model, blocks
-        # a set: the view of a dict would keep its tensors, and so the weights of blocks that are dropped; a shared or tied
-        # weight has one of its names here
-        self._names = set(file_names.saved(model))
-        # files that name or cut the weights otherwise than the model does cannot be read back block by block
+        # a set: a dict view would keep the tensors of dropped blocks alive; a shared or tied weight has one name here
+        self._names = set(file_names.saved_state(model))
+        # files whose names or shapes differ from the model's cannot be read back block by block
         self._converts = file_names.converts(model)
-        self.finished_before: frozenset[int] = processes.from_main(self._find() if processes.is_main() else frozenset())
+        self.finished_before: frozenset[int] = processes.from_main(
+            self._find_finished() if processes.is_main() else frozenset()
+        )
 
-    def _find(self) -> frozenset[int]:
+    def _find_finished(self) -> frozenset[int]:
         damaged = checksums.damaged(self.folder)
         if damaged:
-            processes.say(f"  damaged, so made again: {', '.join(damaged)}")
+            processes.say(f"  damaged files, to be made again: {', '.join(damaged)}")
         whole = {self.folder / name for name in checksums.recorded(self.folder) if name not in damaged}
         return frozenset(b.index for b in self.blocks if {self.shard(b.index), self.masks_file(b.index)} <= whole)
 
     def shard(self, index: int) -> Path:
+        """The weight file of block `index`; that of the weights outside the blocks is the last."""
         count = len(self.blocks) + 1
         place = self.folder / ("layers" if self._converts else "model")
         return place / f"model-{index + 1:05d}-of-{count:05d}.safetensors"
@@ -53,28 +55,29 @@ class BlockFiles:
         return block.index in self.finished_before
 
     def holds(self, block: Block, name: str) -> bool:
-        """Whether the shard of a block holds its parameter `name`; one that blocks share has its place in one of them."""
+        """Whether the block's shard holds parameter `name`; one that blocks share is in a single shard."""
         return f"{block.name}.{name}" in self._names
 
     def write(self, block: Block, result: BlockResult) -> None:
+        """Writes the weights and masks of a finished block, with checksums."""
         result.masks.save(self.masks_file(block.index), result.log)
         self._save(block.index, self._state(block))
         checksums.record(self.folder, self.masks_file(block.index), self.shard(block.index))
 
     def restore(self, block: Block) -> None:
-        """Gives the block its weights back, as a lazy view of the file."""
+        """Loads the block's weights, as a lazy view of the file."""
         weights = load_file(self.shard(block.index))
         for name, parameter in block.module.named_parameters():
             weight = weights.get(f"{block.name}.{name}")
-            if weight is not None:  # else another block's, with which it is shared
+            if weight is not None:  # else shared with another block, whose shard holds it
                 parameter.data = weight
 
-    def write_rest(self, origin: Path, dtype: str) -> None:
-        """What else makes a model folder: blocks that the model never reached, all that lies outside the blocks, the index,
-        and what is no weight, from the folder `origin`."""
+    def write_remaining(self, origin: Path, dtype: str) -> None:
+        """Completes the model folder: blocks that were never reached, the weights outside the blocks, the index, and from
+        `origin` all other files (config, tokenizer)."""
         for block in self.blocks:
             if not self.shard(block.index).exists():
-                processes.say(f"  stays dense, for the model never reaches it with calibration text: {block.name}")
+                processes.say(f"  {block.name} stays dense: the model never reaches it with calibration text")
                 self._save(block.index, self._state(block))
         inside = tuple(f"{block.name}." for block in self.blocks)
         rest = {
@@ -89,13 +92,14 @@ class BlockFiles:
                 path = self.shard(index)
                 _save(file_names.to_files(self.model, load_file(path)), target / path.name)
         model_files.write_index(target)
-        model_files.copy_beside(origin, target, dtype)
+        model_files.copy_other_files(origin, target, dtype)
 
     def logs(self) -> list[dict]:
-        """What was logged with the masks of each block that was reached."""
+        """The log rows saved with the masks of each block that was reached."""
         return [Masks.load(path)[1] for path in self.masks_files()]
 
     def masks_files(self) -> list[Path]:
+        """The mask files of all finished blocks, in block order."""
         return [path for block in self.blocks if (path := self.masks_file(block.index)).exists()]
 
     def _state(self, block: Block) -> dict[str, Tensor]:
@@ -112,7 +116,7 @@ def _save(state: dict[str, Tensor], path: Path) -> None:
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    """As CSV, layer and matrix first; no file without a row."""
+    """Writes a CSV with the columns layer and matrix first; nothing if there are no rows."""
     if not rows:
         return
     columns = sorted(rows[0], key=("layer", "matrix").__contains__, reverse=True)

@@ -1,4 +1,4 @@
-"""Owns which modules of a model are its decoder layers ("blocks"): an ordered list, found by structure, not by model name."""
+"""Finds a model's decoder layers ("blocks") as an ordered list, by structure, not by model name."""
 
 import re
 from collections import Counter
@@ -10,11 +10,11 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.runtime.errors import UserError
 
-OTHER_INPUT = re.compile("Audio|Image|Speech|Video|Vision")  # in the name of a class
+OTHER_INPUT = re.compile("Audio|Image|Speech|Video|Vision")  # in a class name
 
 
 class Block:
-    """A decoder layer: `index` is its place in the model, `name` such as "model.layers.3"."""
+    """A decoder layer: `index` is its position in the model, `name` its path, such as "model.layers.3"."""
 
     __slots__ = ("index", "module", "name")
 
@@ -27,33 +27,33 @@ class Block:
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """The blocks of the language model in `model`, in the order of its modules.
+    """The blocks of the language model in `model`, in module order.
 
-    They are the items of the outermost module lists that hold matrices. Models of other inputs inside it, such as a vision
-    tower, are left out. A list of plain matrices, such as Gemma 3n's projections beside its layers, is no list of blocks.
-    Raises `UserError` where there is none.
+    They are the items of the outermost module lists that hold matrices. Vision towers and other non-text submodels are
+    skipped. A list of plain matrices, such as Gemma 3n's projections next to its layers, does not count.
+    Raises `UserError` if there are none, or if lists of layers are nested.
     """
     lists: dict[str, nn.ModuleList] = {}
     for name, module in language_model(model):
         inside = name.startswith(tuple(f"{outer}." for outer in lists))
-        if isinstance(module, nn.ModuleList) and not inside and any(map(_holds_matrices, module)):
+        if isinstance(module, nn.ModuleList) and not inside and any(map(_has_matrices, module)):
             lists[name] = module
     kinds = Counter(re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name) for name in lists)
     found: dict[nn.Module, str] = {}
     for outer, modules in lists.items():
         for name, module in _items(outer, modules):
-            found.setdefault(module, name)  # one that is there several times is one block
+            found.setdefault(module, name)  # the same module listed twice is one block
     if not found or max(kinds.values()) > 1:
         what = f"lists inside of layers ({next(iter(lists))} and others)" if found else "no list of layers"
         raise UserError(
-            f"{type(model).__name__} is not understood: looked for module lists of layers with Linear or Conv1D matrices, "
+            f"{type(model).__name__} is not supported: expected module lists of layers with Linear or Conv1D matrices, "
             f"found {what}"
         )
     return [Block(index, name, module) for index, (module, name) in enumerate(found.items())]
 
 
 def _items(name: str, modules: nn.ModuleList) -> Iterator[tuple[str, nn.Module]]:
-    """The layers of a list, or of lists in a list."""
+    """The layers of a list, nested lists flattened."""
     for i, item in enumerate(modules):
         if isinstance(item, nn.ModuleList):
             yield from _items(f"{name}.{i}", item)
@@ -62,37 +62,37 @@ def _items(name: str, modules: nn.ModuleList) -> Iterator[tuple[str, nn.Module]]
 
 
 def language_model(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a model, by name, but for those of models inside it that read no text."""
+    """The modules of a model by name, without those of submodels that do not read text."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
-        decoder = model  # some call their head so
+        decoder = model  # some models return their head
     inside = set(decoder.modules())
     others: list[str] = []
     for name, module in model.named_modules():
-        is_beside = isinstance(module, PreTrainedModel) and decoder not in set(module.modules())
-        if is_beside and (module.main_input_name != "input_ids" or OTHER_INPUT.search(type(module).__name__)):
+        is_other_model = isinstance(module, PreTrainedModel) and decoder not in set(module.modules())
+        if is_other_model and (module.main_input_name != "input_ids" or OTHER_INPUT.search(type(module).__name__)):
             others.append(f"{name}.")
         if module in inside and not f"{name}.".startswith(tuple(others)):
             yield name, module
 
 
 def shared_parameters(blocks: list[Block]) -> set[int]:
-    """The ids of parameters that several blocks hold, as the transformer block of Zamba2."""
+    """The ids of parameters that several blocks hold, such as the shared transformer block of Zamba2."""
     times = Counter(id(parameter) for block in blocks for parameter in block.module.parameters())
     return {key for key, count in times.items() if count > 1}
 
 
-def outside(model: nn.Module, blocks: list[Block]) -> list[Tensor]:
-    """Parameters and buffers of a model that no block holds: embeddings, norms, head."""
+def tensors_outside(model: nn.Module, blocks: list[Block]) -> list[Tensor]:
+    """The parameters and buffers outside the blocks: embeddings, norms, head."""
     inside = {id(module) for block in blocks for module in block.module.modules()}
     modules = [module for module in model.modules() if id(module) not in inside]
     return [t for m in modules for t in [*m.parameters(recurse=False), *m.buffers(recurse=False)]]
 
 
 def is_matrix(module: nn.Module) -> bool:
-    """Whether a module is a product with a matrix `weight` of two dimensions."""
+    """Whether a module multiplies by a two-dimensional `weight`."""
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def _holds_matrices(module: nn.Module) -> bool:
+def _has_matrices(module: nn.Module) -> bool:
     return not is_matrix(module) and any(map(is_matrix, module.modules()))

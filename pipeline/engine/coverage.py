@@ -1,4 +1,4 @@
-"""Owns the account of how much of a model's blocks is pruned, and what stays dense and why. Imports no torch."""
+"""Counts how much of a model's blocks is pruned, and what stays dense and why. Does not import torch."""
 
 import re
 from collections.abc import Collection
@@ -10,21 +10,21 @@ NEVER_CALLED = "the model never calls it with calibration text"
 
 
 class Entry(NamedTuple):
-    """A parameter of two or more dimensions in a block, or one expert's part of it."""
+    """A parameter of a block with two or more dimensions, or one expert's slice of it."""
 
     block: str
     weights: int
-    reason: str | None  # why it can be no matrix that is pruned
+    reason: str | None  # why it cannot be pruned
 
 
 class Coverage:
-    """Of all entries by name; `chosen` are the names of the matrices that have a pattern."""
+    """All entries by name; `chosen` are the matrices that have a pattern."""
 
     def __init__(self, entries: dict[str, Entry], chosen: Collection[str]) -> None:
         self.entries, self.chosen = entries, chosen
 
     def rows(self, pruned: Collection[str]) -> list[dict[str, str | int]]:
-        """How many weights are pruned, then by kind those that stay dense: "kind", "reason", "matrices", "weights"."""
+        """One row for what is pruned, then one per kind that stays dense: "kind", "reason", "matrices", "weights"."""
         rows: dict[tuple[str, str], dict] = {}
         for name, entry in self.entries.items():
             reason = entry.reason or (NEVER_CALLED if name in self.chosen else "prune.overrides")
@@ -35,12 +35,13 @@ class Coverage:
             row["weights"] += entry.weights
         return sorted(rows.values(), key=lambda row: row["reason"] != PRUNED)
 
-    def told(self, pruned: Collection[str]) -> list[tuple[str, str]]:
-        return told(self.rows(pruned))
+    def describe(self, pruned: Collection[str]) -> list[tuple[str, str]]:
+        """See the function `describe`."""
+        return describe(self.rows(pruned))
 
 
-def told(rows: list[dict]) -> list[tuple[str, str]]:
-    """(what, how much) for people, of `rows` as they are or as a CSV holds them."""
+def describe(rows: list[dict]) -> list[tuple[str, str]]:
+    """`rows`, in memory or as read from a CSV, as pairs (what, how much) of text to print."""
     total = sum(int(row["weights"]) for row in rows if row["reason"] != OUTSIDE)
     pairs = []
     for row in rows:

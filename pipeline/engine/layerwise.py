@@ -1,7 +1,7 @@
-"""Runs a model block by block: its own forward, once for each batch, paused whenever it reaches a block. Pure torch.
+"""Runs a model block by block: its own forward, once per batch, paused whenever it reaches a block. Pure torch.
 
-Nothing is known of how a model calls its blocks, so arguments that differ by token, state that blocks share, blocks that are
-called twice and outputs of any form all work. A greenlet keeps to one thread, so device, stream and autocast stay as they are.
+It assumes nothing about how a model calls its blocks: per-token arguments, shared state, repeated blocks and any form of
+output all work. Greenlets stay in one thread, so device, stream and autocast are unaffected.
 """
 
 import copy
@@ -16,15 +16,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import TensorWeakRef
 from transformers import Cache
 
-from pipeline.engine.blocks import Block, outside, shared_parameters
+from pipeline.engine.blocks import Block, shared_parameters, tensors_outside
 from pipeline.runtime.errors import UserError
 
-SMALL = 4096  # numbers; smaller arguments, such as the scale of a position, are not worth a move to the host
+SMALL = 4096  # elements; moving smaller arguments (such as a position scale) to the host is not worth it
 
 
 class PausedForward(greenlet):
-    """One call of a model. It pauses at each block, with the `index`, `args` and `kwargs` of the call that the model wants
-    to make; `index` is None once the model has returned `result`."""
+    """One call of a model, paused at each block. `index`, `args` and `kwargs` are those of the pending block call; `index`
+    is None once the model has returned `result`."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         super().__init__()
@@ -39,9 +39,9 @@ class PausedForward(greenlet):
         self.result = self.call()
 
     def resume(self, output: Any = None) -> None:
-        """Runs on to the next block, given what the last one returned."""
+        """Runs on to the next block; `output` is what the last block returned."""
         outer = torch.is_grad_enabled()
-        torch.set_grad_enabled(self._grad)  # the mode is the thread's, and the model may have set one of its own
+        torch.set_grad_enabled(self._grad)  # grad mode is per thread, and the model may have set its own
         try:
             self.index, self.args, self.kwargs = self.switch(output) or (None, (), {})
         finally:
@@ -49,8 +49,8 @@ class PausedForward(greenlet):
             torch.set_grad_enabled(outer)
 
 
-def _pausing(index: int, forward: Callable) -> Callable:
-    """The forward of a block: it pauses a `PausedForward`, and runs as ever for anybody else."""
+def _pausable(index: int, forward: Callable) -> Callable:
+    """The forward of a block: pauses inside a `PausedForward`, runs normally elsewhere."""
 
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -63,13 +63,13 @@ def _pausing(index: int, forward: Callable) -> Callable:
 
 
 class LayerwiseForwards:
-    """The forwards of one model over several batches, all paused at the same block, `at` (None at the end).
+    """The forwards of one model over several batches, all paused at the same block, `current` (None at the end).
 
-    `call(batch)` calls the model. Blocks come to `device` when they are reached. `store` is where the arguments of a paused
-    forward wait (None: where they are). `restore(block)`, where given, gives a block its weights: those in `elsewhere` have
-    other weights than the model was loaded with, and any block's are dropped once it has been passed, for a visitor may have
-    changed them. Without it no visitor may change them, and they stay as they were.
-    A context manager: within, the blocks' own `forward` is replaced.
+    `call(batch)` calls the model. Each block is moved to `device` when it is reached. The arguments of paused forwards wait
+    on `store` (None: where they are). `restore(block)` loads a block's weights. With it, the caller may change weights: every
+    block's weights are dropped once it is passed, and the blocks in `dropped` start with dropped weights. Without it,
+    the caller must not change weights, and they stay loaded.
+    A context manager: inside, the blocks' `forward` is replaced.
     """
 
     def __init__(
@@ -81,37 +81,37 @@ class LayerwiseForwards:
         device: torch.device,
         store: torch.device | None = None,
         restore: Callable[[Block], None] | None = None,
-        elsewhere: Iterable[int] = (),
+        dropped: Iterable[int] = (),
     ) -> None:
         self.model, self.blocks, self.call, self.batches = model, blocks, call, list(batches)
         self.device, self.restore = device, restore
         self.store = None if store == device else store
-        self.at: Block | None = None
+        self.current: Block | None = None
         self.forwards: list[PausedForward] = []
-        self._parked: list[dict[int, TensorWeakRef]] = [{} for _ in self.batches]
+        self._offloaded: list[dict[int, TensorWeakRef]] = [{} for _ in self.batches]
         self._shared = shared_parameters(blocks)
-        self._dropped = set(elsewhere)
-        self._home: list[tuple[Tensor, Tensor]] = []  # tensors of the block at hand, and their data on the host
+        self._dropped = set(dropped)
+        self._host_data: list[tuple[Tensor, Tensor]] = []  # tensors of the current block, and their data on the host
 
     def __enter__(self) -> "LayerwiseForwards":
-        for tensor in outside(self.model, self.blocks):
+        for tensor in tensors_outside(self.model, self.blocks):
             tensor.data = tensor.data.to(self.device)
-        # the model's own call runs a block's hooks before it pauses and after it goes on, so here only forward is called
-        self._own = [block.module.forward for block in self.blocks]
-        for block, own in zip(self.blocks, self._own):
-            block.module.forward = _pausing(block.index, own)
+        # the model's own call runs a block's hooks before the pause and after the resume, so we call forward alone
+        self._original_forwards = [block.module.forward for block in self.blocks]
+        for block, original in zip(self.blocks, self._original_forwards):
+            block.module.forward = _pausable(block.index, original)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for block, own in zip(self.blocks, self._own):
+        for block, original in zip(self.blocks, self._original_forwards):
             del block.module.forward
-            if block.module.forward != own:  # an object's own, as accelerate's hooks set
-                block.module.forward = own
+            if block.module.forward != original:  # set on the instance, as accelerate's hooks do
+                block.module.forward = original
         outer = torch.is_grad_enabled()
         for forward in self.forwards:
-            if forward:  # paused: its frames would keep their tensors until they are collected
+            if forward:  # still paused: its frames would keep their tensors until garbage collection
                 forward.throw()
-        torch.set_grad_enabled(outer)  # as those that ended have left their own mode
+        torch.set_grad_enabled(outer)  # forwards that ended here left their own mode
         self.forwards = []
 
     @torch.no_grad()
@@ -120,112 +120,111 @@ class LayerwiseForwards:
         self.forwards = [PausedForward(functools.partial(self.call, batch.to(self.device))) for batch in self.batches]
         for i, forward in enumerate(self.forwards):
             forward.resume()
-            self._put_away(i)
-        self._arrive()
+            self._offload(i)
+        self._enter_block()
 
-    def try_on(self, i: int) -> Tensor:
-        """The hidden states that the block at hand gives for batch i. May be repeated, for it changes nothing: neither tensors
-        nor lists and dicts among its arguments. (An object of the model's own that a block changes would see it twice.)"""
-        self._bring_back(i)
+    def run_block(self, i: int) -> Tensor:
+        """Returns the hidden states of the current block for batch i, (B, T, D) for most models. Repeatable: tensors, lists
+        and dicts among the arguments stay unchanged (a custom object that the block mutates would be mutated twice)."""
+        self._load_back(i)
         forward = self.forwards[i]
-        # aliases: a gradient may need them when the originals have been put away
+        # detached aliases: backward may need them after the originals were offloaded
         args, kwargs = tree_map_only(Tensor, Tensor.detach, (forward.args, forward.kwargs))
-        kwargs = {k: copy.deepcopy(v) if isinstance(v, Cache) else v for k, v in kwargs.items()}  # XLM always has one
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        versions = [tensor._version for tensor in given]
+        # XLM always passes a cache
+        kwargs = {k: copy.deepcopy(v) if isinstance(v, Cache) else v for k, v in kwargs.items()}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        versions = [tensor._version for tensor in tensors]
         try:
-            return hidden_states(self._own[self.at.index](*args, **kwargs))
-        except StopIteration as error:  # Lightning would take it for the end of the data, and end the walk in silence
-            raise UserError(f"{self.at.name} raises StopIteration in its forward, which its code must not") from error
+            return hidden_states(self._original_forwards[self.current.index](*args, **kwargs))
+        except StopIteration as error:  # Lightning would take it for the end of the data and stop silently
+            raise UserError(f"{self.current.name} raises StopIteration in its forward: fix the model's code") from error
         finally:
-            self._put_away(i)
-            if versions != [tensor._version for tensor in given]:
-                raise UserError(f"{self.at.name} changes its inputs in place, so it cannot be tried before it is run")
+            self._offload(i)
+            if versions != [tensor._version for tensor in tensors]:
+                raise UserError(f"{self.current.name} changes its inputs in place, which is not supported")
 
     @torch.no_grad()
-    def advance(self, see: Callable[[int, Tensor], None] | None = None) -> Iterator[Any]:
-        """Runs the block at hand for good, and the model on to the next one; yields the results of forwards that end there.
+    def advance(self, on_output: Callable[[int, Tensor], None] | None = None) -> Iterator[Any]:
+        """Runs the current block and continues each model forward to the next one; yields the results of those that end.
 
-        `see` is given each batch's number and hidden states. The iterator must be exhausted.
+        Calls `on_output(batch number, hidden states)` for each batch. The iterator must be exhausted.
         """
         for i, forward in enumerate(self.forwards):
-            self._bring_back(i)
-            output = self._own[self.at.index](*forward.args, **forward.kwargs)
-            if see:
-                see(i, hidden_states(output))
+            self._load_back(i)
+            output = self._original_forwards[self.current.index](*forward.args, **forward.kwargs)
+            if on_output:
+                on_output(i, hidden_states(output))
             forward.args, forward.kwargs = (), {}
             forward.resume(output)
             del output
-            self._put_away(i)
+            self._offload(i)
             if forward.index is None:
                 yield forward.result
                 forward.result = None
-        self._leave()
-        self._arrive()
+        self._leave_block()
+        self._enter_block()
 
-    def results(self, reached: Callable[[Block], None] = lambda block: None) -> Iterator[Any]:
-        """What the model gives for each batch, in their order; `reached` hears of each block before it is run."""
+    def results(self, before_block: Callable[[Block], None] = lambda block: None) -> Iterator[Any]:
+        """The model's result for each batch, in order; calls `before_block(block)` before each block runs."""
         self.start()
-        while self.at is not None:
-            reached(self.at)
+        while self.current is not None:
+            before_block(self.current)
             yield from self.advance()
 
-    def _arrive(self) -> None:
+    def _enter_block(self) -> None:
         reached = {forward.index for forward in self.forwards}
         if len(reached) > 1:
             names = sorted("the end" if index is None else self.blocks[index].name for index in reached)
             raise UserError(
-                f"the batches take different ways through the model: one is at {names[0]}, one at {names[1]}"
+                f"the batches take different paths through the model: one is at {names[0]}, one at {names[1]}"
             )
         index = next(iter(reached), None)
-        self.at = None if index is None else self.blocks[index]
-        if self.at is None:
+        self.current = None if index is None else self.blocks[index]
+        if self.current is None:
             return
         if index in self._dropped:
-            self.restore(self.at)
+            self.restore(self.current)
             self._dropped.discard(index)
-        for tensor in self.at.tensors():
+        for tensor in self.current.tensors():
             if tensor.device != self.device:
-                self._home.append((tensor, tensor.data))
+                self._host_data.append((tensor, tensor.data))
                 tensor.data = tensor.data.to(self.device, non_blocking=True)
 
-    def _leave(self) -> None:
-        for tensor, home in self._home:
-            tensor.data = home
-        self._home = []
+    def _leave_block(self) -> None:
+        for tensor, host_data in self._host_data:
+            tensor.data = host_data
+        self._host_data = []
         if self.restore:
-            self._dropped.add(self.at.index)
-            for parameter in self.at.module.parameters():
+            self._dropped.add(self.current.index)
+            for parameter in self.current.module.parameters():
                 if id(parameter) not in self._shared:
                     parameter.data = torch.empty(0, dtype=parameter.dtype)
 
-    def _put_away(self, i: int) -> None:
-        """Moves what a paused forward holds to `store`: the arguments of its call, and those of earlier calls that the model
-        still refers to, such as the embeddings."""
+    def _offload(self, i: int) -> None:
+        """Moves what a paused forward holds to `store`: the pending arguments, and earlier ones that the model still
+        references, such as the embeddings."""
         if self.store is None:
             return
-        parked = {key: ref for key, ref in self._parked[i].items() if ref() is not None}
+        offloaded = {key: ref for key, ref in self._offloaded[i].items() if ref() is not None}
         for leaf in tree_leaves((self.forwards[i].args, self.forwards[i].kwargs)):
             if isinstance(leaf, Tensor) and leaf.numel() > SMALL:
-                parked[id(leaf)] = TensorWeakRef(leaf)
-        for ref in parked.values():
+                offloaded[id(leaf)] = TensorWeakRef(leaf)
+        for ref in offloaded.values():
             tensor = ref()
             if tensor.device != self.store:
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.store, pin_memory=tensor.is_cuda)
                 tensor.data = host.copy_(tensor.data, non_blocking=True)
-        self._parked[i] = parked
+        self._offloaded[i] = offloaded
 
-    def _bring_back(self, i: int) -> None:
-        for ref in self._parked[i].values():
+    def _load_back(self, i: int) -> None:
+        for ref in self._offloaded[i].values():
             if (tensor := ref()) is not None:
                 tensor.data = tensor.data.to(self.device, non_blocking=True)
 
 
 def hidden_states(output: Any) -> Tensor:
-    """The hidden states among what a block returns: the first tensor of it; `UserError` where none is found."""
+    """The hidden states in a block's output: its first tensor. Raises `UserError` if there is none."""
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor):
             return leaf
-    raise UserError(
-        f"the layers return a {type(output).__name__}, in which no tensor is found: return a tensor or a tuple"
-    )
+    raise UserError(f"the layers return a {type(output).__name__} without a tensor: return a tensor or a tuple")

@@ -1,4 +1,4 @@
-"""Owns which matrices of a block are pruned, and what stays dense and why: by structure, not by model name.
+"""Finds which matrices of a block are pruned and which parameters stay dense, by structure, not by model name.
 
 Shapes: E = experts, O = out_features, I = in_features.
 """
@@ -17,8 +17,8 @@ from pipeline.engine.coverage import OUTSIDE, Entry
 from pipeline.runtime.errors import UserError
 
 ROUTER = "router"
-PRODUCTS = (nn.Linear.forward, Conv1D.forward)  # a subclass with a forward of its own may compute anything
-# Parts of a path that say router, where the block holds experts. `gate_proj`, the gate of a gated MLP, is none of them.
+PRODUCTS = (nn.Linear.forward, Conv1D.forward)  # a subclass with its own forward may compute anything
+# Path components that mean "router" in a block with experts. `gate_proj`, the gate of a gated MLP, does not match.
 ROUTER_NAMES = re.compile(r"(^|\.)(\w*router\w*|gate|wg|\w*expert_gate|\w*topk_gat\w*|classifier)(\.|$)", re.IGNORECASE)
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_shared_experts", "num_routed_experts", "total_experts")
 
@@ -31,7 +31,7 @@ class Matrix:
     attribute: str = "weight"
     expert: int | None = None
     transposed: bool = False  # stored (in, out)
-    routed: bool = False  # belongs to an expert, which only some tokens reach
+    routed: bool = False  # belongs to an expert, so only some tokens reach it
 
     @property
     def parameter(self) -> Tensor:
@@ -39,19 +39,19 @@ class Matrix:
 
     @property
     def weight_OI(self) -> Tensor:
-        """The weight as (out, in), a view of what the module holds now."""
+        """The weight as (out, in), a view of the module's current one."""
         stored = self.parameter.data
         stored = stored if self.expert is None else stored[self.expert]
         return stored.T if self.transposed else stored
 
     def stored(self, tensor_OI: Tensor) -> Tensor:
-        """A tensor like the weight, oriented as it is stored."""
+        """Turns an (out, in) tensor into the orientation of the stored weight."""
         return tensor_OI.T if self.transposed else tensor_OI
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A parameter of two or more dimensions that is not pruned."""
+    """A parameter of two or more dimensions that stays dense."""
 
     parameter: Tensor
     reason: str
@@ -60,9 +60,9 @@ class Dense:
 def matrices(block: Block, blocks: list[Block]) -> dict[str, Matrix]:
     """The prunable matrices of a block by parameter name, such as `model.layers.0.mlp.experts.down_proj[3]` for expert 3.
 
-    A module that several blocks share belongs to the first of them.
+    A module that several blocks share belongs to the first of them. Raises `UserError` as `classify` does.
     """
-    return {name: entry for name, entry in classified(block, blocks).items() if isinstance(entry, Matrix)}
+    return {name: entry for name, entry in classify(block, blocks).items() if isinstance(entry, Matrix)}
 
 
 def matrices_of(model: nn.Module) -> dict[str, Matrix]:
@@ -71,18 +71,19 @@ def matrices_of(model: nn.Module) -> dict[str, Matrix]:
     return {name: matrix for block in blocks for name, matrix in matrices(block, blocks).items()}
 
 
-def classified(block: Block, blocks: list[Block]) -> dict[str, Matrix | Dense]:
-    """Each parameter of two or more dimensions of a block by name: as a `Matrix` (or one for each expert), or `Dense`."""
+def classify(block: Block, blocks: list[Block]) -> dict[str, Matrix | Dense]:
+    """All parameters of a block with two or more dimensions by name: a `Matrix` (one per expert) or `Dense`. Raises
+    `UserError` if one 2-D parameter holds the matrices of several experts."""
     earlier = {id(p) for other in blocks[: block.index] for p in other.module.parameters()}
     found: dict[str, Matrix | Dense] = {}
     experts = _experts(block.module)
     for path, module in block.module.named_modules():
-        in_experts = dict(fused(module))
+        in_experts = dict(fused_parameters(module))
         for attribute, parameter in module.named_parameters(recurse=False):
             is_vector = parameter.dim() < 2 or (parameter.squeeze().dim() < 2 and not is_matrix(module))
             if id(parameter) in earlier or is_vector or attribute.endswith("bias"):
                 continue
-            earlier.add(id(parameter))  # two modules of a block may share one
+            earlier.add(id(parameter))  # two modules of a block may share it
             name = ".".join(part for part in (block.name, path, attribute) if part)
             if attribute in in_experts:
                 transposed = _is_transposed(module, attribute, parameter)
@@ -90,24 +91,24 @@ def classified(block: Block, blocks: list[Block]) -> dict[str, Matrix | Dense]:
                     found[f"{name}[{expert}]"] = Matrix(module, attribute, expert, transposed, routed=True)
             elif _is_router(path, module, experts):
                 found[name] = Dense(parameter, ROUTER)
-            elif attribute == "weight" and is_plain_product(module):
+            elif attribute == "weight" and computes_linear(module):
                 routed = any(path.startswith(f"{place}.") for place in experts)
                 found[name] = Matrix(module, transposed=isinstance(module, Conv1D), routed=routed)
             elif "expert" in type(module).__name__.lower() and parameter.dim() == 2:
                 raise UserError(
-                    f"{type(module).__name__} is not understood: {name} holds the matrices of all its experts in one"
+                    f"{type(module).__name__} is not supported: {name} holds the matrices of all its experts in one"
                 )
             else:
                 found[name] = Dense(parameter, f"not a plain matrix product: {type(module).__name__}")
     return found
 
 
-def entries(model: nn.Module, blocks: list[Block]) -> dict[str, Entry]:
-    """What there is to cover, by name: in the blocks, and the matrices of the language model outside them but for its head.
-    To be asked before a walk, which drops the weights."""
+def coverage_entries(model: nn.Module, blocks: list[Block]) -> dict[str, Entry]:
+    """All that could be pruned, by name: parameters in the blocks, and the language model's matrices outside them, except
+    the head. Call it before a walk, which drops the weights."""
     found = {}
     for block in blocks:
-        for name, it in classified(block, blocks).items():
+        for name, it in classify(block, blocks).items():
             if isinstance(it, Matrix):
                 found[name] = Entry(block.name, it.weight_OI.numel(), None)
             else:
@@ -120,8 +121,8 @@ def entries(model: nn.Module, blocks: list[Block]) -> dict[str, Entry]:
     return found
 
 
-def fused(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The fused parameters of a module of experts, by attribute: (E, O, I), or (E, I, O) where stored transposed."""
+def fused_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The fused parameters of an experts module, by attribute: (E, O, I), or (E, I, O) if stored transposed."""
     counts = {getattr(module, name, None) for name in EXPERT_COUNTS}
     for name, parameter in module.named_parameters(recurse=False):
         known = hasattr(module, "is_transposed") or len(parameter) in counts
@@ -129,9 +130,9 @@ def fused(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-def is_plain_product(module: nn.Module) -> bool:
-    """Whether a module computes x W^T + b, as far as shapes tell where its class has a forward of its own (Falcon's Linear
-    does, DeepSeek V4's grouped one does not). `InputObserver` compares the numbers of such a class."""
+def computes_linear(module: nn.Module) -> bool:
+    """Whether a module computes x W^T + b. A class with its own forward is judged by its output shape (Falcon's Linear
+    passes, DeepSeek V4's grouped one does not); `InputObserver` later compares its numbers."""
     if type(module).forward in PRODUCTS:
         return True
     if not isinstance(module, nn.Linear):
@@ -141,15 +142,15 @@ def is_plain_product(module: nn.Module) -> bool:
         out = functional_call(
             module, on_meta, torch.empty(2, module.in_features, dtype=module.weight.dtype, device="meta")
         )
-    except Exception:  # of whatever the shapes do not suit
+    except Exception:  # whatever a forward raises on these shapes
         return False
     return out.shape == (2, module.out_features)
 
 
 def _is_transposed(module: nn.Module, attribute: str, parameter: Tensor) -> bool:
-    """Whether fused matrices are stored (E, I, O). The experts interface of transformers says so. Elsewhere the first
-    projection of an expert takes the hidden size and the last one gives it; where that tells nothing, they are stored as
-    a Linear's. `InputObserver` checks it against what is computed."""
+    """Whether fused matrices are stored (E, I, O). The experts interface of transformers says so. Otherwise we go by the
+    hidden size, which is the input of an expert's first projection and the output of its last; if that is ambiguous, they
+    are stored like a Linear. `InputObserver` checks the result against the actual products."""
     if hasattr(module, "is_transposed"):
         return module.is_transposed
     hidden, (rows, columns) = getattr(module, "hidden_size", None), parameter.shape[1:]
@@ -157,10 +158,10 @@ def _is_transposed(module: nn.Module, attribute: str, parameter: Tensor) -> bool
 
 
 def _experts(block: nn.Module) -> dict[str, int]:
-    """The paths of the modules that hold experts (fused, or a list of modules), and how many experts there are."""
+    """The paths of the modules that hold experts (fused, or a module list), and their number of experts."""
     found = {}
     for path, module in block.named_modules():
-        if parameters := dict(fused(module)):
+        if parameters := dict(fused_parameters(module)):
             found[path] = len(next(iter(parameters.values())))
         elif isinstance(module, nn.ModuleList) and path.rpartition(".")[2] == "experts":
             found[path] = len(module)
@@ -168,8 +169,8 @@ def _experts(block: nn.Module) -> dict[str, int]:
 
 
 def _is_router(path: str, module: nn.Module, experts: dict[str, int]) -> bool:
-    """A product that is called a router; or beside experts is called a gate, or has one output for each expert, or one
-    alone, as the gate of a shared expert."""
+    """Whether a module is named a router; or, next to experts, is named a gate, or has one output per expert, or a single
+    one, like the gate of a shared expert."""
     if "router" in path.rpartition(".")[2]:  # Gemma 3n has one without experts
         return True
     for place, count in experts.items():

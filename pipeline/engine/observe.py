@@ -1,4 +1,4 @@
-"""Owns how the inputs of a block's matrices are observed while calibration text flows through it.
+"""Sums statistics of the inputs of a block's matrices while calibration text flows through it.
 
 Shapes: N = tokens, I = in_features.
 """
@@ -17,43 +17,43 @@ from torch.overrides import TorchFunctionMode
 from pipeline.engine.matrices import PRODUCTS, Matrix
 from pipeline.runtime.errors import UserError
 
-SAMPLE = 64  # tokens kept of the first batch, to measure the output error on: a product with more would cost seconds
-PART = 1 << 18  # numbers that are summed at once on a CPU
-# products of an input with a weight, and the dimension of the weight that is summed over
+SAMPLE = 64  # tokens of the first batch kept to measure the output error; more would cost seconds
+PART = 1 << 18  # elements summed at once on a CPU
+# functions that multiply an input with a weight
 LINEAR = (F.linear,)
 MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm)
 PRODUCT_ARGUMENTS = ("input", "weight", "other", "mat2")
 
 
-class EveryInputSeen(Exception):
-    """Raised inside a block once each matrix has seen all its inputs: the rest of the block need not be computed."""
+class AllInputsSeen(Exception):
+    """Raised inside a block once each matrix has seen all its inputs, so that the rest of the block is not computed."""
 
 
 @dataclass
 class Observed:
-    """What was observed of a block. Matrices that are given the same tensor (q, k and v; gate and up) share one sum, kept
-    under the name of the first of them."""
+    """Statistics of one block. Matrices with the same input tensor (q, k and v; gate and up) share one sum, stored under the
+    name of the first of them, the key."""
 
-    shared_input_key: dict[str, str] = field(default_factory=dict)  # by matrix; one that was never called is not there
-    totals: dict[str, Tensor] = field(default_factory=dict)  # by key: the sum of `observe(input_NI)` in float64
+    shared_input_key: dict[str, str] = field(default_factory=dict)  # by matrix; without those that were never called
+    totals: dict[str, Tensor] = field(default_factory=dict)  # by key: the sum of `observe(input_NI)`, float64
     samples: dict[str, Tensor] = field(default_factory=dict)  # by key: the first inputs, (at most SAMPLE, I)
     tokens: Counter[str] = field(default_factory=Counter)  # by key
 
 
 class InputObserver:
-    """Sums `observe(input_NI)` over all inputs of each matrix. `within` a batch, the block is called as ever; it may end
-    early, by `EveryInputSeen`, which the batch swallows."""
+    """Sums `observe(input_NI)` over all inputs of each matrix. Call the block as usual inside `batch()`; it may end early
+    by `AllInputsSeen`, which `batch` catches."""
 
     def __init__(self, matrices: dict[str, Matrix], observe: Callable[[Tensor], Tensor]) -> None:
         self.matrices, self.observe = matrices, observe
         self.observed = Observed()
-        self._usual: Counter[str] | None = None  # calls of each matrix in the first batch, where no batch makes others
+        self._calls_per_batch: Counter[str] | None = None  # calls per matrix in a batch, if every batch makes the same
         self._linear = {name: matrix for name, matrix in matrices.items() if matrix.expert is None}
-        self._fused = _FusedProducts({n: m for n, m in matrices.items() if m.expert is not None}, self._see)
+        self._fused = _FusedProducts({n: m for n, m in matrices.items() if m.expert is not None}, self._record)
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """While one batch flows through the block."""
+        """Observes the block while one batch runs through it. Raises `UserError` if two matrices share only some inputs."""
         self._calls: Counter[str] = Counter()
         self._last: tuple[Tensor, int, str] | None = None
         with ExitStack() as stack:
@@ -62,27 +62,27 @@ class InputObserver:
                 if type(matrix.module).forward not in PRODUCTS and name not in self.observed.shared_input_key:
                     stack.callback(matrix.module.register_forward_hook(_check_product, with_kwargs=True).remove)
             if self._fused.matrices:
-                stack.enter_context(_expert_by_expert({m.module for m in self._fused.matrices.values()}))
+                stack.enter_context(_eager_experts({m.module for m in self._fused.matrices.values()}))
                 stack.enter_context(self._fused)
             try:
                 yield
-            except EveryInputSeen:
+            except AllInputsSeen:
                 pass
             finally:
                 self._last = None
         for name, key in self.observed.shared_input_key.items():
             if self._calls[name] and self._calls[name] != self._calls[key] and not self.matrices[name].routed:
-                raise UserError(f"{name} shares some of its inputs with {key}, and not all: that is not understood")
-        if self._usual is None and not any(matrix.routed for matrix in self.matrices.values()):
-            self._usual = self._calls
+                raise UserError(f"{name} shares some but not all of its inputs with {key}, which is not supported")
+        if self._calls_per_batch is None and not any(matrix.routed for matrix in self.matrices.values()):
+            self._calls_per_batch = self._calls
 
     def _hook(self, name: str) -> Callable:
-        def see(module: nn.Module, args: tuple, kwargs: dict) -> None:  # None, for a value would replace the inputs
-            self._see(name, _input(args, kwargs))
+        def record(module: nn.Module, args: tuple, kwargs: dict) -> None:  # returning a value would replace the inputs
+            self._record(name, _input(args, kwargs))
 
-        return see
+        return record
 
-    def _see(self, name: str, tensor: Tensor) -> None:
+    def _record(self, name: str, tensor: Tensor) -> None:
         found = self.observed
         if self._last is None or self._last[0] is not tensor or self._last[1] != tensor._version:
             self._last = (tensor, tensor._version, found.shared_input_key.setdefault(name, name))
@@ -90,27 +90,27 @@ class InputObserver:
         else:
             found.shared_input_key.setdefault(name, self._last[2])
         self._calls[name] += 1
-        if self._calls == self._usual:
-            raise EveryInputSeen
+        if self._calls == self._calls_per_batch:
+            raise AllInputsSeen
 
     def _add(self, key: str, input_NI: Tensor) -> None:
-        seen, found = self.observe(input_NI), self.observed
+        values, found = self.observe(input_NI), self.observed
         found.tokens[key] += len(input_NI)
         if key in found.totals:
-            _add_to(found.totals[key], seen)
+            _accumulate(found.totals[key], values)
         else:
-            found.totals[key] = seen.double().contiguous()
+            found.totals[key] = values.double().contiguous()
         if not len(found.samples.get(key, ())):
             found.samples[key] = input_NI[:SAMPLE].clone()
 
 
 class _FusedProducts(TorchFunctionMode):
-    """Sees each product of an input with a part of a fused parameter, however the module cuts the parameter: a part lies in
-    the parameter's memory, so its address tells the expert, and its strides along which dimension it is summed."""
+    """Sees each product of an input with a slice of a fused parameter, however the module slices it. The slice's address
+    gives the expert; its strides give the dimension that is summed."""
 
-    def __init__(self, matrices: dict[str, Matrix], see: Callable[[str, Tensor], None]) -> None:
+    def __init__(self, matrices: dict[str, Matrix], record: Callable[[str, Tensor], None]) -> None:
         super().__init__()
-        self.matrices, self.see = matrices, see
+        self.matrices, self.record = matrices, record
         self._names = {(m.module, m.attribute, m.expert): name for name, m in matrices.items()}
 
     def __enter__(self) -> "_FusedProducts":
@@ -120,10 +120,10 @@ class _FusedProducts(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in LINEAR or func in MATMUL:
             named = [*args, *(kwargs[key] for key in PRODUCT_ARGUMENTS if kwargs and key in kwargs)]
-            self._look_at(named[0], named[1], summed=-1 if func in LINEAR else -2)
+            self._record_product(named[0], named[1], summed=-1 if func in LINEAR else -2)
         return func(*args, **(kwargs or {}))
 
-    def _look_at(self, left: Tensor, weight: Tensor, summed: int) -> None:
+    def _record_product(self, left: Tensor, weight: Tensor, summed: int) -> None:
         for start, place in self._places.items():
             if 0 <= weight.data_ptr() - start < getattr(*place).nbytes:
                 break
@@ -131,7 +131,7 @@ class _FusedProducts(TorchFunctionMode):
             return
         matrix_size = getattr(*place)[0].numel()
         first = (weight.data_ptr() - start) // weight.element_size() // matrix_size
-        inputs = left if weight.dim() == 3 else [left]  # (E, N, I): all experts at once, tokens of others are zero
+        inputs = left if weight.dim() == 3 else [left]  # (E, N, I): all experts at once, other experts' tokens are zero
         for expert, input_NI in enumerate(inputs, start=first):
             name = self._names[*place, expert]
             matrix = self.matrices[name]
@@ -139,14 +139,14 @@ class _FusedProducts(TorchFunctionMode):
             if transposed != matrix.transposed or weight.shape[summed] != matrix.weight_OI.shape[1]:
                 stored = "(in, out)" if matrix.transposed else "(out, in)"
                 raise UserError(
-                    f"{name} is not understood: it was taken to be stored {stored}, and is multiplied otherwise"
+                    f"{name} is not supported: its weight looks stored {stored}, but is multiplied otherwise"
                 )
-            self.see(name, input_NI if weight.dim() == 2 else input_NI[input_NI.any(-1)])
+            self.record(name, input_NI if weight.dim() == 2 else input_NI[input_NI.any(-1)])
 
 
 @contextmanager
-def _expert_by_expert(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Each expert makes a product of its own within, in place of a grouped product of all."""
+def _eager_experts(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Makes each expert compute its own product, instead of one grouped product for all."""
     configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
     before = {key: getattr(config, "_experts_implementation", None) for key, config in configs.items()}
     for config in configs.values():
@@ -165,11 +165,11 @@ def _input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 def _check_product(module: nn.Linear, args: tuple, kwargs: dict[str, Any], out: Tensor) -> None:
     expected, given = F.linear(_input(args, kwargs), module.weight, module.bias), out.flatten(0, -2)
     if not torch.allclose(given, expected.flatten(0, -2), rtol=1e-2, atol=1e-2 * expected.abs().mean().item()):
-        raise UserError(f"{type(module).__name__} is not understood: it computes something else than a Linear")
+        raise UserError(f"{type(module).__name__} is not supported: it does not compute what a Linear does")
 
 
-def _add_to(total: Tensor, seen: Tensor) -> None:
-    """Part by part on a CPU, where fresh memory for all of `seen` in float64 takes five times as long as the sum."""
+def _accumulate(total: Tensor, values: Tensor) -> None:
+    """Chunked on a CPU: allocating all of `seen` in float64 takes five times as long as the sum."""
     length = PART if total.device.type == "cpu" else total.numel()
-    for sum_, part in zip(total.view(-1).split(length), seen.reshape(-1).split(length)):
+    for sum_, part in zip(total.view(-1).split(length), values.reshape(-1).split(length)):
         sum_ += part.double()

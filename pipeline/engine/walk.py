@@ -1,4 +1,4 @@
-"""Owns the walk over a model's blocks, in which a batch is a block; what is done to each is handed to `run_layerwise`."""
+"""The walk over a model's blocks: `Trainer.predict` with one block per batch; `run_layerwise` is given what to do with each."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,10 +23,10 @@ Visit = Callable[
 
 
 class LayerWalk(LightningModule):
-    """Owns a model's blocks, and the forwards of this rank's batches, which are paused at the block at hand.
+    """A model's blocks, and the paused forwards of this rank's calibration batches.
 
-    A block that an earlier try finished, as `files` knows, is given its weights. Without files nothing is written, and the
-    weights may not change.
+    With a `folder`, each block is written when it is done, and blocks that an earlier run finished are restored. Without one,
+    nothing is written and the weights must not change.
     """
 
     def __init__(
@@ -38,14 +38,15 @@ class LayerWalk(LightningModule):
         self.batches, self.store = batches, store
         self.tokens = sum(batch.numel() for batch in batches)
         self.files = BlockFiles(folder, model, self.blocks) if folder else None
-        self.forwards = self.forwards_of(model, self.files)
+        self.forwards = self.paused_forwards(model, self.files)
         self.visit: Visit = lambda walk, block: None
 
     def is_finished(self, block: Block) -> bool:
+        """Whether an earlier run finished the block."""
         return self.files is not None and self.files.is_finished(block)
 
-    def forwards_of(self, model: nn.Module, files: BlockFiles | None = None) -> LayerwiseForwards:
-        """Those of `model` over this rank's batches."""
+    def paused_forwards(self, model: nn.Module, files: BlockFiles | None = None) -> LayerwiseForwards:
+        """Paused forwards of `model` over this rank's batches."""
 
         def call(batch_BT: Tensor) -> None:
             model.base_model(input_ids=batch_BT, use_cache=False)
@@ -53,51 +54,52 @@ class LayerWalk(LightningModule):
         known = (files.restore, files.finished_before) if files else ()
         return LayerwiseForwards(model, find_blocks(model), call, self.batches, processes.device(), self.store, *known)
 
-    def reached(self) -> Iterator[Block]:
-        """The blocks in the order in which the model reaches them, each once. Between two of them, all batches run through
-        the block at hand as it is then, and through blocks that the model calls again. What follows the last is not run."""
-        left = {block.index for block in self.blocks}
-        self.begun = self.ended = 0
+    def blocks_in_order(self) -> Iterator[Block]:
+        """Yields each block once, in the order in which the model reaches them. Between two of them, all batches run through
+        the current block as it then is, and through blocks that repeat. Nothing runs after the last one."""
+        remaining = {block.index for block in self.blocks}
+        self.started = self.finished = 0
         self.forwards.start()
-        while left and (block := self.forwards.at) is not None:
-            if block.index in left:
-                self._check_owner(block, left)
-                left.discard(block.index)
-                self.begun += 1
+        while remaining and (block := self.forwards.current) is not None:
+            if block.index in remaining:
+                self._check_owner(block, remaining)
+                remaining.discard(block.index)
+                self.started += 1
                 yield block
-            if left:
+            if remaining:
                 for _ in self.forwards.advance():
                     pass
 
-    def _check_owner(self, block: Block, left: set[int]) -> None:
-        """Shared weights are pruned with the first block that holds them, so it must be the first that is reached, too."""
+    def _check_owner(self, block: Block, remaining: set[int]) -> None:
+        """Shared weights are pruned with the first block that holds them, so that block must be reached first."""
         own = set(map(id, block.module.parameters()))
         for other in self.blocks[: block.index]:
-            if other.index in left and own & set(map(id, other.module.parameters())):
+            if other.index in remaining and own & set(map(id, other.module.parameters())):
                 raise UserError(
-                    f"{block.name} is reached before {other.name}, with which it shares weights: not understood"
+                    f"{block.name} runs before {other.name}, with which it shares weights: this is not supported"
                 )
 
     def on_predict_batch_end(self, outputs, block: Block, number: int, dataloader_idx: int = 0) -> None:
-        self.ended += 1
+        self.finished += 1
 
     def predict_step(self, block: Block, number: int) -> BlockResult | None:
         return self.visit(self, block)
 
     @torch.no_grad()
     def observe(self, matrices: dict[str, Matrix], observe: Callable[[Tensor], Tensor]) -> Observed:
-        """What the matrices of the block at hand see, summed over all batches of all ranks, the same on each.
+        """Sums `observe(input_NI)` of each matrix of the current block over all batches and ranks; the same on each rank.
 
-        An expert that no token reached has a sum of nothing. A matrix that the model never calls, such as one that is read
-        by a kernel of its own, is not in `shared_input_key`.
+        An expert without tokens gets a sum over nothing. A matrix that is never called (for instance because a fused kernel
+        reads its weight) is absent from `shared_input_key`.
         """
         observer = InputObserver(matrices, observe)
         for i in range(len(self.batches)):
             with observer.batch():
-                self.forwards.try_on(i)
+                self.forwards.run_block(i)
         observed, known = observer.observed, {}
-        for of_rank in processes.all_ranks(observed.shared_input_key):  # an expert may be reached on some ranks alone
-            known = of_rank | known
+        # some ranks may have no token for an expert
+        for keys_of_rank in processes.all_ranks(observed.shared_input_key):
+            known = keys_of_rank | known
         routed = {name for name, matrix in matrices.items() if matrix.routed}
         if routed & known.keys():
             known |= {name: name for name in routed - known.keys()}
@@ -113,8 +115,8 @@ class LayerWalk(LightningModule):
         return observed
 
 
-class _Reached(IterableDataset):
-    """As long as there are blocks, so that Lightning fetches none ahead: the next one depends on what is done to the last."""
+class _BlocksInOrder(IterableDataset):
+    """The walk's blocks. Iterable, so that Lightning prefetches none: the next block depends on what was done to the last."""
 
     def __init__(self, walk: LayerWalk) -> None:
         self.walk = walk
@@ -123,22 +125,23 @@ class _Reached(IterableDataset):
         return len(self.walk.blocks)
 
     def __iter__(self) -> Iterator[Block]:
-        return self.walk.reached()
+        return self.walk.blocks_in_order()
 
 
 def run_layerwise(walk: LayerWalk, visit: Visit, callbacks: list[Callback]) -> None:
-    """Walks all blocks: each is handed to `visit`, and what that returns to the callbacks, as the outputs of a batch."""
+    """Calls `visit` on every block; what it returns, callbacks get as the outputs of a batch. Raises `UserError` if the walk
+    ends early."""
     walk.visit = visit
     trainer = Trainer(
         callbacks=callbacks,
-        inference_mode=False,  # else the weights become inference tensors, and a later fit of them dies
+        inference_mode=False,  # else the weights become inference tensors, which cannot be trained later
         logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,  # each layer says a line, also off a terminal
+        enable_progress_bar=False,  # callbacks print one line per layer, also without a terminal
         **processes.trainer_arguments(),
     )
     assert trainer.world_size == processes.world_size()
     with walk.forwards:
-        trainer.predict(walk, DataLoader(_Reached(walk), batch_size=None), return_predictions=False)
-    if walk.ended != walk.begun:  # a StopIteration of whatever code: Lightning takes it for the end of the data
-        raise UserError(f"the walk ended in the midst of layer {walk.begun}: something in it raised StopIteration")
+        trainer.predict(walk, DataLoader(_BlocksInOrder(walk), batch_size=None), return_predictions=False)
+    if walk.finished != walk.started:  # Lightning takes any StopIteration for the end of the data
+        raise UserError(f"the walk stopped at layer {walk.started}: code that it calls raised StopIteration")

@@ -1,1 +1,1 @@
-"""Perplexity, zero-shot tasks and continuations, with the errors of their differences."""
+"""Evaluation: perplexity, zero-shot tasks, continuations, and paired errors of their differences."""

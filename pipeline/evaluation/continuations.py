@@ -1,4 +1,4 @@
-"""Owns the sample continuations: prompts from held-out text, and what a model makes of them."""
+"""Sample continuations: prompts from held-out text, and what a model generates from them."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ from pipeline.data import chat, special_tokens
 from pipeline.models import loading
 from pipeline.runtime.errors import UserError
 
-WORDS = 24  # of a prompt; a text of twice as many is long enough to begin with
-SCAN = 1000  # texts looked at for one prompt
+WORDS = 24  # per prompt; a text with twice as many is long enough
+SCAN = 1000  # texts to search for one prompt
 
 
 def prompts(rows: Dataset, tokenizer: Any, count: int, room: int) -> list[str]:
-    """The beginnings of `count` texts, spread evenly over `rows`: their first 24 words, or half of shorter texts.
+    """The first 24 words of `count` texts spread evenly over `rows`, or half of shorter texts.
 
-    Each is of at most `room` tokens. Rows of `input_ids` are decoded, of a conversation its first turn is taken. Equal
-    beginnings are told once.
+    Each has at most `room` tokens. Rows of `input_ids` are decoded; of a conversation the first turn is used. Duplicates are
+    dropped.
     """
     found = []
     for number in range(count):
@@ -40,12 +40,12 @@ def prompts(rows: Dataset, tokenizer: Any, count: int, room: int) -> list[str]:
 
 @torch.no_grad()
 def continuations(model: nn.Module, tokenizer: Any, prompts: list[str], tokens: int) -> list[str]:
-    """What the model writes after each prompt, greedily, up to `tokens` tokens or its end of text.
+    """Generates greedily after each prompt, up to `tokens` tokens or the end of text.
 
-    One prompt at a time, since padding would change the numbers. Raises `UserError` where a prompt fills all positions.
+    One prompt at a time, since padding would change the numbers. Raises `UserError` if a prompt fills all positions.
     """
     positions = loading.positions(model.config)
-    own = model.generation_config
+    generation = model.generation_config
     tokenizer, _ = special_tokens.for_questions(tokenizer, model.config)
     found = []
     for prompt in prompts:
@@ -56,11 +56,11 @@ def continuations(model: nn.Module, tokenizer: Any, prompts: list[str], tokens: 
         settings = GenerationConfig(
             do_sample=False,
             max_new_tokens=min(tokens, positions - length) if positions else tokens,
-            eos_token_id=own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id,
-            pad_token_id=0,  # of a single prompt nothing is padded, but generate warns without one
+            eos_token_id=generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id,
+            pad_token_id=0,  # unused for a single prompt, but generate warns without it
         )
         out_1T = model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=settings)
-        # what is decoded alone would lose the space before its first word
-        told, prompt_told = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (out_1T[0], ids_1T[0]))
-        found.append(told[len(prompt_told) :])
+        # decoding the new tokens alone would drop the space before the first word
+        text, prompt_text = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (out_1T[0], ids_1T[0]))
+        found.append(text[len(prompt_text) :])
     return found

@@ -1,4 +1,4 @@
-"""Owns what is measured of one model, and what of it is kept in `<runs>/.measured/`, by model and settings."""
+"""Measures a model (perplexity, tasks, continuations) and caches the results in `<runs>/.measured/` by model and settings."""
 
 import functools
 import sys
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.data import sources, special_tokens, token_windows
 from pipeline.evaluation import continuations, paired
-from pipeline.evaluation.perplexity import perplexity, streamed, whole, window_losses, windows
+from pipeline.evaluation.perplexity import full_logits, perplexity, streamed_logits, window_losses, windows
 from pipeline.evaluation.tasks import identity
 from pipeline.evaluation.zero_shot import zero_shot
 from pipeline.models import loading, model_files, placement
@@ -22,67 +22,72 @@ from pipeline.runtime import files, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 
-FORM = 2  # of what is kept; another form is measured anew
-EVERY = 30  # seconds between two lines that say how far a long measurement is
+FORM = 2  # version of the cache format
+EVERY = 30  # seconds between progress lines
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model folder, and the adapter that is kept apart from its weights, where there is one."""
+    """A model folder, and its adapter if that is kept separate from the weights."""
 
     name: str  # dense, pruned, ...
     folder: Path
     adapter: Path | None = None
 
     def load(self, recipe: Recipe, **where: Any) -> nn.Module:
+        """The model with its adapter, in evaluation mode. `where`: see `loading.load`."""
         model = loading.load(self.folder, recipe, **where)
         return PeftModel.from_pretrained(model, self.adapter).get_base_model().eval() if self.adapter else model
 
     def identity(self) -> str:
-        known_as = model_files.identity(self.folder)
-        return files.digest([known_as, files.fingerprint(self.adapter.iterdir())]) if self.adapter else known_as
+        """A hash of the model folder and the adapter."""
+        identity_hash = model_files.identity(self.folder)
+        return (
+            files.digest([identity_hash, files.fingerprint(self.adapter.iterdir())]) if self.adapter else identity_hash
+        )
 
 
 def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str, Any], dict[str, dict]]:
-    """What is measured of one model, and its single losses and answers as `paired.difference` takes them; `protocol` is
-    told what was read."""
+    """The measured numbers of a model, and its per-window losses and per-question answers for `paired.difference`. Adds to
+    `protocol` what was read. All ranks must call it."""
     settings, name = recipe.evaluate, subject.name
-    # each at its first use, since all may have been measured before
+    # created at first use: everything may be in the cache
     tokenizer = functools.cache(lambda: loading.tokenizer(subject.folder, recipe))
     where = functools.cache(lambda: placement.choose(settings.placement, lambda: subject.load(recipe)))
-    model = functools.cache(lambda: placement.resident(where(), functools.partial(subject.load, recipe)))
-    known_as = processes.from_main(subject.identity() if processes.is_main() else None)
-    about_model = {"model": known_as, "dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation}
-    once = functools.partial(_once, Path(recipe.run_dir).parent / ".measured")
-    found: dict[str, Any] = {"hash": known_as, "perplexity": {}, "perplexity_stderr": {}, "zero_shot": {}}
+    model = functools.cache(lambda: placement.place(where(), functools.partial(subject.load, recipe)))
+    identity_hash = processes.from_main(subject.identity() if processes.is_main() else None)
+    model_key = {"model": identity_hash, "dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation}
+    cached = functools.partial(_cached, Path(recipe.run_dir).parent / ".measured")
+    found: dict[str, Any] = {"hash": identity_hash, "perplexity": {}, "perplexity_stderr": {}, "zero_shot": {}}
     losses: dict[str, list[float]] = {}
     correct: dict[str, list[float]] = {}
 
     for spec, source in zip(settings.perplexity, sources.of_stage(recipe, "evaluate"), strict=True):
 
         def measure_losses(spec=spec, source=source) -> list[float]:
-            tell = _at_times(f"  {name}: perplexity on {spec}, ")
+            report = _progress_printer(f"  {name}: perplexity on {spec}, ")
             bos = special_tokens.bos(tokenizer()) if settings.bos else None
             ids = token_windows.joined(source, tokenizer(), settings.seq_len)
             windows_NT = windows(ids, settings.seq_len, settings.windows, bos)
             if where() == "stream":
                 layerwise = subject.load(recipe)
                 loading.check_vocabulary(layerwise.config, windows_NT, source)
-                logits = streamed(layerwise, processes.device(), tell)
-                at_once = placement.number(settings.batch_size)
+                logits = streamed_logits(layerwise, processes.device(), report)
+                at_once = placement.batch_number(settings.batch_size)
             else:
                 loading.check_vocabulary(model().config, windows_NT, source)
-                logits = whole(model())
-                at_once = placement.windows_at_once(settings.batch_size, logits, windows_NT)
-            share = (processes.rank(), processes.world_size(), _all_sum)
-            return window_losses(logits, windows_NT, at_once, *share, tell).tolist()
+                logits = full_logits(model())
+                at_once = placement.find_batch_size(settings.batch_size, logits, windows_NT)
+            ranks = (processes.rank(), processes.world_size(), _all_sum)
+            return window_losses(logits, windows_NT, at_once, *ranks, report).tolist()
 
-        about = about_model | {"text": str(source), "data": sources.identity(source), "seq_len": settings.seq_len}
-        about |= {key: value for key in ("column", "windows", "bos") if (value := getattr(settings, key))}
-        losses[spec] = once(about, measure_losses)
+        cache_key = model_key | {"text": str(source), "data": sources.identity(source), "seq_len": settings.seq_len}
+        cache_key |= {key: value for key in ("column", "windows", "bos") if (value := getattr(settings, key))}
+        losses[spec] = cached(cache_key, measure_losses)
         found["perplexity"][spec] = value = perplexity(torch.tensor(losses[spec], dtype=torch.float64))
         if (error := paired.standard_error(losses[spec])) is not None:
-            found["perplexity_stderr"][spec] = value * error  # the error of exp(x) is exp(x) times that of x
+            # delta method: the error of exp(x) is exp(x) times that of x
+            found["perplexity_stderr"][spec] = value * error
         protocol["datasets"][spec] = (
             f"{source}, {'the first ' if settings.windows else ''}{len(losses[spec])} windows of {settings.seq_len} tokens"
         )
@@ -98,41 +103,50 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
                 tokenizer(),
                 [task],
                 recipe.mirror,
-                settings.batch_size if processes.device().type == "cuda" else placement.number(settings.batch_size),
+                settings.batch_size
+                if processes.device().type == "cuda"
+                else placement.batch_number(settings.batch_size),
                 settings.limit,
                 settings.fewshot,
                 processes.rank(),
                 processes.world_size(),
-                _at_times(f"  {name}: {task}, "),
+                _progress_printer(f"  {name}: {task}, "),
             )
 
-        asked = processes.from_main(identity(task, recipe.mirror, settings.fewshot) if processes.is_main() else None)
-        about = about_model | {"task": task, "asked": asked, "limit": settings.limit, "fewshot": settings.fewshot}
-        scores, answers = once(about, measure_task)
+        task_identity = processes.from_main(
+            identity(task, recipe.mirror, settings.fewshot) if processes.is_main() else None
+        )
+        cache_key = model_key | {
+            "task": task,
+            "asked": task_identity,
+            "limit": settings.limit,
+            "fewshot": settings.fewshot,
+        }
+        scores, answers = cached(cache_key, measure_task)
         found["zero_shot"] |= scores
         correct |= answers
         for entry, numbers in scores.items():
-            shown = ", ".join(f"{key} {value:.3f}" for key, value in numbers.items() if "stderr" not in key)
-            processes.say(f"  {name}: {entry} {shown}")
+            text = ", ".join(f"{key} {value:.3f}" for key, value in numbers.items() if "stderr" not in key)
+            processes.say(f"  {name}: {entry} {text}")
     accuracies = [scores["acc"] for scores in found["zero_shot"].values() if "acc" in scores]
     if accuracies:
         found["zero_shot_mean"] = sum(accuracies) / len(accuracies)
 
     def measure_continuations() -> list[str] | None:
-        where()  # which all ranks settle together
+        where()  # all ranks decide the placement together
         if processes.is_main():
             return continuations.continuations(model(), tokenizer(), protocol["prompts"], settings.continuation_tokens)
 
     if protocol["prompts"]:
-        about = about_model | {"prompts": protocol["prompts"], "tokens": settings.continuation_tokens}
-        found["continuations"] = processes.from_main(once(about, measure_continuations))
+        cache_key = model_key | {"prompts": protocol["prompts"], "tokens": settings.continuation_tokens}
+        found["continuations"] = processes.from_main(cached(cache_key, measure_continuations))
     return found, {"losses": losses, "correct": correct}
 
 
-def _once(cache: Path, about: dict, find: Callable[[], Any]) -> Any:
-    """What was measured before under the same key, else what `find` finds now; the same on all ranks."""
-    about = about | {"form": FORM}
-    path = cache / f"{files.digest(about)}.json"
+def _cached(cache: Path, key: dict, find: Callable[[], Any]) -> Any:
+    """The cached measurement, or the result of `find`, which is then cached; the same on all ranks."""
+    key = key | {"form": FORM}
+    path = cache / f"{files.digest(key)}.json"
     before = processes.from_main(files.read_json(path))
     if before is not None:
         return before["measured"]
@@ -140,25 +154,25 @@ def _once(cache: Path, about: dict, find: Callable[[], Any]) -> Any:
         measured = find()
     except torch.OutOfMemoryError as error:
         raise UserError(
-            "the GPU's memory is too small: set evaluate.batch_size=1 or evaluate.batch_size=auto, or "
+            "the GPU has too little memory: set evaluate.batch_size=1 or evaluate.batch_size=auto, or "
             f"evaluate.placement=stream ({str(error).splitlines()[0]})"
         ) from error
     if processes.is_main():
-        files.write_json(path, {"about": about, "measured": measured})
+        files.write_json(path, {"about": key, "measured": measured})
     return measured
 
 
-def _at_times(beginning: str) -> Callable[[str], None]:
-    """Says how far it is, on rank 0, at most once in `EVERY` seconds."""
-    last, out = time.monotonic(), sys.stdout  # which is turned away while lm-eval runs
+def _progress_printer(beginning: str) -> Callable[[str], None]:
+    """Prints progress on rank 0, at most every `EVERY` seconds."""
+    last, out = time.monotonic(), sys.stdout  # kept, as lm-eval's output is redirected
 
-    def tell(text: str) -> None:
+    def report(text: str) -> None:
         nonlocal last
         if processes.is_main() and time.monotonic() - last > EVERY:
             last = time.monotonic()
             print(beginning + text, file=out, flush=True)
 
-    return tell
+    return report
 
 
 def _all_sum(loss_N: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Owns the comparison of two models on the same windows and questions: mean differences and their paired errors.
+"""Compares two models on the same windows and questions: mean differences and their paired standard errors.
 
-Most of the spread of a loss or an answer is the text's, and the same for both models, so the error of the difference is
-far smaller than the errors of the two numbers let think.
+Most of the variance of a loss or an answer comes from the text and is shared, so the error of the difference is far
+smaller than the two models' errors suggest.
 """
 
 import math
@@ -10,16 +10,15 @@ from typing import Any
 
 
 def standard_error(values: list[float]) -> float | None:
-    """Of the mean of `values`; None of a single one."""
+    """The standard error of the mean of `values`; None for a single value."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """What `evaluate` lists of one model against another: {"perplexity": {data set: {"log", "stderr"}}, "zero_shot":
-    {task: {"acc", "stderr"}}}.
+    """The differences ours - theirs: {"perplexity": {data set: {"log", "stderr"}}, "zero_shot": {task: {"acc", "stderr"}}}.
 
     `ours` and `theirs` are {"losses": {data set: [loss of each window]}, "correct": {task: [0 or 1 for each question]}}.
-    What only one model has, or what is known of a single window or question, is left out.
+    Entries that only one model has, and those with a single value, are left out.
     """
     return {
         "perplexity": _means(ours["losses"], theirs["losses"], "log"),

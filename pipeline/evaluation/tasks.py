@@ -1,4 +1,4 @@
-"""Owns where an lm-eval task is defined and where its data is: names -> what lm-eval loads, from mirror or hub."""
+"""Locates lm-eval tasks and their data: task names -> definitions that lm-eval loads, with data from mirror or hub."""
 
 import copy
 import functools
@@ -17,19 +17,19 @@ import yaml
 from pipeline.runtime import caches, files
 from pipeline.runtime.errors import UserError
 
-# a dataset_path among these reads the files that the task itself names; any other is a repository of the hub
+# these dataset_paths read files that the task names; any other is a hub repository
 LOCAL_FORMATS = ("arrow", "csv", "json", "parquet", "text")
 DEFINITION = re.compile(rb"""^["']?(?:task|group)["']?:[ \t]*["']?([^\s"'#\[\]]+)""", re.MULTILINE)
-FEWSHOT_SEED = 1234  # lm-eval's own default
+FEWSHOT_SEED = 1234  # lm-eval's default
 
 
 def check_tasks(names: list[str], mirror: str | None = None, fewshot: int = 0) -> None:
-    """Raises `UserError` where a task is unknown or its data is not in the mirror. Reads no data; a second or two."""
+    """Raises `UserError` if a task is unknown or its data is missing in the mirror. Reads no data; takes a second or two."""
     _plan(names, mirror, fewshot)
 
 
 def identity(name: str, mirror: str | None = None, fewshot: int = 0) -> str:
-    """Changes when what a task asks does: lm-eval's version, the task's definition, its data where that is local."""
+    """Changes with what a task asks: lm-eval's version, the task's definition, and its data if that is local."""
     from pipeline.data import world
 
     _, definitions = _plan([name], mirror, fewshot)
@@ -43,7 +43,7 @@ def identity(name: str, mirror: str | None = None, fewshot: int = 0) -> str:
 
 
 def hub_data(names: list[str]) -> dict[str, str]:
-    """{task: the hub's data set that it reads}, of those that read one."""
+    """{task: hub data set} for the tasks that read one."""
     entries: dict[str, Any] = {}
     _plan(names, None, 0, entries)
     read = {name: (entry.cfg or {}).get("dataset_path") for name, entry in entries.items()}
@@ -51,11 +51,11 @@ def hub_data(names: list[str]) -> dict[str, str]:
 
 
 def load_tasks(names: list[str], mirror: str | None = None, fewshot: int = 0) -> dict:
-    """lm-eval's tasks and groups, with their data, as `lm_eval.evaluate` takes them.
+    """lm-eval's task and group objects with their data, for `lm_eval.evaluate`.
 
-    A name is one of `pipeline.data.world.TASKS`, an lm-eval task, group or tag, a .yaml file, or a folder of them (written
-    with a slash, such as ./tasks). With a mirror (<org>/<name>/<config>/<split>-*.parquet), every task reads its data
-    there and nothing is downloaded. `fewshot` examples precede a question, except in tasks that fix their number at 0.
+    A name is one of `pipeline.data.world.TASKS`, an lm-eval task, group or tag, a .yaml file, or a folder of them (with a
+    slash, such as ./tasks). With a mirror (<org>/<name>/<config>/<split>-*.parquet), all data is read there and nothing is
+    downloaded. `fewshot` is the number of examples, except for tasks that fix it at 0. Raises `UserError` if loading fails.
     """
     from lm_eval.tasks import TaskManager
 
@@ -63,12 +63,12 @@ def load_tasks(names: list[str], mirror: str | None = None, fewshot: int = 0) ->
     with tempfile.TemporaryDirectory() as folder:
         for number, definition in enumerate(copy.deepcopy(definitions)):
             data_files = definition.get("dataset_kwargs", {}).get("data_files", {})
-            for split, paths in data_files.items():  # which datasets would take for patterns
+            for split, paths in data_files.items():  # datasets would treat the paths as glob patterns
                 data_files[split] = list(map(glob.escape, paths))
             Path(folder, f"{number}.yaml").write_text(yaml.safe_dump(definition))
         try:
             loaded = TaskManager(include_path=folder, include_defaults=False).load(wanted)
-        except Exception as error:  # lm-eval, datasets, pyarrow and the hub each have their own
+        except Exception as error:  # lm-eval, datasets, pyarrow and the hub raise their own types
             if cache := caches.problem(error):
                 raise UserError(cache) from error
             reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -83,10 +83,10 @@ def load_tasks(names: list[str], mirror: str | None = None, fewshot: int = 0) ->
 def _plan(
     names: list[str], mirror: str | None, fewshot: int, entries: dict[str, Any] | None = None
 ) -> tuple[list[str | dict], list[dict]]:
-    """What lm-eval is to load, and the definitions (its YAML, as data) of all tasks and groups that this stands for.
+    """What lm-eval should load, and the definitions (YAML as dicts) of all tasks and groups behind it.
 
-    A definition includes lm-eval's own file and changes only where the data is: the way that lm-eval documents. `entries`
-    is filled with lm-eval's own, by name.
+    A definition includes lm-eval's own file and overrides only where the data is, which lm-eval documents. `entries`
+    collects lm-eval's index entries by name.
     """
     from pipeline.data.world import TASKS
 
@@ -100,21 +100,21 @@ def _plan(
         else:
             wanted.append(name)
             _add_packaged(name, entries)
-    on_disk = [entry for entry in entries.values() if entry.yaml_path]  # a tag has none: its tasks carry it
+    on_disk = [entry for entry in entries.values() if entry.yaml_path]  # a tag has no file, but its tasks do
     return wanted, [{"include": str(entry.yaml_path), **_data(entry, entries, mirror, fewshot)} for entry in on_disk]
 
 
 def _add_own(path: Path, entries: dict[str, Any]) -> list[str]:
-    """The names of the tasks in a user's file or folder; adds their entries, and those of a group's members."""
+    """The names of the tasks in a user's file or folder. Adds the index entries of these tasks and of a group's members."""
     if not path.exists():
-        raise UserError(f"no task at {path}: name an lm-eval task, its .yaml file, or a folder of such files")
+        raise UserError(f"no task at {path}: set an lm-eval task, its .yaml file, or a folder of such files")
     index = _index(path if path.is_dir() else path.parent)
     if path.is_dir():
         chosen = [name for name, entry in index.items() if entry.kind.name in ("TASK", "PY_TASK")]
     else:
         chosen = [name for name, entry in index.items() if entry.yaml_path and entry.yaml_path.resolve() == path]
     if not chosen:
-        raise UserError(f"no lm-eval task in {path}: it should hold a line `task: <name>`")
+        raise UserError(f"no lm-eval task in {path}: it needs a line `task: <name>`")
     for name in chosen:
         if not _collect(name, index, entries):
             _collect(name, {**_index(), **index}, entries)
@@ -122,7 +122,7 @@ def _add_own(path: Path, entries: dict[str, Any]) -> list[str]:
 
 
 def _add_packaged(name: str, entries: dict[str, Any]) -> None:
-    """Adds the entries of one of lm-eval's tasks, or of a group or tag and its members."""
+    """Adds the index entries of an lm-eval task, or of a group or tag and its members."""
     from pipeline.data.world import TASKS
 
     definitions = _definitions()
@@ -130,13 +130,13 @@ def _add_packaged(name: str, entries: dict[str, Any]) -> None:
         return
     if not _collect(name, _index(), entries) and name not in _index():  # a tag, or a group with members elsewhere
         close = get_close_matches(name, [*TASKS, *definitions], n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else "`lm_eval ls tasks` lists what there is"
+        hint = f"did you mean {', '.join(close)}?" if close else "`lm_eval ls tasks` lists all tasks"
         raise UserError(f"unknown task '{name}': {hint}")
 
 
 @functools.lru_cache
 def _definitions() -> dict[str, Path]:
-    """{task or group: its file} of the installed lm-eval, read with one regular expression.
+    """{task or group: its file} of the installed lm-eval, found with one regular expression.
 
     lm-eval's own index parses the YAML of its 14,000 files, 5 to 10 s; this takes 0.2 s (2 s from a cold disk). In
     0.4.13 both name the same file for all tasks and groups; tags are left out. As there, the first of a name counts.
@@ -155,14 +155,14 @@ def _definitions() -> dict[str, Path]:
 
 @functools.lru_cache
 def _index(folder: Path | None = None) -> dict[str, Any]:
-    """lm-eval's index of a folder of task files, or of all that are installed (slow)."""
+    """lm-eval's index of a folder of task files, or of all installed ones (slow)."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=folder, include_defaults=folder is None).task_index
 
 
 def _collect(name: str, index: dict[str, Any], entries: dict[str, Any]) -> bool:
-    """Adds the entry of `name` and those of its members; False where some are not in the index."""
+    """Adds the entries of `name` and its members; False if some are not in the index."""
     if name not in index:
         return False
     entries[name] = index[name]
@@ -178,26 +178,26 @@ def _members(entry: Any) -> list[str]:
 
 
 def _data(entry: Any, entries: dict[str, Any], mirror: str | None, fewshot: int) -> dict:
-    """The settings of a task that make lm-eval read its data from the mirror; {} where there is nothing to change."""
+    """The settings that make lm-eval read a task's data from the mirror; {} if nothing needs to change."""
     name, config = entry.name, entry.cfg
     if config.get("unsafe_code") or config.get("doc_to_image") or config.get("doc_to_audio"):
-        raise UserError(f"task '{name}' runs code that the model writes, or needs pictures or sound: leave it out")
+        raise UserError(f"task '{name}' runs code that the model writes, or needs pictures or sound: remove it")
     if mirror is None:
         return {}
     if entry.kind.name == "GROUP":
         if "'dataset_path'" in repr(config) or not all(member in entries for member in _members(entry)):
-            raise UserError(f"group '{name}' defines tasks in place, which a mirror cannot serve: name single tasks")
+            raise UserError(f"group '{name}' defines tasks inline, which a mirror cannot serve: set single tasks")
         return {}
     dataset, settings = config.get("dataset_path"), config.get("dataset_kwargs") or {}
     if dataset in LOCAL_FORMATS and "://" not in str(settings):
         return {}
     if not dataset or "class" in config or "custom_dataset" in config or settings.keys() & {"data_files", "data_dir"}:
-        raise UserError(f"task '{name}' fetches its data by code of its own, which a mirror cannot serve: leave it out")
+        raise UserError(f"task '{name}' loads its data with its own code, which a mirror cannot serve: remove it")
     changes: dict[str, Any] = {"dataset_path": "parquet", "dataset_name": None}
     splits = [config.get("test_split") or config.get("validation_split")]
     if fewshot and config.get("num_fewshot") != 0:
         splits += _fewshot_split(config)
-    else:  # lm-eval would read the training split, which a mirror need not hold, to draw no example from it
+    else:  # else lm-eval reads the training split, which a mirror may lack, only to draw no example from it
         changes |= {"training_split": None, "fewshot_split": None, "fewshot_config": {"samples": []}}
     folder = _folder(Path(mirror, dataset), config.get("dataset_name"))
     data_files = {split: _files(name, folder, split) for split in dict.fromkeys(splits) if split}
@@ -205,7 +205,7 @@ def _data(entry: Any, entries: dict[str, Any], mirror: str | None, fewshot: int)
 
 
 def _fewshot_split(config: dict) -> list[str | None]:
-    """Where lm-eval draws examples from: its `ConfigurableTask.fewshot_docs`."""
+    """The split that lm-eval draws examples from, as in its `ConfigurableTask.fewshot_docs`."""
     own = config.get("fewshot_config") or {}
     if not (own.get("split") or config.get("fewshot_split")) and own.get("samples"):
         return []
@@ -214,7 +214,7 @@ def _fewshot_split(config: dict) -> list[str | None]:
 
 
 def _folder(dataset: Path, config: str | None) -> Path:
-    """The folder of a dataset's configuration; where the task names none: `default`, or the only one there."""
+    """The folder of a dataset's configuration; if the task names none, `default` or the only one there is."""
     if config is None and not (dataset / "default").is_dir():
         folders = [path for path in dataset.glob("*") if path.is_dir()]
         if len(folders) == 1:
@@ -225,5 +225,5 @@ def _folder(dataset: Path, config: str | None) -> Path:
 def _files(task: str, folder: Path, split: str) -> list[str]:
     found = sorted(str(path) for path in folder.glob(f"{glob.escape(split)}-*.parquet"))
     if not found:
-        raise UserError(f"task '{task}': no {folder}/{split}-*.parquet in the mirror: add it, or leave the task out")
+        raise UserError(f"task '{task}': no {folder}/{split}-*.parquet in the mirror: add it, or remove the task")
     return found

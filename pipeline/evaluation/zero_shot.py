@@ -1,4 +1,4 @@
-"""Owns the zero-shot scores: lm-eval run on a model in memory, its questions shared out over the processes."""
+"""Zero-shot scores: runs lm-eval on a model in memory, with the questions split over the processes."""
 
 import contextlib
 import functools
@@ -18,8 +18,8 @@ import torch.distributed as dist
 from pipeline.data import special_tokens
 from pipeline.evaluation.tasks import load_tasks
 
-BOOTSTRAP = 1000  # draws for a metric without a closed-form standard error (F1, Matthews); that of a mean has one
-SEED, OTHER_SEED = 0, 1234  # lm-eval's own: Python's random, and numpy and torch
+BOOTSTRAP = 1000  # draws for metrics without a closed-form standard error (F1, Matthews)
+SEED, OTHER_SEED = 0, 1234  # lm-eval's defaults: Python's random; numpy and torch
 NOISE = re.compile("already-initialized|not of type `str`|num_fewshot|Custom kwargs|is defined, but")
 
 
@@ -33,23 +33,23 @@ def zero_shot(
     fewshot: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    tell: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[float]]]:
-    """({task: {"acc", "acc_stderr", "acc_norm", ...}}, {task: [the acc of each question]}) of a Hugging Face causal LM,
-    on the device it is on.
+    """({task: {"acc", "acc_stderr", "acc_norm", ...}}, {task: [acc of each question]}) of a Hugging Face causal LM on its
+    device.
 
-    `names`, `mirror` and `fewshot` as in `load_tasks`; `limit` is in questions per task; `batch_size` may be `auto`, by
-    trying. With world_size > 1 the questions are shared out over the ranks of the default process group, and every rank
-    returns the same. A group with an aggregate of its own (mmlu) is one entry, without its questions; any other group
-    or tag is replaced by its tasks. Every name is seeded on its own, so its scores do not depend on the others. What a
-    tokenizer lacks for this is mended (`special_tokens.for_questions`). `tell` hears how far this rank is.
+    `names`, `mirror` and `fewshot`: see `load_tasks`. `limit` is in questions per task; batch_size `auto` tries. With
+    world_size > 1 the questions are split over the ranks of the default process group, and every rank returns the same. A
+    group with its own aggregate (mmlu) is one entry without questions; any other group or tag is replaced by its tasks.
+    Every name is seeded separately, so scores do not depend on the other names. The tokenizer is fixed where needed
+    (`special_tokens.for_questions`). `report` gets the progress of this rank.
     """
     scores: dict[str, dict[str, float]] = {}
     correct: dict[str, list[float]] = {}
     with _quiet(rank):
         from lm_eval.evaluator import evaluate
 
-        lm = _language_model(model, tokenizer, batch_size, rank, world_size, tell)
+        lm = _language_model(model, tokenizer, batch_size, rank, world_size, report)
         for name in dict.fromkeys(names):
             random.seed(SEED)
             np.random.seed(OTHER_SEED)
@@ -68,7 +68,7 @@ def zero_shot(
 
 
 def _entries(tasks: dict) -> list[str]:
-    """The tasks, those of a group with an aggregate of its own being replaced by the group."""
+    """The tasks, with the tasks of an aggregated group replaced by the group."""
     groups = [group for group in tasks["groups"].values() if group.has_aggregation]
     inside = {member.name for group in groups for member in group.get_all_groups()}
     inside |= {member.task_name for group in groups for member in group.get_all_tasks()}
@@ -76,7 +76,7 @@ def _entries(tasks: dict) -> list[str]:
 
 
 def _numbers(result: dict[str, Any]) -> dict[str, float]:
-    """{"acc,none": 0.5, "alias": "arc_easy", ...} -> {"acc": 0.5}; filters other than the default stay named."""
+    """{"acc,none": 0.5, "alias": "arc_easy", ...} -> {"acc": 0.5}; non-default filters keep their name."""
     return {
         metric.removesuffix(",none"): float(value)
         for metric, value in result.items()
@@ -85,27 +85,33 @@ def _numbers(result: dict[str, Any]) -> dict[str, float]:
 
 
 def _language_model(
-    model: torch.nn.Module, tokenizer: Any, batch_size: int | str, rank: int, world_size: int, tell: Callable
+    model: torch.nn.Module, tokenizer: Any, batch_size: int | str, rank: int, world_size: int, report: Callable
 ) -> Any:
-    """lm-eval's wrapper of the model, which computes this rank's share of the answers and returns all.
+    """lm-eval's wrapper of the model, changed to compute only this rank's share of the answers and return all.
 
-    lm-eval's own sharding needs an Accelerator and private attributes for a model that is in memory, draws few-shot
-    examples on each rank that one process would not draw, and fails where a rank is left without a question. So every
-    rank prepares and scores all questions as if it were alone, and only the answers are computed in shares.
+    lm-eval's own sharding needs an Accelerator and private attributes for a model in memory, draws different few-shot
+    examples per rank, and fails if a rank gets no question. So every rank prepares and scores all questions, and only the
+    answers are computed in shares.
     """
     from lm_eval.models.huggingface import HFLM
 
-    asking, _ = special_tokens.for_questions(tokenizer, model.config)
-    lm = HFLM(pretrained=model, tokenizer=asking, batch_size=batch_size)
+    fixed_tokenizer, _ = special_tokens.for_questions(tokenizer, model.config)
+    lm = HFLM(pretrained=model, tokenizer=fixed_tokenizer, batch_size=batch_size)
     for method in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-        setattr(lm, method, functools.partial(_shared, getattr(lm, method), rank, world_size, model, tell))
+        setattr(lm, method, functools.partial(_shared, getattr(lm, method), rank, world_size, model, report))
     return lm
 
 
 def _shared(
-    answer: Callable, rank: int, world_size: int, model: Any, tell: Callable, requests: list, disable_tqdm: bool = False
+    answer: Callable,
+    rank: int,
+    world_size: int,
+    model: Any,
+    report: Callable,
+    requests: list,
+    disable_tqdm: bool = False,
 ) -> list:
-    """The answers to all requests, in their order, on every rank. The choices of a question stay together."""
+    """The answers to all requests, in order, on every rank. The choices of a question stay on one rank."""
     order = dict.fromkeys((request.task_name, request.doc_id) for request in requests)
     owner = {question: number % world_size for number, question in enumerate(order)}
     mine = [i for i, request in enumerate(requests) if owner[request.task_name, request.doc_id] == rank]
@@ -114,9 +120,9 @@ def _shared(
     def count(module: torch.nn.Module, arguments: Any, output: Any) -> None:
         nonlocal rows
         rows += len(output.logits)
-        # other requests take several rows for an answer, and a terminal shows lm-eval's own bar
+        # other requests take several rows per answer; a terminal shows lm-eval's own progress bar
         if requests[0].request_type == "loglikelihood" and not sys.stderr.isatty():
-            tell(f"{min(rows, len(mine))} of at most {len(mine)} answers")  # those of one token may share a row
+            report(f"{min(rows, len(mine))} of at most {len(mine)} answers")  # one-token answers may share a row
 
     counter = model.register_forward_hook(count)
     try:
@@ -132,8 +138,8 @@ def _shared(
 
 @contextlib.contextmanager
 def _quiet(rank: int) -> Iterator[None]:
-    """Lets through rank 0's warnings, each kind once, and, on a terminal, its progress bars and prints."""
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would bootstrap in forks: unsafe once CUDA is in use
+    """Passes on rank 0's warnings, each kind once, and on a terminal its progress bars and prints."""
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else lm-eval bootstraps in forks: unsafe once CUDA is in use
     kinds: set[str] = set()
 
     def matters(record: logging.LogRecord) -> bool:
@@ -145,7 +151,7 @@ def _quiet(rank: int) -> Iterator[None]:
         return True
 
     logger = logging.getLogger("lm_eval")
-    handler = logging.StreamHandler(sys.stderr)  # the true one, before it is redirected
+    handler = logging.StreamHandler(sys.stderr)  # the original stream, before it is redirected
     handler.addFilter(matters)
     propagate, logger.propagate = logger.propagate, False
     logger.addHandler(handler)

@@ -1,1 +1,1 @@
-"""Model folders: which class loads one, its files and names, quantised input, and how one is written."""
+"""Model folders: loading, dequantisation, file names, placement and rewriting."""

@@ -1,4 +1,4 @@
-"""Owns the choice of the class that loads a checkpoint: the one that its config.json names, if it is a language model."""
+"""Chooses the class that loads a checkpoint: the one that config.json names, if it is a language model."""
 
 import inspect
 from pathlib import Path
@@ -15,7 +15,7 @@ def _names(mapping: dict[str, Any]) -> set[str]:
     return {name for value in mapping.values() for name in ((value,) if isinstance(value, str) else value)}
 
 
-# multimodal ones hold a language model; only their own class loads the checkpoint whole
+# multimodal models contain a language model; only their own class loads the whole checkpoint
 LANGUAGE = {
     name.casefold(): name  # LLaMA's first checkpoints say LLaMAForCausalLM
     for name in _names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -24,14 +24,14 @@ LANGUAGE = {
 
 
 def model_class(folder: Path, config: PreTrainedConfig, own_code: bool) -> Any:
-    """A class of transformers with `from_pretrained` and `_from_config`; AutoModelForCausalLM where the model brings code
-    of its own, which `own_code` allows, or names no class that is known.
+    """The class to load a checkpoint with. AutoModelForCausalLM if config.json names no known class, or if the model brings
+    its own code and `own_code` allows it. All have `from_pretrained` and `_from_config` or `from_config`.
 
-    Raises `UserError` where the folder holds no causal language model.
+    Raises `UserError` if the folder holds no causal language model.
     """
     known = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and (own_code or not known):
-        return AutoModelForCausalLM  # which refuses such code where it is not allowed
+        return AutoModelForCausalLM  # refuses the code unless trust_remote_code is set
     named = (config.architectures or [""])[0]
     found = getattr(transformers, LANGUAGE.get(named.casefold(), ""), None)
     if found is not None and isinstance(config, found.config_class):
@@ -41,7 +41,7 @@ def model_class(folder: Path, config: PreTrainedConfig, own_code: bool) -> Any:
         if config.is_encoder_decoder and not named.endswith("ForCausalLM"):
             raise _refusal(folder, named, "an encoder-decoder, not a causal language model")
         if "input_ids" not in inputs or needed:
-            raise _refusal(folder, named, f"no model of text alone: it needs {needed[0] if needed else 'other inputs'}")
+            raise _refusal(folder, named, f"no text-only model: it needs {needed[0] if needed else 'other inputs'}")
         return found
     if known and (not named or named.endswith(("ForCausalLM", "LMHeadModel"))):
         return AutoModelForCausalLM
@@ -50,6 +50,6 @@ def model_class(folder: Path, config: PreTrainedConfig, own_code: bool) -> Any:
 
 def _refusal(folder: Path, named: str, why: str) -> UserError:
     return UserError(
-        f"{folder} holds a {named} (config.json), which is {why}: set model=... to a model whose class is a ...ForCausalLM "
-        "or a multimodal one that generates text"
+        f"{folder} holds a {named} (config.json), which is {why}: set model=... to a ...ForCausalLM, or a multimodal model "
+        "that generates text"
     )

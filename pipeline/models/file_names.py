@@ -1,8 +1,8 @@
-"""Owns the two sets of names: a parameter's in memory, and those of the tensors in the files that it is made of.
+"""Maps the names and shapes of parameters in memory to those of the tensors in a model's files, and back.
 
-transformers 5 converts as it loads: it renames, fuses `experts.0.up_proj.weight` and so on into one parameter, splits a
-fused projection. A file must have the names and the form that its input had, since other tools know no others. This is
-the only file that uses the internals of transformers by which that is done.
+transformers 5 converts while loading: it renames tensors, fuses `experts.0.up_proj.weight` and so on into one parameter, and
+splits fused projections. Our files keep the input's names and shapes, the only ones other tools know. Only this file
+uses the transformers internals for it.
 """
 
 import copy
@@ -28,46 +28,46 @@ try:
     from transformers.utils.loading_report import LoadStateDictInfo
 except ImportError as error:
     raise UserError(
-        f"this version of transformers converts names otherwise ({error}): install the pinned one"
+        f"this transformers version converts names differently ({error}): install the pinned one"
     ) from error
 
 State = dict[str, Tensor]
 
 
 def to_files(model: nn.Module, state: State) -> State:
-    """Tensors under their names in memory -> the same under the names, and in the form, of the files that `model` was
-    loaded from (of a model that was not loaded: of its family). `state`: any part that holds whole decoder layers."""
+    """Renames tensors from their names in memory to the names and shapes in the files that `model` was loaded from (or of
+    its family, if it was not loaded). `state` may be any part of the model that holds whole decoder layers."""
     return revert_weight_conversion(model, state)
 
 
 def converts(model: nn.Module) -> bool:
-    """Whether `to_files` changes anything."""
+    """Whether `to_files` changes any name or shape."""
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
     if any(isinstance(conversion, WeightConverter) for conversion in conversions):
-        return True  # which may keep the name and change the form
+        return True  # it may keep the name and change the shape
     state = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
     return to_files(model, state).keys() != state.keys()
 
 
-def remember(model: nn.Module, in_files: Iterable[str]) -> None:
-    """Makes `to_files` give the names of files that hold `in_files`, as if `model` had been loaded from them unquantised."""
+def set_file_names(model: nn.Module, in_files: Iterable[str]) -> None:
+    """Makes `to_files` give the names of files that hold `in_files`, as if `model` had been loaded from unquantised ones."""
     conversions = get_model_conversion_mapping(model)
     for _ in _renamed(model, conversions, in_files):
-        pass  # each conversion notes that it was used
+        pass  # each conversion records that it was used
     model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
 
 
-def saved(model: nn.Module) -> State:
-    """What belongs in the files, under its name in memory: no buffer that is not persistent, a tied weight once."""
+def saved_state(model: nn.Module) -> State:
+    """What a checkpoint of the model holds, by name in memory: no non-persistent buffer, each tied weight once."""
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
-    tied = ties(model)
+    tied = tied_names(model)
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied and name not in ignored}
 
 
-def ties(model: nn.Module) -> dict[str, str]:
-    """Second names of tied parameters -> the name to keep: the one that transformers expects, else the first."""
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Redundant names of tied parameters -> the name to keep: the one that transformers expects, else the first."""
     declared = getattr(model, "all_tied_weights_keys", None) or {}
     names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -80,23 +80,23 @@ def ties(model: nn.Module) -> dict[str, str]:
 
 
 def layer_of(name: str) -> str:
-    """The name up to its first number, which tells the layers of a model apart; "" outside them."""
+    """The layer part of a parameter's name (up to its first number), "" outside the layers."""
     found = re.match(r"(.*?\.\d+)\.", name)
     return found[1] if found else ""
 
 
 class FileNames:
-    """How the parameters and buffers of a model are made of the tensors in its files, layer by layer.
+    """Maps the tensors in a model's files to its parameters and buffers, layer by layer.
 
-    `model`: without weights; `shapes`: those of the tensors, by their names in the files. As after a load by transformers,
+    `model` needs no weights; `shapes` are the tensors' shapes by name in the files. As after a load by transformers,
     `missing`, `unexpected` (names) and `mismatched` (name, shape in the files, shape in the model) hold what does not fit.
     """
 
     def __init__(self, model: nn.Module, shapes: dict[str, Sequence[int]]) -> None:
         self.model, self.conversions = model, get_model_conversion_mapping(model)
         known = model.state_dict()
-        self.ties = ties(model)
-        self.sources: dict[str, list[tuple[str, str | None]]] = {}  # by the first name that they make; see _renamed
+        self.ties = tied_names(model)
+        self.sources: dict[str, list[tuple[str, str | None]]] = {}  # by the first name that they produce; see _renamed
         unexpected = set()
         for name, renamed, pattern in _renamed(model, self.conversions, shapes):
             if renamed in known:
@@ -124,8 +124,8 @@ class FileNames:
             self.layers.setdefault(layer_of(first), []).append(first)
 
     def read(self, layer: str, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Name in memory and tensor of each parameter and buffer of a layer, those of one conversion at a time. `read` gives
-        a tensor of the files, whose dtype stays. Of tied ones one is given, unless they differ: then they aren't tied."""
+        """Yields name in memory and tensor of each parameter and buffer of a layer, one conversion at a time. `read` returns
+        a tensor of the files; dtypes are kept. Tied tensors come once, unless they differ and so are not really tied."""
         for first in self.layers[layer]:
             for name, tensor in self._converted(first, read).items():
                 kept = self.ties.get(name, name)
@@ -148,8 +148,8 @@ class FileNames:
 def _renamed(
     model: nn.Module, conversions: list[WeightTransform], in_files: Iterable[str]
 ) -> Iterator[tuple[str, str, str | None]]:
-    """Name in the files, the (first) name in memory that is made of it, and the converter's pattern that makes it, if one
-    does: as `convert_and_load_state_dict_in_model` of transformers finds them, in its order."""
+    """Yields the name in the files, the (first) name in memory made from it, and the pattern of the converter that makes it,
+    if any: in the order and by the rules of transformers' `convert_and_load_state_dict_in_model`."""
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
     prefix, known = model.base_model_prefix, model.state_dict()

@@ -1,4 +1,4 @@
-"""Owns models: where one is, how it loads. What is in its folder: pipeline/models/model_files.py."""
+"""Locates models and loads them, with their tokenizer and configuration. The files themselves: models/model_files.py."""
 
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,21 @@ from pipeline.settings.schema import Recipe
 
 
 def dense_folder(recipe: Recipe, inputs: dict[str, Path]) -> Path:
-    """The folder of the dense model: what a pretrain stage made, a local folder, or a hub id's snapshot."""
+    """The folder of the dense model: the pretrain stage's, a local folder, or the snapshot of a hub id."""
     if "pretrain" in inputs:
         return inputs["pretrain"] / "model"
     return locate(recipe.model, recipe.revision)
 
 
 def locate(model: str, revision: str | None) -> Path:
-    """A local folder as it is; a hub id is downloaded once (rank by rank from the cache)."""
+    """A local folder as it is; a hub id is downloaded once. Raises `UserError` if there is no model."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             model_files.refuse_adapter(folder)
-            raise UserError(f"model={model} is not a model folder: it has no config.json")
+            raise UserError(f"model={model} has no config.json: set model=... to a model folder or a hub id")
         if not any(found for pattern in model_files.WEIGHTS for found in folder.glob(pattern)):
-            raise UserError(f"model={model} has no weights: *.safetensors or *.bin are needed")
+            raise UserError(f"model={model} has no weights: it needs *.safetensors or *.bin")
         return folder
     if model.startswith((".", "/", "~")):
         raise UserError(f"model={model}: no such folder")
@@ -52,18 +52,19 @@ def locate(model: str, revision: str | None) -> Path:
 
 
 def tokenizer(folder: Path, recipe: Recipe):
+    """The tokenizer in a model folder. Raises `UserError` if it is unusable."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
     except Exception as error:  # damaged files raise KeyError, AttributeError and more
-        config(folder, recipe)  # which the tokenizer is chosen by: what is wrong with it is told as such
+        config(folder, recipe)  # the tokenizer's class depends on it: report an unreadable config as such
         raise UserError(
             f"{folder} has no usable tokenizer: {model_files.problem(folder, error, '*token*.json')}: copy tokenizer.json and "
-            "tokenizer_config.json there from the model it was made of"
+            "tokenizer_config.json there from the original model"
         ) from error
 
 
 def config(folder: Path, recipe: Recipe) -> PreTrainedConfig:
-    """What `config.json` says, without the weights."""
+    """The model's config.json. Raises `UserError` if it is unreadable."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
     except Exception as error:
@@ -71,8 +72,8 @@ def config(folder: Path, recipe: Recipe) -> PreTrainedConfig:
 
 
 def skeleton(folder: Path, recipe: Recipe, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model's modules without their weights, in no time and memory; of its config.json's `dtype` if None."""
-    found = dequantize.forget(config(folder, recipe))
+    """The model on the meta device, without weights; in the dtype of its config.json if `dtype` is None."""
+    found = dequantize.drop_quantization(config(folder, recipe))
     dtype = dtype or found.dtype
     chosen = model_class(folder, found, recipe.trust_remote_code)
     try:
@@ -85,29 +86,29 @@ def skeleton(folder: Path, recipe: Recipe, dtype: torch.dtype | None = None) -> 
 
 
 def quantization(folder: Path) -> str | None:
-    """How the weights in a folder are quantised (fp8, mxfp4, int8, nf4, fp4), which `load` undoes; None: they are plain."""
+    """How the weights in a folder are quantised (fp8, mxfp4, int8, nf4, fp4), which `load` undoes; None if they are not."""
     return dequantize.method(folder)
 
 
 def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=None, **where: Any) -> nn.Module:
-    """The model on the CPU in evaluation mode, whole (of a multimodal one too) and in plain weights.
+    """The whole model (also a multimodal one) on the CPU, dequantised, in evaluation mode.
 
-    In the file's own dtype its weights are a lazy view of the files, which the ranks of a node share. `dtype` overrides the
-    recipe's; `quantization` quantises plain weights, see pipeline/recovery/quantization.py; `where` takes it elsewhere, by the
-    `device_map` and `max_memory` of transformers. Raises `UserError` where the files are not exactly such a model's.
+    In the files' own dtype its weights are a lazy view of the files, which the ranks of a node share. `dtype` overrides the
+    recipe's. `quantization` quantises plain weights (see recovery/quantization.py). `where` is passed on to place the model:
+    `device_map` and `max_memory` of transformers. Raises `UserError` if the files do not hold exactly this model's weights.
     """
     dtype, found, quantized = dtype or recipe.dtype, config(folder, recipe), dequantize.method(folder)
     dequantize.refuse_unknown(folder)
-    assert not (quantized and quantization), "weights are quantised on the way in only where they are plain"
+    assert not (quantized and quantization), "only plain weights can be quantised while loading"
     chosen = model_class(folder, found, recipe.trust_remote_code)
-    options = dequantize.arguments(found, quantized, folder, where)
+    options = dequantize.load_arguments(found, quantized, folder, where)
     if quantization:
         options["quantization_config"] = quantization  # None would make transformers ignore the checkpoint's own
     if recipe.attn_implementation:
         options["attn_implementation"] = recipe.attn_implementation
-    in_files = model_files.opened(folder)
+    in_files = model_files.open_weights(folder)
     try:
-        with dequantize.whole_blocks():
+        with dequantize.partial_fp8_blocks():
             model, info = chosen.from_pretrained(
                 folder,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -117,14 +118,16 @@ def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=No
                 **options,
                 **where,
             )
-    except Exception as error:  # safetensors, pickle, json and transformers each have their own
+    except Exception as error:  # safetensors, pickle, json and transformers raise their own types
         raise UserError(model_files.cannot_load(folder, error)) from error
     refuse_differences(folder, in_files, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     if quantized:
-        model = dequantize.plain(model, quantized, skeleton(folder, recipe, model.config.dtype))
-        file_names.remember(model, in_files)
+        model = dequantize.dequantized(model, quantized, skeleton(folder, recipe, model.config.dtype))
+        file_names.set_file_names(model, in_files)
         dtype = str(model.dtype).removeprefix("torch.")
-        processes.say(f"  {folder} is quantised ({quantized}): its weights are dequantised to {dtype}, and written so")
+        processes.say(
+            f"  {folder} is quantised ({quantized}): its weights are dequantised to {dtype}, also in the output"
+        )
     for part in (model.config, model.config.get_text_config()):
         part.use_cache = False
     return model.eval()
@@ -133,37 +136,38 @@ def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=No
 def refuse_differences(
     folder: Path, in_files: model_files.Tensors, missing: set[str], unexpected: set[str], mismatched: set[tuple]
 ) -> None:
-    """Refuses files that do not hold exactly the model's weights."""
+    """Raises `UserError` unless the files hold exactly the model's weights."""
     unexpected = {name for name in unexpected if not in_files.is_old_buffer(name)}
     for name, in_files, in_model in sorted(mismatched):
-        raise UserError(f"{folder}: {name} is {tuple(in_files)} in the files, {tuple(in_model)} by config.json")
+        raise UserError(f"{folder}: {name} is {tuple(in_files)} in the files, but {tuple(in_model)} by config.json")
     if missing:  # transformers would fill them with random numbers
         raise UserError(
-            f"{folder} lacks {min(missing)} ({len(missing)} missing in all): is a file missing, or config.json another model's?"
+            f"{folder} lacks {min(missing)} ({len(missing)} missing): is a file missing, or config.json another model's?"
         )
-    if unexpected:  # transformers would leave them out
+    if unexpected:  # transformers would ignore them
         raise UserError(
-            f"{folder} holds {min(unexpected)}, which its config.json has no place for ({len(unexpected)} "
-            "in all): is it another model's?"
+            f"{folder} holds {min(unexpected)}, which its config.json does not define ({len(unexpected)} such): is "
+            "config.json another model's?"
         )
 
 
 def positions(config: PreTrainedConfig) -> int | None:
-    """How long a text the model takes, where its configuration says so; XLNet's -1 means any."""
+    """The longest text the model takes, if its configuration says so; XLNet's -1 means any."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if found and found > 0 else None
 
 
 def check_length(config: PreTrainedConfig, key: str, seq_len: int) -> None:
+    """Raises `UserError` if `seq_len` exceeds the positions of the model."""
     known = positions(config)
     if known and seq_len > known:
         raise UserError(f"{key}={seq_len} exceeds the model's {known} positions: set {key}={known}")
 
 
 def check_vocabulary(config, ids: Tensor, source) -> None:
-    """Rows of ready `input_ids` may come from another tokenizer."""
+    """Raises `UserError` if `ids` hold an unknown token: rows of `input_ids` may come from another tokenizer."""
     vocabulary = config.get_text_config().vocab_size
     if strange := ids[(ids < 0) | (ids >= vocabulary)].tolist():
         raise UserError(
-            f"{source} holds token {strange[0]}, the model knows {vocabulary}: was it tokenised for another model?"
+            f"{source} holds token {strange[0]}, but the model knows {vocabulary}: was it tokenised for another model?"
         )

@@ -1,5 +1,5 @@
-"""Owns the files of a model folder: which of them transformers loads, what is in them, what makes them unfit, and how a
-new folder's are written beside its weights."""
+"""The files of a model folder: which ones transformers loads, what is wrong with them, and how to write a new folder's
+config, tokenizer and index."""
 
 import json
 import re
@@ -18,20 +18,22 @@ from pipeline.runtime import files
 from pipeline.runtime.errors import UserError
 
 WEIGHTS = ("*.safetensors", "*.bin")
-IDENTITY = ("config.json", "tokenizer*", "vocab*", "merges*", "*.model", "*.py")  # beside the weights
-BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "additional_chat_templates/*.jinja")
-WHOLE = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks; or the index of either
+IDENTITY = ("config.json", "tokenizer*", "vocab*", "merges*", "*.model", "*.py")  # besides the weights
+OTHER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "additional_chat_templates/*.jinja")
+# in transformers' order of preference; each may have an index instead
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 LOADED = ("config.json", "*.index.json", "*.safetensors", "pytorch_model*.bin")
-PEFT = ("base_model.model.", ".base_layer.")  # in the names that a PeftModel gives
+PEFT = ("base_model.model.", ".base_layer.")  # in a PeftModel's parameter names
 
 
 def identity(folder: Path) -> str:
+    """A fingerprint of a model folder's weights, config, tokenizer and code."""
     return files.fingerprint({path for pattern in (*WEIGHTS, *IDENTITY) for path in folder.glob(pattern)})
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Those that transformers loads: not `consolidated.safetensors` beside them, nor those of an adapter."""
-    for name in WHOLE:
+    """The weight files that transformers loads: neither `consolidated.safetensors` nor an adapter's."""
+    for name in SINGLE_FILES:
         if (folder / name).is_file():
             return [folder / name]
         if index := files.read_json(folder / f"{name}.index.json"):
@@ -45,17 +47,17 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def download(weights: str) -> dict[str, list[str]]:
-    """Patterns for huggingface_hub: none of the same weights in another form (`original/`, `onnx/`, ...)."""
-    folders = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*"]  # its * matches a / too; additional_chat_templates/ is wanted
-    return {"allow_patterns": [*BESIDE, weights], "ignore_patterns": ["consolidated*", *folders]}
+    """Patterns for huggingface_hub that skip copies of the weights in other formats (`original/`, `onnx/`, ...)."""
+    folders = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*"]  # here * also matches /; keeps additional_chat_templates/
+    return {"allow_patterns": [*OTHER_FILES, weights], "ignore_patterns": ["consolidated*", *folders]}
 
 
-def opened(folder: Path) -> "Tensors":
-    """The weights of a folder, which transformers will load as they are; `UserError` where it would not, or cannot."""
-    _check_beside(folder)
+def open_weights(folder: Path) -> "Tensors":
+    """The weights of a folder. Raises `UserError` if transformers could not load them, or would load something else."""
+    _check_folder(folder)
     try:
         found = Tensors(folder)
-    except Exception as error:  # safetensors, pickle and the system each have their own
+    except Exception as error:  # safetensors, pickle and the system raise their own types
         raise UserError(cannot_load(folder, error)) from error
     _check_names(folder, found)
     _refuse_unscaled(folder, found)
@@ -63,29 +65,30 @@ def opened(folder: Path) -> "Tensors":
 
 
 def cannot_load(folder: Path, error: Exception, *patterns: str) -> str:
+    """The message for a model that cannot be loaded, naming the damaged file if there is one."""
     return f"cannot load the model in {folder}: {problem(folder, error, *(patterns or LOADED))}"
 
 
 def problem(folder: Path, error: Exception, *patterns: str) -> str:
-    """In words that say what to do about it: transformers' own run to a page, or to the name of a missing key."""
+    """Why a load failed, for the user: errors of transformers fill a page, or only name a missing key."""
     if "trust_remote_code" in str(error):
-        return "it brings code of its own, which is run only with trust_remote_code=true: read it before you set that"
+        return "it contains code, which is run only with trust_remote_code=true: read it before you set that"
     return damage(folder, *patterns) or textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
 
 
 class Tensors:
-    """The tensors in the weight files of a folder, read one at a time."""
+    """The tensors in a folder's weight files, read one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        self.files: dict[str, Any] = {}  # by name of the tensor
+        self.files: dict[str, Any] = {}  # by tensor name
         self.bins: dict[str, Tensor] = {}
         for path in weight_files(folder):
             if path.suffix == ".safetensors":
                 file = safe_open(path, framework="pt")
                 self.files |= dict.fromkeys(file.keys(), file)
             else:
-                with open(path, "rb") as opened:
-                    mmap = opened.read(2) == b"PK"  # the zip form; that before torch 1.6 can only be read whole
+                with open(path, "rb") as file:
+                    mmap = file.read(2) == b"PK"  # zip format; files from before torch 1.6 can only be read whole
                 self.bins |= torch.load(path, mmap=mmap, weights_only=True, map_location="cpu")
 
     def __iter__(self) -> Iterator[str]:
@@ -101,8 +104,8 @@ class Tensors:
         return name in self.files and self.files[name].get_slice(name).get_dtype().startswith("F8_E4M3")
 
     def is_old_buffer(self, name: str) -> bool:
-        """Whether a name, with or without a prefix, is of what models compute today, but once kept in their files: a causal
-        mask (1, 1, T, T) and the number in its place, frequencies of rotary positions. transformers knows some of them."""
+        """Whether `name`, with or without prefix, is a buffer that old checkpoints hold and models now compute: a causal mask
+        (1, 1, T, T), its fill value, rotary frequencies. transformers knows only some of them."""
         if not re.search(r"\.(masked_bias|causal_mask|inv_freq|bias)$", f".{name}"):
             return False
         shapes = {len(self.shape(stored)) for stored in self if name.endswith(stored) or stored.endswith(f".{name}")}
@@ -110,16 +113,16 @@ class Tensors:
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of each weight in a folder of safetensors, one at a time, as in the files."""
+    """Yields name and tensor of each weight in a folder of safetensors, one at a time, as stored."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 yield name, file.get_tensor(name)
 
 
-def _check_beside(folder: Path) -> None:
-    """Refuses what would make transformers load something else than the model in the folder."""
-    _refuse_names_outside(folder)
+def _check_folder(folder: Path) -> None:
+    """Raises `UserError` if transformers would load something other than the model in the folder."""
+    _refuse_outside_paths(folder)
     if (adapter := folder / "adapter_config.json").exists():
         raise UserError(
             f"{adapter} makes transformers load an adapter onto the model in {folder}: if it is merged, move the "
@@ -128,48 +131,48 @@ def _check_beside(folder: Path) -> None:
 
 
 def _refuse_unscaled(folder: Path, tensors: Tensors) -> None:
-    """Refuses 8-bit floats without the scales that belong to them: transformers would take them as they are."""
+    """Refuses 8-bit floats without their scales: transformers would load them unscaled."""
     names = set(tensors)
     for name in filter(tensors.is_float8, tensors.files):
         scales = {f"{name}_scale_inv", *(name.removesuffix(".weight") + end for end in (".scale", ".qscale_weight"))}
         if not names & scales:
             raise UserError(
-                f"{folder}: {name} holds 8-bit floats without the scales that transformers knows: set model=... to the "
-                "model that it was made from"
+                f"{folder}: {name} holds 8-bit floats without scales that transformers knows: set model=... to the "
+                "unquantised model"
             )
 
 
 def _check_names(folder: Path, names: Iterable[str]) -> None:
-    """Refuses the names that a PeftModel gives to the weights that it wraps."""
+    """Refuses a PeftModel's parameter names."""
     for name in names:
         if any(part in name for part in PEFT):
             raise UserError(
-                f"{folder} holds the weights of a PeftModel ({name}), which no other model can load: load it with peft, "
-                "and save what merge_and_unload() returns"
+                f"{folder} holds the weights of a PeftModel ({name}), which cannot be loaded as a model: load it with peft "
+                "and save the result of merge_and_unload()"
             )
 
 
 def refuse_adapter(folder: Path, key: str = "model") -> None:
-    """Refuses the folder of an adapter without its model, and names the model that it belongs to."""
+    """Refuses an adapter folder without a model, and names the adapter's base model."""
     if (about := files.read_json(folder / "adapter_config.json")) is not None:
         base = about.get("base_model_name_or_path") or "its base model"
         raise UserError(
             f"{key}={folder} is an adapter of {base} (adapter_config.json), not a model: set {key}={base}, or merge the "
-            "adapter into it with peft's merge_and_unload(), save that, and name its folder"
+            "adapter with peft's merge_and_unload(), save the result and set its folder"
         )
 
 
-def _refuse_names_outside(folder: Path) -> None:
-    """An index that somebody else wrote must not make us read files beside the model."""
+def _refuse_outside_paths(folder: Path) -> None:
+    """Refuses an index whose shards lie outside the folder: it must not make us read other files."""
     for index in folder.glob("*.index.json"):
         shards = (files.read_json(index) or {}).get("weight_map")
         for shard in shards.values() if isinstance(shards, dict) else ():
             if Path(str(shard)).name != shard:
-                raise UserError(f"{index} names the shard '{shard}', which is not a file of its folder")
+                raise UserError(f"{index} names the shard '{shard}', which is not a file in its folder")
 
 
 def damage(folder: Path, *patterns: str) -> str | None:
-    """What is wrong with the first file of a folder that cannot be read: the loaders' own errors name no file."""
+    """What is wrong with the first unreadable file of a folder, or None; the loaders' own errors name no file."""
     for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):
         try:
             if path.suffix == ".json":
@@ -182,21 +185,21 @@ def damage(folder: Path, *patterns: str) -> str | None:
             else:
                 torch.load(path, weights_only=True, map_location="meta")
         except Exception as error:
-            size = f"{path.stat().st_size} bytes" if path.exists() else "a link to nothing"
+            size = f"{path.stat().st_size} bytes" if path.exists() else "a broken link"
             reason = str(error).split(". ")[0] or type(error).__name__
-            return f"{path.name} ({size}) is damaged or was not fetched whole: {reason}"
+            return f"{path.name} ({size}) is damaged or incomplete: {reason}"
     return None
 
 
-def copy_beside(origin: Path, target: Path, dtype: str = "auto") -> None:
-    """Copies all but the weights, so that the new folder loads as the old one did, and unquantised."""
-    for pattern in BESIDE:
+def copy_other_files(origin: Path, target: Path, dtype: str = "auto") -> None:
+    """Copies everything but the weights, and removes quantisation from config.json, so that the new folder loads."""
+    for pattern in OTHER_FILES:
         for path in origin.glob(pattern):
             if not path.name.endswith(".index.json"):
                 with files.atomic_write(target / path.relative_to(origin)) as tmp:
                     shutil.copyfile(path, tmp)
     config = json.loads((target / "config.json").read_text())
-    plain = dequantize.unnamed(config)
+    plain = dequantize.without_quantization(config)
     if dtype != "auto":
         plain.pop("torch_dtype", None)
         plain["dtype"] = dtype
@@ -205,7 +208,7 @@ def copy_beside(origin: Path, target: Path, dtype: str = "auto") -> None:
 
 
 def write_index(folder: Path) -> None:
-    """`model.safetensors.index.json` over the shards of a folder."""
+    """Writes `model.safetensors.index.json` for the shards in a folder."""
     sizes, where = 0, {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

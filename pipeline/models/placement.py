@@ -1,4 +1,4 @@
-"""Owns where a model is computed: whole on this process's device, layer by layer through it, or spread by accelerate."""
+"""Chooses where a model runs: whole on this process's device, streamed through it layer by layer, or split by accelerate."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,57 +8,59 @@ from torch import Tensor, nn
 
 from pipeline.runtime import memory, processes
 
-ROOM = 0.8  # of the free GPU memory may be weights
-BATCH = 8  # where `auto` has nothing to find out
-LARGEST = 64  # windows that `auto` tries; lm-eval's own, for questions, is the same
+ROOM = 0.8  # share of the free GPU memory for weights
+BATCH = 8  # batch size for `auto` if there is nothing to try
+LARGEST = 64  # largest batch that `auto` tries; lm-eval's own limit for questions is the same
 
 
 def choose(wanted: str, load: Callable[[], nn.Module]) -> str:
-    """whole, stream or device_map; `auto` is whole where the weights fit the devices, else stream; all ranks must call.
+    """whole, stream or device_map. `auto` is whole if the weights fit the devices, else stream. All ranks must call it.
 
-    On a CPU nothing needs to fit: the weights are a view of the files, which the kernel reads and drops as needed.
+    On a CPU everything fits: the weights are a view of the files, which the kernel pages in and out.
     """
     device = processes.device()
     if wanted != "auto" or device.type == "cpu":
         return "whole" if wanted == "auto" else wanted
-    small = memory.size_gib(load()) >= ROOM * memory.free_gib(device)
-    return "stream" if processes.any_rank(small) else "whole"
+    too_large = memory.size_gib(load()) >= ROOM * memory.free_gib(device)
+    return "stream" if processes.any_rank(too_large) else "whole"
 
 
-def resident(placement: str, load: Callable[..., nn.Module]) -> nn.Module:
-    """The model, ready for any call: on this process's device; or, where that is a GPU and too small, spread by
-    accelerate over this process's share of the node's GPUs, then the host's memory, then the disk."""
+def place(placement: str, load: Callable[..., nn.Module]) -> nn.Module:
+    """The model, ready for any call: on this process's device or, if that is a GPU and too small, split by accelerate over
+    this process's share of the node's GPUs, then host memory, then disk."""
     device = processes.device()
     if placement == "whole" or (placement == "stream" and device.type == "cpu"):
         return load().to(device)
     node = processes.local_world_size()
     gpus = range(processes.local_rank(), torch.cuda.device_count(), node)
-    room: dict[int | str, int] = {gpu: int(ROOM * torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus}
-    room["cpu"] = int(ROOM * memory.free_gib(torch.device("cpu")) / node * memory.GIB)
-    return load(device_map="auto", max_memory=room)
+    max_memory: dict[int | str, int] = {gpu: int(ROOM * torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus}
+    max_memory["cpu"] = int(ROOM * memory.free_gib(torch.device("cpu")) / node * memory.GIB)
+    return load(device_map="auto", max_memory=max_memory)
 
 
-def number(batch_size: int | str) -> int:
+def batch_number(batch_size: int | str) -> int:
+    """The batch size as a number: `BATCH` for `auto`."""
     return BATCH if batch_size == "auto" else batch_size
 
 
-def windows_at_once(
+def find_batch_size(
     batch_size: int | str, logits: Callable[[list[Tensor]], Iterator[Tensor]], windows_NT: Tensor
 ) -> int:
-    """`batch_size`; for `auto` on GPUs, what all processes have room for, by trying: no more than is one's share."""
+    """`batch_size`; for `auto` on GPUs the largest that fits all processes, found by trying, at most one process's share.
+    Raises `torch.OutOfMemoryError` if not even one window fits."""
     if batch_size != "auto" or processes.device().type == "cpu":
-        return number(batch_size)
+        return batch_number(batch_size)
     share = -(-len(windows_NT) // processes.world_size())
 
     @find_executable_batch_size(starting_batch_size=min(LARGEST, share))
     @torch.no_grad()
-    def found(tried: int) -> int:
-        for _ in logits([windows_NT[:1].expand(tried, -1)]):
+    def largest(batch_size: int) -> int:
+        for _ in logits([windows_NT[:1].expand(batch_size, -1)]):
             torch.cuda.synchronize()
-        return tried
+        return batch_size
 
     try:
-        most = found()
+        most = largest()
     except RuntimeError as error:
         if "executable batch size" not in str(error):
             raise

@@ -1,4 +1,4 @@
-"""Owns the check of a model folder against the masks that it should keep."""
+"""Checks a model folder against the masks that it should keep."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from pipeline.sparsity.masks import Masks, Violation, violation_of
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A masked matrix as it is in a model folder."""
+class CheckedMatrix:
+    """A masked matrix as stored in a model folder."""
 
     name: str
     weights: int
     zeros: int
-    violation: Violation | None  # the pruned weights that are not zero
+    violation: Violation | None  # its nonzero pruned weights
 
 
-def checked(folder: Path, masks: Masks, recipe: Recipe) -> Iterator[Checked]:
-    """Each masked matrix of any model folder that transformers loads, in the dtype of its files, one at a time.
+def check_matrices(folder: Path, masks: Masks, recipe: Recipe) -> Iterator[CheckedMatrix]:
+    """Yields each masked matrix of a model folder that transformers can load, in the dtype of its files.
 
-    Raises `UserError` where the folder is damaged, or a masked matrix is missing or of another shape.
+    Raises `UserError` if the folder is damaged, or if a masked matrix is missing or of another shape.
     """
     for name, weight in masks.matched(parameters(folder, recipe)):
-        yield Checked(name, weight.numel(), int((weight == 0).sum()), violation_of(name, weight, masks[name]))
+        yield CheckedMatrix(name, weight.numel(), int((weight == 0).sum()), violation_of(name, weight, masks[name]))

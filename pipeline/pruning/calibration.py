@@ -19,7 +19,7 @@ def batches(recipe: Recipe, text: Calibration, section: str, origin: Path, model
     loading.check_length(config, f"{section}.seq_len", text.seq_len)
     source = sources.of_text(text, recipe.mirror, section)
     if source.name == sources.SELF:
-        windows_NT = sampled.samples(recipe, sampled.dense(recipe), text.samples, text.seq_len)
+        windows_NT = sampled.samples(recipe, sampled.dense_folder(recipe), text.samples, text.seq_len)
     else:
         tokenizer = loading.tokenizer(origin, recipe)
         windows_NT = token_windows.calibration(source, tokenizer, text.samples, text.seq_len, recipe.seed, section)

@@ -1,1 +1,1 @@
-"""Training a pruned model back to health while its masks hold."""
+"""Recovery: trains a pruned model while its masks hold."""

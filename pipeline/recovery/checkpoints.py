@@ -1,4 +1,4 @@
-"""Owns the checkpoints of a training: written whole, with a checksum, and found again."""
+"""Training checkpoints: written atomically with a checksum, and the newest intact one found again."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from pipeline.runtime import checksums, files, processes
 
 
-class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning's own way builds the file in the system's temporary folder and moves it: on another disk that is a copy,
-    which a kill leaves half done. `folder` is the stage's, which holds the checksums."""
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Lightning builds the file in the system's temporary folder and moves it: on another disk that is a copy, which a kill
+    leaves half done. `folder` is the stage's work folder, which holds the checksums."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -26,16 +26,16 @@ class WholeCheckpoints(TorchCheckpointIO):
         checksums.record(self.folder, path)
 
 
-def newest(folder: Path) -> Path | None:
-    """The last checkpoint in `folder/checkpoints` that is whole, as all ranks know it; a damaged one is named."""
-    return processes.from_main(_newest(folder) if processes.is_main() else None)
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest intact checkpoint in `folder/checkpoints`, the same on all ranks; deletes damaged ones and says so."""
+    return processes.from_main(_newest_checkpoint(folder) if processes.is_main() else None)
 
 
-def _newest(folder: Path) -> Path | None:
+def _newest_checkpoint(folder: Path) -> Path | None:
     for path in sorted((folder / "checkpoints").glob("*.ckpt"), key=_step, reverse=True):
         if checksums.is_whole(folder, path):
             return path
-        processes.say(f"  {path.name} is damaged or was not written whole: going on from the one before it")
+        processes.say(f"  {path.name} is damaged or incomplete: resuming from the one before it")
         path.unlink()
     return None
 

@@ -1,4 +1,4 @@
-"""What a student is taught by the dense model beside the text. Pure math.
+"""The distillation loss: next-token cross-entropy mixed with the divergence from the dense model. Pure math.
 
 Shapes: B = sequences, T = tokens, V = vocabulary, P = predicted tokens of a chunk.
 """
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-TOKENS = 1024  # of a chunk: the float32 logits of a whole batch would be its largest tensors
+TOKENS = 1024  # per chunk: float32 logits of a whole batch would be its largest tensors
 
 
 def loss(
@@ -22,8 +22,8 @@ def loss(
     """(1 - share) * cross-entropy of the next token + share * t^2 * KL(teacher || student) at temperature t, the mean
     over all predicted tokens in nats (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2).
 
-    A label of -100 bears no loss. With `count`, the sum is divided by that instead of the number of predicted tokens.
-    Without a teacher it is the cross-entropy alone.
+    Labels of -100 are ignored. `count` replaces the number of predicted tokens as the divisor. Without a teacher it is the
+    cross-entropy alone.
     """
     vocabulary = student_BTV.shape[-1]
     student = student_BTV[:, :-1].reshape(-1, vocabulary).split(TOKENS)
@@ -40,7 +40,7 @@ def loss(
 
 
 def _chunk(student_PV: Tensor, teacher_PV: Tensor | None, ids_P: Tensor, share: float, temperature: float) -> Tensor:
-    hard = F.cross_entropy(student_PV.float(), ids_P, reduction="sum")  # of no label but -100 it is 0
+    hard = F.cross_entropy(student_PV.float(), ids_P, reduction="sum")  # 0 if all labels are -100
     if teacher_PV is None:
         return hard
     if (ids_P < 0).any():

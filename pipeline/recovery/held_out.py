@@ -39,7 +39,7 @@ class HeldOut:
             return
         self.lowest, self.since = perplexity, 0
         if self.patience:
-            trained = sharding.trained(model)
+            trained = sharding.gather_trained(model)
             if processes.is_main():
                 with files.atomic_write(self.best) as tmp:
                     save_file(trained, tmp)
@@ -77,4 +77,4 @@ class HeldOut:
         best = load_file(self.best)
         for name, parameter in model.named_parameters():
             if name in best:
-                sharding.local(parameter).copy_(sharding.like(best[name], parameter))
+                sharding.local_shard(parameter).copy_(sharding.shard_like(best[name], parameter))

@@ -1,4 +1,4 @@
-"""Trains one decoder layer to give wanted outputs while its masks hold. Pure math: the processes enter as functions.
+"""Trains one decoder layer towards given outputs while its masks hold. Pure math; functions stand in for the processes.
 
 Shapes: B = sequences of a batch, T = tokens, D = hidden size.
 """
@@ -15,9 +15,9 @@ from pipeline.sparsity.masks import apply_, violation_of
 def token_error(out_BTD: Tensor, target_BTD: Tensor) -> Tensor:
     """Sum over tokens of ||out - target||^2 / ||target||^2, in fp32.
 
-    Relative for each token, since the next layer normalises each token: else the few tokens whose states are hundreds of
-    times larger than the others' (Sun et al. 2024, "Massive Activations in Large Language Models") would be all that is
-    fitted. A token of next to nothing, such as padding, counts as a tenth of the usual.
+    Relative per token, since the next layer normalises each token. Otherwise the few tokens with hidden states hundreds of
+    times larger (Sun et al. 2024, "Massive Activations in Large Language Models") would dominate. Near-zero tokens, such as
+    padding, count as a tenth of the median size.
     """
     target_BTD = target_BTD.float()
     size_BT = target_BTD.square().sum(-1)
@@ -37,17 +37,16 @@ def fit(
     lr: float,
     seed: int,
 ) -> tuple[float, float]:
-    """Trains `parameters`, those of a layer, in place, with Adam and a cosine; returns what `judge` found first and last.
+    """Trains a layer's `parameters` in place with Adam and a cosine schedule; returns the first and the best `judge()`.
 
-    `masks` has the masks of the pruned parameters by name. Each of `steps` names the batches of an optimizer step, and an
-    epoch takes the steps in an order of its own; `error(i)` is this rank's error of batch i, `judge()` the error of all
-    ranks on what does not train. `lr` is relative to the size of each parameter. The weights of the epoch that judges best
-    stay, the pruned ones among them, so that no layer ends worse than it began. `UserError` where the error exceeds that of
-    an output of zeros, which is 1.
+    `masks`: by name, of the pruned parameters. Each of `steps` lists the batches of an optimizer step; every epoch shuffles
+    the steps. `error(i)` is this rank's error on batch i; `judge()` is the held-out error over all ranks. `lr` is relative
+    to the size of each parameter. The best epoch's weights are kept (or the original ones), so no layer gets worse. Raises
+    `UserError` if the error exceeds that of an all-zero output, which is 1.
     """
-    if not parameters:  # all are those of blocks before it
+    if not parameters:  # all belong to earlier blocks
         return (found := judge()), found
-    # fp32, since a step is finer than bf16 can tell; of fp32 parameters these are the parameters themselves
+    # fp32 copies, since bf16 cannot represent small steps; fp32 parameters are their own masters
     masters = {name: parameter.detach().float() for name, parameter in parameters.items()}
     optimizer = torch.optim.Adam([{"params": [master], "lr": lr * _size(master)} for master in masters.values()])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(steps))
@@ -62,7 +61,7 @@ def fit(
             for name, total in _gradients(parameters, steps[index], error).items():
                 masters[name].grad = all_sum(total).float()
                 if name in masks:
-                    masters[name].grad.masked_fill_(~masks[name], 0)  # a product would let a NaN through
+                    masters[name].grad.masked_fill_(~masks[name], 0)  # multiplying would keep a NaN
             optimizer.step()
             schedule.step()
             for name, parameter in parameters.items():
@@ -82,20 +81,20 @@ def fit(
 
 
 def _gradients(parameters: dict[str, Tensor], batches: range, error: Callable[[int], Tensor]) -> dict[str, Tensor]:
-    """Summed over the batches in float64, so that neither their order nor the number of ranks changes a step."""
+    """Summed over the batches in float64, so that neither their order nor the number of ranks matters."""
     sums = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in parameters.items()}
     for batch in batches:
         with torch.enable_grad():
             found = torch.autograd.grad(error(batch), list(parameters.values()), allow_unused=True)
         for total, part in zip(sums.values(), found):
-            if part is not None:  # None: an expert that no token of the batch reached
+            if part is not None:  # None: an expert without tokens in this batch
                 total += part
     return sums
 
 
 def _size(parameter: Tensor) -> float:
-    """Root mean square, at least 1e-3 for biases that begin at zero, as in Adafactor (Shazeer & Stern 2018, section 8): a
-    step relative to it suits models whose weights differ tenfold in size, where one step for all would not."""
+    """Root mean square, at least 1e-3 for biases that start at zero, as in Adafactor (Shazeer & Stern 2018, section 8). A
+    relative step suits models whose weights differ tenfold in size; one absolute step would not."""
     return max(1e-3, parameter.square().mean().sqrt().item())
 
 

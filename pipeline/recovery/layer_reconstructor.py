@@ -50,12 +50,12 @@ class LayerReconstructor:
         if not self.targets:
             self._start(walk)
 
-        def see(i: int, hidden: Tensor) -> None:
+        def on_output(i: int, hidden: Tensor) -> None:
             self.targets[i] = hidden if walk.store is None else hidden.to(walk.store)
 
-        while self.dense.at.index != block.index:  # blocks that the model calls again
+        while self.dense.current.index != block.index:  # blocks that the model calls again
             self._advance()
-        self._advance(see)
+        self._advance(on_output)
         own = self._own(walk, block)
         self.passed |= set(map(id, block.module.parameters()))
         if walk.is_finished(block):
@@ -72,8 +72,8 @@ class LayerReconstructor:
         named = block.module.named_parameters()
         return {n: p for n, p in named if walk.files.holds(block, n) and id(p) not in self.passed}
 
-    def _advance(self, see: Callable[[int, Tensor], None] | None = None) -> None:
-        for _ in self.dense.advance(see):
+    def _advance(self, on_output: Callable[[int, Tensor], None] | None = None) -> None:
+        for _ in self.dense.advance(on_output):
             pass
 
     def _fit(self, walk: LayerWalk, block: Block, parameters: dict[str, nn.Parameter]) -> tuple[float, float]:
@@ -82,7 +82,7 @@ class LayerReconstructor:
 
         def error(batch: int) -> Tensor:
             target = self.targets[batch].to(walk.device, non_blocking=True)
-            return layer_fit.token_error(walk.forwards.try_on(batch), target)
+            return layer_fit.token_error(walk.forwards.run_block(batch), target)
 
         def judge() -> float:
             """Root of the mean over tokens."""
@@ -97,7 +97,7 @@ class LayerReconstructor:
 
         masks = {}
         for name, parameter in parameters.items():
-            mask = self.masks.of(f"{block.name}.{name}", parameter)
+            mask = self.masks.for_parameter(f"{block.name}.{name}", parameter)
             if mask is not None:
                 masks[name] = mask.to(walk.device)
         try:

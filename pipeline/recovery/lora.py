@@ -1,4 +1,4 @@
-"""Owns the masked LoRA on a model: which matrices get one, in which form, and the folder it is kept in."""
+"""Attaches the masked LoRA to a model (which matrices, in which form), and saves and loads its adapter folder."""
 
 import json
 import re
@@ -21,15 +21,15 @@ from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune
 from pipeline.sparsity.masks import Masks
 
-ALL = ["all"]  # as finetune.targets
-# peft knows no adapter of this type, so that its own loader refuses a folder which it would load as a dense LoRA
+ALL = ["all"]  # value of finetune.targets
+# peft has no such adapter type, so its own loader refuses the folder instead of loading it as a dense LoRA
 MASKED_TYPE = "MASKED_LORA"
-WEIGHTS = "adapter_model.safetensors"  # peft's names
+WEIGHTS = "adapter_model.safetensors"  # peft's file name
 Masked = MaskedLinear | MaskedParameter
 
 
 def masked_layers(model: nn.Module) -> dict[str, Masked]:
-    """The masked layers by the name of the parameter that each adapts, such as model.layers.0.mlp.up_proj.weight."""
+    """The masked layers by the name of the parameter each adapts, such as model.layers.0.mlp.up_proj.weight."""
     found: dict[str, Masked] = {}
     for name, module in model.named_modules():
         if isinstance(module, MaskedLinear):
@@ -40,31 +40,32 @@ def masked_layers(model: nn.Module) -> dict[str, Masked]:
 
 
 def name_in_files(name: str) -> str:
-    """What an adapted model calls X.base_layer where a layer is put around X, and X.parametrizations.weight.0 where X.weight
-    is read through one."""
+    """Undoes the renaming in an adapted model: X.base_layer for a wrapped layer X, and X.parametrizations.weight.0 for a
+    parametrised X.weight."""
     return re.sub(r"\.parametrizations\.(\w+)\.(0|original)\b", r".\1", name.replace(".base_layer.", "."))
 
 
 def refresh_all(model: nn.Module) -> int:
-    """Renews the cached weights; the number of pruned weights that were not zero in what forward uses."""
+    """Refreshes the cached weights; returns how many pruned weights were nonzero in the last forward."""
     layers = masked_layers(model).values()
     for layer in layers:
         if isinstance(layer, MaskedLinear) and layer.cached:
             layer.refresh()
-    return int(sum(layer.nonzero_pruned for layer in layers))  # one wait for the device, not one a layer
+    return int(sum(layer.nonzero_pruned for layer in layers))  # one synchronisation with the device, not one per layer
 
 
 def attach(model: nn.Module, masks: Masks, settings: Finetune, cached: bool | None = None) -> nn.Module:
-    """`model` itself, with a masked LoRA on exactly the chosen matrices; only A and B train, and the biases that `settings`
-    names.
+    """Adds a masked LoRA to exactly the chosen matrices of `model`, in place, and returns it; only A, B and the biases that
+    `settings` names train.
 
-    `cached`: see `MaskedLinear`; None chooses by `settings`, device and free memory.
+    `cached`: see `MaskedLinear`; None decides by `settings`, device and free memory.
     """
-    cached = _keeps_weights(model, settings) if cached is None else cached
+    cached = _should_cache(model, settings) if cached is None else cached
     return _attach(model, masks, lora_config(masks, settings), cached, not settings.checkpoint_activations)
 
 
 def lora_config(masks: Masks, settings: Finetune) -> LoraConfig:
+    """peft's configuration for the masked matrices that `settings` chooses."""
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -75,75 +76,78 @@ def lora_config(masks: Masks, settings: Finetune) -> LoraConfig:
     )
 
 
-def _keeps_weights(model: nn.Module, settings: Finetune) -> bool:
+def _should_cache(model: nn.Module, settings: Finetune) -> bool:
     if settings.effective != "auto":
         return settings.effective == "cached"
     if settings.quantize or settings.strategy == "fsdp" or settings.dropout:
         return False
     if processes.device().type == "cpu":
-        return False  # making them anew costs 1% of a step of 2048 tokens there (benchmarks/RESULTS.md)
+        return False  # recomputing costs 1% of a step of 2048 tokens on a CPU (benchmarks/RESULTS.md)
     more = sum(p.numel() * (p.element_size() + 1) for p in model.parameters()) / memory.GIB
-    return more < memory.free_gib(processes.device()) / 2  # the other half is for activations
+    return more < memory.free_gib(processes.device()) / 2  # leave the other half for activations
 
 
-def _attach(model: nn.Module, masks: Masks, config: LoraConfig, cached: bool, recomputed: bool) -> nn.Module:
-    """Not by peft's `get_peft_model`, which matches names by their ends, moves targets of some models to fused experts and
-    refuses others: it would leave out, in silence, what was asked for."""
+def _attach(model: nn.Module, masks: Masks, config: LoraConfig, cached: bool, recompute: bool) -> nn.Module:
+    """Does without peft's `get_peft_model`, which matches name suffixes, redirects some targets to fused experts and refuses
+    others: it would silently skip some of the chosen matrices."""
     model.requires_grad_(False)
-    asked: dict[str, list[str]] = {}  # the masks of each parameter: one, or one for each expert
+    mask_names: dict[str, list[str]] = {}  # the masks of each parameter: one, or one per expert
     for name in masks:
         if target_of(name) in config.target_modules:
-            asked.setdefault(parameter_of(name), []).append(name)
+            mask_names.setdefault(parameter_of(name), []).append(name)
     modules = list(model.modules())
-    # inside of a checkpointed layer, so that it runs again with the layer
-    scope = Scope((part for block in find_blocks(model) for part in block.module.children()), recomputed)
-    around: dict[nn.Module, MaskedLinear] = {}
+    # inside checkpointed layers, so that it runs again with the layer
+    scope = Scope((part for block in find_blocks(model) for part in block.module.children()), recompute)
+    wrapped: dict[nn.Module, MaskedLinear] = {}
     biases: list[nn.Parameter] = []
-    for name, places in _places(model, asked).items():
-        module, attribute = places[0]
-        parameter, transposed = module.get_parameter(attribute), masks.packed[asked[name][0]].transposed
+    for name, holders in _holders(model, mask_names).items():
+        module, attribute = holders[0]
+        parameter, transposed = module.get_parameter(attribute), masks.packed[mask_names[name][0]].transposed
         layer: Masked
-        if len(places) == 1 and _is_called(module):
+        if len(holders) == 1 and _is_called(module):
             layer = MaskedLinear(module, ADAPTER, config, r=config.r, lora_alpha=config.lora_alpha)
-            _check_shapes(name, asked[name], masks, layer.weight_shape)
+            _check_shapes(name, mask_names[name], masks, layer.weight_shape)
             layer.set_mask(masks[name], cached)
-            around[module] = layer
+            wrapped[module] = layer
         else:
-            _check_shapes(name, asked[name], masks, parameter.shape)
-            mask = masks.of(name, parameter)
+            _check_shapes(name, mask_names[name], masks, parameter.shape)
+            mask = masks.for_parameter(name, parameter)
             layer = MaskedParameter(module, attribute, config.r, config.lora_alpha / config.r, transposed)
             layer.set_mask(
-                mask, [e for e in range(len(parameter)) if asked[name] != [name] and f"{name}[{e}]" not in masks]
+                mask, [e for e in range(len(parameter)) if mask_names[name] != [name] and f"{name}[{e}]" not in masks]
             )
-            for other, its_attribute in places[1:]:
-                layer.attach(other, its_attribute)
+            for other, other_attribute in holders[1:]:
+                layer.attach(other, other_attribute)
         layer.scope = scope
         bias = getattr(module, "bias" if attribute == "weight" else f"{attribute}_bias", None)
         biases += [] if bias is None else [bias]
     for module in modules:
         for name, child in list(module.named_children()):
-            if child in around:
-                setattr(module, name, around[child])
+            if child in wrapped:
+                setattr(module, name, wrapped[child])
     found = masked_layers(model)
-    assert found.keys() == asked.keys(), f"adapted is not what was asked: {sorted(found.keys() ^ asked.keys())[:3]}"
+    assert found.keys() == mask_names.keys(), (
+        f"adapted other matrices than asked: {sorted(found.keys() ^ mask_names.keys())[:3]}"
+    )
     if config.bias == "all":
         biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
     trained = [p for layer in found.values() for p in (layer.a, layer.b)] + biases * (config.bias != "none")
     for parameter in trained:
         parameter.requires_grad_(True)
-        parameter.data = parameter.data.float()  # a bias of 16 bits would lose small steps
+        parameter.data = parameter.data.float()  # a 16-bit bias would lose small steps
     config.base_model_name_or_path = getattr(model, "name_or_path", None)
     model.masked_lora = config
     return model
 
 
-def _places(model: nn.Module, names: Iterable[str]) -> dict[str, list[tuple[nn.Module, str]]]:
-    """The modules that hold each parameter, and as what. More than one where blocks share weights."""
+def _holders(model: nn.Module, names: Iterable[str]) -> dict[str, list[tuple[nn.Module, str]]]:
+    """The (module, attribute) pairs that hold each parameter; several if blocks share weights."""
     found: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in names}
     by_id = {id(parameter): name for name, parameter in model.named_parameters() if name in found}
     if missing := found.keys() - by_id.values():
         raise UserError(
-            f"the model has no {sorted(missing)[0]} ({len(missing)} masked matrices missing): another model's mask file?"
+            f"the model has no {sorted(missing)[0]} ({len(missing)} masked matrices missing): is this another model's mask "
+            "file?"
         )
     for module in model.modules():
         for attribute, parameter in module.named_parameters(recurse=False):
@@ -153,7 +157,7 @@ def _places(model: nn.Module, names: Iterable[str]) -> dict[str, list[tuple[nn.M
 
 
 def _is_called(module: nn.Module) -> bool:
-    """Whether it computes x W^T + b, and no more: some models have a Linear with a forward of its own."""
+    """Whether the module computes just x W^T + b: in some models a Linear has its own forward."""
     if not isinstance(module, nn.Linear | Conv1D):
         return False
     return type(module).forward in (nn.Linear.forward, Conv1D.forward) or not module.weight.is_floating_point()
@@ -164,14 +168,14 @@ def _check_shapes(name: str, masked: list[str], masks: Masks, shape: tuple[int, 
         expected = tuple(shape if mask == name else shape[1:])
         if masks.packed[mask].shape != expected or (mask != name and int(mask[len(name) + 1 : -1]) >= shape[0]):
             raise UserError(
-                f"{mask} has shape {expected}, its mask {masks.packed[mask].shape}: another model's mask file?"
+                f"{mask} has shape {expected}, its mask {masks.packed[mask].shape}: is this another model's mask file?"
             )
 
 
 def save_adapter(model: nn.Module, masks_file: Path, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-    """What trains of an attached model (`state`, else the model's own) and its masks, in a folder that only `load_adapter`
-    opens."""
-    state = sharding.trained(model) if state is None else state
+    """Saves the trained parameters of an attached model (`state`, else the model's own) and its masks; only `load_adapter`
+    opens the folder."""
+    state = sharding.gather_trained(model) if state is None else state
     folder.mkdir(parents=True, exist_ok=True)
     with files.atomic_write(folder / WEIGHTS) as tmp:
         save_file({_saved_name(name): value for name, value in state.items()}, tmp, {"format": "pt"})
@@ -183,7 +187,7 @@ def save_adapter(model: nn.Module, masks_file: Path, folder: Path, state: dict[s
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """The pruned `model` with the masked LoRA of `folder`, as it was trained."""
+    """Adds the masked LoRA saved in `folder` to the pruned `model`, in place. Raises `UserError` if they do not fit."""
     folder = Path(folder)
     about = files.read_json(folder / "adapter_config.json")
     if about is None or about.get("peft_type") != MASKED_TYPE:
@@ -196,10 +200,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         saved = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS} cannot be read: {error}") from error
-    _attach(model, masks, config, cached=not config.lora_dropout, recomputed=True)
+    _attach(model, masks, config, cached=not config.lora_dropout, recompute=True)
     trained = {_saved_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     if differ := saved.keys() ^ trained.keys():
-        raise UserError(f"{folder / WEIGHTS} does not fit the model: {sorted(differ)[0]} is in one of them only")
+        raise UserError(f"{folder / WEIGHTS} does not fit the model: only one of them has {sorted(differ)[0]}")
     for name, parameter in trained.items():
         if parameter.shape != saved[name].shape:
             raise UserError(f"{folder / WEIGHTS} does not fit the model: {name} has shape {tuple(saved[name].shape)}")
@@ -209,25 +213,25 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _saved_name(name: str) -> str:
-    """As peft's: without the adapter's name. Biases keep .base_layer."""
+    """The name in peft's files: without the adapter's name. Biases keep .base_layer."""
     return "base_model.model." + re.sub(r"\.parametrizations\.(\w+)\.0\b", r".\1", name).replace(f".{ADAPTER}.", ".")
 
 
 def parameter_of(mask: str) -> str:
-    """The parameter that a mask belongs to: `experts.down_proj` of `experts.down_proj[3]`."""
+    """The parameter that a mask belongs to: `experts.down_proj` for `experts.down_proj[3]`."""
     return mask.partition("[")[0]
 
 
 def target_of(mask: str) -> str:
-    """What `finetune.targets` knows a masked matrix by: the name of its module, or that of a parameter which is no `weight`."""
+    """The name of a masked matrix in `finetune.targets`: its module, or its parameter if that is no `weight`."""
     return parameter_of(mask).removesuffix(".weight")
 
 
 def targets(pruned: Iterable[str], wanted: list[str]) -> list[str]:
-    """Of the names of pruned weights, what a LoRA is to adapt (see `target_of`), fused experts once; `UserError` where nothing
-    is called so."""
+    """The matrices to adapt (see `target_of`) among the names of pruned weights, fused experts once. Raises `UserError` if a
+    target matches nothing."""
     if not wanted:
-        raise UserError("finetune.targets is empty: set finetune.targets=[all], or the last parts of names")
+        raise UserError("finetune.targets is empty: set finetune.targets=[all], or last parts of matrix names")
     matrices = list(dict.fromkeys(target_of(name) for name in pruned))
     if wanted == ALL:
         return matrices
@@ -236,6 +240,6 @@ def targets(pruned: Iterable[str], wanted: list[str]) -> list[str]:
     for target in wanted:
         if target not in endings:
             raise UserError(
-                f"finetune.targets: no pruned matrix is called '{target}'; there are {', '.join(endings)}, or all"
+                f"finetune.targets: no pruned matrix is called '{target}': set some of {', '.join(endings)}, or all"
             )
     return chosen

@@ -1,4 +1,4 @@
-"""Owns the layer of the masked LoRA: W + M * (scale * B A), the mask inside forward and merge.
+"""The masked LoRA layer of a Linear: W + M * (scale * B A), with the mask inside forward and merge.
 
 Shapes: O = out_features, I = in_features, R = rank, N = tokens.
 """
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.recovery import sharding
-from pipeline.recovery.masked_parameter import Scope, read
+from pipeline.recovery.masked_parameter import Scope, read_effective
 from pipeline.recovery.quantization import dequantized
 from pipeline.runtime.errors import UserError
 from pipeline.sparsity.masks import apply_, multiply_, nonzero_pruned, pack, unpack
@@ -20,10 +20,10 @@ ADAPTER = "default"
 
 
 class _EffectiveLinear(torch.autograd.Function):
-    """x W_eff^T + bias, with the gradients of A and B taken from the masked gradient of W_eff.
+    """x W_eff^T + bias; the gradients of A and B come from the masked gradient of W_eff.
 
-    No LoRA branch is computed for each token and nothing but x is kept for backward, which saves memory; the price is one
-    product (O, N) x (N, I) in backward.
+    There is no LoRA branch per token, and only x is kept for backward, which saves memory at the price of one product
+    (O, N) x (N, I) in backward.
     """
 
     @staticmethod
@@ -37,14 +37,14 @@ class _EffectiveLinear(torch.autograd.Function):
         input_NI, weight_OI, a_RI, b_OR, mask_OI = ctx.saved_tensors
         grad_input = grad_NO @ weight_OI.to(grad_NO.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = grad_NO.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        grad_a, grad_b = _of_a_and_b(_of_weight(grad_NO, input_NI), a_RI, b_OR, mask_OI, ctx.scale)
+        grad_a, grad_b = _lora_gradients(_weight_gradient(grad_NO, input_NI), a_RI, b_OR, mask_OI, ctx.scale)
         return grad_input, None, grad_bias, grad_a, grad_b, None, None
 
 
 class _RecomputedLinear(torch.autograd.Function):
-    """The same, with W_eff made in forward and again in backward, so that it takes no memory between them.
+    """The same, but W_eff is computed in forward and again in backward, so it takes no memory in between.
 
-    `dropped_NI` is the input of the LoRA branch where dropout makes it another, else None.
+    `dropped_NI` is the input of the LoRA branch after dropout; None without dropout.
     """
 
     @staticmethod
@@ -53,7 +53,7 @@ class _RecomputedLinear(torch.autograd.Function):
         ctx.save_for_backward(input_NI, dropped_NI, a_RI, b_OR)
         mask_OI = layer.mask()
         if dropped_NI is None:
-            return F.linear(input_NI, layer.counted(a_RI, b_OR, mask_OI).to(input_NI.dtype), bias_O)
+            return F.linear(input_NI, layer.effective_counted(a_RI, b_OR, mask_OI).to(input_NI.dtype), bias_O)
         delta_OI = layer.delta(a_RI, b_OR, mask_OI).to(input_NI.dtype)
         return F.linear(input_NI, layer.base_OI().to(input_NI.dtype), bias_O) + F.linear(dropped_NI, delta_OI)
 
@@ -67,41 +67,42 @@ class _RecomputedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_dropped = grad_NO @ layer.delta(a_RI, b_OR, mask_OI).to(grad_NO.dtype)
         grad_bias = grad_NO.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        seen_NI = input_NI if dropped_NI is None else dropped_NI
-        grad_a, grad_b = _of_a_and_b(_of_weight(grad_NO, seen_NI), a_RI, b_OR, mask_OI, layer.scale)
+        lora_input_NI = input_NI if dropped_NI is None else dropped_NI
+        grad_a, grad_b = _lora_gradients(_weight_gradient(grad_NO, lora_input_NI), a_RI, b_OR, mask_OI, layer.scale)
         return grad_input, grad_dropped, grad_bias, grad_a, grad_b, None
 
 
-def _of_weight(grad_NO: Tensor, input_NI: Tensor) -> Tensor:
+def _weight_gradient(grad_NO: Tensor, input_NI: Tensor) -> Tensor:
     return grad_NO.flatten(0, -2).T @ input_NI.flatten(0, -2)
 
 
-def _of_a_and_b(grad_OI: Tensor, a_RI: Tensor, b_OR: Tensor, mask_OI: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _lora_gradients(
+    grad_OI: Tensor, a_RI: Tensor, b_OR: Tensor, mask_OI: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     grad_OI = multiply_(grad_OI, mask_OI).to(a_RI.dtype)
     return scale * (b_OR.T @ grad_OI), scale * (grad_OI @ a_RI.T)
 
 
 class MaskedLinear(LoraLinear):
-    """A LoRA layer of peft for Linear (quantised by bitsandbytes or not) and Conv1D, with a mask.
+    """peft's LoRA layer for Linear (also quantised by bitsandbytes) and Conv1D, with a mask.
 
-    It has one of two forms. Cached: the effective weights are kept and must be made anew by `refresh` after each change of
-    A or B; fast, but takes the memory of the weights once more, and a byte for each. Recomputed: they are made where they
-    are used, from a mask of one bit a weight; for weights that are quantised or shared out over processes, for dropout,
-    where memory is short, and on a CPU.
+    Cached: keeps the effective weights, which `refresh` must update after each change of A or B. Fast, but takes the weights'
+    memory again plus a byte per weight. Recomputed: computes them on use, from a 1-bit mask. For quantised or sharded
+    weights, dropout, little memory, and CPUs.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs) -> None:
         if config.use_dora:
-            raise UserError("DoRA cannot keep a mask: its magnitudes act on the whole of a row. Leave use_dora out")
+            raise UserError("DoRA cannot keep a mask, since its magnitudes act on whole rows: leave out use_dora")
         super().__init__(base_layer, adapter_name, config, **kwargs)
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)  # weights stored (in, out)
         self.scope: Scope | None = None
-        self.nonzero_pruned: Tensor | int = 0  # pruned weights that were not zero when forward last used them
+        self.nonzero_pruned: Tensor | int = 0  # nonzero pruned weights in the last forward
         for name in ("mask_OI", "effective_OI", "mask_bits"):
             self.register_buffer(name, None, persistent=False)
 
     def set_mask(self, mask: Tensor, cached: bool = True) -> None:
-        """`mask` in the shape of the stored weight."""
+        """Sets the mask, given in the shape of the stored weight."""
         device = self.get_base_layer().weight.device
         mask_OI = self._oriented(mask).contiguous().to(device)
         self.cached, self.shape = cached, mask_OI.shape
@@ -126,20 +127,20 @@ class MaskedLinear(LoraLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The effective weights: some models read a Linear's weight and never call it (Mamba's dt_proj, fused kernels)."""
-        return read(self)
+        """The effective weights, for models that read a Linear's weight without calling it (Mamba's dt_proj, fused kernels)."""
+        return read_effective(self)
 
     def effective_weight(self, a_RI: Tensor, b_OR: Tensor) -> Tensor:
-        """In the shape of the stored weight."""
-        return self._oriented(self.counted(a_RI, b_OR, self.mask()))
+        """The effective weights in the shape of the stored weight."""
+        return self._oriented(self.effective_counted(a_RI, b_OR, self.mask()))
 
     def gradients(self, grad: Tensor, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
-        """Of A and B, from that of the stored weight."""
-        return _of_a_and_b(self._oriented(grad).clone(), a_RI, b_OR, self.mask(), self.scale)
+        """The gradients of A and B, given that of the stored weight."""
+        return _lora_gradients(self._oriented(grad).clone(), a_RI, b_OR, self.mask(), self.scale)
 
     @property
     def weight_shape(self) -> tuple[int, int]:
-        """As the weight is stored, if it were not packed."""
+        """The shape of the stored weight, also when it is packed."""
         return (self.in_features, self.out_features)[:: 1 if self.fan_in_fan_out else -1]
 
     def _oriented(self, tensor: Tensor) -> Tensor:
@@ -158,29 +159,29 @@ class MaskedLinear(LoraLinear):
             return apply_(self.scale * (b_OR @ a_RI), mask_OI)
 
     def effective(self, a_RI: Tensor, b_OR: Tensor, mask_OI: Tensor, base_OI: Tensor | None = None) -> Tensor:
-        """M * (W + scale * B A), (O, I), in the dtype of W (`base_OI`, else the layer's own)."""
+        """M * (W + scale * B A), (O, I), in the dtype of W (`base_OI`, else the layer's own weight)."""
         base_OI = self.base_OI() if base_OI is None else base_OI
-        with torch.autocast(base_OI.device.type, enabled=False):  # as in `merged_weight`, where there is none
-            made_OI = torch.addmm(base_OI.to(b_OR.dtype), b_OR, a_RI, alpha=self.scale).to(base_OI.dtype)
-        return apply_(made_OI, mask_OI)
+        with torch.autocast(base_OI.device.type, enabled=False):  # as in `merged_weight`, which runs without autocast
+            effective_OI = torch.addmm(base_OI.to(b_OR.dtype), b_OR, a_RI, alpha=self.scale).to(base_OI.dtype)
+        return apply_(effective_OI, mask_OI)
 
-    def counted(self, a_RI: Tensor, b_OR: Tensor, mask_OI: Tensor) -> Tensor:
-        """The effective weights that forward uses, their nonzero_pruned counted."""
-        made_OI = self.effective(a_RI, b_OR, mask_OI)
-        self.nonzero_pruned = nonzero_pruned(made_OI, mask_OI).count_nonzero()
-        return made_OI
+    def effective_counted(self, a_RI: Tensor, b_OR: Tensor, mask_OI: Tensor) -> Tensor:
+        """The effective weights for forward; records how many pruned ones are nonzero."""
+        effective_OI = self.effective(a_RI, b_OR, mask_OI)
+        self.nonzero_pruned = nonzero_pruned(effective_OI, mask_OI).count_nonzero()
+        return effective_OI
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Makes the cached effective weights anew from the pruned ones and A and B."""
-        self.effective_OI.copy_(self.counted(self.a, self.b, self.mask_OI))
+        """Updates the cached effective weights after a change of A or B."""
+        self.effective_OI.copy_(self.effective_counted(self.a, self.b, self.mask_OI))
 
     @torch.no_grad()
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
-        """The effective weights in the shape of the stored weight: what forward computes with, bit for bit (mixed precision
-        rounds them there). `weight`: the unquantised weight to merge into, where the layer holds another; all ranks of a
-        sharded model must call."""
-        a_RI, b_OR = sharding.whole(self.a), sharding.whole(self.b)
+        """The effective weights in the shape of the stored weight: bit for bit those of forward (up to the rounding of mixed
+        precision). `weight` is the unquantised weight to merge into, if the layer holds a quantised one. All ranks of a
+        sharded model must call it."""
+        a_RI, b_OR = sharding.full_tensor(self.a), sharding.full_tensor(self.b)
         base_OI = None if weight is None else self._oriented(weight).to(a_RI.device)
         return self._oriented(self.effective(a_RI, b_OR, self.mask(), base_OI))
 
@@ -194,6 +195,6 @@ class MaskedLinear(LoraLinear):
         if self.cached:
             return _EffectiveLinear.apply(x, self.effective_OI, bias, a, b, self.mask_OI, self.scale)
         dropout = self.lora_dropout[ADAPTER]
-        # dropout acts on the input of the LoRA branch alone, so the two branches cannot share one product
+        # dropout acts on the LoRA branch's input only, so the branches cannot share one product
         dropped = dropout(x) if self.training and isinstance(dropout, nn.Dropout) else None
         return _RecomputedLinear.apply(x, dropped, bias, a, b, self)

@@ -1,4 +1,4 @@
-"""Owns what trains on a pruned model, one class a way, and how its mask holds meanwhile."""
+"""The finetune methods: what trains on a pruned model, and how its masks hold meanwhile."""
 
 import functools
 import textwrap
@@ -56,36 +56,36 @@ class PlainLora(FinetuneMethod):
         self.model = self.attach(model, masks, settings)
 
     def attach(self, model: nn.Module, masks: Masks, settings: Finetune) -> nn.Module:
-        """Refuses what peft would not adapt, or would adapt instead: it has no LoRA for some experts and names, and moves
-        some targets to others."""
+        """Raises `UserError` if peft would not adapt exactly the targets: it has no LoRA for some experts and names, and
+        redirects some targets."""
         config = lora.lora_config(masks, settings)
-        asked, why = set(config.target_modules), ""
+        wanted, why = set(config.target_modules), ""
         modules = {name for name, _ in model.named_modules()}
-        adapted = asked & modules
-        if adapted == asked:
+        adapted = wanted & modules
+        if adapted == wanted:
             try:
                 model = get_peft_model(model, config, adapter_name=lora.ADAPTER)
                 layers = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
                 adapted = {name.removeprefix("base_model.model.") for name in layers}
             except ValueError as error:
                 adapted, why = set(), f" ({textwrap.shorten(str(error), 160, placeholder=' ...')})"
-        if differ := adapted ^ asked:
+        if differ := adapted ^ wanted:
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in differ}))
             raise UserError(
-                f"peft's LoRA cannot adapt exactly what finetune.targets asks for: {len(differ)} matrices differ, called "
-                f"{ends}{why}: set finetune.targets to others, or finetune.method=lora"
+                f"peft's LoRA cannot adapt exactly finetune.targets: {len(differ)} matrices differ, called {ends}{why}: set "
+                "other finetune.targets, or finetune.method=lora"
             )
         return model
 
     def save(self, folder: Path, masks_file: Path) -> None:
-        """Writes `adapter/`; all ranks must call."""
-        state = sharding.trained(self.model)
+        """Writes `adapter/`. All ranks must call it."""
+        state = sharding.gather_trained(self.model)
         if processes.is_main():
             self.model.save_pretrained(folder / "adapter", state_dict=state)
 
 
 class MaskedLora(PlainLora):
-    """W + M * (scale * B A), merged into a model that is exactly as sparse."""
+    """W + M * (scale * B A), merged into a model with exactly the masks' sparsity."""
 
     def attach(self, model: nn.Module, masks: Masks, settings: Finetune) -> nn.Module:
         return lora.attach(model, masks, settings)
@@ -94,9 +94,9 @@ class MaskedLora(PlainLora):
     def layers(self) -> dict[str, lora.Masked]:
         return lora.masked_layers(self.model)
 
-    @functools.cached_property  # not before training: sharding replaces the parameters
+    @functools.cached_property  # first used after training starts: sharding replaces the parameters
     def biases(self) -> dict[str, nn.Parameter]:
-        """Those that train, under their names in the model's files: of adapted layers, and of any others, such as norms."""
+        """The trained biases by name in the model's files: of adapted layers, and of any others, such as norms."""
         named = ((lora.name_in_files(name), p) for name, p in self.model.named_parameters() if p.requires_grad)
         return {name: parameter for name, parameter in named if name.endswith("bias")}
 
@@ -106,16 +106,16 @@ class MaskedLora(PlainLora):
     def merged(self, name: str, weight: Tensor) -> Tensor | None:
         if name in self.layers:
             return self.layers[name].merged_weight(weight)
-        return sharding.whole(self.biases[name]) if name in self.biases else None
+        return sharding.full_tensor(self.biases[name]) if name in self.biases else None
 
     def save(self, folder: Path, masks_file: Path) -> None:
-        state = sharding.trained(self.model)
+        state = sharding.gather_trained(self.model)
         if processes.is_main():
             lora.save_adapter(self.model, masks_file, folder / "adapter", state)
 
 
 class SparseFull(FinetuneMethod):
-    """Every kept weight trains, and all that was never pruned (norms, embeddings)."""
+    """Trains every kept weight, and everything that was never pruned (norms, embeddings)."""
 
     def __init__(self, model: nn.Module, masks: Masks, settings: Finetune) -> None:
         self.model = model
@@ -123,39 +123,39 @@ class SparseFull(FinetuneMethod):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(chosen is None or name.removesuffix(".weight") in chosen)
         for _ in masks.matched(model.named_parameters()):
-            pass  # refuses another model's masks
+            pass  # raises if the masks are another model's
         self.masks = masks
-        self.parts: dict[str, Tensor | None] = {}  # this rank's, unpacked once the model is in place
+        self.parts: dict[str, Tensor | None] = {}  # this rank's masks, unpacked once the model is in place
 
     def _masked(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue
             if name not in self.parts:
-                mask = self.masks.of(name, parameter)
-                self.parts[name] = None if mask is None else sharding.like(mask, parameter)
+                mask = self.masks.for_parameter(name, parameter)
+                self.parts[name] = None if mask is None else sharding.shard_like(mask, parameter)
             if (part := self.parts[name]) is not None:
-                # Lightning takes a model that it has trained off the GPU
-                yield parameter, part.to(sharding.local(parameter).device)
+                # Lightning moves a trained model off the GPU
+                yield parameter, part.to(sharding.local_shard(parameter).device)
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
         for parameter, mask in self._masked():
             if parameter.grad is not None:
-                multiply_(sharding.local(parameter.grad), mask)
+                multiply_(sharding.local_shard(parameter.grad), mask)
 
     @torch.no_grad()
     def reapply(self) -> int:
         count = 0
         for parameter, mask in self._masked():
-            part = apply_(sharding.local(parameter), mask)
+            part = apply_(sharding.local_shard(parameter), mask)
             count = count + nonzero_pruned(part, mask).count_nonzero()
         return int(count)
 
-    @functools.cached_property  # not before training: sharding replaces the parameters
+    @functools.cached_property  # first used after training starts: sharding replaces the parameters
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     def merged(self, name: str, weight: Tensor) -> Tensor | None:
-        """None for what is no parameter: buffers do not train."""
-        return sharding.whole(self.parameters[name].detach()) if name in self.parameters else None
+        """None for buffers, which do not train."""
+        return sharding.full_tensor(self.parameters[name].detach()) if name in self.parameters else None

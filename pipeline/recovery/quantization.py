@@ -1,4 +1,4 @@
-"""Owns the quantised weights under a LoRA: how a model is loaded with them, and what they stand for (bitsandbytes)."""
+"""Quantised base weights under a LoRA (bitsandbytes): how to load them, and how to dequantise them."""
 
 import torch
 from torch import Tensor
@@ -6,8 +6,8 @@ from transformers import BitsAndBytesConfig
 
 
 def configuration(kind: str | None) -> BitsAndBytesConfig | None:
-    """For from_pretrained. nf4: 4-bit NormalFloat with doubly quantised constants (Dettmers et al. 2023, "QLoRA", section
-    3); int8: a scale for each output row. Both keep a zero exactly zero."""
+    """The quantization_config for from_pretrained. nf4: 4-bit NormalFloat with double quantisation (Dettmers et al. 2023,
+    "QLoRA", section 3); int8: one scale per output row. Both keep zeros exactly zero."""
     if kind is None:
         return None
     if kind == "nf4":
@@ -16,7 +16,7 @@ def configuration(kind: str | None) -> BitsAndBytesConfig | None:
 
 
 def dequantized(weight: Tensor) -> Tensor:
-    """The weight in floating point: itself where it is not quantised."""
+    """The weight in floating point; unquantised weights are returned as they are."""
     if weight.is_floating_point():
         return weight
     import bitsandbytes.functional as bnb

@@ -1,4 +1,4 @@
-"""Owns a model that is shared out over the processes (FSDP2): how it is sharded, saved, and put together again."""
+"""FSDP2: shards a model over the processes, saves its trained parameters, and gathers tensors."""
 
 from datetime import timedelta
 from typing import Any
@@ -15,44 +15,42 @@ from pipeline.runtime.errors import UserError
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 over all processes, with checkpoints in one file that holds only what trains."""
+    """FSDP2 over all processes; checkpoints are one file with only the trained parameters."""
 
     def __init__(self, processes: int, timeout: timedelta) -> None:
         super().__init__(processes, 1, save_distributed_checkpoint=False, timeout=timeout)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        # Lightning's own would gather the frozen weights as well: 140 GB on one host for 70B
+        # Lightning's default also gathers the frozen weights: 140 GB on one host for 70B
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         return get_model_state_dict(self.model, options=options)
 
 
 def shard_(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Each decoder layer is one unit: gathered when it is called, let go of afterwards. `UserError` where two layers hold the
-    same weights, which FSDP2 cannot do."""
+    """Shards `model` in place, one unit per decoder layer, which is gathered for its call and freed afterwards. Raises
+    `UserError` if layers share weights, which FSDP2 does not support."""
     if isinstance(model, FSDPModule):
         return
     blocks = find_blocks(model.get_base_model() if hasattr(model, "get_base_model") else model)
     if shared_parameters(blocks):
-        raise UserError(
-            "finetune.strategy=fsdp cannot share out layers that hold the same weights: set finetune.strategy=ddp"
-        )
+        raise UserError("finetune.strategy=fsdp does not support layers that share weights: set finetune.strategy=ddp")
     for block in blocks:
         fully_shard(block.module, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor put together on every rank; all ranks must call."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor on every rank. All ranks must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part, a view."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's shard, as a view."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The part of a whole `tensor` that belongs to this rank's part of a `parameter` of the same shape."""
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's shard of a full `tensor`, sharded like `parameter`, which has the same shape."""
     if not isinstance(parameter, DTensor):
         return tensor.to(parameter.device)
     device = parameter.to_local().device
@@ -61,7 +59,7 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     ).to_local()
 
 
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    """What trains, put together, on the CPU; all ranks must call."""
+def gather_trained(model: nn.Module) -> dict[str, Tensor]:
+    """The trained parameters by name, gathered on the CPU. All ranks must call it."""
     named = ((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
-    return {name: whole(p).cpu().contiguous() for name, p in named}
+    return {name: full_tensor(p).cpu().contiguous() for name, p in named}

@@ -1,4 +1,4 @@
-"""Trains a causal LM on packed windows, resumable to the bit: what pretrain and finetune share."""
+"""Trains a causal LM on token windows, resumable to the bit; shared by pretrain and finetune."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,40 +12,40 @@ from transformers import get_cosine_schedule_with_warmup
 
 from pipeline.data import token_windows
 from pipeline.recovery import distillation, sharding
-from pipeline.recovery.checkpoints import WholeCheckpoints, newest
+from pipeline.recovery.checkpoints import AtomicCheckpoints, newest_checkpoint
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune
 
 
-def sequences(settings: Finetune) -> int:
-    """Of a step, on however many processes."""
+def sequences_per_step(settings: Finetune) -> int:
+    """Sequences per optimizer step, over all processes."""
     return settings.batch_size * settings.accumulate
 
 
-def share(settings: Finetune, world_size: int) -> tuple[int, int]:
-    """(batch_size, accumulate) of each of `world_size` processes."""
-    each, rest = divmod(sequences(settings), world_size)
+def batch_per_process(settings: Finetune, world_size: int) -> tuple[int, int]:
+    """(batch_size, accumulate) per process. Raises `UserError` if the sequences do not divide evenly."""
+    each, rest = divmod(sequences_per_step(settings), world_size)
     size = min(settings.batch_size, each)
     if rest or each % size:
         raise UserError(
-            f"{sequences(settings)} sequences a step (batch_size {settings.batch_size} x accumulate {settings.accumulate}) "
-            f"cannot be shared evenly by {world_size} processes: set accumulate={world_size}, or another number of processes"
+            f"batch_size {settings.batch_size} x accumulate {settings.accumulate} = {sequences_per_step(settings)} sequences "
+            f"do not divide among {world_size} processes: set accumulate={world_size}, or another number of processes"
         )
     return size, each // size
 
 
 def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor, reduction: str = "mean") -> Tensor:
-    """The cross-entropy of all predicted tokens, in nats; a label of -100 bears none. Not the model's own `.loss`: that of a
-    multimodal family takes the first positions for its image (GIT), and others add a loss of their routers."""
+    """Next-token cross-entropy in nats; labels of -100 are ignored. The model's own `.loss` will not do: GIT takes the
+    first positions for its image, and others add a router loss."""
     next_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)  # the last token predicts nothing
     return F.cross_entropy(logits_BTV.flatten(0, 1).float(), next_BT.flatten(), reduction=reduction)
 
 
-class _Reach(torch.autograd.Function):
-    """The loss itself, with an edge to each parameter along which no gradient flows. DDP waits for all parameters, and would
-    fail on those that no token reaches (experts of other tokens, an image encoder, an indexer that is not differentiable).
-    Its own `find_unused_parameters` walks the graph each step, and warns wherever there are none."""
+class _ReachAll(torch.autograd.Function):
+    """Returns the loss unchanged, with a graph edge without gradient to each parameter. DDP waits for all parameters, and
+    fails on those without tokens (idle experts, an image encoder, an indexer that is not differentiable). Its own
+    `find_unused_parameters` walks the graph every step, and warns when there are none."""
 
     @staticmethod
     def forward(ctx, loss, *parameters):
@@ -57,10 +57,10 @@ class _Reach(torch.autograd.Function):
 
 
 class CausalLM(LightningModule):
-    """`teacher`: the dense model to distil from, by the share `finetune.distill` of the loss.
+    """The training module. `teacher` is the dense model to distil from, weighted by `finetune.distill`.
 
-    `counts`, where tokens without loss are among the windows: of each batch, how many a batch of its step bears on the
-    average of all processes. So each token counts the same, however a step is cut into batches.
+    `counts` is set if windows hold tokens without loss: per batch, the divisor of its summed loss (the step's tokens with
+    loss, over accumulation and processes). Then every token counts the same, however a step is split into batches.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class CausalLM(LightningModule):
     ) -> None:
         super().__init__()
         self.model, self.settings, self.seed, self.counts = model, settings, seed, counts
-        self.val_perplexity: float | None = None  # of the step at hand, where it was validated
+        self.val_perplexity: float | None = None  # of the current step, if it was validated
         object.__setattr__(self, "teacher", teacher)  # not in _modules: it is neither wrapped, trained nor saved
-        self.strict_loading = False  # checkpoints hold only what trains
-        self.reached: set[nn.Parameter] = set()  # by the gradients of a step, on this rank
+        self.strict_loading = False  # checkpoints hold only the trained parameters
+        self.reached: set[nn.Parameter] = set()  # parameters with gradients in this step, on this rank
 
     def configure_model(self) -> None:
         if self.settings.strategy == "fsdp" and processes.world_size() > 1:
@@ -85,42 +85,42 @@ class CausalLM(LightningModule):
                 sharding.shard_(self.teacher, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
-        if self._by_ddp():
+        if self._uses_ddp():
             for parameter in self._trained():
-                parameter.register_post_accumulate_grad_hook(self._note)
+                parameter.register_post_accumulate_grad_hook(self._note_reached)
         if self.teacher is not None:
             self.teacher.to(self.device)
 
     def training_step(self, ids_BT: Tensor, index: int) -> Tensor:
-        # dropout of a resumed run must be that of an uninterrupted one: its seed is the batch's, not history's
+        # a resumed run needs the same dropout: seed by batch
         torch.manual_seed((self.seed * 1_000_003 + index) * processes.world_size() + processes.rank())
         loss = self._loss(ids_BT, index)
         if not loss.isfinite():
             raise UserError(
                 f"the loss at step {self.trainer.global_step + 1} is {loss.item()}: set a smaller lr than "
-                f"{self.settings.lr:g}, or precision=bf16-mixed where float16 overflows (the last good checkpoint is kept)"
+                f"{self.settings.lr:g}, or precision=bf16-mixed if float16 overflows (the last good checkpoint is kept)"
             )
         if not loss.requires_grad:
             raise UserError(
-                f"{type(self.model).__name__} gives no gradient to what trains (reversible layers, or code without "
+                f"{type(self.model).__name__} gives no gradient to the trained weights (reversible layers, or code without "
                 "gradients): set finetune.method=full, or stages without finetune"
             )
         self.log("loss", loss, prog_bar=True, logger=False)
-        return _Reach.apply(loss, *self._trained()) if self._by_ddp() else loss
+        return _ReachAll.apply(loss, *self._trained()) if self._uses_ddp() else loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """DDP gives a gradient of zeros to what no rank reached. One process gives none, and no weight decay either."""
-        if self._by_ddp():
+        """Removes DDP's zero gradients of parameters that no rank reached: one process has none there, so no weight decay."""
+        if self._uses_ddp():
             for parameter in self._trained():
                 if parameter not in self.reached and parameter.grad is not None and not parameter.grad.any():
                     parameter.grad = None
             self.reached.clear()
 
-    def _note(self, parameter: nn.Parameter) -> None:
+    def _note_reached(self, parameter: nn.Parameter) -> None:
         if parameter.grad is not None:
             self.reached.add(parameter)
 
-    def _by_ddp(self) -> bool:
+    def _uses_ddp(self) -> bool:
         return self.settings.strategy == "ddp" and processes.world_size() > 1
 
     def _trained(self) -> list[nn.Parameter]:
@@ -150,7 +150,7 @@ class CausalLM(LightningModule):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         state = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
         for name, value in state.items():
-            if not value.isfinite().all():  # the next step would show it, when the last good checkpoint is gone
+            if not value.isfinite().all():  # the next step would show it only after the last good checkpoint is gone
                 raise UserError(
                     f"step {self.trainer.global_step} left {name} with numbers that are not finite: set a smaller lr than "
                     f"{self.settings.lr:g} (the last good checkpoint is kept)"
@@ -159,18 +159,20 @@ class CausalLM(LightningModule):
         checkpoint["processes"] = processes.world_size()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        if (begun := checkpoint["processes"]) != processes.world_size():  # each keeps its own place in its own share
+        if (
+            started := checkpoint["processes"]
+        ) != processes.world_size():  # each process resumes its own share of the data
             folder = Path(self.trainer.ckpt_path).parent.parent
             raise UserError(
-                f"this training was begun with {begun} processes and goes on with as many only, not {processes.world_size()}: "
-                f"launch with --num_processes {begun}, or remove {folder} to begin anew"
+                f"this training was started with {started} processes and cannot continue with {processes.world_size()}: launch "
+                f"with --num_processes {started}, or remove {folder} to start again"
             )
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        saved = checkpoint.get("state_dict", trained)  # FSDP gives it to one rank
-        if differ := trained ^ set(saved):  # `strict_loading` is off
+        saved = checkpoint.get("state_dict", trained)  # with FSDP only one rank has it
+        if differ := trained ^ set(saved):  # checked here, since `strict_loading` is off
             folder = Path(self.trainer.ckpt_path).parent.parent
             raise UserError(
-                f"this training was begun with other weights (such as {sorted(differ)[0]}): remove {folder} to begin anew"
+                f"this training was started with other weights (such as {sorted(differ)[0]}): remove {folder} to start again"
             )
 
 
@@ -183,28 +185,28 @@ def fit(
     callbacks: Sequence[Callback] = (),
     teacher: nn.Module | None = None,
 ) -> None:
-    """Trains `model` in place on (steps * sequences, T) windows, in their order; goes on from a checkpoint in `folder`.
+    """Trains `model` in place on (steps * sequences, T) windows, in order, resuming from a checkpoint in `folder` if any.
 
-    Windows may hold tokens without loss, as `data.ids_and_labels` reads them.
-    The callbacks write the checkpoints and logs, see `callbacks.of_training`. The checkpoints are the caller's to remove
-    once its stage is whole.
+    Windows may hold tokens without loss (see `token_windows.ids_and_labels`). The callbacks write checkpoints and logs (see
+    `callbacks.of_training`). The caller removes the checkpoints when its stage is complete. Raises `UserError` if the loss
+    is not finite or the checkpoint does not fit.
     """
     rank, world_size = processes.rank(), processes.world_size()
-    batch_size, accumulate = share(settings, world_size)
-    by_step = windows_NT.view(settings.max_steps, sequences(settings), -1)
+    batch_size, accumulate = batch_per_process(settings, world_size)
+    by_step = windows_NT.view(settings.max_steps, sequences_per_step(settings), -1)
     counts = None
     if (windows_NT < 0).any():
-        bearing = (by_step[..., 1:] >= 0).sum((1, 2)) / (accumulate * world_size)
-        counts = [count for count in bearing.tolist() for _ in range(accumulate)]
-    mine = by_step[:, rank::world_size].flatten(0, 1).long()
+        with_loss = (by_step[..., 1:] >= 0).sum((1, 2)) / (accumulate * world_size)
+        counts = [count for count in with_loss.tolist() for _ in range(accumulate)]
+    own_windows = by_step[:, rank::world_size].flatten(0, 1).long()
     trainer = Trainer(
         max_steps=settings.max_steps,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=settings.clip or None,
         precision=precision(settings.precision),
         callbacks=list(callbacks),
-        enable_checkpointing=False,  # by Lightning's own callback
-        plugins=[WholeCheckpoints(folder)],
+        enable_checkpointing=False,  # ours replaces Lightning's callback
+        plugins=[AtomicCheckpoints(folder)],
         logger=_loggers(settings.loggers, folder),
         enable_progress_bar=processes.on_terminal(),
         **processes.trainer_arguments(sharding.ShardedStrategy if settings.strategy == "fsdp" else None),
@@ -214,15 +216,15 @@ def fit(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     # a plain DataLoader resumed mid-epoch repeats early batches and drops later ones
-    loader = StatefulDataLoader(mine, batch_size=batch_size)
-    last = newest(folder)
+    loader = StatefulDataLoader(own_windows, batch_size=batch_size)
+    last = newest_checkpoint(folder)
     if last:
-        processes.say(f"  going on from {last.name}")
+        processes.say(f"  resuming from {last.name}")
     trainer.fit(CausalLM(model, settings, seed, teacher, counts), loader, ckpt_path=last, weights_only=True)
     if "wandb" in settings.loggers:
         import wandb
 
-        wandb.finish()  # Lightning does not, and wandb would go on writing into a finished stage
+        wandb.finish()  # Lightning does not, and wandb would keep writing into a finished stage
     model.eval()
 
 
@@ -237,7 +239,7 @@ def _optimizer(trained: list[nn.Parameter], settings: Finetune) -> torch.optim.O
 
 
 def _loggers(names: list[str], folder: Path) -> list:
-    """What is shown beside metrics.csv; a missing package is a `UserError`."""
+    """Lightning's loggers besides metrics.csv. Raises `UserError` if a package is missing."""
     from lightning.pytorch import loggers
 
     try:
@@ -253,6 +255,7 @@ def _loggers(names: list[str], folder: Path) -> list:
 
 
 def precision(setting: str) -> str:
+    """Lightning's `precision`: `auto` is bf16-mixed with a GPU, else 32-true."""
     if setting != "auto":
         return setting
     return "bf16-mixed" if torch.cuda.is_available() else "32-true"

@@ -117,5 +117,5 @@ def _subclass_in(path: Path, stamp: tuple[int, int], base_place: str, key: str) 
         if issubclass(member, base) and member.__module__ == path.stem
     ]
     if len(found) != 1:
-        raise UserError(f"{key}={path} should define one subclass of {base.__name__}, and defines {len(found)}")
+        raise UserError(f"{key}={path} defines {len(found)} subclasses of {base.__name__}: define exactly one")
     return found[0]

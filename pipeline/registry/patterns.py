@@ -15,9 +15,11 @@ class PatternEntry(Entry):
 
 class Patterns(Registry):
     def label(self, value: Any) -> str:
-        """`2:4` as `2of4`, 0.50 as 0.5."""
+        """As tables print it: `2of4` as 2:4, 0.50 as 0.5."""
         text = str(value)
-        return super().label(text) if is_file(text) else re.sub(r"(\.\d*?)0+$", r"\1", text.replace(":", "of"))
+        if is_file(text):
+            return super().label(text)
+        return re.sub(r"(\.\d*?)0+$", r"\1", re.sub(r"^\s*(\d+)\s*(?:of|:)\s*(\d+)\s*$", r"\1:\2", text))
 
     def entry(self, value: Any, key: str | None = None) -> Entry:
         return self.parse(value, key)[0]
@@ -29,7 +31,7 @@ class Patterns(Registry):
         if match := re.fullmatch(r"\s*(\d+)\s*(?:of|:)\s*(\d+)\s*", text):
             n, m = map(int, match.groups())
             if not 0 < n < m:
-                raise UserError(f"{key}={value}: N of M keeps N of each M weights, so 0 < N < M is needed, as in 2of4")
+                raise UserError(f"{key}={value} is impossible: N of M needs 0 < N < M, set for example {key}=2of4")
             return self.entries["N:M"], {"n": n, "m": m}
         if is_file(text):
             return super().entry(text, key), {}
@@ -41,9 +43,9 @@ class Patterns(Registry):
             ) from None
         if ratio >= 60 and ratio == int(ratio):
             n, m = divmod(int(ratio), 60)  # YAML 1.1 reads 2:4 in base 60
-            raise UserError(f"{key}={value} is not a ratio. YAML reads {n}:{m} as {value}: write {n}of{m}")
+            raise UserError(f"{key}={value} is not a ratio. YAML reads {n}:{m} as {value}: set {key}={n}of{m}")
         if not 0 < ratio < 1:
-            raise UserError(f"{key}={value} is out of range: a ratio lies between 0 and 1, such as 0.5")
+            raise UserError(f"{key}={value} is out of range: set a ratio between 0 and 1, such as 0.5")
         return self.entries["unstructured"], {"ratio": ratio}
 
 

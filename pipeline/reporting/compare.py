@@ -1,169 +1,98 @@
-"""Owns the comparison of runs.
-
-One table over methods x patterns x models, on the terminal and as compare.html and compare.md, and one plot of it.
-"""
+"""Compares finished runs: a table over methods, patterns and models, on the terminal and as compare.html and compare.md,
+and a plot of it."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from markupsafe import Markup
+import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
-from pipeline.reporting import card, page, runs, summary
-from pipeline.reporting.report import table
-from pipeline.reporting.runs import Row, Run
-from pipeline.reporting.series import Mark, Panel
-from pipeline.reporting.summary import MODELS, NOTHING, Cell, Groups
+from pipeline.reporting import page, runs, summary
+from pipeline.reporting.report import print_table
+from pipeline.reporting.runs import Run
+from pipeline.reporting.summary import Cell, get
+from pipeline.runtime.errors import UserError
 
 PERPLEXITY = "perplexity"
 
 
-class Comparison(NamedTuple):
-    patterns: list[str]  # the columns
-    rows: list[Row]
-    measures: list[str]
-    values: dict[tuple[Row, str, str], tuple[float, float | None]]  # by row, pattern, measure: value, standard error
-    explained: str
-    notes: list[str]
-
-
 def compare(folders: list[Path], out: Path) -> None:
-    """Shows the table of all runs in `folders`, each a run or a folder of runs, and writes it into `out`."""
+    """Prints the table of all runs in `folders`, each a run or a folder of runs, and writes it into `out`."""
+    from pipeline.reporting import plots  # matplotlib takes a second to import
+
     found = runs.find(folders)
-    comparison = arrange(found, runs.unfinished(folders))
-    groups, console = groups_of(comparison), Console()
-    console.print(table(comparison.patterns, groups))
-    for note in comparison.notes:
-        console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
-    write(out, comparison, groups, [str(run.folder) for run in found])
-    console.print(Text(f"comparison: {out / 'compare.html'}"), soft_wrap=True)
-
-
-def arrange(found: list[Run], unfinished: list[str]) -> Comparison:
-    """All numbers by row, pattern and measure; a method stands before what healed it, the dense model before all."""
-    patterns = list(dict.fromkeys(run.pattern for run in found))
-    models = [(run, state, run.results["models"][state]) for run in found for state in summary.columns(run.results)]
-    tasks = [task for task in _asked(models) if all("acc" in _scores(model, task) for _, _, model in models)]
-    values, notes = {}, [note for run in found for note in summary.notes(run.results)]
-    for run, state, model in models:
-        row = runs.row_of(run, state, found)
-        for measure, value in _measured(model, tasks).items():
-            for pattern in patterns if state == "dense" else [run.pattern]:
-                before = values.setdefault((row, pattern, measure), value)
-                if not math.isclose(before[0], value[0], rel_tol=1e-4):
-                    notes.append(
-                        f"{row.model} {row.label}: runs of equal settings differ in {measure}; the first is told"
-                    )
-    if differing := runs.differing_protocol(found):
-        told = ", ".join(f"evaluate.{key}" for key in differing)
-        notes.append(f"not all was measured alike: numbers of another {told} do not compare")
-    if left := [task for task in _asked(models) if task not in tasks]:
-        notes.append(f"not in the mean accuracy, as not all runs tell theirs: {', '.join(left)}")
-    if unfinished:
+    scores = [model.get("zero_shot") or {} for run in found for model in run.results["models"].values()]
+    tasks = [task for task in summary.keys(scores) if all("acc" in (score.get(task) or {}) for score in scores)]
+    numbers, notes = tabulate(found, tasks)
+    if left := [task for task in summary.keys(scores) if task not in tasks]:
+        notes.append(f"not in the mean accuracy, as not all runs have them: {', '.join(left)}")
+    if unfinished := runs.unfinished(folders):
         notes.append(f"not finished: {', '.join(unfinished)}")
-    rows = list(dict.fromkeys(row for row, _, _ in values))
-    names, methods = [row.model for row in rows], [row.method for row in rows]
-    rows.sort(
-        key=lambda it: (names.index(it.model), it.state != "dense", methods.index(it.method), MODELS.index(it.state))
+    patterns, groups, panels = list(dict.fromkeys(run.pattern for run in found)), [], []
+    for (measure, model), part in numbers.groupby(["measure", "model"], sort=False):
+        title = f"{model}, {measure}" if numbers.model.nunique() > 1 else measure
+        rows = [(label, row.set_index("pattern").cell) for label, row in part.groupby("label", sort=False)]
+        better = "lower" if PERPLEXITY in measure else "higher"
+        cells = [(label, [row.get(pattern, Cell("-")) for pattern in patterns]) for label, row in rows]
+        groups.append((f"{title} ({better} is better)", cells))
+        panels.append((title, part))
+    print_table(patterns, groups, notes)
+    facts = {
+        "title": f"{', '.join(numbers.model.unique())}: {len(found)} run{'s' * (len(found) > 1)} compared",
+        **{"columns": patterns, "groups": groups, "notes": notes, "mark": summary.MARK},
+        "tasks": tasks,
+        "protocol": {} if runs.differing_protocol(found) else found[0].results.get("protocol", {}),
+        "runs": [str(run.folder) for run in found],
+    }
+    figures = [("", page.data_uri(plots.comparison(panels)))]
+    text = page.render("compare.md.jinja", **facts, figures=figures)
+    page.write(out / "compare.html", page.html(text, title=facts["title"], kind="comparison"))
+    page.write(out / "compare.md", page.render("compare.md.jinja", **facts, figures=[]))
+    page.write(out / "compare.svg", plots.comparison(panels, background="white"))
+    Console().print(Text(f"comparison: {out / 'compare.html'}"), soft_wrap=True)
+
+
+def tabulate(found: list[Run], tasks: list[str]) -> tuple[pd.DataFrame, list[str]]:
+    """A line for each number, in the order of the table, and notes. A dense model has a number for each pattern."""
+    notes = [note for run in found for note in summary.notes(run.results)]
+    if differing := runs.differing_protocol(found):
+        keys = ", ".join(f"evaluate.{key}" for key in differing)
+        notes.append(f"the runs differ in {keys}: their numbers are not comparable")
+    lines, seen = [], {}
+    for run in found:
+        for state in summary.columns(run.results):
+            row = runs.row_of(run, state, found)
+            about = {"model": row.model, "is_sparse": state != "dense", "method": row.method, "label": row.label}
+            for number in _measured(run.results["models"][state], tasks):
+                for pattern in dict.fromkeys(it.pattern for it in found) if state == "dense" else [run.pattern]:
+                    first = seen.setdefault((row, number["measure"], pattern), number)
+                    if first is number:
+                        lines.append({**about, "is_recovered": bool(row.recovery), "pattern": pattern, **number})
+                    elif not math.isclose(first["value"], number["value"], rel_tol=1e-4):
+                        what = f"{row.model} {row.label}: runs of equal settings differ in {number['measure']}"
+                        notes.append(f"{what}; the first is shown")
+    if not lines:
+        raise UserError("nothing to compare: the runs have no perplexity, and no task that all have")
+    order = ["measure", "model", "is_sparse", "method", "is_recovered"]  # each in the order of appearance
+    frame = pd.DataFrame(lines).sort_values(
+        order, key=lambda it: it if it.dtype == bool else it.factorize()[0], kind="stable"
     )
-    measures = list(dict.fromkeys(measure for _, _, measure in values))
-    return Comparison(patterns, rows, measures, values, _explained(found, tasks), list(dict.fromkeys(notes)))
+    cost = frame.value.where(frame.measure.str.contains(PERPLEXITY), -frame.value)
+    rivals = cost.groupby([frame[name] for name in ("measure", "model", "pattern", "is_sparse", "is_recovered")])
+    frame["best"] = frame.is_sparse & (cost == rivals.transform("min")) & (rivals.transform("count") > 1)
+    frame["cell"] = [Cell(text, best=best) for text, best in zip(frame.text, frame.best)]
+    return frame, list(dict.fromkeys(notes))
 
 
-def groups_of(comparison: Comparison) -> Groups:
-    """A group of rows for each measure of each model. Strong is the best pruned and the best healed of a column."""
-    models = list(dict.fromkeys(row.model for row in comparison.rows))
-    groups = []
-    for measure in comparison.measures:
-        for model in models:
-            rows = [row for row in comparison.rows if row.model == model]
-            told = [
-                (row.label, [_cell(comparison, rows, row, it, measure) for it in comparison.patterns]) for row in rows
-            ]
-            where = f"{model}, " if len(models) > 1 else ""
-            better = "lower" if PERPLEXITY in measure else "higher"
-            groups.append((f"{where}{measure} ({better} is better)", told))
-    return groups
-
-
-def write(out: Path, comparison: Comparison, groups: Groups, folders: list[str]) -> None:
-    """compare.html, compare.md, and the plot of the latter, compare.svg."""
-    from pipeline.reporting import plots, svg  # matplotlib takes a second to import
-
-    models = list(dict.fromkeys(row.model for row in comparison.rows))
-    title = f"{', '.join(models)}: {len(folders)} run{'s' * (len(folders) > 1)} compared"
-    panels = [_panel(comparison, model, measure) for model in models for measure in comparison.measures]
-    facts = {"title": title, "columns": comparison.patterns, "groups": groups, "explained": comparison.explained}
-    facts |= {"notes": comparison.notes, "runs": folders}
-    pictures = [(panel.title, Markup(plots.comparison([panel]))) for panel in panels]
-    text = [f"# {card.escaped(title)}", card.results(comparison.patterns, groups), card.escaped(comparison.explained)]
-    text += ["![The table as a plot](compare.svg)", *(f"> **Note:** {card.escaped(note)}" for note in comparison.notes)]
-    text.append(f"Runs: {card.escaped(', '.join(folders))}")
-    page.write(
-        out,
-        {
-            "compare.html": page.render("compare.html.jinja", **facts, figures=pictures, mark=summary.MARK),
-            "compare.md": "\n\n".join(text) + "\n",
-            "compare.svg": svg.standalone(plots.comparison(panels)),
-        },
-    )
-
-
-def _explained(found: list[Run], tasks: list[str]) -> str:
-    said = ["Strong: the best pruned and the best healed model of a column. ±: standard error."]
+def _measured(model: dict, tasks: list[str]) -> Iterator[dict]:
+    """Measure, value, standard error and text; the mean accuracy is in percent, of independent tasks."""
+    for name, value in (model.get("perplexity") or {}).items():
+        error = get(model, "perplexity_stderr", name)
+        yield dict(measure=f"{name} {PERPLEXITY}", value=value, error=error, text=summary.perplexity(value, error))
     if tasks:
-        said.append(f"Mean accuracy of {', '.join(tasks)}.")
-    if not runs.differing_protocol(found):
-        protocol = found[0].results.get("protocol", {})
-        limit = "all" if protocol.get("limit") is None else protocol["limit"]
-        windows = f", the first {protocol['windows']} of each text" if protocol.get("windows") else ""
-        bos = ", each after BOS" if protocol.get("bos") else ""
-        said.append(f"Windows of {protocol.get('seq_len')} tokens{windows}{bos}; {limit} questions per task.")
-    return " ".join(said)
-
-
-def _measured(model: dict, tasks: list[str]) -> dict[str, tuple[float, float | None]]:
-    """Value and standard error of each measure; of the mean accuracy, in percent, as of independent tasks."""
-    errors = model.get("perplexity_stderr") or {}
-    found = {f"{it} {PERPLEXITY}": (value, errors.get(it)) for it, value in (model.get("perplexity") or {}).items()}
-    if tasks:
-        scores = [_scores(model, task) for task in tasks]
-        mean = sum(score["acc"] for score in scores) / len(scores)
-        error = summary.mean_error(scores)
-        found["mean accuracy, %"] = (100 * mean, None if error is None else 100 * error)
-    return found
-
-
-def _cell(comparison: Comparison, rows: list[Row], row: Row, pattern: str, measure: str) -> Cell:
-    if (row, pattern, measure) not in comparison.values:
-        return NOTHING
-    value, error = comparison.values[row, pattern, measure]
-    rivals = [it for it in rows if it.state != "dense" and bool(it.healing) == bool(row.healing)]
-    reached = [found[0] for it in rivals if (found := comparison.values.get((it, pattern, measure)))]
-    is_best = row in rivals and len(reached) > 1 and value == (min if PERPLEXITY in measure else max)(reached)
-    if PERPLEXITY in measure:
-        return Cell(summary.perplexity(value, error), strong=is_best)
-    return Cell(f"{value:.1f}" + (f" ± {error:.1f}" if error is not None else ""), strong=is_best)
-
-
-def _panel(comparison: Comparison, model: str, measure: str) -> Panel:
-    dense, marks = None, []
-    for row in (row for row in comparison.rows if row.model == model):
-        numbers = {it: comparison.values.get((row, it, measure)) for it in comparison.patterns}
-        drawn = {it: number for it, number in numbers.items() if number and math.isfinite(number[0])}
-        if drawn and row.state == "dense":
-            dense = dense or next(iter(drawn.values()))
-        elif drawn:
-            marks.append(Mark(row.method, row.healing, drawn))
-    several = len({row.model for row in comparison.rows}) > 1
-    return Panel(f"{model}, {measure}" if several else measure, comparison.patterns, dense, marks)
-
-
-def _asked(models: list) -> list[str]:
-    return summary.keys(model.get("zero_shot") for _, _, model in models)
-
-
-def _scores(model: dict, task: str) -> dict:
-    return (model.get("zero_shot") or {}).get(task) or {}
+        scores = [model["zero_shot"][task] for task in tasks]
+        mean, error = sum(score["acc"] for score in scores) / len(scores), summary.mean_error(scores)
+        text = summary.accuracy({"acc": mean, "acc_stderr": error}, "acc")
+        yield dict(measure="mean accuracy, %", value=100 * mean, error=error and 100 * error, text=text)

@@ -1,184 +1,159 @@
-"""The report's pictures: numbers in, an inline SVG string out."""
+"""The report's pictures: numbers in, an SVG document out. The same numbers give the same bytes.
 
+Pages show them as images, so each is a document of its own. Figures are made without pyplot: no display is needed.
+"""
+
+import functools
+import io
 import math
+from collections.abc import Callable
 
+import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from pipeline.reporting.series import Panel, Points
-from pipeline.reporting.svg import ACCENT, INK, SECOND, SERIES, SIZE, draw
-
+INK, LINE, ACCENT, SECOND = "#1e2822", "#c9d3cb", "#2f7d4f", "#b3661a"
+SERIES = (ACCENT, SECOND, "#2b6ca8", "#93458a", "#857414", "#5c6b73")  # distinct for the colour-blind with MARKERS
 MARKERS = "os^Dv"
-DENSE = {"color": INK, "linewidth": 1, "linestyle": (0, (4, 3))}
-POINTS = 300  # a loss curve holds no more points than it has pixels
+SIZE = (4.4, 2.75)  # inches of 72 px; two fit side by side on a laptop
+POINTS = 300  # a loss curve has no more points than pixels
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: a small file
+    "svg.hashsalt": "espalier",  # ids do not depend on time
+    "text.parse_math": False,  # names from outside may hold a $
+    "font.size": 9.5,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), LINE),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left", "legend.frameon"), False),
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+}
 
 
-def sparsity(series: dict[str, Points]) -> str:
-    """By type of matrix, (layer, share of its weights that is pruned, 0..1)."""
-    return _panels("sparsity", series, "pruned weights (%)", 1)
+def picture(draw: Callable[..., None]) -> Callable[..., str]:
+    """Makes a function that draws on a figure one that returns SVG; `background` is a colour."""
+
+    @functools.wraps(draw)
+    def drawn(*args, background: str = "none") -> str:
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()  # the user's matplotlibrc does not count
+            matplotlib.rcParams.update(STYLE)
+            figure, file = Figure(figsize=SIZE, layout="constrained"), io.StringIO()
+            draw(figure, *args)
+            figure.savefig(file, format="svg", facecolor=background, metadata={"Date": None})
+        return file.getvalue()
+
+    return drawn
 
 
-def output_error(series: dict[str, Points]) -> str:
-    """By type of matrix, (layer, ||pruned - dense|| / ||dense|| of its outputs)."""
-    top = 1.1 * max(error for points in series.values() for _, error in points)
-    return _panels("output_error", series, "output error (% of the norm)", top or 1)
+@picture
+def by_layer(figure: Figure, shares: pd.DataFrame, label: str, top: float) -> None:
+    """A panel for each column, all on the same axes: shares by layer, drawn in percent up to `top`."""
+    count = shares.shape[1]
+    across = next(width for width, most in ((1, 1), (2, 4), (3, 9), (4, math.inf)) if count <= most)
+    down = math.ceil(count / across)
+    figure.set_size_inches(SIZE[0], max(SIZE[1], 0.6 + 0.95 * down))
+    panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False, subplot_kw={"ylim": (0, top)})
+    for place, axes in enumerate(panels.flat):
+        axes.set_visible(place < count)
+        axes.tick_params(labelbottom=place + across >= count)
+    for axes, (title, column) in zip(panels.flat, shares.items()):
+        line = _line(axes, 100 * column.dropna(), ACCENT)
+        axes.fill_between(*line.get_data(), color=ACCENT, alpha=0.15, linewidth=0)
+        axes.set_title(title)
+        _layers(axes, 4 if across > 1 else 8)
+    figure.supxlabel("decoder layer", fontsize="medium")
+    figure.supylabel(label, fontsize="medium")
 
 
-def _panels(name: str, series: dict[str, Points], label: str, top: float) -> str:
-    """A panel for each series, all on the same axes; shares are drawn in percent."""
-    across = next(width for width, most in ((1, 1), (2, 4), (3, 9), (4, math.inf)) if len(series) <= most)
-    down = math.ceil(len(series) / across)
-
-    def paint(figure: Figure) -> None:
-        grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
-        for place, axes in enumerate(grid.flat):
-            axes.set_visible(place < len(series))
-            axes.tick_params(labelbottom=place + across >= len(series))
-        for axes, (title, points) in zip(grid.flat, series.items()):
-            layers, shares = zip(*points, strict=True)
-            percent = [100 * share for share in shares]
-            axes.fill_between(layers, percent, color=ACCENT, alpha=0.15, linewidth=0)
-            axes.plot(layers, percent, color=ACCENT, linewidth=1.4, **_dots(points))
-            axes.set_title(title)
-            axes.xaxis.set_major_locator(MaxNLocator(4 if across > 1 else 8, integer=True))
-            axes.yaxis.set_major_locator(MaxNLocator(4))
-            axes.grid(False, axis="x")
-        grid[0, 0].set_ylim(0, 100 * top)
-        figure.supxlabel("decoder layer", fontsize="medium")
-        figure.supylabel(label, fontsize="medium")
-
-    return draw(name, paint, (SIZE[0], max(SIZE[1], 0.6 + 0.95 * down)))
+@picture
+def reconstruction(figure: Figure, before: pd.Series, after: pd.Series) -> None:
+    """||reconstructed - dense|| / ||dense|| of a layer's output on held-out calibration text, by layer."""
+    axes = figure.add_subplot(xlabel="decoder layer", ylabel="output error (% of the norm)")
+    _line(axes, 100 * before, SECOND, "before")
+    _line(axes, 100 * after, ACCENT, "after")
+    axes.set_ylim(bottom=0)
+    _layers(axes, 8)
+    axes.legend()
 
 
-def reconstruction(before: Points, after: Points) -> str:
-    """(layer, ||reconstructed - dense|| / ||dense|| of its output, over held-out calibration text)."""
-
-    def paint(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        for label, points, colour in (("before", before, SECOND), ("after", after, ACCENT)):
-            layers, shares = zip(*points, strict=True)
-            axes.plot(
-                layers, [100 * share for share in shares], color=colour, linewidth=1.4, label=label, **_dots(points)
-            )
-        axes.set(xlabel="decoder layer", ylabel="output error (% of the norm)")
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.grid(False, axis="x")
-        axes.legend(loc="best")
-
-    return draw("reconstruction", paint)
-
-
-def loss(training: Points, validation: Points = ()) -> str:
-    """`training` and `validation` are (step, nats per token); the solid line is a running mean of the faint one."""
-
-    def paint(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        steps, values = _thinned(np.array(training, dtype=float).reshape(-1, 2)).T
-        window = max(1, len(values) // 20)
-        axes.plot(steps, values, color=ACCENT, linewidth=1, alpha=0.4 if window > 1 else 1)
-        if window > 1:
-            kernel = np.ones(window)  # shorter at the ends, where there is less to average
-            mean = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
-            axes.plot(steps, mean, color=ACCENT, linewidth=1.8, label="training, running mean")
-        if validation:
-            steps, values = zip(*validation, strict=True)
-            axes.plot(steps, values, color=SECOND, linewidth=1.4, label="validation", **_dots(validation))
-        axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        if window > 1 or validation:
-            axes.legend(loc="best")
-
-    return draw("loss", paint)
+@picture
+def loss(figure: Figure, training: pd.Series, validation: pd.Series) -> None:
+    """Nats per token by step; the solid line is a running mean of the faint one."""
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats per token)")
+    places = np.arange(len(training)) // math.ceil(len(training) / POINTS)
+    thinned = training.reset_index().groupby(places).mean().set_index(training.index.name)[training.name]
+    window = max(1, len(thinned) // 20)
+    axes.plot(thinned, color=ACCENT, linewidth=1, alpha=0.4 if window > 1 else 1)
+    if window > 1:
+        mean = thinned.rolling(window, center=True, min_periods=1).mean()
+        axes.plot(mean, color=ACCENT, linewidth=1.8, label="training, running mean")
+    if len(validation):
+        _line(axes, validation, SECOND, "validation")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
 
 
-def stages(names: list[str], seconds: list[float], times: list[str], gib: list[float | None]) -> str:
-    """Lying bars, the first stage on top; `times` are told at their ends. Memory is left out where one is unknown."""
+@picture
+def stages(figure: Figure, names: list[str], seconds: list[float], times: list[str], gib: list[float | None]) -> None:
+    """Bars, the first stage on top, labelled with `times`. Memory is left out where one is unknown."""
     unit, divisor = next((u, d) for u, d in (("h", 3600), ("min", 60), ("s", 1)) if max(seconds) >= 2 * d or d == 1)
     sides = [(f"time ({unit})", [value / divisor for value in seconds], times)]
     sides += [("peak memory (GiB)", gib, [f"{value:.2g}" for value in gib])] if None not in gib else []
-
-    def paint(figure: Figure) -> None:
-        grid = figure.subplots(1, len(sides), sharey=True, squeeze=False)
-        for axes, (label, values, texts) in zip(grid.flat, sides):
-            axes.bar_label(axes.barh(names, values, height=0.6, color=ACCENT), texts, padding=4)
-            axes.set(xlabel=label)
-            axes.margins(x=0.08 * max(map(len, texts)))  # room for the label of the longest bar
-            axes.set_xlim(left=0)
-            axes.xaxis.set_major_locator(MaxNLocator(4))
-            axes.grid(False, axis="y")
-        grid[0, 0].invert_yaxis()
-
-    return draw("stages", paint)
+    panels = figure.subplots(1, len(sides), sharey=True, squeeze=False)
+    for axes, (label, values, texts) in zip(panels.flat, sides):
+        axes.bar_label(axes.barh(names, values, height=0.6, color=ACCENT), texts, padding=4)
+        axes.set_xlabel(label)
+        axes.margins(x=0.08 * max(map(len, texts)))  # room for the label of the longest bar
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.grid(False, axis="y")
+    panels[0, 0].invert_yaxis()
 
 
-def comparison(panels: list[Panel]) -> str:
-    """By pattern, what each method leaves (hollow) and what healing makes of it (filled), with standard errors."""
-    across = min(2, len(panels))
-    down = math.ceil(len(panels) / across)
-    methods = list(dict.fromkeys(mark.method for panel in panels for mark in panel.marks))
-    healings = list(dict.fromkeys(mark.healing for panel in panels for mark in panel.marks))
+@picture
+def comparison(figure: Figure, panels: list[tuple[str, pd.DataFrame]]) -> None:
+    """A panel for each measure, a line for each row of its table; of a frame as `compare.tabulate` makes it."""
+    heights = [0.9 + 0.28 * part.label.nunique() for _, part in panels]
+    figure.set_size_inches(2 * SIZE[0], sum(heights) + 0.3)
+    grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
+    for axes, (title, part) in zip(grid.flat, panels):
+        finite = part[np.isfinite(part.value)]
+        for value in finite.value[~finite.is_sparse][:1]:
+            axes.axvline(value, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="dense")
+        sparse = finite[finite.is_sparse]
+        for place, (pattern, points) in enumerate(sparse.groupby("pattern", sort=False)):
+            look = {"color": SERIES[place % len(SERIES)], "marker": MARKERS[place % len(MARKERS)], "markersize": 5}
+            errors = points.error.astype(float).fillna(0)
+            axes.errorbar(points.value, points.label, xerr=errors, linestyle="", linewidth=1.2, label=pattern, **look)
+        if len(sparse) and finite.value.min() > 0 and finite.value.max() > 8 * finite.value.min():
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+            axes.xaxis.set_minor_locator(NullLocator())
+        axes.margins(y=0.5 / max(1, sparse.label.nunique()))
+        axes.invert_yaxis()
+        axes.set_title(title)
+    handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside upper right", ncols=6)
 
-    def paint(figure: Figure) -> None:
-        grid = figure.subplots(down, across, squeeze=False)
-        for place, axes in enumerate(grid.flat):
-            axes.set_visible(place < len(panels))
-        for axes, panel in zip(grid.flat, panels):
-            _compare(axes, panel, methods, healings)
-            if len(panels) > 1:
-                axes.set_title(panel.title)
-        handles = [Line2D([], [], **DENSE, label="dense")]
-        handles += [Line2D([], [], color=_colour(it, methods), linewidth=3, label=it) for it in methods]
-        for healing in healings:
-            told = {**_marker(healing, healings, INK), "color": INK, "linestyle": ""}
-            handles.append(Line2D([], [], **told, label=healing.strip() or "pruned"))
-        figure.legend(handles=handles, loc="outside lower center", ncols=3)
 
-    rows = math.ceil((1 + len(methods) + len(healings)) / 3)
-    return draw("comparison", paint, (SIZE[0] * across, SIZE[1] * down + 0.2 * rows))
+def _line(axes: Axes, points: pd.Series, colour: str, label: str | None = None) -> Line2D:
+    """Points are marked where they are few."""
+    dots = {"marker": "o", "markersize": 3.5} if len(points) <= 40 else {}
+    return axes.plot(points, color=colour, linewidth=1.4, label=label, **dots)[0]
 
 
-def _compare(axes: Axes, panel: Panel, methods: list[str], healings: list[str]) -> None:
-    for mark in panel.marks:
-        place, healed = methods.index(mark.method), healings.index(mark.healing)
-        # one method's marks stand together, beside each other so that their errors are seen
-        aside = 0.75 * ((place + (healed + 1) / (len(healings) + 1)) / len(methods) - 0.5)
-        x = [panel.patterns.index(pattern) + aside for pattern in mark.numbers]
-        y, errors = zip(*mark.numbers.values(), strict=True)
-        colour = _colour(mark.method, methods)
-        look = _marker(mark.healing, healings, colour)
-        axes.errorbar(x, y, [error or 0 for error in errors], linestyle="", linewidth=1.2, color=colour, **look)
-    if panel.dense:
-        axes.axhline(panel.dense[0], **DENSE)
-    values = [number[0] for mark in panel.marks for number in mark.numbers.values()]
-    if values and min(values) > 0 and max(values) > 8 * min(values):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(range(len(panel.patterns)), panel.patterns)
-    axes.set_xlim(-0.5, len(panel.patterns) - 0.5)
+def _layers(axes: Axes, ticks: int) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.grid(False, axis="x")
-
-
-def _colour(method: str, methods: list[str]) -> str:
-    return SERIES[methods.index(method) % len(SERIES)]
-
-
-def _marker(healing: str, healings: list[str], colour: str) -> dict:
-    """What healed has a shape of its own and is filled."""
-    shape = MARKERS[healings.index(healing) % len(MARKERS)]
-    return {"marker": shape, "markersize": 5, "markerfacecolor": colour if healing else "none"}
-
-
-def _thinned(points: np.ndarray) -> np.ndarray:
-    """(n, 2) -> at most (POINTS, 2): means of neighbours."""
-    return np.stack([part.mean(0) for part in np.array_split(points, min(POINTS, len(points)))])
-
-
-def _dots(points: Points) -> dict:
-    """Each point is marked while they stand apart."""
-    return {"marker": "o", "markersize": 3.5} if len(points) <= 40 else {}

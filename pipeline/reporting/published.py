@@ -1,5 +1,4 @@
-"""Finds what others published for the same model, method and pattern, by the same protocol; the numbers are in
-`published.yaml`."""
+"""What others published for the same model, method and pattern by the same protocol; `published.yaml` has the numbers."""
 
 from pathlib import Path
 
@@ -14,11 +13,8 @@ TEXT = "wikitext-2-raw-v1@test"  # the tokenised configuration gives other numbe
 def find(recipe: Recipe, protocol: dict) -> tuple[dict[str, float], str]:
     """({model: perplexity on wikitext2}, source), both empty where nothing comparable was published."""
     name, settings = Path(recipe.model or "").name.lower(), recipe.prune
-    if (
-        TEXT not in str((protocol.get("datasets") or {}).get("wikitext2"))
-        or protocol.get("windows")
-        or protocol.get("bos")
-    ):
+    text = str((protocol.get("datasets") or {}).get("wikitext2"))
+    if TEXT not in text or protocol.get("windows") or protocol.get("bos"):
         return {}, ""
     pruned = f"{settings.method} {PATTERNS.label(settings.sparsity)}"
     rows = {"dense": "dense"}
@@ -29,7 +25,6 @@ def find(recipe: Recipe, protocol: dict) -> tuple[dict[str, float], str]:
     for table in OmegaConf.to_container(OmegaConf.load(Path(__file__).with_suffix(".yaml"))):
         columns = [Path(model).name.lower() for model in table["models"]]
         if name in columns and protocol.get("seq_len") == table["seq_len"]:
-            place = columns.index(name)
-            found = {model: table["rows"].get(row, [None] * len(columns))[place] for model, row in rows.items()}
-            return {model: value for model, value in found.items() if value is not None}, table["source"]
+            numbers = {it: table["rows"][row][columns.index(name)] for it, row in rows.items() if row in table["rows"]}
+            return {model: number for model, number in numbers.items() if number is not None}, table["source"]
     return {}, ""

@@ -1,14 +1,15 @@
-"""Owns the report: what the other stages left on disk, told as report.html, report.md and a table on the terminal.
+"""The report of a run: what the other stages left on disk, as report.html, report.md and a table on the terminal.
 
 Imports no torch, and matplotlib only to draw, so that the table on the terminal is there at once.
 """
 
-import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+import numpy as np
+import pandas as pd
 from omegaconf import OmegaConf
 from rich import box
 from rich.console import Console
@@ -16,8 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.engine import coverage
-from pipeline.reporting import page, published, series, summary
-from pipeline.reporting.card import SINCE, markdown
+from pipeline.reporting import card, page, published, series, summary
 from pipeline.runtime import checksums, files
 from pipeline.settings.schema import STAGES, Recipe, plain
 
@@ -25,154 +25,170 @@ PROTOCOL = {
     **{"seq_len": "tokens per window", "limit": "questions per task", "fewshot": "examples per question"},
     **{"windows": "windows of each text", "bos": "each window begins with BOS"},
 }
-TOLD_ELSEWHERE = ("datasets", "notes", "prompts", "masks")  # of the protocol
+SHOWN_ELSEWHERE = ("datasets", "notes", "prompts", "masks")  # of the protocol
+LAST_START = "since it was last started"  # a resumed stage counts its last try
+LOGS = {
+    **{name: ("prune", f"{name}.csv") for name in ("layers", "matrices", "coverage")},
+    **{"reconstruction": ("reconstruct", "layers.csv"), "metrics": ("finetune", "metrics.csv")},
+}
+Section = tuple[str, list[str], list]  # title, and header and rows of its table
+WORDS = {None: "all", True: "yes", False: "no"}
 
 
 def write(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
-    """Writes report.html and report.md into `folder`; the same inputs give the same bytes."""
-    facts = collect(recipe, inputs)
-    html = page.render("report.html.jinja", **facts, figures=figures(facts), mark=summary.MARK)
-    page.write(folder, {"report.html": html, "report.md": markdown(facts)})
+    """Writes report.html, and report.md as a model card, into `folder`; the same inputs give the same bytes."""
+    facts, logs, about = collect(recipe, inputs)
+    text = page.render("report.md.jinja", **facts, figures=figures(logs, about))
+    page.write(folder / "report.html", page.html(text, title=f"{facts['title']} {facts['pattern']}", kind="report"))
+    # for the hub; tables in place of the pictures
+    facts["tables"] = _tables(logs) + facts["tables"]
+    front = page.render("front.md.jinja", base_model=card.on_hub(summary.model_name(recipe)))
+    page.write(folder / "report.md", f"{front}\n{page.render('report.md.jinja', **facts, figures=[])}")
 
 
 def show(run_dir: Path, console: Console | None = None) -> None:
-    """Prints the table of a run, its notes, and where the report lies."""
-    console = console or Console()
+    """Prints the table of a run, its notes, and the path of the report."""
     results = files.read_json(run_dir / "evaluate" / "results.json")
     assert results is not None, f"{run_dir}: evaluate has not finished"
-    groups = summary.groups(results)
-    console.print(table(summary.columns(results), groups))
-    if any(cell.beyond for _, rows in groups for _, cells in rows for cell in cells):
-        console.print(Text(f"{summary.MARK} differs from dense by more than two standard errors of the difference"))
-    for note in summary.notes(results):
-        console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
-    console.print(Text(f"report: {run_dir / 'report' / 'report.html'}"), soft_wrap=True)
+    print_table(summary.columns(results), summary.groups(results), summary.notes(results), console)
+    (console or Console()).print(Text(f"report: {run_dir / 'report' / 'report.html'}"), soft_wrap=True)
 
 
-def table(columns: list[str], groups: summary.Groups) -> Table:
-    shown = Table(box=box.SIMPLE_HEAD)
-    shown.add_column("", overflow="fold")
+def print_table(columns: list[str], groups: summary.Groups, notes: list[str], console: Console | None = None) -> None:
+    console, table = console or Console(), Table(box=box.SIMPLE_HEAD)
+    table.add_column("", overflow="fold")
     for name in columns:
-        shown.add_column(Text(name), justify="right", no_wrap=True)
+        table.add_column(Text(name), justify="right", no_wrap=True)
     for title, rows in groups:
-        shown.add_row(Text(title, style="green"))
+        table.add_row(Text(title, style="green"))
         for label, cells in rows:
-            shown.add_row(
-                Text(f"  {label}"), *(Text(cell.marked, style="bold" if cell.strong else "") for cell in cells)
-            )
-    return shown
+            texts = [cell.value + summary.MARK * cell.significant for cell in cells]
+            styles = ["bold" if cell.best else "" for cell in cells]
+            table.add_row(Text(f"  {label}"), *map(Text, texts, styles))
+    console.print(table)
+    if any(cell.significant for _, rows in groups for _, cells in rows for cell in cells):
+        console.print(Text(f"{summary.MARK} differs from dense by more than two standard errors of the difference"))
+    for note in notes:
+        console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
 
 
-def collect(recipe: Recipe, inputs: dict[str, Path]) -> dict[str, Any]:
-    """All that the report tells, as plain data; what belongs to a stage that did not run is empty."""
+def collect(recipe: Recipe, inputs: dict[str, Path]) -> tuple[dict[str, Any], dict[str, series.Rows], dict[str, dict]]:
+    """What the report shows, what the stages logged, and what they cost; what belongs to no stage of this run is empty."""
     results = files.read_json(inputs["evaluate"] / "results.json")
     assert results is not None, f"{inputs['evaluate']}: no results.json"
-    models, protocol = results["models"], results.get("protocol") or {}
-    found = {name: checksums.read(folder) for name, folder in inputs.items()}
-    about = {name: stage for name, stage in found.items() if stage}
-    reference, source = published.find(recipe, protocol)
-    groups = summary.groups(results, reference)
+    about = {name: stage for name, folder in inputs.items() if (stage := checksums.read(folder))}
+    logs = {name: series.read(inputs[it] / file) if it in inputs else [] for name, (it, file) in LOGS.items()}
+    reference, source = published.find(recipe, results.get("protocol") or {})
     machines = _once(stage.get("machine") for stage in about.values())
-    cost = f"It took {summary.duration(sum(stage['seconds'] for stage in about.values()))} on {'; '.join(machines)}."
+    total = summary.duration(sum(stage["seconds"] for stage in about.values()))
     used = {key: value for key, value in plain(recipe).items() if key not in STAGES or key in recipe.stages}
-    return {
-        "model": summary.model_name(recipe),
+    text = OmegaConf.to_yaml(used).strip()
+    stages = ["stage", f"time, {LAST_START}", "peak memory", "processes", "finished (UTC)"]
+    tables = [
+        ("Stages", stages, [[name, *_cost(stage)] for name, stage in about.items()]),
+        ("Weights of the layers", ["", ""], coverage.describe(logs["coverage"])),
+        ("Protocol", ["", ""], _protocol(results.get("protocol") or {})),
+        ("Environment", ["", ""], _environment(recipe, results, about)),
+    ]
+    facts = {
         "title": summary.short(summary.model_name(recipe)),
-        "pattern": summary.label_of(recipe, "prune.sparsity", results) if "pruned" in models else "",
+        "pattern": summary.label_of(recipe, "prune.sparsity", results) if "pruned" in results["models"] else "",
         "headline": summary.headline(recipe, results),
-        "cost": cost if machines else "",
+        "cost": f"It took {total} on {'; '.join(machines)}." if machines else "",
         "columns": summary.columns(results),
-        "groups": groups,
-        "explained": summary.explained(groups),
-        "reference": f"Published: {source}." if reference else "",
+        "groups": summary.groups(results, reference),
+        "mark": summary.MARK,
+        "remarks": [summary.EXPLAINED, *([f"Published: {source}."] if reference else [])],
         "notes": summary.notes(results),
-        "coverage": coverage.told(_rows(inputs, "prune", "coverage.csv")),
-        "layers": _rows(inputs, "prune", "layers.csv"),
-        "matrices": _rows(inputs, "prune", "matrices.csv"),
-        "reconstruction": _rows(inputs, "reconstruct", "layers.csv"),
-        "metrics": _rows(inputs, "finetune", "metrics.csv"),
         "continuations": _continuations(results),
-        "stages": [_stage(name, stage) for name, stage in about.items()],
-        "protocol": _protocol(protocol),
-        "origin": _origin(recipe, results, about),
-        "recipe": OmegaConf.to_yaml(used).strip(),
+        "tables": [table for table in tables if table[-1]],
+        "recipe": text,
+        "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0)),
     }
+    return facts, logs, about
 
 
-def figures(facts: dict[str, Any]) -> list[tuple[str, Markup]]:
-    """(caption, inline SVG) of all that there are numbers for."""
+def _tables(logs: dict[str, series.Rows]) -> list[Section]:
+    """What the pictures show, in numbers."""
+    errors = series.by_type(logs["matrices"], "relative_output_error")
+    spread = errors.agg(["min", "mean", "max"]).T.rename_axis("").reset_index() if len(errors) else errors
+    loss = series.numbers(logs["metrics"], "step", "loss").dropna()
+    rebuilt = series.numbers(logs["reconstruction"], "layer", "error_before", "error_after", "seconds")
+    frames = {
+        "Layers": series.numbers(logs["layers"], "layer", "sparsity", "relative_output_error", "seconds"),
+        "Relative output error of each matrix over the layers": spread,
+        "Relative output error of each layer, before and after reconstruction": rebuilt,
+        "Fine-tuning loss (nats per token)": loss.iloc[[0, -1]] if len(loss) else loss,
+    }
+    return [(it, [name.replace("_", " ") for name in rows], _cells(rows)) for it, rows in frames.items() if len(rows)]
+
+
+def _cells(frame: pd.DataFrame) -> list[list[str]]:
+    return [[it if isinstance(it, str) else "-" if it != it else f"{it:.4g}" for it in row] for row in frame.values]
+
+
+def figures(logs: dict[str, series.Rows], about: dict[str, dict]) -> list[tuple[str, str]]:
+    """(caption, image as a data URI) of all that there are numbers for."""
     from pipeline.reporting import plots  # matplotlib takes a second to import
 
-    drawn = []
-    if sparsity := series.by_type(facts["matrices"], "sparsity"):
-        drawn.append(("Pruned weights of each layer, by matrix", plots.sparsity(series.together(sparsity))))
-    if errors := series.by_type(facts["matrices"], "relative_output_error"):
-        drawn.append(("Output error of each layer, by matrix", plots.output_error(errors)))
-    if before := series.points(facts["reconstruction"], "layer", "error_before"):
-        after = series.points(facts["reconstruction"], "layer", "error_after")
-        drawn.append(
-            ("Output error of each layer, before and after its reconstruction", plots.reconstruction(before, after))
-        )
-    if losses := series.points(facts["metrics"], "step", "loss"):
-        held_out = [(step, math.log(it)) for step, it in series.points(facts["metrics"], "step", "val_perplexity")]
-        drawn.append(("Loss while fine-tuning", plots.loss(losses, held_out)))
-    if stages := facts["stages"]:
-        told = [[stage[key] for stage in stages] for key in ("name", "seconds", "time", "memory_gib")]
-        drawn.append((f"Time of each stage{SINCE}, and peak memory of one process", plots.stages(*told)))
-    return [(caption, Markup(svg)) for caption, svg in drawn]
+    drawn = {}
+    sparsity, errors = (series.by_type(logs["matrices"], key) for key in ("sparsity", "relative_output_error"))
+    before, after = (series.points(logs["reconstruction"], "layer", f"error_{when}") for when in ("before", "after"))
+    loss, perplexity = (series.points(logs["metrics"], "step", key) for key in ("loss", "val_perplexity"))
+    if len(sparsity):
+        svg = plots.by_layer(series.merge_equal(sparsity), "pruned weights (%)", 100)
+        drawn["Pruned weights of each layer, by matrix"] = svg
+    if len(errors):
+        svg = plots.by_layer(errors, "output error (% of the norm)", 110 * errors.max(axis=None) or 100)
+        drawn["Output error of each layer, by matrix"] = svg
+    if len(before):
+        drawn["Output error of each layer, before and after reconstruction"] = plots.reconstruction(before, after)
+    if len(loss):
+        drawn["Fine-tuning loss"] = plots.loss(loss, np.log(perplexity))
+    if about:
+        seconds, gib = ([stage.get(key) for stage in about.values()] for key in ("seconds", "memory_gib"))
+        svg = plots.stages(list(about), seconds, list(map(summary.duration, seconds)), gib)
+        drawn[f"Time of each stage ({LAST_START}) and peak memory of one process"] = svg
+    return [(caption, page.data_uri(svg)) for caption, svg in drawn.items()]
 
 
 def _continuations(results: dict) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(prompt, [(model, what it wrote)])."""
-    wrote = {name: results["models"][name].get("continuations") or [] for name in summary.columns(results)}
+    """(prompt, [(model, its text)])."""
+    texts = {name: results["models"][name].get("continuations") or [] for name in summary.columns(results)}
     prompts = (results.get("protocol") or {}).get("prompts") or []
     return [
-        (prompt, [(name, texts[place]) for name, texts in wrote.items() if place < len(texts)])
+        (prompt, [(name, of_model[place]) for name, of_model in texts.items() if place < len(of_model)])
         for place, prompt in enumerate(prompts)
     ]
 
 
-def _stage(name: str, about: dict) -> dict[str, Any]:
-    return {
-        "name": name,
-        "seconds": about["seconds"],
-        "time": summary.duration(about["seconds"]),
-        "memory_gib": about.get("memory_gib"),
-        "memory": f"{about['memory_gib']:.2f} GiB" if "memory_gib" in about else "-",
-        "processes": about["processes"],
-        "finished": about["finished"][:16].replace("T", " "),
-    }
+def _cost(about: dict) -> list[str]:
+    memory = f"{about['memory_gib']:.2f} GiB" if "memory_gib" in about else "-"
+    return [summary.duration(about["seconds"]), memory, about["processes"], about["finished"][:16].replace("T", " ")]
 
 
 def _protocol(protocol: dict) -> list[tuple[str, str]]:
-    told = [(PROTOCOL.get(key, key), value) for key, value in protocol.items() if key not in TOLD_ELSEWHERE]
-    texts = [(name, str(text)) for name, text in (protocol.get("datasets") or {}).items()]
-    words = {None: "all", True: "yes", False: "no"}
-    return [
-        (key, words[value] if value is None or isinstance(value, bool) else str(value)) for key, value in told
-    ] + texts
+    settings = [(PROTOCOL.get(key, key), value) for key, value in protocol.items() if key not in SHOWN_ELSEWHERE]
+    pairs = [*settings, *(protocol.get("datasets") or {}).items()]
+    return [(key, WORDS[it] if it is None or isinstance(it, bool) else str(it)) for key, it in pairs]
 
 
-def _origin(recipe: Recipe, results: dict, about: dict[str, dict]) -> list[tuple[str, str]]:
-    """What a run must agree in to be this one: seed, machine, versions, and the hashes of what came out."""
-    told = []
+def _environment(recipe: Recipe, results: dict, about: dict[str, dict]) -> list[tuple[str, str]]:
+    """What a run must agree in to be the same: seed, machine, versions, and the hashes of its models and masks."""
+    pairs = []
     for key, entry in (results.get("methods") or {}).items():
-        said = ". ".join(text for text in (entry["description"], entry["citation"]) if text)
-        told.append((key, f"{entry['label']}: {said}" if said else entry["label"]))
-    told.append(("seed", str(recipe.seed)))
+        words = ". ".join(text for text in (entry["description"], entry["citation"]) if text)
+        pairs.append((key, f"{entry['label']}: {words}" if words else entry["label"]))
+    pairs.append(("seed", str(recipe.seed)))
     for key, name in (("machine", "hardware"), ("system", "system")):
-        told += [(name, value) for value in _once(stage.get(key) for stage in about.values())]
+        pairs += [(name, value) for value in _once(stage.get(key) for stage in about.values())]
     libraries = [*(stage.get("versions") or {} for stage in about.values()), results.get("versions") or {}]
     for package in sorted(summary.keys(libraries)):
-        told.append((package, ", ".join(_once(versions.get(package) for versions in libraries))))
+        pairs.append((package, ", ".join(_once(versions.get(package) for versions in libraries))))
     hashes = {f"{name} model": results["models"][name].get("hash") for name in summary.columns(results)}
     hashes["masks"] = (results.get("protocol") or {}).get("masks")
-    return told + [(f"hash of the {name}", str(value)) for name, value in hashes.items() if value]
+    return pairs + [(f"hash of the {name}", str(value)) for name, value in hashes.items() if value]
 
 
 def _once(values: Iterable[Any]) -> list[str]:
     return list(dict.fromkeys(str(value) for value in values if value))
-
-
-def _rows(inputs: dict[str, Path], stage: str, name: str) -> series.Rows:
-    return series.read(inputs[stage] / name) if stage in inputs else []

@@ -1,4 +1,4 @@
-"""Owns what is known of finished runs side by side: where they lie, what tells them apart, whether they compare."""
+"""Finished runs side by side: where they are, in which settings they differ, whether they compare."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,14 +9,14 @@ from pipeline.reporting.summary import MODELS
 from pipeline.runtime import checksums, files
 from pipeline.runtime.errors import UserError
 
-# the sections of the recipe that make each model of a run what it is, beside those of the models before it
+# the sections of the recipe that decide each model of a run, together with those of the models before it
 SECTIONS = {
     "dense": ("model", "revision", "dtype", "attn_implementation", "pretrain"),
     "pruned": ("calibration", "prune", "seed"),
     "reconstructed": ("reconstruct",),
     "finetuned": ("finetune",),
 }
-OWN_PLACE = ("model", "prune.method", "prune.sparsity", "finetune.method")  # told by the rows' and columns' names
+IN_NAMES = ("model", "prune.method", "prune.sparsity", "finetune.method")  # shown by the names of rows and columns
 PROTOCOL = ("seq_len", "limit", "fewshot", "windows", "bos")
 
 
@@ -35,33 +35,32 @@ class Run(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A model of one or several runs; `method` and `healing` say the settings that tell it from others."""
+    """A model of one or several runs; `method` and `recovery` name the settings in which it differs from others."""
 
     model: str
     state: str  # one of MODELS
     method: str
-    healing: str = ""
+    recovery: str = ""
 
     @property
     def label(self) -> str:
-        return self.method + self.healing
+        return self.method + self.recovery
 
 
 def find(folders: list[Path]) -> list[Run]:
-    """The runs in `folders`, each a run or a folder of runs, in the order of their table; `UserError` for none."""
+    """The runs in `folders`, each a run or a folder of runs; `UserError` for none, or where they do not compare."""
     found = []
     for folder in folders:
         places = [folder] if is_run(folder) else [path for path in sorted(folder.glob("*")) if is_run(path)]
         if not places:
             raise UserError(f"{folder} is no finished run and holds none: looked for evaluate/results.json")
-        for place in places:
-            evaluate = place / "evaluate"
+        for evaluate in (place / "evaluate" for place in places):
             about, results = checksums.read(evaluate), files.read_json(evaluate / "results.json")
-            if not results or "results.json" in checksums.damaged(evaluate):
-                raise UserError(f"{evaluate / 'results.json'} is damaged: repeat its command, which makes it again")
-            if not about or "recipe" not in about:
-                raise UserError(f"{evaluate / checksums.OWN} is damaged: repeat its command, which makes it again")
-            found.append(Run(place, _flat(about["recipe"]), results))
+            whole = {"results.json": results and "results.json" not in checksums.damaged(evaluate)}
+            whole[checksums.OWN] = about and "recipe" in about
+            if damaged := [name for name, good in whole.items() if not good]:
+                raise UserError(f"{evaluate / damaged[0]} is damaged: repeat its command, which makes it again")
+            found.append(Run(evaluate.parent, _flat(about["recipe"]), results))
     _check_texts(found)
     return found
 
@@ -77,49 +76,47 @@ def is_run(folder: Path) -> bool:
 
 
 def row_of(run: Run, state: str, runs: list[Run]) -> Row:
-    """The row of a run's model. Runs of the same model are told apart by all settings that they differ in."""
+    """The row of a run's model. Rows of the same model name all settings in which their runs differ."""
     alike = [other for other in runs if other.settings["model"] == run.settings["model"]]
-    told = {model: _differing(run, alike, sections) for model, sections in SECTIONS.items()}
-    told["dense"] += [f"evaluate.{key}={run.results['protocol'].get(key)}" for key in differing_protocol(runs)]
+    named = {model: _differing(run, alike, sections) for model, sections in SECTIONS.items()}
+    named["dense"] += [f"evaluate.{key}={run.results['protocol'].get(key)}" for key in differing_protocol(runs)]
     model = summary.short(run.settings["model"] or "A small Llama trained here")
     if state == "dense":
-        return Row(model, state, f"dense{_bracketed(told['dense'])}")
-    healing = ""
-    for healed, name in (("reconstructed", "reconstruction"), ("finetuned", run.label("finetune.method"))):
-        if healed in run.results["models"] and MODELS.index(healed) <= MODELS.index(state):
-            healing += f" + {name}{_bracketed(told[healed])}"
-    return Row(model, state, f"{run.label('prune.method')}{_bracketed(told['dense'] + told['pruned'])}", healing)
+        return Row(model, state, f"dense{_in_brackets(named['dense'])}")
+    recovery = ""
+    for recovered, name in (("reconstructed", "reconstruction"), ("finetuned", run.label("finetune.method"))):
+        if recovered in run.results["models"] and MODELS.index(recovered) <= MODELS.index(state):
+            recovery += f" + {name}{_in_brackets(named[recovered])}"
+    return Row(model, state, f"{run.label('prune.method')}{_in_brackets(named['dense'] + named['pruned'])}", recovery)
 
 
 def differing_protocol(runs: list[Run]) -> list[str]:
-    return [key for key in PROTOCOL if len({run.results.get("protocol", {}).get(key) or None for run in runs}) > 1]
+    return [key for key in PROTOCOL if len({summary.get(run.results, "protocol", key) or None for run in runs}) > 1]
 
 
 def _differing(run: Run, runs: list[Run], sections: tuple[str, ...]) -> list[str]:
-    keys = [key for key in run.settings if key.partition(".")[0] in sections and key not in OWN_PLACE]
+    keys = [key for key in run.settings if key.partition(".")[0] in sections and key not in IN_NAMES]
     keys = [key for key in keys if len({str(other.settings.get(key)) for other in runs}) > 1]
     own = {key for key in registry.REGISTRIES if registry.is_file(run.settings[key])}
     return [f"{key}={run.label(key) if key in own else run.settings[key]}" for key in keys]
 
 
-def _bracketed(told: list[str]) -> str:
-    return f" ({', '.join(told)})" if told else ""
+def _in_brackets(settings: list[str]) -> str:
+    return f" ({', '.join(settings)})" if settings else ""
 
 
 def _check_texts(runs: list[Run]) -> None:
     """`UserError` where a data set's name stands for different texts."""
     seen: dict[str, tuple[str, Path]] = {}
     for run in runs:
-        for name, told in (run.results.get("protocol", {}).get("datasets") or {}).items():
-            text = told.rpartition(", ")[0]  # how many windows they make is the tokenizer's
+        for name, source in (summary.get(run.results, "protocol", "datasets") or {}).items():
+            text = source.rpartition(", ")[0]  # the number of windows depends on the tokenizer
             before, folder = seen.setdefault(name, (text, run.folder))
             if before != text:
                 raise UserError(f"{name} is {before} in {folder} and {text} in {run.folder}: that does not compare")
 
 
-def _flat(recipe: dict, prefix: str = "") -> dict[str, Any]:
-    found = {}
-    for key, value in recipe.items():
-        nested = isinstance(value, dict) and not prefix  # overrides, a dict of the user's, is one setting
-        found |= _flat(value, f"{key}.") if nested else {prefix + key: value}
-    return found
+def _flat(recipe: dict) -> dict[str, Any]:
+    """One level deep: overrides, a dict of the user's, is one setting."""
+    nested = {key: value if isinstance(value, dict) else {"": value} for key, value in recipe.items()}
+    return {f"{key}.{name}".rstrip("."): value for key, values in nested.items() for name, value in values.items()}

@@ -1,30 +1,12 @@
-"""Owns the way from the rows that stages log to the points that are drawn."""
+"""The numbers that stages log, as tables to draw."""
 
 import csv
-import math
-import re
-from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
 
 Rows = list[dict[str, str]]
-Points = list[tuple[float, float]]  # (x, y)
-Numbers = dict[str, tuple[float, float | None]]  # by name: value and standard error
-
-
-class Mark(NamedTuple):
-    """One method's numbers by pattern; those of one method stand at one place, those that are healed filled."""
-
-    method: str
-    healing: str
-    numbers: Numbers
-
-
-class Panel(NamedTuple):
-    title: str
-    patterns: list[str]
-    dense: tuple[float, float | None] | None
-    marks: list[Mark]
 
 
 def read(path: Path) -> Rows:
@@ -35,47 +17,37 @@ def read(path: Path) -> Rows:
         return list(csv.DictReader(file))
 
 
-def number(row: dict[str, str], key: str) -> float | None:
-    """None for what is missing, empty, text or not finite."""
-    try:
-        value = float(row[key])
-    except (KeyError, TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) else None
+def numbers(rows: Rows, *columns: str) -> pd.DataFrame:
+    """Those of the columns that the rows have; NaN for a value that is missing, text or not finite."""
+    frame = pd.DataFrame(rows)
+    frame = frame[[name for name in columns if name in frame]]
+    return frame.apply(pd.to_numeric, errors="coerce").replace([np.inf, -np.inf], np.nan)
 
 
-def points(rows: Rows, x: str, y: str) -> Points:
-    found = [(number(row, x), number(row, y)) for row in rows]
-    return [(here, there) for here, there in found if here is not None and there is not None]
+def points(rows: Rows, x: str, y: str) -> pd.Series:
+    """`y` by `x`, where both are known."""
+    frame = numbers(rows, x, y).dropna()
+    return frame.set_index(x)[y] if y in frame and x in frame else pd.Series(dtype=float)
 
 
-def by_type(rows: Rows, y: str) -> dict[str, Points]:
-    """(layer, `y`) of each type of matrix, such as q_proj; of the experts of a layer the mean."""
-    values: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if (layer := number(row, "layer")) is not None and (value := number(row, y)) is not None:
-            values[_type(row["matrix"])][layer].append(value)
-    # q_proj for self_attn.q_proj, where no other ends so
-    ends = [kind.rpartition(".")[2] for kind in values]
-    short = {kind: end if ends.count(end) == 1 else kind for kind, end in zip(values, ends)}
-    return {
-        short[kind]: [(layer, sum(found) / len(found)) for layer, found in sorted(layers.items())]
-        for kind, layers in values.items()
-    }
+def by_type(rows: Rows, y: str) -> pd.DataFrame:
+    """`y` by layer, a column for each type of matrix, such as q_proj; the mean over the experts of a layer."""
+    if y not in (frame := numbers(rows, "layer", y)):
+        return frame
+    # model.layers.3.mlp.experts.down_proj[5] -> mlp.experts.down_proj -> down_proj, where the end is unique
+    kinds = pd.Series([row["matrix"] for row in rows]).str.split(r"\.\d+\.", n=1, regex=True).str[-1]
+    kinds = kinds.str.replace(r"\[\d+\]$|\.weight$", "", regex=True)
+    ends = kinds.str.rpartition(".")[2]
+    frame["type"] = ends.where(kinds.groupby(ends).transform("nunique") == 1, kinds)
+    return frame.pivot_table(y, "layer", "type", "mean", sort=False).sort_index()
 
 
-def together(series: dict[str, Points]) -> dict[str, Points]:
-    """Series that say the same to three decimals become one, named by all of them."""
-    names: dict[tuple, list[str]] = defaultdict(list)
-    for name, found in series.items():
-        names[tuple((x, round(y, 3)) for x, y in found)].append(name)
-    return {
-        f"all {len(same)} matrices" if len(same) == len(series) > 1 else ", ".join(same): list(found)
-        for found, same in names.items()
-    }
-
-
-def _type(parameter: str) -> str:
-    """`model.layers.3.mlp.experts.down_proj[5]` -> `mlp.experts.down_proj`."""
-    inside = re.split(r"\.\d+\.", parameter, maxsplit=1)[-1]
-    return re.sub(r"\[\d+\]$|\.weight$", "", inside)
+def merge_equal(frame: pd.DataFrame) -> pd.DataFrame:
+    """Columns that are equal to three decimals become one, with all their names."""
+    groups = [
+        list(names) for names in frame.round(3).T.groupby(list(frame.index), sort=False, dropna=False).groups.values()
+    ]
+    whole = len(groups) == 1 < frame.shape[1]
+    return pd.DataFrame(
+        {f"all {len(names)} matrices" if whole else ", ".join(names): frame[names[0]] for names in groups}
+    )

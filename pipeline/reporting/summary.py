@@ -1,7 +1,8 @@
-"""Owns what the results say: numbers in, rows and sentences of plain text out, for every form of the report."""
+"""What the results say: numbers in, table rows and sentences of plain text out, for every form of the report."""
 
 import math
 import re
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from pipeline import registry
@@ -13,21 +14,18 @@ MARK = "*"
 
 
 class Cell(NamedTuple):
-    """A number as text, and below it what separates it from the dense model's."""
-
     value: str
-    difference: str = ""
-    beyond: bool = False  # that difference lies beyond two of its standard errors
-    strong: bool = False
-
-    @property
-    def marked(self) -> str:
-        return self.value + MARK * self.beyond
+    difference: str = ""  # to the dense model
+    significant: bool = False  # the difference is more than two of its standard errors
+    best: bool = False
 
 
 Groups = list[tuple[str, list[tuple[str, list[Cell]]]]]  # (title, rows), a row being (label, a cell per column)
-NOTHING = Cell("-")
-WON_BACK = "won back"
+EXPLAINED = (
+    "±: standard error. In brackets: the difference to the dense model (perplexity: in percent, or as a factor from "
+    f"2 on; accuracy: in points) and its paired standard error; {MARK}: more than two standard errors. "
+    "Recovered: the regained share of the log-perplexity that pruning lost."
+)
 
 
 def columns(results: dict) -> list[str]:
@@ -35,140 +33,117 @@ def columns(results: dict) -> list[str]:
 
 
 def groups(results: dict, published: dict[str, float] | None = None) -> Groups:
-    """All rows of the table, as text; what no model has is left out. `published`: perplexities on wikitext2, by model."""
-    names = columns(results)
-    models = [results["models"][name] for name in names]
-    fewshot = results.get("protocol", {}).get("fewshot") or 0
+    """All rows of the table; what no model has is left out. `published`: perplexities on wikitext2, by model."""
+    models, published = {name: results["models"][name] for name in columns(results)}, published or {}
     language, tasks, weights = [], [], []
-    for dataset in keys(model.get("perplexity") for model in models):
-        language.append((f"{dataset}{_part(results)}", [perplexity_cell(model, dataset) for model in models]))
-        if dataset == "wikitext2" and published:
-            told = [published.get(name) for name in names]
-            language.append((f"{dataset}, published", [Cell("" if it is None else perplexity(it)) for it in told]))
-        if any(back := [_won_back_cell(results["models"], name, dataset) for name in names]):
-            language.append((f"{dataset}, {WON_BACK}", [cell or Cell("") for cell in back]))
-    for task in keys(model.get("zero_shot") for model in models):
-        scores = [(model.get("zero_shot") or {}).get(task) or {} for model in models]
-        for metric in (key for key in keys(scores) if not key.endswith("_stderr")):
-            label = task if metric == "acc" else f"{task}, {metric}"
-            label += "" if metric.startswith(SHARES) else " (not in %)"
-            tasks.append((label, [_score_cell(model, task, metric) for model in models]))
-    if any(model.get("zero_shot_mean") is not None for model in models):
-        tasks.append(("mean", [Cell(accuracy(_mean(model), "acc")) for model in models]))
-    sparsity = [(model.get("sparsity") or {}).get("overall") for model in models]
-    if any(value is not None for value in sparsity):
-        weights.append(("sparsity, %", [NOTHING if it is None else Cell(f"{100 * it:.2f}") for it in sparsity]))
-    violations = [model.get("mask_violations") for model in models]
-    if any(value is not None for value in violations):
-        weights.append(("mask violations", [NOTHING if it is None else Cell(str(it)) for it in violations]))
+    for dataset in keys(model.get("perplexity") for model in models.values()):
+        language += _row(dataset + _part(results), [perplexity_cell(model, dataset) for model in models.values()])
+        if dataset == "wikitext2":
+            language += _row(f"{dataset}, published", [_cell(published.get(it), perplexity) for it in models], "")
+        shares = [_recovered(models, name, dataset) for name in models]
+        language += _row(f"{dataset}, recovered", [_cell(it, "{:.0%}".format) for it in shares], "")
+    for task in keys(model.get("zero_shot") for model in models.values()):
+        for metric in keys(get(model, "zero_shot", task) for model in models.values()):
+            if not metric.endswith("_stderr"):
+                label = task if metric == "acc" else f"{task}, {metric}"
+                label += "" if metric.startswith(SHARES) else " (not in %)"
+                tasks += _row(label, [_score_cell(model, task, metric) for model in models.values()])
+    tasks += _row("mean", [_mean_cell(model) for model in models.values()])
+    sparsity = [get(model, "sparsity", "overall") for model in models.values()]
+    weights += _row("sparsity, %", [_cell(it, lambda it: f"{100 * it:.2f}") for it in sparsity])
+    weights += _row("mask violations", [_cell(model.get("mask_violations"), str) for model in models.values()])
+    fewshot = get(results, "protocol", "fewshot")
     shots = f"{fewshot}-shot" if fewshot else "Zero-shot"
     titles = ("Perplexity (lower is better)", f"{shots}, % (higher is better)", "Weights")
     return [(title, rows) for title, rows in zip(titles, (language, tasks, weights), strict=True) if rows]
 
 
+def _row(label: str, cells: list[Cell | None], missing: str = "-") -> list[tuple[str, list[Cell]]]:
+    """No row where no model has a cell."""
+    return [(label, [cell or Cell(missing) for cell in cells])] if any(cells) else []
+
+
+def _cell(value: Any, form: Callable[[Any], str]) -> Cell | None:
+    return None if value is None else Cell(_signed(form(value)))
+
+
 def _part(results: dict) -> str:
-    """Marks perplexities that are of the beginning of a text only."""
-    windows = results.get("protocol", {}).get("windows")
+    """Marks perplexities of the beginning of a text only."""
+    windows = get(results, "protocol", "windows")
     return f" (first {windows} windows)" if windows else ""
 
 
-def explained(groups: Groups) -> str:
-    """What the signs in the table mean; only of those that are there."""
-    labels = [label for _, rows in groups for label, _ in rows]
-    cells = [cell for _, rows in groups for _, told in rows for cell in told]
-    said = []
-    if any("±" in cell.value for cell in cells):
-        said.append("±: standard error.")
-    if any(cell.difference for cell in cells):
-        said.append(
-            "Small: the difference to the dense model (of perplexities in percent, or the factor from twice on; of "
-            f"accuracies in points) and its paired standard error; {MARK} where it is beyond two of these."
-        )
-    if any(WON_BACK in label for label in labels):
-        said.append("Won back: the part of the log-perplexity lost by pruning.")
-    return " ".join(said)
-
-
-def perplexity_cell(model: dict, dataset: str) -> Cell:
-    """`7.26 ± 0.05`, and below it `+27.8 ± 0.4 %`, or `×2.03 ± 0.02` where it doubled."""
-    value = (model.get("perplexity") or {}).get(dataset)
+def perplexity_cell(model: dict, dataset: str) -> Cell | None:
+    """`7.26 ± 0.05`, and as difference `+27.8 ± 0.4%`, or `×2.03 ± 0.02` where it doubled."""
+    value, difference = get(model, "perplexity", dataset), get(model, "differences", "dense", "perplexity", dataset)
     if value is None:
-        return NOTHING
-    text = perplexity(value, (model.get("perplexity_stderr") or {}).get(dataset))
-    difference = _difference(model, "perplexity", dataset)
-    if "log" not in difference:
+        return None
+    text = perplexity(value, get(model, "perplexity_stderr", dataset))
+    if not difference:
         return Cell(text)
-    factor, stderr = math.exp(min(difference["log"], 700)), difference["stderr"]  # beyond, a float overflows
+    factor, error = math.exp(min(difference["log"], 700)), difference["stderr"]  # beyond, a float overflows
+    change = f"{100 * (factor - 1):+.1f} ± {100 * factor * error:.1f}%"
     if factor >= 2:
-        below = f"×{factor:.3g} ± {factor * stderr:.1g}"
-    else:
-        below = f"{100 * (factor - 1):+.1f} ± {100 * factor * stderr:.1f}%"
-    return Cell(text, _signed(below), is_beyond(difference["log"], stderr))
+        change = f"×{factor:.3g} ± {factor * error:.1g}"
+    return Cell(text, _signed(change), abs(difference["log"]) > 2 * error)
 
 
 def _score_cell(model: dict, task: str, metric: str) -> Cell:
-    """`61.2 ± 1.0`, and below it `−2.1 ± 0.8`."""
-    text = accuracy((model.get("zero_shot") or {}).get(task) or {}, metric)
-    difference = _difference(model, "zero_shot", task)
-    if metric not in difference:
+    """`61.2 ± 1.0`, and as difference `−2.1 ± 0.8`."""
+    text, difference = (
+        accuracy(get(model, "zero_shot", task) or {}, metric),
+        get(model, "differences", "dense", "zero_shot", task),
+    )
+    if metric not in (difference or {}):
         return Cell(text)
-    change, stderr = difference[metric], difference["stderr"]
-    return Cell(text, _signed(f"{100 * change:+.1f} ± {100 * stderr:.1f}"), is_beyond(change, stderr))
+    change, error = difference[metric], difference["stderr"]
+    return Cell(text, _signed(f"{100 * change:+.1f} ± {100 * error:.1f}"), abs(change) > 2 * error)
 
 
-def _mean(model: dict) -> dict:
+def _mean_cell(model: dict) -> Cell | None:
+    if model.get("zero_shot_mean") is None:
+        return None
     scores = [score for score in (model.get("zero_shot") or {}).values() if "acc" in score]
-    return {"acc": model.get("zero_shot_mean"), "acc_stderr": mean_error(scores)}
+    return Cell(accuracy({"acc": model["zero_shot_mean"], "acc_stderr": mean_error(scores)}, "acc"))
 
 
 def mean_error(scores: list[dict]) -> float | None:
-    """The standard error of the mean accuracy of tasks, which are independent of each other; None where one is unknown."""
+    """The standard error of the mean accuracy of independent tasks; None where one is unknown."""
     errors = [score.get("acc_stderr") for score in scores]
     known = errors and all(isinstance(error, int | float) for error in errors)
     return math.hypot(*errors) / len(errors) if known else None
 
 
-def _won_back_cell(models: dict, name: str, dataset: str) -> Cell | None:
-    if name in MODELS[:2]:
-        return None
-    told = [(models.get(model) or {}).get("perplexity", {}).get(dataset) for model in ("dense", "pruned", name)]
-    back = won_back(*told)
-    return None if back is None else Cell(_signed(f"{back:.0%}"))
-
-
-def _difference(model: dict, kind: str, key: str) -> dict[str, float]:
-    return ((model.get("differences") or {}).get("dense") or {}).get(kind, {}).get(key) or {}
-
-
-def is_beyond(difference: float, stderr: float) -> bool:
-    return abs(difference) > 2 * stderr
-
-
 def notes(results: dict) -> list[str]:
     """What a reader must know before believing the table."""
+    counts = {name: results["models"][name].get("mask_violations") for name in columns(results)}
     broken = [
         f"{name}: {count} pruned weights are not zero, so the mask was not kept"
-        for name in columns(results)
-        if (count := results["models"][name].get("mask_violations"))
+        for name, count in counts.items()
+        if count
     ]
-    return broken + list(results.get("protocol", {}).get("notes") or [])
+    return broken + list(get(results, "protocol", "notes") or [])
 
 
-def won_back(dense: float | None, pruned: float | None, healed: float | None) -> float | None:
-    """(ln pruned - ln healed) / (ln pruned - ln dense): 1 is all of the lost log-perplexity, below 0 a further loss.
+def recovered(dense: float | None, pruned: float | None, after: float | None) -> float | None:
+    """(ln pruned - ln after) / (ln pruned - ln dense): 1 is all of the lost log-perplexity, below 0 a further loss.
 
     None where pruning lost nothing, or a perplexity is missing or not finite.
     """
-    if any(value is None or not math.isfinite(value) for value in (dense, pruned, healed)) or pruned <= dense:
+    if any(value is None or not math.isfinite(value) for value in (dense, pruned, after)) or pruned <= dense:
         return None
-    return math.log(pruned / healed) / math.log(pruned / dense)
+    return math.log(pruned / after) / math.log(pruned / dense)
+
+
+def _recovered(models: dict, name: str, dataset: str | None) -> float | None:
+    numbers = [get(models, model, "perplexity", dataset) for model in (*MODELS[:2], name)]
+    return None if name in MODELS[:2] else recovered(*numbers)
 
 
 def perplexity(value: float, error: float | None = None) -> str:
     """`7.26 ± 0.05`; both with the same decimals."""
-    error = error if math.isfinite(value) else None
     form = ".2f" if value < 1000 else ",.0f" if value < 1e7 else ".2e"
-    return f"{value:{form}}" + (f" ± {error:{form}}" if error is not None else "")
+    return f"{value:{form}}" + (f" ± {error:{form}}" if error is not None and math.isfinite(value) else "")
 
 
 def accuracy(scores: dict, metric: str) -> str:
@@ -178,8 +153,7 @@ def accuracy(scores: dict, metric: str) -> str:
         return "-"
     if not metric.startswith(SHARES):
         return f"{value:.4g}"
-    known = isinstance(error, int | float)
-    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if known else "")
+    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if isinstance(error, int | float) else "")
 
 
 def _signed(text: str) -> str:
@@ -194,34 +168,30 @@ def duration(seconds: float) -> str:
 
 
 def headline(recipe: Recipe, results: dict) -> str:
-    """One sentence: what was pruned, how, to what sparsity, what that cost and what came back."""
-    models, sentence = results["models"], short(model_name(recipe))
+    """What was pruned, how, to what sparsity, and what became of the first perplexity, or else of the mean accuracy."""
+    models, sentence = {name: results["models"][name] for name in columns(results)}, short(model_name(recipe))
     if "pruned" in models:
-        overall = (models["pruned"].get("sparsity") or {}).get("overall")
+        overall = get(models, "pruned", "sparsity", "overall")
         share = "" if overall is None else f" ({overall:.2%} of the prunable weights are zero)"
         method, pattern = (label_of(recipe, key, results) for key in ("prune.method", "prune.sparsity"))
-        sentence += f", pruned with {method} to {pattern}{share},"
+        sentence += f", pruned with {method} to {pattern}{share}"
     dataset = next(iter(keys(model.get("perplexity") for model in models.values())), None)
     if dataset:
-        kind, write = f"{dataset}{_part(results)} perplexity", perplexity
-        scores = {name: (models[name].get("perplexity") or {}).get(dataset) for name in columns(results)}
+        measure, form = f"{dataset}{_part(results)} perplexity", perplexity
+        values = {name: get(model, "perplexity", dataset) for name, model in models.items()}
     else:
-        kind, write = "mean zero-shot accuracy in %", lambda value: f"{100 * value:.1f}"
-        scores = {name: models[name].get("zero_shot_mean") for name in columns(results)}
-    said = {name: value for name, value in scores.items() if value is not None}
-    if not said:
+        measure, form = "mean zero-shot accuracy (%)", lambda value: f"{100 * value:.1f}"
+        values = {name: model.get("zero_shot_mean") for name, model in models.items()}
+    values = {name: value for name, value in values.items() if value is not None}
+    if not values:
         return f"{sentence} was evaluated."
-    if not {"dense", "pruned"} <= said.keys():
-        return f"{sentence} has a {kind} of {' and '.join(map(write, said.values()))}."
-    sentence += f" went from a {kind} of {write(said['dense'])} to {write(said['pruned'])}"
-    steps = f"{label_of(recipe, 'finetune.method', results)} for {recipe.finetune.max_steps} steps"
-    healers = {"reconstructed": "reconstruction of its layers", "finetuned": steps}
-    healed = [name for name in healers if name in said]
-    for name in healed:
-        sentence += f"{',' if name != healed[0] else ';'} {healers[name]} brought it to {write(said[name])}"
-    if healed and dataset and (back := won_back(said["dense"], said["pruned"], said[healed[-1]])) is not None:
-        sentence += f" and won back {back:.0%} of the lost log-perplexity" if back > 0 else " and won nothing back"
-    return f"{sentence}."
+    tuning = f"after {label_of(recipe, 'finetune.method', results)} for {recipe.finetune.max_steps} steps"
+    words = {"dense": "dense", "pruned": "pruned", "reconstructed": "after reconstruction", "finetuned": tuning}
+    sentence += f": {measure} {' → '.join(f'{form(value)} {words[name]}' for name, value in values.items())}."
+    share = _recovered(models, list(values)[-1], dataset)
+    if share is None:
+        return sentence
+    return f"{sentence} {f'{share:.0%} of the lost log-perplexity' if share > 0 else 'Nothing'} was recovered."
 
 
 def model_name(recipe: Recipe) -> str:
@@ -230,7 +200,7 @@ def model_name(recipe: Recipe) -> str:
 
 
 def short(model: str) -> str:
-    """A folder's own name, a hub id whole."""
+    """The last part of a folder's path, a hub id whole."""
     return model.rstrip("/").rpartition("/")[2] if model.startswith((".", "/", "~")) else model
 
 
@@ -238,6 +208,13 @@ def label_of(recipe: Recipe, key: str, results: dict) -> str:
     return registry.label(key, registry.value_of(recipe, key), results.get("methods"))
 
 
-def keys(tables: Any) -> list[str]:
+def keys(tables: Iterable[Any]) -> list[str]:
     """The keys of several dicts (or None), once each, in their order."""
     return list(dict.fromkeys(key for table in tables for key in table or {}))
+
+
+def get(tree: Any, *path: str) -> Any:
+    """A value of nested dicts, each of which may be None or missing; None where there is none."""
+    for key in path:
+        tree = (tree or {}).get(key)
+    return tree

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
@@ -78,6 +79,9 @@ def _from_dotlist(arguments: list[str]) -> dict:
     given = OmegaConf.create()
     for argument in arguments:
         key, _, value = argument.partition("=")
+        if key == "prune.sparsity" or key.startswith("prune.overrides"):  # YAML would read 2:4 as 124
+            value = re.sub(r"(?<![^\s,:{'\"])(\d+):(\d+)(?![^\s,}'\"])", r"\1of\2", value)
+            argument = f"{key}={value}"
         try:
             if _is_word(key) and value not in ("", "null"):  # a path as it stands: YAML would cut it at " #"
                 OmegaConf.update(given, key, _unquoted(value))

@@ -1,1 +1,1 @@
-"""Sparsity patterns, and the masks that follow them: packed, saved, applied, checked."""
+"""Sparsity patterns and masks."""

@@ -1,7 +1,7 @@
-"""Owns a mask: the one place that packs, saves, loads, applies and verifies it.
+"""Masks: packs, saves, loads, applies and verifies them.
 
-A mask has the shape of its parameter, True = kept. In memory as in the file it is 1 bit a weight, and unpacked when it is
-asked for. The file is the authority: nobody infers a mask from zeros.
+A mask has the shape of its parameter, True = kept. It is stored as 1 bit per weight, in memory and on disk, and unpacked on
+access. The mask file is the authority: a mask is never inferred from zeros.
 """
 
 import json
@@ -24,7 +24,7 @@ from pipeline.sparsity import patterns
 
 @dataclass(frozen=True)
 class Violation:
-    """The pruned weights of one parameter that are not zero; `first` is the index of the first of them, `value` its value."""
+    """The nonzero pruned weights of one parameter: their number, and the index and value of the first."""
 
     name: str
     count: int
@@ -34,12 +34,12 @@ class Violation:
 
 @dataclass(frozen=True)
 class Packed:
-    """A mask at 1 bit a weight, and the pattern that it claims."""
+    """A mask at 1 bit per weight, and the pattern that it claims."""
 
-    bits: Tensor  # uint8; the mask's rows end to end, the lowest bit first
+    bits: Tensor  # uint8; the mask flattened, lowest bit first
     shape: tuple[int, ...]
     pattern: str
-    transposed: bool = False  # the parameter is stored (in, out), as in GPT-2's Conv1D
+    transposed: bool = False  # the parameter is stored (in, out), as by GPT-2's Conv1D
 
     @property
     def weights(self) -> int:
@@ -53,19 +53,19 @@ class Packed:
         return unpack(self.bits, self.shape)
 
     def problem(self) -> str | None:
-        """Where the mask does not hold the ratio or the N of M that it claims."""
+        """Where the mask breaks the ratio or N of M that it claims, or None."""
         if self.pattern.endswith(".py"):
-            return None  # nothing that a file names is run
+            return None  # never run code that a file names
         try:
             pattern = patterns.parse(self.pattern)
         except UserError:
-            return None  # a pattern of the user's own, which was checked when it was made
+            return None  # a user's own pattern, which was checked when the mask was made
         mask = self.unpack()
         return pattern.violation(mask.T if self.transposed else mask)
 
 
 class Masks(Mapping[str, Tensor]):
-    """Parameter name -> bool tensor, unpacked at each look-up (7B weights are 6.5 GiB as bools, 0.8 GiB packed)."""
+    """Parameter name -> bool tensor, unpacked on each access (7B weights: 6.5 GiB as bools, 0.8 GiB packed)."""
 
     def __init__(self) -> None:
         self.packed: dict[str, Packed] = {}
@@ -73,7 +73,7 @@ class Masks(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.packed[name].unpack()
 
-    def __contains__(self, name: object) -> bool:  # Mapping's own would unpack
+    def __contains__(self, name: object) -> bool:  # the default of Mapping would unpack
         return name in self.packed
 
     def __iter__(self) -> Iterator[str]:
@@ -87,10 +87,11 @@ class Masks(Mapping[str, Tensor]):
         return {name: entry.pattern for name, entry in self.packed.items()}
 
     def add(self, name: str, mask: Tensor, pattern: str, transposed: bool = False) -> None:
+        """Packs and stores a mask in the shape of its stored parameter."""
         self.packed[name] = Packed(pack(mask).cpu(), tuple(mask.shape), str(pattern), transposed)
 
-    def of(self, name: str, parameter: Tensor) -> Tensor | None:
-        """The mask of a whole parameter, that of fused experts put together; None where all of it stays dense."""
+    def for_parameter(self, name: str, parameter: Tensor) -> Tensor | None:
+        """The mask of a whole parameter, with the masks of fused experts stacked; None if all of it stays dense."""
         parts = [self.get(f"{name}[{expert}]") for expert in range(len(parameter))] if parameter.dim() == 3 else []
         if all(part is None for part in parts):
             return self.get(name)
@@ -99,19 +100,20 @@ class Masks(Mapping[str, Tensor]):
         )
 
     def save(self, path: Path, log: dict | None = None) -> None:
+        """Writes the mask file, with an optional JSON log. Equal masks give equal files."""
         entries = dict(sorted(self.packed.items()))
         about = {
             name: {"shape": list(entry.shape), "pattern": entry.pattern, "transposed": entry.transposed}
             for name, entry in entries.items()
         }
-        # one metadata key only: safetensors writes several in a random order, and equal masks must be equal files
+        # a single metadata key: safetensors writes several in random order, and equal masks must give equal files
         metadata = {"espalier": json.dumps({"masks": about, "log": log}, sort_keys=True)}
         with files.atomic_write(path) as tmp:
             save_file({name: entry.bits for name, entry in entries.items()}, tmp, metadata)
 
     @staticmethod
     def merge(paths: list[Path], target: Path) -> list[dict]:
-        """One file of several; returns their logs."""
+        """Merges mask files into one; returns their logs."""
         merged, logs = Masks(), []
         for path in paths:
             part, log = Masks.load(path)
@@ -122,7 +124,7 @@ class Masks(Mapping[str, Tensor]):
 
     @staticmethod
     def load(path: Path) -> tuple["Masks", dict | None]:
-        """The masks of a file, read when they are asked for, and the log saved with them."""
+        """The masks of a file, and the log saved with them. Raises `UserError` if it is no mask file."""
         masks = Masks()
         try:
             with safe_open(path, framework="pt") as file:
@@ -130,26 +132,27 @@ class Masks(Mapping[str, Tensor]):
                 for name, entry in about["masks"].items():
                     packed = Packed(file.get_tensor(name), tuple(entry["shape"]), entry["pattern"], entry["transposed"])
                     if packed.bits.dtype != torch.uint8 or len(packed.bits) != math.ceil(packed.weights / 8):
-                        raise ValueError(f"{name} does not hold a bit for each weight")
+                        raise ValueError(f"{name} does not hold one bit per weight")
                     masks.packed[name] = packed
-        except Exception as error:  # safetensors and json each have their own
+        except Exception as error:  # safetensors and json raise their own types
             raise UserError(f"{path} is not a mask file of this project: {error}") from error
         return masks, about["log"]
 
     def sparsity(self) -> float:
+        """The share of pruned weights over all masks."""
         entries = self.packed.values()
         return sum(entry.weights - entry.kept for entry in entries) / max(1, sum(entry.weights for entry in entries))
 
     def check_patterns(self) -> None:
-        """Raises `UserError` where a mask does not hold the ratio or N of M that it claims."""
+        """Raises `UserError` if a mask breaks the ratio or N of M that it claims."""
         for name, entry in self.packed.items():
             if problem := entry.problem():
                 raise UserError(f"{name}: {problem}")
 
     def matched(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The masked ones among a model's weights, fused experts as one matrix each.
+        """Yields the masked weights of a model, each fused expert as one matrix.
 
-        Raises `UserError` where a masked matrix is of another shape, or at the end, where one is missing.
+        Raises `UserError` if a masked matrix has another shape or, at the end, if one is missing.
         """
         missing = set(self)
         for name, weight in by_matrix(weights):
@@ -157,21 +160,24 @@ class Masks(Mapping[str, Tensor]):
                 continue
             missing.discard(name)
             if weight.shape != (shape := self.packed[name].shape):
-                raise UserError(f"{name} has shape {tuple(weight.shape)}, its mask {shape}: another model's mask file?")
+                raise UserError(
+                    f"{name} has shape {tuple(weight.shape)}, its mask {shape}: is this another model's mask file?"
+                )
             yield name, weight
         if missing:
             raise UserError(
-                f"the model has no {sorted(missing)[0]} ({len(missing)} masked matrices missing): another model's mask file?"
+                f"the model has no {sorted(missing)[0]} ({len(missing)} masked matrices missing): is this another "
+                "model's mask file?"
             )
 
     def violations(self, weights: Iterable[tuple[str, Tensor]]) -> list[Violation]:
-        """The pruned weights that are not zero; a `UserError` as in `matched`."""
+        """The nonzero pruned weights, one `Violation` per matrix. Raises `UserError` as `matched` does."""
         found = (violation_of(name, weight, self[name]) for name, weight in self.matched(weights))
         return [violation for violation in found if violation]
 
 
 def by_matrix(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Fused experts (E, ...) as one matrix each, `name[0]` and so on; all else as it is."""
+    """Splits fused experts (E, ...) into one matrix each, named `name[0]` and so on; leaves the rest as it is."""
     for name, weight in weights:
         if weight.dim() == 3:
             yield from ((f"{name}[{expert}]", part) for expert, part in enumerate(weight))
@@ -180,12 +186,12 @@ def by_matrix(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tens
 
 
 def nonzero_pruned(weight: Tensor, mask: Tensor) -> Tensor:
-    """Where a pruned weight is not zero (NaN is not zero either). Comparing bytes is five times faster than masked_fill."""
+    """Where a pruned weight is not zero (NaN counts). Comparing bools is five times faster than masked_fill."""
     return (weight != 0) & ~mask
 
 
 def violation_of(name: str, weight: Tensor, mask: Tensor) -> Violation | None:
-    """The pruned weights of one parameter that are not zero, if there are any."""
+    """The nonzero pruned weights of one parameter, or None."""
     wrong = nonzero_pruned(weight, mask.to(weight.device)).cpu().numpy()
     if not (count := int(np.count_nonzero(wrong))):
         return None
@@ -194,15 +200,16 @@ def violation_of(name: str, weight: Tensor, mask: Tensor) -> Violation | None:
 
 
 def pack(mask: Tensor) -> Tensor:
-    """One bit a weight, (ceil(n / 8),) uint8, the lowest bit first, on the device of the mask."""
-    if mask.device.type == "cpu":  # where numpy is seven times faster
+    """Packs a mask into (ceil(n / 8),) uint8, one bit per weight, lowest bit first, on the mask's device."""
+    if mask.device.type == "cpu":  # numpy is seven times faster
         return torch.from_numpy(np.packbits(mask.numpy(), axis=None, bitorder="little"))
     bits = F.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8)
     return (bits.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if bits.device.type == "cpu":  # in a third of the time and of the memory
+    """The inverse of `pack`: a bool mask of `shape`, on the device of `bits`."""
+    if bits.device.type == "cpu":  # numpy takes a third of the time and memory
         flat = np.unpackbits(bits.numpy(), count=math.prod(shape), bitorder="little")
         return torch.from_numpy(flat.view(bool)).view(shape)
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
@@ -210,10 +217,10 @@ def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def apply_(weight: Tensor, mask: Tensor) -> Tensor:
-    """Zeroes the pruned weights in place; adding 0 turns a product's -0.0 into +0.0."""
+    """Zeroes the pruned weights in place. Adding 0 turns -0.0 into +0.0."""
     return multiply_(weight, mask).add_(0.0)
 
 
 def multiply_(tensor: Tensor, mask: Tensor) -> Tensor:
-    """tensor * mask in place; on a CPU 15 times faster than masked_fill_, and 3 times than with a bool that torch converts."""
+    """tensor * mask in place. On a CPU 15 times faster than masked_fill_, and 3 times faster than multiplying by a bool."""
     return tensor.mul_(mask.view(torch.uint8))

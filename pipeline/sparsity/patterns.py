@@ -1,7 +1,7 @@
-"""Sparsity patterns: which weights of a matrix stay, given their scores. Pure math.
+"""Sparsity patterns: which weights of a matrix are kept, given their scores. Pure math.
 
-Shapes: O = out_features, I = in_features, G = groups of M consecutive inputs, K = pruned weights of a row.
-A pattern returns the mask it selects (True = kept) and changes nothing. Ties fall as in the published code.
+Shapes: O = out_features, I = in_features, G = groups of M consecutive inputs.
+A pattern returns a mask (True = kept) and changes nothing. Ties are broken as in the published code.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -13,24 +13,24 @@ from torch import Tensor
 
 from pipeline.registry.patterns import PATTERNS
 
-CHUNK = 64  # rows at a time
+CHUNK = 64  # rows per task
 
 
 class Pattern:
-    """What a pattern of one's own provides; `prune.sparsity=./my_pattern.py` takes the subclass in that file, whose
-    attributes `label`, `description` and `citation` say what it is called."""
+    """Base class of patterns. `prune.sparsity=./my_pattern.py` uses the one subclass in that file, whose attributes `label`,
+    `description` and `citation` say what it is called."""
 
-    ratio: float  # share of the weights that go
+    ratio: float  # share of the weights that is pruned
 
     def __str__(self) -> str:
         return type(self).__name__
 
     def select(self, score_OI: Tensor, whole_matrix: bool = False) -> Tensor:
-        """The mask of the weights that stay, (O, I). `whole_matrix`: a method that compares over the whole matrix asks."""
+        """The mask (O, I). `whole_matrix`: compare scores over the matrix, not within each row."""
         raise NotImplementedError
 
     def misfit(self, in_features: int) -> str | None:
-        """Why this pattern cannot hold for a matrix with so many inputs, or None."""
+        """Why this pattern does not fit a matrix with `in_features` inputs, or None."""
         return None
 
     def violation(self, mask_OI: Tensor) -> str | None:
@@ -40,7 +40,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Unstructured(Pattern):
-    """The lowest `ratio` of the scores go, compared within each output row (Wanda, section 3) or over the matrix."""
+    """Prunes the share `ratio` with the lowest scores, per output row (Wanda, section 3) or over the whole matrix."""
 
     ratio: float
 
@@ -48,14 +48,14 @@ class Unstructured(Pattern):
         return f"{self.ratio:g}"
 
     def select(self, score_OI: Tensor, whole_matrix: bool = False) -> Tensor:
-        """Row by row: the first int(I * ratio) in a stable ascending order go. Over the matrix: what is not above the
-        score in place int(O * I * ratio) goes, that one with it, as published for magnitude and SparseGPT."""
+        """Per row: prunes the first int(I * ratio) in stable ascending order. Over the matrix: prunes all scores up to
+        and including the one at index int(O * I * ratio), as in the published magnitude and SparseGPT code."""
         if whole_matrix:
             return score_OI > kth_lowest(score_OI.reshape(1, -1), int(score_OI.numel() * self.ratio) + 1)
         return all_but_lowest(score_OI, int(score_OI.shape[1] * self.ratio))
 
     def violation(self, mask_OI: Tensor) -> str | None:
-        # methods round: within rows, over the matrix, over blocks of columns, to a tolerance
+        # methods round differently: per row, per matrix, per column block, or to a tolerance
         pruned = 1 - mask_OI.count_nonzero().item() / mask_OI.numel()
         if abs(pruned - self.ratio) <= 0.01 + 1 / mask_OI.shape[1]:
             return None
@@ -64,7 +64,7 @@ class Unstructured(Pattern):
 
 @dataclass(frozen=True)
 class NofM(Pattern):
-    """N of each M consecutive inputs of a row are kept: 2of4, 4of8, 1of4 (which is 75% sparse)."""
+    """Keeps N of each M consecutive inputs in a row: 2of4, 4of8, 1of4 (75% sparse)."""
 
     n: int
     m: int
@@ -77,17 +77,17 @@ class NofM(Pattern):
         return 1 - self.n / self.m
 
     def misfit(self, in_features: int) -> str | None:
-        """A shorter last group could hold no exact N of M, and no kernel would take it: refused, not bent."""
+        """A shorter last group is refused: it could not hold N of M, and no kernel would accept it."""
         if in_features % self.m:
-            return f"{in_features} inputs, not divisible by {self.m}, so {self} cannot hold"
+            return f"{in_features} inputs are not divisible by {self.m}, so {self} does not fit"
         return None
 
     def select(self, score_OI: Tensor, whole_matrix: bool = False) -> Tensor:
-        """Ties fall as `torch.topk(group, M - N, largest=False)` picks them."""
+        """Ties are broken as by `torch.topk(group, M - N, largest=False)`."""
         score_OGM = score_OI.unflatten(1, (-1, self.m))
         if (self.n, self.m) != (2, 4):
             return self._by_topk(score_OGM).flatten(1)
-        # at least as high as the second of four: comparisons only; too many are kept where there are ties
+        # fast path: keep what is at least the second highest of four; ties keep too many and are redone by topk
         mask_OGM = score_OGM >= _second_of_four(score_OGM)
         if mask_OGM.count_nonzero() != mask_OGM.numel() // 2:
             tied_OG = sum(part.to(torch.uint8) for part in mask_OGM.unbind(2)) != 2
@@ -100,7 +100,7 @@ class NofM(Pattern):
         return torch.ones_like(score, dtype=torch.bool).scatter_(-1, lowest, False)
 
     def violation(self, mask_OI: Tensor) -> str | None:
-        # adding M slices: a sum over so short a dimension is many times slower
+        # add M slices: a sum over so short a dimension is many times slower
         kept_OG = sum(part.to(torch.uint8) for part in mask_OI.unflatten(1, (-1, self.m)).unbind(2))
         wrong = (kept_OG != self.n).nonzero()
         if len(wrong) == 0:
@@ -111,7 +111,7 @@ class NofM(Pattern):
 
 
 def kth_lowest(score_OI: Tensor, k: int) -> Tensor:
-    """The k-th lowest score of each row (from 1), (O, 1)."""
+    """The k-th lowest score of each row, counted from 1, (O, 1)."""
     k = min(k, score_OI.shape[1])
     if score_OI.is_cuda:
         return torch.kthvalue(score_OI, k, dim=1, keepdim=True).values
@@ -119,12 +119,12 @@ def kth_lowest(score_OI: Tensor, k: int) -> Tensor:
 
 
 def all_but_lowest(score_OI: Tensor, k: int) -> Tensor:
-    """False for the first k of each row in a stable ascending order, found without sorting."""
+    """False for the first k of each row in stable ascending order, without sorting."""
     if k == 0:
         return torch.ones_like(score_OI, dtype=torch.bool)
     kept_OI = score_OI > kth_lowest(score_OI, k) if score_OI.is_cuda else _above_kth(score_OI.float(), k)
     left = score_OI.shape[1] - k
-    if kept_OI.count_nonzero() != left * len(kept_OI):  # others are tied with the k-th: of those, the later ones stay
+    if kept_OI.count_nonzero() != left * len(kept_OI):  # ties with the k-th: keep the later ones
         rows = (kept_OI.sum(1) < left).nonzero().squeeze(1)
         kth_O1 = kth_lowest(score_OI[rows], k)
         below, tied = score_OI[rows] < kth_O1, score_OI[rows] == kth_O1
@@ -134,8 +134,8 @@ def all_but_lowest(score_OI: Tensor, k: int) -> Tensor:
 
 
 def _above_kth(score_OI: Tensor, k: int) -> Tensor:
-    """numpy's partition is several times faster than torch's kthvalue, which is faster than a sort. It works without the
-    interpreter's lock, so threads share out the rows; and a few rows at a time, which stay in the processor's cache."""
+    """numpy's partition is several times faster than torch's kthvalue, which is faster than a sort. It releases the GIL, so
+    threads share the rows; small chunks stay in the cache."""
     score, above = score_OI.numpy(), np.empty(score_OI.shape, dtype=bool)
 
     def work(rows: slice) -> None:
@@ -149,7 +149,7 @@ def _above_kth(score_OI: Tensor, k: int) -> Tensor:
 
 
 def _second_of_four(score_OG4: Tensor) -> Tensor:
-    """(O, G, 1)"""
+    """The second highest of each group, (O, G, 1)."""
     a, b, c, d = score_OG4.unbind(2)
     high_1, low_1 = torch.maximum(a, b), torch.minimum(a, b)
     high_2, low_2 = torch.maximum(c, d), torch.minimum(c, d)
@@ -157,6 +157,6 @@ def _second_of_four(score_OG4: Tensor) -> Tensor:
 
 
 def parse(value: str | int | float, key: str = "prune.sparsity") -> Pattern:
-    """`0.5` -> Unstructured, `2of4` or `"2:4"` -> NofM, `./mine.py` -> the pattern in it; `UserError` naming `key`."""
+    """`0.5` -> Unstructured, `2of4` or `"2:4"` -> NofM, `./mine.py` -> its pattern. Errors are `UserError`s naming `key`."""
     entry, arguments = PATTERNS.parse(value, key)
     return entry.load()(**arguments)

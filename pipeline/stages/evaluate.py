@@ -114,7 +114,7 @@ def _prompts(recipe: Recipe, dense: Path) -> list[str]:
 
 def _weights(name: str, folder: Path, masks: Masks, recipe: Recipe) -> dict[str, Any]:
     """Sparsity of the masked matrices by what is zero, and the check against the masks; `UserError` where one is broken."""
-    matrices = list(verification.checked(folder, masks, recipe))
+    matrices = list(verification.check_matrices(folder, masks, recipe))
     violations = [matrix.violation for matrix in matrices if matrix.violation]
     if violations and name != "dense":
         worst = violations[0]
@@ -122,7 +122,7 @@ def _weights(name: str, folder: Path, masks: Masks, recipe: Recipe) -> dict[str,
             f"{name} model: {worst.count} pruned weights of {worst.name} are not zero, the first at {list(worst.first)} "
             f"({len(violations)} matrices are broken): {folder} does not keep its masks"
         )
-    layers: dict[tuple[str, int], list[verification.Checked]] = defaultdict(list)
+    layers: dict[tuple[str, int], list[verification.CheckedMatrix]] = defaultdict(list)
     for matrix in matrices:
         found = re.match(r"(.*?)\.(\d+)\.", matrix.name)  # model.layers.3.mlp.up_proj.weight: layer 3 of model.layers
         layers[found[1], int(found[2])].append(matrix)
@@ -134,5 +134,5 @@ def _weights(name: str, folder: Path, masks: Masks, recipe: Recipe) -> dict[str,
     return {"sparsity": sparsity} | ({} if name == "dense" else {"mask_violations": 0})
 
 
-def _share(matrices: list[verification.Checked]) -> float:
+def _share(matrices: list[verification.CheckedMatrix]) -> float:
     return sum(matrix.zeros for matrix in matrices) / sum(matrix.weights for matrix in matrices)

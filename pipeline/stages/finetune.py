@@ -15,7 +15,7 @@ from pipeline.models.rewrite import parameters, rewrite
 from pipeline.pruning.allocation import allocate
 from pipeline.recovery import lora, quantization
 from pipeline.recovery.held_out import HeldOut
-from pipeline.recovery.training import fit, precision, sequences, share
+from pipeline.recovery.training import batch_per_process, fit, precision, sequences_per_step
 from pipeline.registry import FINETUNE_METHODS
 from pipeline.reporting import card
 from pipeline.runtime import processes
@@ -44,14 +44,14 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     origin, masks_file = inputs.get("reconstruct", inputs["prune"]) / "model", inputs["prune"] / "masks.safetensors"
     masks, _ = Masks.load(masks_file)
     tokenizer = loading.tokenizer(origin, recipe)
-    share(settings, processes.world_size())  # refuses what cannot be shared before anything is read
+    batch_per_process(settings, processes.world_size())  # refuses what cannot be shared before anything is read
 
     # a whole model trains in full precision: steps too small for bfloat16's 8 bits would be lost
     full = "float32" if method.trains_weights and settings.precision != "bf16-true" else None
     pruned = loading.load(origin, recipe, full, quantization.configuration(settings.quantize))
     loading.check_length(pruned.config, "finetune.seq_len", settings.seq_len)
     source, *validated = sources.of_stage(recipe, "finetune")
-    samples = settings.max_steps * sequences(settings)
+    samples = settings.max_steps * sequences_per_step(settings)
     windows_NT = token_windows.packed(source, tokenizer, settings.seq_len, samples, recipe.seed, loss=settings.loss)
     ids_NT = token_windows.ids_and_labels(windows_NT)[0] if settings.loss != "all" else windows_NT
     loading.check_vocabulary(pruned.config, ids_NT, source)

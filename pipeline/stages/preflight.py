@@ -19,7 +19,7 @@ from pipeline.data import chat, sampled, sources, special_tokens, token_windows
 from pipeline.evaluation.perplexity import windows
 from pipeline.evaluation.tasks import hub_data
 from pipeline.models import loading
-from pipeline.recovery.training import share
+from pipeline.recovery.training import batch_per_process
 from pipeline.runtime import caches, checksums, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe, plain, reconstruction_text
@@ -37,7 +37,7 @@ PACKAGES = {
 def check(recipe: Recipe) -> None:
     """`UserError` for the first thing found; says what was mended. All ranks must call."""
     if "finetune" in recipe.stages:
-        share(recipe.finetune, processes.world_size())
+        batch_per_process(recipe.finetune, processes.world_size())
     for line in processes.from_main(_look(recipe) if processes.is_main() else None):
         processes.say(line)
 
@@ -101,17 +101,17 @@ def _questions(recipe: Recipe, tokenizer: Any, config: PreTrainedConfig) -> list
     prompted = settings.continuations and (settings.prompts or settings.perplexity)
     if not (settings.tasks or prompted):
         return []
-    asking, mended = special_tokens.for_questions(tokenizer, config)
+    fixed, fixes = special_tokens.for_questions(tokenizer, config)
     positions = loading.positions(config)
     for prompt in settings.prompts if prompted else ():
-        length = len(asking(prompt).input_ids)
+        length = len(fixed(prompt).input_ids)
         if length == 0:
             raise UserError(f"evaluate.prompts: '{prompt}' gives no token to go on from: use a longer one")
         if positions and length >= positions:
             raise UserError(
                 f"evaluate.prompts: one of {length} tokens fills the model's {positions} positions: use a shorter one"
             )
-    return mended
+    return fixes
 
 
 def _packages(recipe: Recipe) -> None:
@@ -142,7 +142,7 @@ def _text(recipe: Recipe, stage: str, source: sources.Source, tokenizer: Any, co
     """Whether a text can be read and is long enough; of one of the hub, which is fetched, by a stage that is not done."""
     loss = recipe.finetune.loss if stage == "finetune" else "all"
     if source.name == sources.SELF:
-        sampled.start(tokenizer, config)
+        sampled.first_token(tokenizer, config)
         return
     if source.is_local:
         rows = sources.first_rows(source)
@@ -154,7 +154,7 @@ def _text(recipe: Recipe, stage: str, source: sources.Source, tokenizer: Any, co
     if first is None:
         raise UserError(f"{source} holds no text")
     if loss != "all":
-        token_windows.refuse_without_conversations(source, first)
+        token_windows.require_conversations(source, first)
     if chat.is_chat(first):
         token_windows.chat_tokens(first, tokenizer, source, loss)
     _long_enough(recipe, stage, source, tokenizer, itertools.chain([first], rows))

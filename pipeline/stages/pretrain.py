@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from callbacks import of_training
 from pipeline.data import sources, token_windows, world
-from pipeline.recovery.training import fit, sequences
+from pipeline.recovery.training import fit, sequences_per_step
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune, Pretrain, Recipe
@@ -42,7 +42,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     torch.manual_seed(recipe.seed)
     model = LlamaForCausalLM(config)
     schedule = Finetune(max_steps=settings.steps, batch_size=settings.batch_size, lr=settings.lr)
-    samples = schedule.max_steps * sequences(schedule)
+    samples = schedule.max_steps * sequences_per_step(schedule)
     windows_NT = token_windows.packed(sources.source("world"), tokenizer, settings.seq_len, samples, recipe.seed)
     callbacks = of_training(folder, schedule.checkpoint_every)
     fit(model, windows_NT, schedule, recipe.seed, folder, callbacks)

@@ -10,7 +10,7 @@ from callbacks.stop_at_signal import StopAtSignal
 from pipeline.engine.block_files import write_rows
 from pipeline.engine.blocks import Block, find_blocks
 from pipeline.engine.coverage import Coverage
-from pipeline.engine.matrices import entries
+from pipeline.engine.matrices import coverage_entries
 from pipeline.engine.walk import LayerWalk, run_layerwise
 from pipeline.models import loading
 from pipeline.pruning import calibration
@@ -32,8 +32,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     model = loading.load(origin, recipe)
     settings, blocks = recipe.prune, find_blocks(model)
     patterns = allocate(blocks, settings)  # refuses what cannot hold before any text is read
-    coverage = Coverage(entries(model, blocks), patterns.keys())
-    for what, text in coverage.told(patterns):
+    coverage = Coverage(coverage_entries(model, blocks), patterns.keys())
+    for what, text in coverage.describe(patterns):
         processes.say(f"  {what}: {text}")
     batches = calibration.batches(recipe, recipe.calibration, "calibration", origin, model)
     store = calibration.plan_memory(model, batches, settings.hidden_states)
@@ -74,7 +74,7 @@ def finish(walk: LayerWalk, origin: Path, recipe: Recipe, coverage: Coverage) ->
     matrices = [matrix for row in rows for matrix in row.pop("matrices")]
     if not matrices:
         raise UserError("nothing was pruned: the model calls none of the matrices of its layers with calibration text")
-    walk.files.write_rest(origin, recipe.dtype)
+    walk.files.write_remaining(origin, recipe.dtype)
     write_rows(folder / "coverage.csv", coverage.rows({row["matrix"] for row in matrices}))
     write_rows(folder / "layers.csv", rows)
     write_rows(folder / "matrices.csv", matrices)

@@ -41,12 +41,12 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     walk = LayerWalk(model, batches, store, folder)
     if done := walk.files.finished_before:
         processes.say(f"  {len(done)} of {len(walk.blocks)} layers were done before: passed through")
-    with walk.forwards_of(dense) as forwards:
+    with walk.paused_forwards(dense) as forwards:
         reconstructor = LayerReconstructor(forwards, masks, settings, recipe.seed, steps)
         run_layerwise(walk, reconstructor, [LayerWriter(), StopAtSignal()])
     processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
     if processes.is_main():
-        walk.files.write_rest(origin, recipe.dtype)
+        walk.files.write_remaining(origin, recipe.dtype)
         write_rows(folder / "layers.csv", walk.files.logs())
         card.write_model_card(folder / "model", recipe, "reconstruct")
 

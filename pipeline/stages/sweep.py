@@ -148,6 +148,7 @@ def _name(key: str, value: str, values: list[str]) -> str:
     """A value as part of a folder's name; a path by its end, where that tells it from the others."""
     ends = [Path(other).stem if other.endswith((".py", ".yaml")) else Path(other).name for other in values]
     text = ends[values.index(value)] if len(set(ends)) == len(ends) else value
+    text = re.sub(r"^(\d+):(\d+)$", r"\1of\2", text)
     text = re.sub(r"[^\w.+=-]+", "-", text).strip("-")
     return text if key in NAMELESS else f"{key.rpartition('.')[2]}={text}"
 
