@@ -163,7 +163,7 @@ def resign(folder: Path, change) -> None:
     change(about)
     for name, entry in about["files"].items() if isinstance(about.get("files"), dict) else ():
         if (path := folder / name).is_file() and isinstance(entry, dict):
-            entry["bytes"], entry["sha256"] = path.stat().st_size, file_format.sha256(path)
+            entry["bytes"], entry["sha256"] = path.stat().st_size, files.sha256(path)
     files.write_json(folder / file_format.MANIFEST, about | {"digest": files.digest(about)})
 
 

@@ -83,7 +83,7 @@ def test_windows_are_cut_end_to_end_and_the_rest_is_dropped():
 
 @pytest.mark.parametrize("tokens", [0, 1, 15])
 def test_a_text_shorter_than_a_window_says_what_to_type(tokens):
-    remedy = "set evaluate.seq_len=15" if tokens > 1 else "choose another text"
+    remedy = "set evaluate.seq_len=15" if tokens > 1 else "set another text"
     with pytest.raises(UserError, match=f"gives {tokens} tokens, too few for one window of 16: {remedy}"):
         windows(torch.zeros(tokens, dtype=torch.long), 16)
 
