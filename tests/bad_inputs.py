@@ -61,7 +61,7 @@ def written_masks(mask: torch.Tensor, pattern: str, name: str = UP) -> Harm:
 
 def one_weight_not_zero(folder: Path) -> None:
     shutil.copytree(folder / "run/prune/model", folder / "pruned")
-    row, column = (~Masks.load(folder / "run/prune/masks.safetensors")[0][UP]).nonzero()[0].tolist()
+    row, column = (~Masks.load(folder / "run/prune/masks.safetensors")[UP]).nonzero()[0].tolist()
     index = json.loads((folder / "pruned/model.safetensors.index.json").read_text())
     change_weights(lambda weights: weights[UP][row].__setitem__(column, 0.25), index["weight_map"][UP])(
         folder / "pruned"

@@ -46,7 +46,7 @@ def test_its_snippets_run_through_the_whole_pipeline(tiny_llama, tmp_path):
         (tmp_path / f"{setting}.py").write_text(text)
     chosen = [f"{setting}={tmp_path}/{setting}.py" for setting in mine]
     espalier(f"model={tiny_llama}", *QUICK, *chosen, f"run_dir={tmp_path}/run")
-    masks, _ = Masks.load(tmp_path / "run/prune/masks.safetensors")
+    masks = Masks.load(tmp_path / "run/prune/masks.safetensors")
     assert masks.sparsity() == pytest.approx(0.5)
     results = json.loads((tmp_path / "run/evaluate/results.json").read_text())["models"]
     assert results["finetuned"]["mask_violations"] == 0

@@ -5,9 +5,11 @@ a hub id, or a local file or folder: pipeline/data/text_files.py holds the rules
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from datasets import Dataset
 
 from pipeline.data import text_files, text_rows
 from pipeline.data.text_rows import documents, first_rows
@@ -53,7 +55,7 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class Source:
-    """One split of one dataset: `files` are read where there are any, else the hub's `path`.
+    """One split of one dataset: `rows` that are in memory, else `files` where there are any, else the hub's `path`.
 
     `columns` may hold the text, the first that are there: see text_rows; `section` is where the recipe chooses one.
     """
@@ -68,8 +70,11 @@ class Source:
     form: str | None = None  # of the files: see text_files
     columns: tuple[tuple[str, ...], ...] = text_rows.COLUMNS
     section: str = "calibration"
+    rows: Dataset | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
+        if self.rows is not None:
+            return self.name
         return self.path + (f":{self.config}" if self.config else "") + f"@{self.split}"
 
     @property

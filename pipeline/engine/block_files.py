@@ -84,7 +84,7 @@ class BlockFiles:
 
     def logs(self) -> list[dict]:
         """What was logged with the masks of each block that was reached."""
-        return [Masks.load(path)[1] for path in self.masks_files()]
+        return [Masks.load(path).log for path in self.masks_files()]
 
     def masks_files(self) -> list[Path]:
         return [path for block in self.blocks if (path := self.masks_file(block.index)).exists()]

@@ -68,8 +68,9 @@ class LayerwiseForwards:
     `call(batch)` calls the model. Blocks come to `device` when they are reached. `store` is where the arguments of a paused
     forward wait (None: where they are). `restore(block)`, where given, gives a block its weights: those in `elsewhere` have
     other weights than the model was loaded with, and any block's are dropped once it has been passed, for a visitor may have
-    changed them. Without it no visitor may change them, and they stay as they were.
-    A context manager: within, the blocks' own `forward` is replaced.
+    changed them. Without it they stay as they were, unless `keeps`: then what a visitor changed is written to where a block
+    came from.
+    A context manager: within, the blocks' own `forward` is replaced; at its end all that it moved is where it was.
     """
 
     def __init__(
@@ -82,20 +83,24 @@ class LayerwiseForwards:
         store: torch.device | None = None,
         restore: Callable[[Block], None] | None = None,
         elsewhere: Iterable[int] = (),
+        keeps: bool = False,
     ) -> None:
         self.model, self.blocks, self.call, self.batches = model, blocks, call, list(batches)
-        self.device, self.restore = device, restore
+        self.device, self.restore, self.keeps = device, restore, keeps
         self.store = None if store == device else store
         self.at: Block | None = None
         self.forwards: list[PausedForward] = []
         self._parked: list[dict[int, TensorWeakRef]] = [{} for _ in self.batches]
         self._shared = shared_parameters(blocks)
         self._dropped = set(elsewhere)
-        self._home: list[tuple[Tensor, Tensor]] = []  # tensors of the block at hand, and their data on the host
+        self._home: list[tuple[Tensor, Tensor]] = []  # tensors of the block at hand, and their data where it came from
+        self._outside: list[tuple[Tensor, Tensor]] = []  # the same of what no block holds
 
     def __enter__(self) -> "LayerwiseForwards":
         for tensor in outside(self.model, self.blocks):
-            tensor.data = tensor.data.to(self.device)
+            if tensor.device != self.device:
+                self._outside.append((tensor, tensor.data))
+                tensor.data = tensor.data.to(self.device)
         # the model's own call runs a block's hooks before it pauses and after it goes on, so here only forward is called
         self._own = [block.module.forward for block in self.blocks]
         for block, own in zip(self.blocks, self._own):
@@ -113,6 +118,10 @@ class LayerwiseForwards:
                 forward.throw()
         torch.set_grad_enabled(outer)  # as those that ended have left their own mode
         self.forwards = []
+        self._go_home()  # the last block, or one in which a fault ended the walk
+        for tensor, home in self._outside:
+            tensor.data = home
+        self._outside = []
 
     @torch.no_grad()
     def start(self) -> None:
@@ -189,10 +198,15 @@ class LayerwiseForwards:
                 self._home.append((tensor, tensor.data))
                 tensor.data = tensor.data.to(self.device, non_blocking=True)
 
-    def _leave(self) -> None:
+    def _go_home(self) -> None:
         for tensor, home in self._home:
+            if self.keeps or id(tensor) in self._shared:  # a block that shares it will come to it with these weights
+                home.copy_(tensor.data)
             tensor.data = home
         self._home = []
+
+    def _leave(self) -> None:
+        self._go_home()
         if self.restore:
             self._dropped.add(self.at.index)
             for parameter in self.at.module.parameters():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline.engine.block_files import BlockFiles
+from pipeline.engine.block_memory import BlocksInMemory
 from pipeline.engine.blocks import Block, find_blocks
 from pipeline.engine.layerwise import LayerwiseForwards
 from pipeline.engine.matrices import Matrix
@@ -22,19 +24,26 @@ from pipeline.sparsity.masks import Masks
 class LayerWalk(LightningModule):
     """Owns a model's blocks, and the forwards of this rank's batches, which are paused at the block at hand.
 
-    A block that an earlier try finished, as `files` knows, is given its weights and only passed through. Without files
-    nothing is written, and no callback may change the weights.
+    A block that an earlier try finished, as `files` knows, is given its weights and only passed through. `in_memory`: nothing
+    is written, and the model itself ends with the weights that the callbacks left. With neither, no callback may change them.
     """
 
     def __init__(
-        self, model: nn.Module, batches: list[Tensor], store: torch.device | None, folder: Path | None = None
+        self,
+        model: nn.Module,
+        batches: list[Tensor],
+        store: torch.device | None,
+        folder: Path | None = None,
+        in_memory: bool = False,
     ) -> None:
         super().__init__()
         object.__setattr__(self, "model", model)  # not in _modules: Lightning must not move, wrap or save the model
         self.blocks = find_blocks(model)
         self.batches, self.store = batches, store
         self.tokens = sum(batch.numel() for batch in batches)
-        self.files = BlockFiles(folder, model, self.blocks) if folder else None
+        self.files: BlockFiles | BlocksInMemory | None = None
+        if folder or in_memory:
+            self.files = BlockFiles(folder, model, self.blocks) if folder else BlocksInMemory(model)
         self.forwards = self.forwards_of(model, self.files)
         self.masks = Masks()  # of the block at hand
         self.log_row: dict = {}
@@ -42,14 +51,18 @@ class LayerWalk(LightningModule):
     def is_finished(self, block: Block) -> bool:
         return self.files is not None and self.files.is_finished(block)
 
-    def forwards_of(self, model: nn.Module, files: BlockFiles | None = None) -> LayerwiseForwards:
+    def forwards_of(self, model: nn.Module, files: BlockFiles | BlocksInMemory | None = None) -> LayerwiseForwards:
         """Those of `model` over this rank's batches."""
 
         def call(batch_BT: Tensor) -> None:
             model.base_model(input_ids=batch_BT, use_cache=False)
 
-        known = (files.restore, files.finished_before) if files else ()
-        return LayerwiseForwards(model, find_blocks(model), call, self.batches, processes.device(), self.store, *known)
+        known: dict[str, Any] = {}
+        if isinstance(files, BlockFiles):
+            known = {"restore": files.restore, "elsewhere": files.finished_before}
+        elif files:
+            known = {"keeps": True}
+        return LayerwiseForwards(model, find_blocks(model), call, self.batches, processes.device(), self.store, **known)
 
     def reached(self) -> Iterator[Block]:
         """The blocks in the order in which the model reaches them, each once. Between two of them, all batches run through

@@ -41,7 +41,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes `model/`, `metrics.csv` and, for a LoRA, `adapter/`; a plain LoRA leaves no `model/`."""
     settings = recipe.finetune
     origin, masks_file = inputs.get("reconstruct", inputs["prune"]) / "model", inputs["prune"] / "masks.safetensors"
-    masks, _ = Masks.load(masks_file)
+    masks = Masks.load(masks_file)
     tokenizer = loading.tokenizer(origin, recipe)
     share(settings, processes.world_size())  # refuses what cannot be shared before anything is read
 

@@ -33,7 +33,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes `model/` and `layers.csv`."""
     settings, text, origin = recipe.reconstruct, reconstruction_text(recipe), inputs["prune"] / "model"
     steps = plan_steps(text, settings.accumulate, processes.world_size())
-    masks, _ = Masks.load(inputs["prune"] / "masks.safetensors")
+    masks = Masks.load(inputs["prune"] / "masks.safetensors")
     model = loading.load(origin, recipe)
     dense = loading.load(loading.dense_folder(recipe, inputs), recipe)
     batches = calibration.batches(recipe, text, "reconstruct", origin, model)

@@ -1,0 +1,28 @@
+"""Owns what a walk leaves where there is no folder: the weights in the model itself, the masks and rows in memory."""
+
+from torch import nn
+
+from pipeline.engine.blocks import Block
+from pipeline.models import file_names
+from pipeline.sparsity.masks import Masks
+
+
+class BlocksInMemory:
+    """Stands for `BlockFiles`. The walk's forwards write each block back to where it was (`LayerwiseForwards.keeps`)."""
+
+    finished_before: frozenset[int] = frozenset()
+
+    def __init__(self, model: nn.Module) -> None:
+        self.masks, self.rows = Masks(), []
+        self._names = set(file_names.saved(model))
+
+    def is_finished(self, block: Block) -> bool:
+        return False
+
+    def holds(self, block: Block, name: str) -> bool:
+        """Whether the parameter `name` is the block's own; one that blocks share belongs to one of them."""
+        return f"{block.name}.{name}" in self._names
+
+    def write(self, block: Block, masks: Masks, log: dict) -> None:
+        self.masks.packed |= masks.packed
+        self.rows.append(log)
