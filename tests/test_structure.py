@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     *("runtime", "sparsity", "settings", "models", "data", "engine", "pruning", "recovery", "evaluation", "compact"),
-    *("callbacks", "reporting", "stages", "commands"),
+    *("callbacks", "reporting", "stages", "api", "commands"),
 )
 FILES = sorted([*ROOT.glob("pipeline/*/*.py"), *ROOT.glob("callbacks/*.py")])
 

@@ -1,6 +1,7 @@
 """Owns what trains on a pruned model, one class a way, and how its mask holds meanwhile.
 
-All have the same four methods: `reapply` (after each real step; returns how many pruned weights were not zero),
+`merges` says whether a finished model comes of it. All have the same four methods:
+`reapply` (after each real step; returns how many pruned weights were not zero),
 `mask_gradients` (before clipping), `merged` (a weight of the finished model) and `save`.
 """
 
@@ -24,6 +25,8 @@ from pipeline.sparsity.masks import Masks, apply_, multiply_, nonzero_pruned
 class PlainLora:
     """The baseline of the Wanda paper (section 4.3): a dense LoRA, kept apart from the weights. Merged, it would fill the
     zeros, so there is no merged model."""
+
+    merges = False
 
     def __init__(self, model: nn.Module, masks: Masks, settings: Finetune) -> None:
         self.model = self.attach(model, masks, settings)
@@ -69,6 +72,8 @@ class PlainLora:
 class MaskedLora(PlainLora):
     """W + M * (scale * B A), merged into a model that is exactly as sparse."""
 
+    merges = True
+
     def attach(self, model: nn.Module, masks: Masks, settings: Finetune) -> nn.Module:
         return lora.attach(model, masks, settings)
 
@@ -98,6 +103,8 @@ class MaskedLora(PlainLora):
 
 class SparseFull:
     """Every kept weight trains, and all that was never pruned (norms, embeddings)."""
+
+    merges = True
 
     def __init__(self, model: nn.Module, masks: Masks, settings: Finetune) -> None:
         self.model = model

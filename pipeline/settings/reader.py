@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import METHODS, Finetune, Recipe
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+# a package of data where it is installed, the folder at the top in a checkout
+RECIPES = next(path for up in (1, 2) if (path := Path(__file__).resolve().parents[up] / "recipes").is_dir())
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", dict: "{name: value, ...}"}
 
 
@@ -28,7 +29,25 @@ def load(argv: list[str]) -> Recipe:
             raise UserError(f"cannot read argument '{argument}': settings are written key=value, such as recipe=tiny")
     given = [argument for argument in argv if not argument.startswith("recipe=")]
     names = [argument.removeprefix("recipe=") for argument in argv if argument.startswith("recipe=")] or ["tiny"]
-    layers = [*_files(names[-1]), _from_dotlist(given)]
+    return checked([*_files(names[-1]), _from_dotlist(given)], f"runs/{Path(names[-1]).stem}")
+
+
+def checked(layers: list[dict], run_dir: str = "runs/unnamed") -> Recipe:
+    """Plain data on top of the defaults, a later layer on an earlier one; `UserError` for the first thing wrong in it."""
+    recipe = _merged(layers)
+    _expand_homes(recipe)
+    recipe.run_dir = recipe.run_dir or run_dir
+    _check(recipe, "")
+    _check_stages(recipe)
+    return recipe
+
+
+def named(name: str) -> Recipe:
+    """The recipe of that name as its files have it, unchecked: for a list, which must not load torch."""
+    return _merged(_files(name))
+
+
+def _merged(layers: list[dict]) -> Recipe:
     for layer in layers:
         _refuse_unknown(layer, Recipe, "")
     merged = OmegaConf.structured(Recipe)
@@ -37,12 +56,7 @@ def load(argv: list[str]) -> Recipe:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             raise UserError(_mismatch(layer, error.full_key)) from None
-    recipe = OmegaConf.to_object(merged)
-    _expand_homes(recipe)
-    recipe.run_dir = recipe.run_dir or f"runs/{Path(names[-1]).stem}"
-    _check(recipe, "")
-    _check_stages(recipe)
-    return recipe
+    return OmegaConf.to_object(merged)
 
 
 def available() -> list[str]:
@@ -58,7 +72,9 @@ def _files(name: str) -> list[dict]:
         candidates = [folder / f"{name}.yaml", RECIPES / f"{name}.yaml", Path(os.path.expanduser(name))]
         path = next((c.resolve() for c in candidates if c.suffix == ".yaml" and c.is_file()), None)
         if path is None:
-            raise UserError(f"no recipe '{name}'{_did_you_mean(name, available())}: `ls recipes` lists what there is")
+            raise UserError(
+                f"no recipe '{name}'{did_you_mean(name, available())}: `espalier recipes` lists what there is"
+            )
         if path in seen:
             raise UserError(f"recipe '{name}' extends itself: {' -> '.join(p.stem for p in [*seen, path])}")
         seen.append(path)
@@ -153,7 +169,7 @@ def _refuse_unknown(layer: dict, schema: type, prefix: str) -> None:
     known = {f.name: f for f in dataclasses.fields(schema)}
     for key, value in layer.items():
         if key not in known:
-            raise UserError(f"unknown key '{prefix}{key}'{_did_you_mean(str(key), list(known), prefix)}")
+            raise UserError(f"unknown key '{prefix}{key}'{did_you_mean(str(key), list(known), prefix)}")
         if dataclasses.is_dataclass(known[key].type):
             if not isinstance(value, dict):
                 inside = "|".join(f.name for f in dataclasses.fields(known[key].type))
@@ -169,7 +185,8 @@ def _refuse_unknown(layer: dict, schema: type, prefix: str) -> None:
             raise UserError(f"{prefix}{key}={value}: ${{...}} is not allowed, a recipe holds plain values")
 
 
-def _did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
+def did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
+    """Behind what is unknown: the closest of what is known, or all of it."""
     close = difflib.get_close_matches(name, known, n=1)
     return f": did you mean '{prefix}{close[0]}'?" if close else f" (known: {', '.join(prefix + k for k in known)})"
 
@@ -220,7 +237,7 @@ def _check_stages(recipe: Recipe) -> None:
     _check_finetune(recipe.finetune)
     method = recipe.prune.method
     if method not in METHODS and not method.endswith(".py"):
-        raise UserError(f"prune.method={method} is not a method{_did_you_mean(method, list(METHODS))}")
+        raise UserError(f"prune.method={method} is not a method{did_you_mean(method, list(METHODS))}")
     if method.endswith(".py") and not Path(method).is_file():
         raise UserError(f"prune.method={method}: no such file")
     from pipeline.sparsity import patterns  # loads torch, so it comes last

@@ -85,7 +85,7 @@ class Masks(Mapping[str, Tensor]):
         return name in self.packed
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.packed)
+        return iter(sorted(self.packed))  # as in a file: what is drawn for each in turn depends on it
 
     def __len__(self) -> int:
         return len(self.packed)

@@ -1,9 +1,11 @@
 """The finetune stage: trains a pruned model back to health, with its masks kept."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import Callback
+from torch import Tensor, nn
 
 from callbacks import of_training
 from callbacks.mask_keeper import MaskKeeper
@@ -19,7 +21,7 @@ from pipeline.recovery.training import fit, precision, sequences, share
 from pipeline.reporting import card
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
-from pipeline.settings.schema import Recipe
+from pipeline.settings.schema import Finetune, Recipe
 from pipeline.sparsity.masks import Masks
 
 
@@ -30,11 +32,19 @@ def check(recipe: Recipe) -> None:
     folder = loading.locate(recipe.model, recipe.revision)
     config, settings = loading.config(folder, recipe), recipe.finetune
     loading.check_length(config, "finetune.seq_len", settings.seq_len)
-    stored = str(config.dtype or "float32") if recipe.dtype == "auto" else recipe.dtype
-    if settings.bias == "all" and "16" in stored and precision(settings.precision) == "32-true":
-        raise UserError("finetune.bias=all trains in float32: set finetune.precision=bf16-mixed, or dtype=float32")
+    check_bias(settings, str(config.dtype or "float32") if recipe.dtype == "auto" else recipe.dtype)
     if settings.targets != lora.ALL:
         lora.targets(allocate(find_blocks(loading.skeleton(folder, recipe)), recipe.prune), settings.targets)
+
+
+def check_bias(settings: Finetune, dtype: str) -> None:
+    if settings.bias == "all" and "16" in dtype and precision(settings.precision) == "32-true":
+        raise UserError("finetune.bias=all trains in float32: set finetune.precision=bf16-mixed, or dtype=float32")
+
+
+def trains_in_float32(settings: Finetune) -> bool:
+    """Whether the whole model does: of what trains itself, steps too small for bfloat16's 8 bits would be lost."""
+    return settings.method == "full" and settings.precision != "bf16-true"
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
@@ -45,8 +55,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     tokenizer = loading.tokenizer(origin, recipe)
     share(settings, processes.world_size())  # refuses what cannot be shared before anything is read
 
-    # a whole model trains in full precision: steps too small for bfloat16's 8 bits would be lost
-    full = "float32" if settings.method == "full" and settings.precision != "bf16-true" else None
+    full = "float32" if trains_in_float32(settings) else None
     pruned = loading.load(origin, recipe, full, quantization.configuration(settings.quantize))
     loading.check_length(pruned.config, "finetune.seq_len", settings.seq_len)
     source, *held_out = sources.of_stage(recipe, "finetune")
@@ -55,26 +64,45 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     ids_NT = token_windows.ids_and_labels(windows_NT)[0] if settings.loss != "all" else windows_NT
     loading.check_vocabulary(pruned.config, ids_NT, source)
 
-    torch.manual_seed(recipe.seed)  # of A; B starts at zero
-    recovery = METHODS[settings.method](pruned, masks, settings)
-    callbacks: list[Callback] = [MaskKeeper(recovery), *of_training(folder, settings.checkpoint_every)]
-    validation = None
+    held_out_NT = None
     if held_out:
-        windows = token_windows.packed(
+        held_out_NT = token_windows.packed(
             held_out[0], tokenizer, settings.seq_len, settings.validation_samples, 0, loss=settings.loss
         )
-        validation = Validation(windows, settings.batch_size, settings.validate_every, settings.patience, folder)
-        callbacks.insert(0, validation)
     teacher = loading.load(loading.dense_folder(recipe, inputs), recipe) if settings.distill else None
-    fit(recovery.model, windows_NT, settings, recipe.seed, folder, callbacks, teacher)
-    if validation:
-        validation.restore(recovery.model)
-    assert recovery.reapply() == 0
+    recovery = train(pruned, masks, windows_NT, held_out_NT, settings, recipe.seed, folder, teacher)
 
     recovery.save(folder, masks_file)
-    if settings.method != "plain_lora":
+    if recovery.merges:
         rewrite(origin, folder / "model", recipe, recovery.merged)
         if processes.is_main():
             violations = masks.violations(parameters(folder / "model", recipe))
             assert not violations, violations
             card.write_model_card(folder / "model", recipe, "finetune")
+
+
+def train(
+    model: nn.Module,
+    masks: Masks,
+    windows_NT: Tensor,
+    held_out_NT: Tensor | None,
+    settings: Finetune,
+    seed: int,
+    folder: Path,
+    teacher: nn.Module | None = None,
+    checkpoints: bool = True,
+) -> Any:
+    """What `METHODS` made of the model, trained on the windows in their order; goes on from a checkpoint in `folder`."""
+    torch.manual_seed(seed)  # of A; B starts at zero
+    recovery = METHODS[settings.method](model, masks, settings)
+    every = settings.checkpoint_every if checkpoints else None
+    callbacks: list[Callback] = [MaskKeeper(recovery), *of_training(folder, every)]
+    validation = None
+    if held_out_NT is not None:
+        validation = Validation(held_out_NT, settings.batch_size, settings.validate_every, settings.patience, folder)
+        callbacks.insert(0, validation)
+    fit(recovery.model, windows_NT, settings, seed, folder, callbacks, teacher)
+    if validation:
+        validation.restore(recovery.model)
+    assert recovery.reapply() == 0
+    return recovery

@@ -20,8 +20,10 @@ from pipeline.pruning.allocation import allocate
 from pipeline.reporting import card
 from pipeline.runtime import files, memory, processes
 from pipeline.runtime.errors import UserError
-from pipeline.settings.schema import Recipe
+from pipeline.settings.schema import Prune, Recipe
 from pipeline.sparsity.masks import Masks
+
+NOTHING = "nothing was pruned: the model calls none of the matrices of its layers with calibration text"
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
@@ -47,6 +49,22 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         finish(walk, origin, recipe, coverage)
 
 
+def in_memory(model: nn.Module, batches: list[Tensor], settings: Prune) -> Masks:
+    """Prunes the model itself, on the device where it is; its masks. `batches` are tokens, each (batch_size, seq_len)."""
+    blocks = find_blocks(model)
+    patterns = allocate(blocks, settings)
+    store = calibration.plan_memory(model, batches, settings.hidden_states)
+    if settings.allocation == "owl":
+        measure = OutlierShares(settings.owl_outliers)
+        run_layerwise(LayerWalk(model, batches, store), [measure])
+        patterns = allocate(blocks, settings, measure.shares)
+    walk = LayerWalk(model, batches, store, in_memory=True)
+    run_layerwise(walk, [pruner(settings, patterns), LayerWriter()])
+    if not walk.files.masks:
+        raise UserError(NOTHING)
+    return walk.files.masks
+
+
 def outlier_shares(
     model: nn.Module, batches: list[Tensor], store: torch.device, recipe: Recipe, folder: Path
 ) -> dict[int, float]:
@@ -68,7 +86,7 @@ def finish(walk: LayerWalk, origin: Path, recipe: Recipe, coverage: Coverage) ->
     rows = Masks.merge(walk.files.masks_files(), folder / "masks.safetensors")
     matrices = [matrix for row in rows for matrix in row.pop("matrices")]
     if not matrices:
-        raise UserError("nothing was pruned: the model calls none of the matrices of its layers with calibration text")
+        raise UserError(NOTHING)
     walk.files.write_rest(origin, recipe.dtype)
     write_rows(folder / "coverage.csv", coverage.rows({row["matrix"] for row in matrices}))
     write_rows(folder / "layers.csv", rows)
