@@ -24,7 +24,7 @@ from tests.conftest import QUICK, typing
 TEXTS = world.documents("train")[:400]
 HELD_OUT = world.documents("test")[:40]
 CALIBRATION = {"calibration": TEXTS, "samples": 8, "seq_len": 32, "batch_size": 2}
-TUNING = {"max_steps": 6, "seq_len": 32, "batch_size": 4, "lr": 1e-2}
+TUNING = {"max_steps": 6, "seq_len": 32, "batch_size": 4, "lr": 1e-2, "rank": 16, "alpha": 32}
 
 
 @pytest.fixture(autouse=True)
