@@ -175,6 +175,23 @@ def test_all_but_the_weights_stays_as_it_was(tiny_llama, dtype, method):
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
 
 
+@pytest.mark.parametrize("family", ["llama", "zamba2"])
+def test_layers_that_visit_another_device_come_home_changed(family, monkeypatch):
+    """A CPU with a number stands for a GPU: torch takes it for another device, and copies each layer to it."""
+    models, found = [], []
+    for device in (torch.device("cpu"), torch.device("cpu", 0)):
+        monkeypatch.setattr("pipeline.runtime.processes.device", lambda device=device: device)
+        model, dense, ids = families.tiny(family), families.tiny(family), families.text(8, 16)
+        before = [p.data_ptr() for p in model.parameters()]
+        found.append(espalier.prune(model, calibration=ids, allocation="owl", sparsity=0.6))
+        espalier.reconstruct(model, found[-1], dense, calibration=ids, accumulate=1, epochs=1)
+        assert [p.data_ptr() for p in model.parameters()] == before
+        assert espalier.verify(model, found[-1])["sparsity"] > 0.5
+        models.append(model.state_dict())
+    assert same_masks(*found)
+    assert all(torch.equal(weight, models[1][name]) for name, weight in models[0].items())
+
+
 def test_it_works_twice_in_a_process_and_on_two_models(tiny_llama):
     found = []
     for _ in range(2):
