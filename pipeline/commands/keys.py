@@ -30,13 +30,13 @@ def _rows(section: type, prefix: str) -> Iterator[tuple[str, str, str, str]]:
     for f in dataclasses.fields(section):
         if not dataclasses.is_dataclass(f.type):
             default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-            yield prefix + f.name, _text(default), _range(f.metadata), f.metadata["help"]
+            yield prefix + f.name, as_typed(default), _range(f.metadata), f.metadata["help"]
 
 
-def _text(value: Any) -> str:
+def as_typed(value: Any) -> str:
     """As it is written on a command line."""
     if isinstance(value, list):
-        return f"[{','.join(map(_text, value))}]"
+        return f"[{','.join(map(as_typed, value))}]"
     return str(value) if isinstance(value, str) else json.dumps(value)
 
 
