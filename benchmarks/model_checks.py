@@ -72,7 +72,7 @@ class Checks:
         found: dict[str, Any] = {"prune": prune}
         if prune != "ok":
             return found
-        self.masks = Masks.load(self.run / "prune/masks.safetensors")[0]
+        self.masks = Masks.load(self.run / "prune/masks.safetensors")
         self.batches = self.walked[0].batches
         self.before, self.after = self.loaded(self.dense), self.loaded(self.run / "prune/model")
         found["coverage"], found["dense"] = self.coverage(), stays_dense(self.run)

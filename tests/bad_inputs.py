@@ -61,7 +61,7 @@ def written_masks(mask: torch.Tensor, pattern: str, name: str = UP) -> Harm:
 
 def one_weight_not_zero(folder: Path) -> None:
     shutil.copytree(folder / "run/prune/model", folder / "pruned")
-    row, column = (~Masks.load(folder / "run/prune/masks.safetensors")[0][UP]).nonzero()[0].tolist()
+    row, column = (~Masks.load(folder / "run/prune/masks.safetensors")[UP]).nonzero()[0].tolist()
     index = json.loads((folder / "pruned/model.safetensors.index.json").read_text())
     change_weights(lambda weights: weights[UP][row].__setitem__(column, 0.25), index["weight_map"][UP])(
         folder / "pruned"
@@ -472,7 +472,7 @@ CASES: dict[str, list[Case]] = {
     "Sweeps": [
         Case("run_dir=a,b", "run_dir holds for the whole sweep: give it one value"),
         Case("prune.method=wanda,", "a value is missing beside a comma"),
-        Case("prune.method=wanda,wnada", "prune.method=wnada is not a method: did you mean 'wanda'?"),
+        Case("prune.method=wanda,wnada", "prune.method=wnada is neither known nor a .py file: did you mean 'wanda'?"),
         Case("seed=1,1", "is a value given twice?"),
         Case("evaluate.tasks=boolq,rte", "set 'evaluate.tasks=[boolq,rte]'"),
     ],

@@ -148,7 +148,7 @@ def finishes(typed):
         code, said, lines = typed(f"run_dir={run_dir}", *settings)
         assert code == 0, lines
         assert not list(run_dir.rglob("*.part"))
-        Masks.load(run_dir / "prune/masks.safetensors")[0].check_patterns()
+        Masks.load(run_dir / "prune/masks.safetensors").check_patterns()
         return (run_dir / "prune/masks.safetensors").read_bytes(), said
 
     return run

@@ -150,7 +150,7 @@ def test_what_cannot_be_measured_is_refused_before_any_work(tiny_llama, tmp_path
 def test_a_model_that_breaks_its_masks_fails_the_run(run_dir, tiny_llama, typed):
     path = run_dir / "prune/masks.safetensors"
     masks, name = Masks(), "model.layers.0.mlp.up_proj.weight"
-    masks.packed |= Masks.load(path)[0].packed
+    masks.packed |= Masks.load(path).packed
     mask = masks[name]
     kept_one = tuple(mask.nonzero()[0].tolist())
     mask[kept_one] = False

@@ -76,7 +76,7 @@ def test_a_method_a_pattern_and_a_finetuning_of_ones_own_are_told_everywhere(run
 
 
 def test_an_allocation_of_ones_own_is_told_everywhere(runs):
-    masks, _ = Masks.load(runs / "runs/b/prune/masks.safetensors")
+    masks = Masks.load(runs / "runs/b/prune/masks.safetensors")
     by_layer = []
     for layer in range(3):
         part = [mask for name, mask in masks.items() if f".{layer}." in name]

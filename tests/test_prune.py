@@ -32,7 +32,7 @@ def settings(model, *more):
 def pruned(model, folder, *more):
     folder.mkdir(exist_ok=True)
     prune.run(settings(model, *more), folder, {})
-    return Masks.load(folder / "masks.safetensors")[0], dict(model_files.tensors(folder / "model"))
+    return Masks.load(folder / "masks.safetensors"), dict(model_files.tensors(folder / "model"))
 
 
 @pytest.mark.parametrize("sparsity", ["2of4", "4of8", "0.5", "0.7"])

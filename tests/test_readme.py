@@ -3,10 +3,14 @@
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+from pipeline import api
+from pipeline.commands.main import main
 from pipeline.registry import PRUNE_METHODS
 from pipeline.settings import reader, schema
 from pipeline.sparsity.masks import Masks
@@ -47,15 +51,35 @@ def test_its_snippets_run_through_the_whole_pipeline(tiny_llama, tmp_path):
         (tmp_path / f"{setting}.py").write_text(text)
     chosen = [f"{setting}={tmp_path}/{setting}.py" for setting in mine]
     espalier(f"model={tiny_llama}", *QUICK, *chosen, f"run_dir={tmp_path}/run")
-    masks, _ = Masks.load(tmp_path / "run/prune/masks.safetensors")
+    masks = Masks.load(tmp_path / "run/prune/masks.safetensors")
     assert masks.sparsity() == pytest.approx(0.5)
     results = json.loads((tmp_path / "run/evaluate/results.json").read_text())["models"]
     assert results["finetuned"]["mask_violations"] == 0
     assert (tmp_path / "run/report/report.html").is_file()
 
 
+def test_its_commands_without_a_run_are_answered(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    section = README[README.index("### Command line") : README.index("### Python API")]
+    found = re.findall(r"^    espalier (.*)$", section, flags=re.M)
+    assert len(found) >= 5
+    for line in found:
+        assert main(line.split()) == 0
+        assert capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_its_api_example_runs(tiny_llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "espalier", api)  # where this checkout is not what is installed
+    exec(snippet("import espalier").replace("runs/tiny/pretrain/model", str(tiny_llama)), {})
+    model = AutoModelForCausalLM.from_pretrained("pruned")
+    assert api.verify(model, api.Masks.load("masks.safetensors"))["sparsity"] >= 0.5
+    assert "world_homes" in capsys.readouterr().out
+
+
 def test_every_folder_it_names_is_there():
-    for name in ("pipeline", "callbacks", "recipes", "tests", "benchmarks"):
+    for name in ("pipeline", "callbacks", "recipes", "tests", "benchmarks", "examples"):
         assert (ROOT / name).is_dir()
         assert f"{name}/" in README
     assert not [path for path in ROOT.glob("*.py") if path.name != "launch.py"], Path.cwd()

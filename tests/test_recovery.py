@@ -47,7 +47,7 @@ def pruned(request, tiny_llama, tmp_path_factory):
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_ends_exactly_sparse_and_has_learnt(pruned, tiny_llama, tmp_path, way):
     finetune.run(settings(tiny_llama, *WAYS[way]), tmp_path, {"prune": pruned})
-    masks, _ = Masks.load(pruned / "masks.safetensors")
+    masks = Masks.load(pruned / "masks.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert masks.violations(model.named_parameters()) == []
     before = dict(model_files.tensors(pruned / "model"))
@@ -196,7 +196,7 @@ def test_bad_input_says_what_to_type(tiny_llama, more, says):
 
 
 def test_masks_of_another_model_are_refused(pruned, tiny_llama, tmp_path):
-    masks, _ = Masks.load(pruned / "masks.safetensors")
+    masks = Masks.load(pruned / "masks.safetensors")
     name = next(iter(masks))
     masks.add(name, masks[name][:, :-4], "2of4")
     shutil.copytree(pruned / "model", tmp_path / "model")
@@ -254,7 +254,7 @@ def test_two_processes_train_as_one_by_ddp_and_by_fsdp_and_resume_to_the_bit(tin
     pruned = tmp_path / "pruned"
     pruned.mkdir()
     prune.run(settings(tiny_llama), pruned, {})
-    masks, _ = Masks.load(pruned / "masks.safetensors")
+    masks = Masks.load(pruned / "masks.safetensors")
     (tmp_path / "script.py").write_text(SCRIPT)
     for processes in (1, 2):
         line = [

@@ -38,7 +38,7 @@ def test_a_run_ends_with_an_exactly_sparse_model_and_the_table(finished):
         assert results[name]["mask_violations"] == 0
         assert results[name]["sparsity"]["overall"] == pytest.approx(0.5, abs=1e-3)
         assert len(results[name]["sparsity"]["by_layer"]) == 3
-    masks, _ = Masks.load(run_dir / "prune/masks.safetensors")
+    masks = Masks.load(run_dir / "prune/masks.safetensors")
     masks.check_patterns()
     model = AutoModelForCausalLM.from_pretrained(run_dir / "finetune/model")
     assert masks.violations(model.named_parameters()) == []

@@ -71,7 +71,7 @@ def test_what_cannot_be_swept_is_refused(setting, says):
 def test_a_mistake_in_any_cell_is_said_before_all_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["launch.py", "prune.method=wanda,wnada", f"run_dir={tmp_path}/s"])
     assert launch.main() == 2
-    assert "prune.method=wnada is not a method: did you mean" in capsys.readouterr().err
+    assert "prune.method=wnada is neither known nor a .py file: did you mean" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
 
 

@@ -68,7 +68,7 @@ def test_a_clean_model_in_any_form(pruned, tmp_path, typed, form):
 def test_one_flipped_weight_is_named(pruned, tmp_path, typed):
     folder = in_another_form(pruned / "model", tmp_path, "one file")
     weights = load_file(folder / "model.safetensors")
-    row, column = (~Masks.load(pruned / "masks.safetensors")[0][UP]).nonzero()[7].tolist()
+    row, column = (~Masks.load(pruned / "masks.safetensors")[UP]).nonzero()[7].tolist()
     weights[UP][row, column] = 0.25
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     code, said, (line,) = typed("verify", folder, pruned / "masks.safetensors")

@@ -1,1 +1,1 @@
-"""`launch.py COMMAND ...`: one module a command, each with main(arguments)."""
+"""The command line: `main`, and one module a command, each with main(arguments)."""

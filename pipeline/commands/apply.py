@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
     folder, path, target = paths(arguments, 3, USAGE)
     if target.exists():
         raise UserError(f"{target} is there already: choose another TARGET_FOLDER, or remove it")
-    masks, _ = Masks.load(path)
+    masks = Masks.load(path)
     model, _ = layers(folder, Recipe())
     for _ in masks.matched(model.named_parameters()):
         pass  # refuses another model's masks before anything is written

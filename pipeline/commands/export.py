@@ -25,7 +25,7 @@ USAGE = "run `python launch.py export MODEL_FOLDER MASKS_FILE TARGET`"
 def main(arguments: list[str]) -> None:
     """Writes TARGET, which must not be there: whole or not at all."""
     folder, path, target = paths(arguments, 3, USAGE)
-    masks, _ = Masks.load(path)
+    masks = Masks.load(path)
     dense, packed = export(folder, masks, target)
     print(f"{target}: {len(masks)} pruned matrices take {packed / max(1, dense):.3f} of their {dense:,} bytes")
 

@@ -15,7 +15,7 @@ USAGE = "run `python launch.py verify MODEL_FOLDER MASKS_FILE`"
 def main(arguments: list[str]) -> None:
     """Prints what every masked matrix holds; `UserError` where a pruned weight is not zero or a mask breaks its pattern."""
     folder, path = paths(arguments, 2, USAGE)
-    masks, _ = Masks.load(path)
+    masks = Masks.load(path)
     widths = [max((len(name) for name in masks), default=6), 16, max(map(len, [*masks.patterns.values(), "pattern"]))]
     row = f"{{:{widths[0]}}}  {{:>{widths[1]}}}  {{:>{widths[2]}}}  {{:>9}}  {{:>8}}  {{:>10}}"
     print(row.format("matrix", "shape", "pattern", "pruned, %", "zero, %", "violations"))
@@ -29,10 +29,7 @@ def main(arguments: list[str]) -> None:
         if problem := entry.problem():
             problems.append(f"{matrix.name}: in its mask {problem}")
         if violation:
-            problems.append(
-                f"{matrix.name} {list(violation.first)} is {violation.value:g} and should be zero"
-                + (f", and {count - 1} more of this matrix" if count > 1 else "")
-            )
+            problems.append(str(violation))
     print(f"model {folder}: {model_files.identity(folder)}")
     print(f"masks {path}: sha256 {sha256(path)}")
     if problems:

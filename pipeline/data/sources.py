@@ -5,9 +5,11 @@ id, or a local file or folder (data/text_files.py has the rules for these, and f
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from datasets import Dataset
 
 from pipeline.data import text_files, text_rows
 from pipeline.data.text_rows import documents, first_rows
@@ -53,7 +55,7 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class Source:
-    """One split of one dataset: the `files` if there are any, else the hub's `path`.
+    """One split of one dataset: `rows` in memory, else the `files` if there are any, else the hub's `path`.
 
     `columns` are candidates for the text; the first present is used (see text_rows). `section` is the recipe section that
     chose the data set.
@@ -69,8 +71,11 @@ class Source:
     form: str | None = None  # of the files: see text_files
     columns: tuple[tuple[str, ...], ...] = text_rows.COLUMNS
     section: str = "calibration"
+    rows: Dataset | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
+        if self.rows is not None:
+            return self.name
         return self.path + (f":{self.config}" if self.config else "") + f"@{self.split}"
 
     @property

@@ -71,6 +71,8 @@ def first_rows(source: "Source") -> Iterator[dict[str, Any]]:
 
 
 def _loaded(source: "Source", streaming: bool = False):
+    if source.rows is not None:
+        return source.rows
     try:
         if source.form == text_files.SAVED:
             return load_from_disk(str(Path(source.files[0]).parent))

@@ -96,7 +96,7 @@ class BlockFiles:
 
     def logs(self) -> list[dict]:
         """The log rows saved with the masks of each block that was reached."""
-        return [Masks.load(path)[1] for path in self.masks_files()]
+        return [Masks.load(path).log for path in self.masks_files()]
 
     def masks_files(self) -> list[Path]:
         """The mask files of all finished blocks, in block order."""

@@ -68,8 +68,9 @@ class LayerwiseForwards:
     `call(batch)` calls the model. Each block is moved to `device` when it is reached. The arguments of paused forwards wait
     on `store` (None: where they are). `restore(block)` loads a block's weights. With it, the caller may change weights: every
     block's weights are dropped once it is passed, and the blocks in `dropped` start with dropped weights. Without it,
-    the caller must not change weights, and they stay loaded.
-    A context manager: inside, the blocks' `forward` is replaced.
+    the weights stay loaded, and the caller must not change them, unless `keeps`: then changed weights are copied back to
+    where the block came from.
+    A context manager: inside, the blocks' `forward` is replaced; at its end, everything that was moved is moved back.
     """
 
     def __init__(
@@ -82,20 +83,26 @@ class LayerwiseForwards:
         store: torch.device | None = None,
         restore: Callable[[Block], None] | None = None,
         dropped: Iterable[int] = (),
+        keeps: bool = False,
     ) -> None:
         self.model, self.blocks, self.call, self.batches = model, blocks, call, list(batches)
-        self.device, self.restore = device, restore
+        self.device, self.restore, self.keeps = device, restore, keeps
         self.store = None if store == device else store
         self.current: Block | None = None
         self.forwards: list[PausedForward] = []
         self._offloaded: list[dict[int, TensorWeakRef]] = [{} for _ in self.batches]
         self._shared = shared_parameters(blocks)
         self._dropped = set(dropped)
-        self._host_data: list[tuple[Tensor, Tensor]] = []  # tensors of the current block, and their data on the host
+        self._home_data: list[
+            tuple[Tensor, Tensor]
+        ] = []  # tensors of the current block, and their data where it came from
+        self._outside_data: list[tuple[Tensor, Tensor]] = []  # the same for tensors outside the blocks
 
     def __enter__(self) -> "LayerwiseForwards":
         for tensor in tensors_outside(self.model, self.blocks):
-            tensor.data = tensor.data.to(self.device)
+            if tensor.device != self.device:
+                self._outside_data.append((tensor, tensor.data))
+                tensor.data = tensor.data.to(self.device)
         # the model's own call runs a block's hooks before the pause and after the resume, so we call forward alone
         self._original_forwards = [block.module.forward for block in self.blocks]
         for block, original in zip(self.blocks, self._original_forwards):
@@ -113,6 +120,10 @@ class LayerwiseForwards:
                 forward.throw()
         torch.set_grad_enabled(outer)  # forwards that ended here left their own mode
         self.forwards = []
+        self._move_home()  # the last block, or one in which a fault ended the walk
+        for tensor, home in self._outside_data:
+            tensor.data = home
+        self._outside_data = []
 
     @torch.no_grad()
     def start(self) -> None:
@@ -187,13 +198,18 @@ class LayerwiseForwards:
             self._dropped.discard(index)
         for tensor in self.current.tensors():
             if tensor.device != self.device:
-                self._host_data.append((tensor, tensor.data))
+                self._home_data.append((tensor, tensor.data))
                 tensor.data = tensor.data.to(self.device, non_blocking=True)
 
+    def _move_home(self) -> None:
+        for tensor, home in self._home_data:
+            if self.keeps or id(tensor) in self._shared:  # another block that shares it is reached with these weights
+                home.copy_(tensor.data)
+            tensor.data = home
+        self._home_data = []
+
     def _leave_block(self) -> None:
-        for tensor, host_data in self._host_data:
-            tensor.data = host_data
-        self._host_data = []
+        self._move_home()
         if self.restore:
             self._dropped.add(self.current.index)
             for parameter in self.current.module.parameters():

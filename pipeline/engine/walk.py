@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline.engine.block_files import BlockFiles, BlockResult
+from pipeline.engine.block_memory import BlocksInMemory
 from pipeline.engine.blocks import Block, find_blocks
 from pipeline.engine.layerwise import LayerwiseForwards
 from pipeline.engine.matrices import Matrix
@@ -25,19 +27,27 @@ Visit = Callable[
 class LayerWalk(LightningModule):
     """A model's blocks, and the paused forwards of this rank's calibration batches.
 
-    With a `folder`, each block is written when it is done, and blocks that an earlier run finished are restored. Without one,
-    nothing is written and the weights must not change.
+    With a `folder`, each block is written when it is done, and blocks that an earlier run finished are restored.
+    `in_memory`: nothing is written, and the model ends with the weights that were changed. With neither, the weights must
+    not change.
     """
 
     def __init__(
-        self, model: nn.Module, batches: list[Tensor], store: torch.device | None, folder: Path | None = None
+        self,
+        model: nn.Module,
+        batches: list[Tensor],
+        store: torch.device | None,
+        folder: Path | None = None,
+        in_memory: bool = False,
     ) -> None:
         super().__init__()
         object.__setattr__(self, "model", model)  # not in _modules: Lightning must not move, wrap or save the model
         self.blocks = find_blocks(model)
         self.batches, self.store = batches, store
         self.tokens = sum(batch.numel() for batch in batches)
-        self.files = BlockFiles(folder, model, self.blocks) if folder else None
+        self.files: BlockFiles | BlocksInMemory | None = None
+        if folder or in_memory:
+            self.files = BlockFiles(folder, model, self.blocks) if folder else BlocksInMemory(model)
         self.forwards = self.paused_forwards(model, self.files)
         self.visit: Visit = lambda walk, block: None
 
@@ -45,14 +55,18 @@ class LayerWalk(LightningModule):
         """Whether an earlier run finished the block."""
         return self.files is not None and self.files.is_finished(block)
 
-    def paused_forwards(self, model: nn.Module, files: BlockFiles | None = None) -> LayerwiseForwards:
+    def paused_forwards(self, model: nn.Module, files: BlockFiles | BlocksInMemory | None = None) -> LayerwiseForwards:
         """Paused forwards of `model` over this rank's batches."""
 
         def call(batch_BT: Tensor) -> None:
             model.base_model(input_ids=batch_BT, use_cache=False)
 
-        known = (files.restore, files.finished_before) if files else ()
-        return LayerwiseForwards(model, find_blocks(model), call, self.batches, processes.device(), self.store, *known)
+        known: dict[str, Any] = {}
+        if isinstance(files, BlockFiles):
+            known = {"restore": files.restore, "dropped": files.finished_before}
+        elif files:
+            known = {"keeps": True}
+        return LayerwiseForwards(model, find_blocks(model), call, self.batches, processes.device(), self.store, **known)
 
     def blocks_in_order(self) -> Iterator[Block]:
         """Yields each block once, in the order in which the model reaches them. Between two of them, all batches run through

@@ -51,6 +51,20 @@ def locate(model: str, revision: str | None) -> Path:
     return found
 
 
+def is_here(model: str, revision: str | None) -> bool:
+    """Whether `locate` has nothing to fetch (or must not, which it then says)."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if Path(model).expanduser().is_dir() or model.startswith((".", "/", "~")) or constants.HF_HUB_OFFLINE:
+        return True
+    try:
+        found = Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        return False
+    return any(file for pattern in model_files.WEIGHTS for file in found.glob(pattern))
+
+
 def tokenizer(folder: Path, recipe: Recipe):
     """The tokenizer in a model folder. Raises `UserError` if it is unusable."""
     try:

@@ -49,7 +49,7 @@ class Owl(Allocation):
         return scores.owl_ratios(measured, ratio, self.settings.owl_spread)
 
 
-def by_layer(
+def patterns_by_layer(
     allocation: Allocation, blocks: list[Block], measured: dict[int, float], ratio: float
 ) -> dict[int, Pattern]:
     """A pattern by the block's index; `measured` has what the allocation measured, where it does. `UserError` where an
@@ -88,7 +88,7 @@ def allocate(blocks: list[Block], settings: Prune, by_block: dict[int, Pattern] 
         if pattern is None:
             continue
         if problem := pattern.misfit(inputs):
-            raise UserError(f"prune.sparsity={pattern}: {name} has {problem}; a ratio such as 0.5 always can")
+            raise UserError(f"prune.sparsity={pattern}: {name}: {problem}; set a ratio such as 0.5, which always fits")
         chosen[name] = pattern
     for glob in settings.overrides:
         if not any(fnmatch(name, glob) for name in named):

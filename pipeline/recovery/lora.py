@@ -194,7 +194,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         raise UserError(
             f"{folder} holds no masked LoRA of this project (adapter_config.json with peft_type {MASKED_TYPE})"
         )
-    masks, _ = Masks.load(folder / "masks.safetensors")
+    masks = Masks.load(folder / "masks.safetensors")
     config = LoraConfig.from_peft_type(**about | {"peft_type": "LORA"})
     try:
         saved = load_file(folder / WEIGHTS)

@@ -19,7 +19,8 @@ from pipeline.registry import PATTERNS, REGISTRIES, value_of
 from pipeline.runtime.errors import UserError, did_you_mean
 from pipeline.settings.schema import Finetune, Recipe
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+# a package of data where it is installed, the folder at the top in a checkout
+RECIPES = next(path for up in (1, 2) if (path := Path(__file__).resolve().parents[up] / "recipes").is_dir())
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", dict: "{name: value, ...}"}
 
 
@@ -30,7 +31,25 @@ def load(argv: list[str]) -> Recipe:
             raise UserError(f"cannot read argument '{argument}': settings are written key=value, such as recipe=tiny")
     given = [argument for argument in argv if not argument.startswith("recipe=")]
     names = [argument.removeprefix("recipe=") for argument in argv if argument.startswith("recipe=")] or ["tiny"]
-    layers = [*_files(names[-1]), _from_dotlist(given)]
+    return checked([*_files(names[-1]), _from_dotlist(given)], f"runs/{Path(names[-1]).stem}")
+
+
+def checked(layers: list[dict], run_dir: str = "runs/unnamed") -> Recipe:
+    """Plain data on top of the defaults, a later layer on an earlier one; `UserError` for the first thing wrong in it."""
+    recipe = _merged(layers)
+    _expand_homes(recipe)
+    recipe.run_dir = recipe.run_dir or run_dir
+    _check(recipe, "")
+    _check_stages(recipe)
+    return recipe
+
+
+def named(name: str) -> Recipe:
+    """The recipe of that name as its files have it, unchecked: for a list, which must not load torch."""
+    return _merged(_files(name))
+
+
+def _merged(layers: list[dict]) -> Recipe:
     for layer in layers:
         _refuse_unknown(layer, Recipe, "")
     merged = OmegaConf.structured(Recipe)
@@ -39,12 +58,7 @@ def load(argv: list[str]) -> Recipe:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             raise UserError(_mismatch(layer, error.full_key)) from None
-    recipe = OmegaConf.to_object(merged)
-    _expand_homes(recipe)
-    recipe.run_dir = recipe.run_dir or f"runs/{Path(names[-1]).stem}"
-    _check(recipe, "")
-    _check_stages(recipe)
-    return recipe
+    return OmegaConf.to_object(merged)
 
 
 def available() -> list[str]:
@@ -60,7 +74,9 @@ def _files(name: str) -> list[dict]:
         candidates = [folder / f"{name}.yaml", RECIPES / f"{name}.yaml", Path(os.path.expanduser(name))]
         path = next((c.resolve() for c in candidates if c.suffix == ".yaml" and c.is_file()), None)
         if path is None:
-            raise UserError(f"no recipe '{name}'{did_you_mean(name, available())}: `ls recipes` lists what there is")
+            raise UserError(
+                f"no recipe '{name}'{did_you_mean(name, available())}: `espalier recipes` lists what there is"
+            )
         if path in seen:
             raise UserError(f"recipe '{name}' extends itself: {' -> '.join(p.stem for p in [*seen, path])}")
         seen.append(path)

@@ -31,6 +31,10 @@ class Violation:
     first: tuple[int, ...]
     value: float
 
+    def __str__(self) -> str:
+        more = f", and {self.count - 1} more of this matrix" if self.count > 1 else ""
+        return f"{self.name} {list(self.first)} is {self.value:g} and should be zero{more}"
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -69,6 +73,10 @@ class Masks(Mapping[str, Tensor]):
 
     def __init__(self) -> None:
         self.packed: dict[str, Packed] = {}
+        self.log: dict | None = None  # what was saved with them
+
+    def __repr__(self) -> str:
+        return f"<Masks of {len(self)} matrices, {self.sparsity():.2%} of their weights pruned>"
 
     def __getitem__(self, name: str) -> Tensor:
         return self.packed[name].unpack()
@@ -77,7 +85,7 @@ class Masks(Mapping[str, Tensor]):
         return name in self.packed
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.packed)
+        return iter(sorted(self.packed))  # as in a file: what is drawn for each in turn depends on it
 
     def __len__(self) -> int:
         return len(self.packed)
@@ -99,7 +107,7 @@ class Masks(Mapping[str, Tensor]):
             [torch.ones(parameter.shape[1:], dtype=torch.bool) if part is None else part for part in parts]
         )
 
-    def save(self, path: Path, log: dict | None = None) -> None:
+    def save(self, path: str | Path, log: dict | None = None) -> None:
         """Writes the mask file, with an optional JSON log. Equal masks give equal files."""
         entries = dict(sorted(self.packed.items()))
         about = {
@@ -108,7 +116,7 @@ class Masks(Mapping[str, Tensor]):
         }
         # a single metadata key: safetensors writes several in random order, and equal masks must give equal files
         metadata = {"espalier": json.dumps({"masks": about, "log": log}, sort_keys=True)}
-        with files.atomic_write(path) as tmp:
+        with files.atomic_write(Path(path)) as tmp:
             save_file({name: entry.bits for name, entry in entries.items()}, tmp, metadata)
 
     @staticmethod
@@ -116,15 +124,15 @@ class Masks(Mapping[str, Tensor]):
         """Merges mask files into one; returns their logs."""
         merged, logs = Masks(), []
         for path in paths:
-            part, log = Masks.load(path)
+            part = Masks.load(path)
             merged.packed |= part.packed
-            logs.append(log)
+            logs.append(part.log)
         merged.save(target)
         return logs
 
     @staticmethod
-    def load(path: Path) -> tuple["Masks", dict | None]:
-        """The masks of a file, and the log saved with them. Raises `UserError` if it is no mask file."""
+    def load(path: str | Path) -> "Masks":
+        """The masks of a file, with the log saved with them as `log`. Raises `UserError` if it is no mask file."""
         masks = Masks()
         try:
             with safe_open(path, framework="pt") as file:
@@ -136,7 +144,8 @@ class Masks(Mapping[str, Tensor]):
                     masks.packed[name] = packed
         except Exception as error:  # safetensors and json raise their own types
             raise UserError(f"{path} is not a mask file of this project: {error}") from error
-        return masks, about["log"]
+        masks.log = about["log"]
+        return masks
 
     def sparsity(self) -> float:
         """The share of pruned weights over all masks."""

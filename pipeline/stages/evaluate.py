@@ -77,7 +77,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         masks = Masks()
         if "prune" in inputs:
             path = inputs["prune"] / "masks.safetensors"
-            masks, protocol["masks"] = Masks.load(path)[0], files.sha256(path)
+            masks, protocol["masks"] = Masks.load(path), files.sha256(path)
         for subject in subjects:
             if masks and not subject.adapter:
                 results[subject.name] |= _weights(subject.name, subject.folder, masks, recipe)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from lightning import Callback
+from torch import Tensor, nn
 
 from callbacks import of_training
 from callbacks.mask_keeper import MaskKeeper
@@ -15,12 +16,13 @@ from pipeline.models.rewrite import parameters, rewrite
 from pipeline.pruning.allocation import allocate
 from pipeline.recovery import lora, quantization
 from pipeline.recovery.held_out import HeldOut
+from pipeline.recovery.methods import FinetuneMethod
 from pipeline.recovery.training import batch_per_process, fit, precision, sequences_per_step
 from pipeline.registry import FINETUNE_METHODS
 from pipeline.reporting import card
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
-from pipeline.settings.schema import Recipe
+from pipeline.settings.schema import Finetune, Recipe
 from pipeline.sparsity.masks import Masks
 
 
@@ -31,23 +33,30 @@ def check(recipe: Recipe) -> None:
     folder = loading.locate(recipe.model, recipe.revision)
     config, settings = loading.config(folder, recipe), recipe.finetune
     loading.check_length(config, "finetune.seq_len", settings.seq_len)
-    stored = str(config.dtype or "float32") if recipe.dtype == "auto" else recipe.dtype
-    if settings.bias == "all" and "16" in stored and precision(settings.precision) == "32-true":
-        raise UserError("finetune.bias=all trains in float32: set finetune.precision=bf16-mixed, or dtype=float32")
+    check_bias(settings, str(config.dtype or "float32") if recipe.dtype == "auto" else recipe.dtype)
     if settings.targets != lora.ALL:
         lora.targets(allocate(find_blocks(loading.skeleton(folder, recipe)), recipe.prune), settings.targets)
+
+
+def check_bias(settings: Finetune, dtype: str) -> None:
+    if settings.bias == "all" and "16" in dtype and precision(settings.precision) == "32-true":
+        raise UserError("finetune.bias=all trains in float32: set finetune.precision=bf16-mixed, or dtype=float32")
+
+
+def trains_in_float32(settings: Finetune) -> bool:
+    """Whether the model's own weights train, in float32: steps too small for bfloat16's 8 bits would be lost."""
+    return FINETUNE_METHODS.entry(settings.method).trains_weights and settings.precision != "bf16-true"
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes `model/`, `metrics.csv` and, for a LoRA, `adapter/`; a method may leave no `model/` (its entry says)."""
     settings, method = recipe.finetune, FINETUNE_METHODS.entry(recipe.finetune.method)
     origin, masks_file = inputs.get("reconstruct", inputs["prune"]) / "model", inputs["prune"] / "masks.safetensors"
-    masks, _ = Masks.load(masks_file)
+    masks = Masks.load(masks_file)
     tokenizer = loading.tokenizer(origin, recipe)
     batch_per_process(settings, processes.world_size())  # refuses what cannot be shared before anything is read
 
-    # a whole model trains in full precision: steps too small for bfloat16's 8 bits would be lost
-    full = "float32" if method.trains_weights and settings.precision != "bf16-true" else None
+    full = "float32" if trains_in_float32(settings) else None
     pruned = loading.load(origin, recipe, full, quantization.configuration(settings.quantize))
     loading.check_length(pruned.config, "finetune.seq_len", settings.seq_len)
     source, *validated = sources.of_stage(recipe, "finetune")
@@ -56,21 +65,13 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     ids_NT = token_windows.ids_and_labels(windows_NT)[0] if settings.loss != "all" else windows_NT
     loading.check_vocabulary(pruned.config, ids_NT, source)
 
-    torch.manual_seed(recipe.seed)  # of A; B starts at zero
-    recovery = method.load()(pruned, masks, settings)
-    callbacks: list[Callback] = [MaskKeeper(recovery), *of_training(folder, settings.checkpoint_every)]
-    held_out = None
+    held_out_NT = None
     if validated:
-        windows = token_windows.packed(
+        held_out_NT = token_windows.packed(
             validated[0], tokenizer, settings.seq_len, settings.validation_samples, 0, loss=settings.loss
         )
-        held_out = HeldOut(windows, settings.batch_size, settings.patience, folder)
-        callbacks.insert(0, Validation(held_out, settings.validate_every))
     teacher = loading.load(loading.dense_folder(recipe, inputs), recipe) if settings.distill else None
-    fit(recovery.model, windows_NT, settings, recipe.seed, folder, callbacks, teacher)
-    if held_out:
-        held_out.restore(recovery.model)
-    assert recovery.reapply() == 0
+    recovery = train(pruned, masks, windows_NT, held_out_NT, settings, recipe.seed, folder, teacher)
 
     recovery.save(folder, masks_file)
     if method.leaves_model:
@@ -79,3 +80,31 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
             violations = masks.violations(parameters(folder / "model", recipe))
             assert not violations, violations
             card.write_model_card(folder / "model", recipe, "finetune")
+
+
+def train(
+    model: nn.Module,
+    masks: Masks,
+    windows_NT: Tensor,
+    held_out_NT: Tensor | None,
+    settings: Finetune,
+    seed: int,
+    folder: Path,
+    teacher: nn.Module | None = None,
+    checkpoints: bool = True,
+) -> FinetuneMethod:
+    """Trains the model on the windows in their order by `finetune.method`, and returns that; resumes from a checkpoint in
+    `folder`."""
+    torch.manual_seed(seed)  # of A; B starts at zero
+    recovery = FINETUNE_METHODS.entry(settings.method).load()(model, masks, settings)
+    every = settings.checkpoint_every if checkpoints else None
+    callbacks: list[Callback] = [MaskKeeper(recovery), *of_training(folder, every)]
+    held_out = None
+    if held_out_NT is not None:
+        held_out = HeldOut(held_out_NT, settings.batch_size, settings.patience, folder)
+        callbacks.insert(0, Validation(held_out, settings.validate_every))
+    fit(recovery.model, windows_NT, settings, seed, folder, callbacks, teacher)
+    if held_out:
+        held_out.restore(recovery.model)
+    assert recovery.reapply() == 0
+    return recovery

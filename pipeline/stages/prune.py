@@ -1,9 +1,10 @@
 """The prune stage: dense model and calibration text in, pruned model and masks out."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from callbacks.layer_writer import LayerWriter
 from callbacks.stop_at_signal import StopAtSignal
@@ -14,16 +15,18 @@ from pipeline.engine.matrices import coverage_entries
 from pipeline.engine.walk import LayerWalk, run_layerwise
 from pipeline.models import loading
 from pipeline.pruning import calibration
-from pipeline.pruning.allocation import allocate, by_layer
+from pipeline.pruning.allocation import allocate, patterns_by_layer
 from pipeline.pruning.block_measure import BlockMeasure
 from pipeline.pruning.block_pruner import BlockPruner
 from pipeline.registry import ALLOCATIONS, PRUNE_METHODS
 from pipeline.reporting import card
 from pipeline.runtime import files, memory, processes
 from pipeline.runtime.errors import UserError
-from pipeline.settings.schema import Recipe
+from pipeline.settings.schema import Prune, Recipe
 from pipeline.sparsity.masks import Masks
 from pipeline.sparsity.patterns import Pattern, parse
+
+NOTHING = "nothing was pruned: the model calls none of the matrices of its layers with calibration text"
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
@@ -38,7 +41,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     batches = calibration.batches(recipe, recipe.calibration, "calibration", origin, model)
     store = calibration.plan_memory(model, batches, settings.hidden_states)
     if ALLOCATIONS.entry(settings.allocation).shares_ratio:
-        patterns = allocate(blocks, settings, layer_patterns(blocks, origin, batches, store, recipe, folder))
+        by_layer = layer_patterns(blocks, lambda: loading.load(origin, recipe), batches, store, settings, folder)
+        patterns = allocate(blocks, settings, by_layer)
     walk = LayerWalk(model, batches, store, folder)
     if done := walk.files.finished_before:
         processes.say(f"  {len(done)} of {len(blocks)} layers were pruned before: passed through")
@@ -49,22 +53,42 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         finish(walk, origin, recipe, coverage)
 
 
+def in_memory(model: nn.Module, batches: list[Tensor], settings: Prune) -> Masks:
+    """Prunes the model itself, on its own device; returns its masks. `batches` are tokens, each (batch_size, seq_len)."""
+    blocks = find_blocks(model)
+    store = calibration.plan_memory(model, batches, settings.hidden_states)
+    patterns = allocate(blocks, settings)
+    if ALLOCATIONS.entry(settings.allocation).shares_ratio:
+        patterns = allocate(blocks, settings, layer_patterns(blocks, lambda: model, batches, store, settings))
+    walk = LayerWalk(model, batches, store, in_memory=True)
+    method = PRUNE_METHODS.entry(settings.method).load()(settings, patterns)
+    run_layerwise(walk, BlockPruner(method), [LayerWriter()])
+    if not walk.files.masks:
+        raise UserError(NOTHING)
+    return walk.files.masks
+
+
 def layer_patterns(
-    blocks: list[Block], origin: Path, batches: list[Tensor], store: torch.device, recipe: Recipe, folder: Path
+    blocks: list[Block],
+    load_dense: Callable[[], nn.Module],
+    batches: list[Tensor],
+    store: torch.device,
+    settings: Prune,
+    folder: Path | None = None,
 ) -> dict[int, Pattern]:
-    """The pattern of each layer, by what the allocation measures of the dense model, if it does; that is kept in
-    `allocation.json` for a resumed run."""
-    settings, path = recipe.prune, folder / "allocation.json"
+    """The pattern of each layer, from what the allocation measures of the dense model, if anything. The measurement is kept in
+    `allocation.json` of the `folder` for a resumed run."""
+    path = folder and folder / "allocation.json"
     allocation = ALLOCATIONS.entry(settings.allocation).load()(settings)
-    before = processes.from_main(files.read_json(path)) or {"measured": {}}
+    before = (processes.from_main(files.read_json(path)) if path else None) or {"measured": {}}
     measured = {int(index): value for index, value in before["measured"].items()}
     if allocation.measure and not measured:
         measure = BlockMeasure(allocation)
-        run_layerwise(LayerWalk(loading.load(origin, recipe), batches, store), measure, [StopAtSignal()])
+        run_layerwise(LayerWalk(load_dense(), batches, store), measure, [StopAtSignal()] if folder else [])
         measured = measure.measured
-        if processes.is_main():
+        if path and processes.is_main():
             files.write_json(path, {"measured": measured})
-    return by_layer(allocation, blocks, measured, parse(settings.sparsity).ratio)
+    return patterns_by_layer(allocation, blocks, measured, parse(settings.sparsity).ratio)
 
 
 def finish(walk: LayerWalk, origin: Path, recipe: Recipe, coverage: Coverage) -> None:
@@ -73,7 +97,7 @@ def finish(walk: LayerWalk, origin: Path, recipe: Recipe, coverage: Coverage) ->
     rows = Masks.merge(walk.files.masks_files(), folder / "masks.safetensors")
     matrices = [matrix for row in rows for matrix in row.pop("matrices")]
     if not matrices:
-        raise UserError("nothing was pruned: the model calls none of the matrices of its layers with calibration text")
+        raise UserError(NOTHING)
     walk.files.write_remaining(origin, recipe.dtype)
     write_rows(folder / "coverage.csv", coverage.rows({row["matrix"] for row in matrices}))
     write_rows(folder / "layers.csv", rows)

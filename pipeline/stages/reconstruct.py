@@ -6,6 +6,8 @@ Fine-Tuning for Sparse LLMs"); the masks stay as they are.
 
 from pathlib import Path
 
+from torch import Tensor, nn
+
 from callbacks.layer_writer import LayerWriter
 from callbacks.stop_at_signal import StopAtSignal
 from pipeline.engine.block_files import write_rows
@@ -33,7 +35,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes `model/` and `layers.csv`."""
     settings, text, origin = recipe.reconstruct, reconstruction_text(recipe), inputs["prune"] / "model"
     steps = plan_steps(text, settings.accumulate, processes.world_size())
-    masks, _ = Masks.load(inputs["prune"] / "masks.safetensors")
+    masks = Masks.load(inputs["prune"] / "masks.safetensors")
     model = loading.load(origin, recipe)
     dense = loading.load(loading.dense_folder(recipe, inputs), recipe)
     batches = calibration.batches(recipe, text, "reconstruct", origin, model)
@@ -49,6 +51,18 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         walk.files.write_remaining(origin, recipe.dtype)
         write_rows(folder / "layers.csv", walk.files.logs())
         card.write_model_card(folder / "model", recipe, "reconstruct")
+
+
+def in_memory(
+    model: nn.Module, dense: nn.Module, masks: Masks, batches: list[Tensor], recipe: Recipe, steps: list[range]
+) -> list[dict]:
+    """Reconstructs the layers of the model itself; the rows of `layers.csv`. `batches` are tokens, (batch_size, seq_len)."""
+    store = calibration.plan_memory(model, batches, recipe.prune.hidden_states, 2, BYTES_PER_WEIGHT)
+    walk = LayerWalk(model, batches, store, in_memory=True)
+    with walk.paused_forwards(dense) as forwards:
+        reconstructor = LayerReconstructor(forwards, masks, recipe.reconstruct, recipe.seed, steps)
+        run_layerwise(walk, reconstructor, [LayerWriter()])
+    return walk.files.rows
 
 
 def plan_steps(text: Calibration, accumulate: int, world_size: int) -> list[range]:

@@ -42,27 +42,42 @@ def run(recipe: Recipe) -> None:
     run_dir = Path(recipe.run_dir)
     with processes.together(recipe.timeout_minutes), _traceback_kept(run_dir):
         _refuse_other_settings(recipe)
-        outside = processes.from_main(_read_from_outside(recipe) if processes.is_main() else None)
-        chosen = [stage for stage in STAGES.values() if stage.name in recipe.stages]
-        for stage in chosen:
-            if check := getattr(MODULES[stage.name], "check", None):
-                check(recipe)
-        preflight.check(recipe)
+        outside = check(recipe)
         with _locked(run_dir):
             if processes.is_main():
                 preflight.check_disk(recipe)
             done: dict[str, str] = {}  # stage -> what came out of it
-            for stage in chosen:
-                inputs = {
-                    name: run_dir / name for name in (done if stage.reads is None else stage.reads) if name in done
-                }
-                made_from = {name: section(recipe, name) for name in stage.settings}
-                made_from |= {"read": {name: done[name] for name in inputs}, **outside.get(stage.name, {})}
-                _run_one(stage, recipe, run_dir, inputs, made_from)
-                outcome = _outcome(run_dir / stage.name) if processes.is_main() else None
+            for stage in chosen(recipe):
+                reads = done if stage.reads is None else stage.reads
+                inputs = {name: run_dir / name for name in reads if name in done}
+                _run_one(stage, recipe, run_dir, inputs, made_from(stage, recipe, done, outside))
+                outcome = outcome_of(run_dir / stage.name) if processes.is_main() else None
                 done[stage.name] = processes.from_main(outcome)
             if processes.is_main() and "report" in done:
                 show(run_dir)
+
+
+def chosen(recipe: Recipe) -> list[Stage]:
+    """The stages of the run, in their order."""
+    return [stage for stage in STAGES.values() if stage.name in recipe.stages]
+
+
+def check(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Raises `UserError` for what can be known to fail before any work; returns what each stage reads from outside. All ranks
+    must call."""
+    outside = processes.from_main(_read_from_outside(recipe) if processes.is_main() else None)
+    for stage in chosen(recipe):
+        if check := getattr(MODULES[stage.name], "check", None):
+            check(recipe)
+    preflight.check(recipe)
+    return outside
+
+
+def made_from(stage: Stage, recipe: Recipe, done: dict[str, str], outside: dict) -> dict[str, Any]:
+    """What decides what a stage writes; `done`: the outcomes of the stages before it."""
+    reads = done if stage.reads is None else stage.reads
+    read = {"read": {name: done[name] for name in reads if name in done}}
+    return {name: section(recipe, name) for name in stage.settings} | read | outside.get(stage.name, {})
 
 
 def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path], made_from: dict) -> None:
@@ -123,21 +138,26 @@ def _is_done(stage: Stage, finished: Path, work: Path, made_from: dict, key: str
     last = checksums.read(work) or {}
     if last.get("key") == key and "finished" in last and not checksums.damaged(work):
         _put_in_place(work, finished)  # a kill came just before
-    before = checksums.read(finished) or {}
-    if before.get("key") != key:
-        broken = not before and finished.exists()
-        why = f"{finished / checksums.OWN} is damaged or missing: running again" if broken else "running"
-        if before:
-            why = f"{_difference(before['made_from'], made_from)}: running again"
-    elif damaged := checksums.damaged(finished):
-        why = f"{finished / damaged[0]} is damaged or missing ({len(damaged)} in all): running again"
-    else:
+    why = why_again(finished, made_from)
+    if why is None:
         print(f"{stage.name}: done before", flush=True)
         return True
     if _is_reused(stage, finished, key):
         return True
-    print(f"{stage.name}: {why}", flush=True)
+    print(f"{stage.name}: {why + ': running again' if why else 'running'}", flush=True)
     return False
+
+
+def why_again(finished: Path, made_from: dict) -> str | None:
+    """Why a stage is to run: "" for the first time, else what differs; None where what is there is whole and the same."""
+    before = checksums.read(finished) or {}
+    if before.get("key") != files.digest(made_from):
+        if before:
+            return _difference(before["made_from"], made_from)
+        return f"{finished / checksums.OWN} is damaged or missing" if finished.exists() else ""
+    if damaged := checksums.damaged(finished):
+        return f"{finished / damaged[0]} is damaged or missing ({len(damaged)} in all)"
+    return None
 
 
 def _put_in_place(work: Path, finished: Path) -> None:
@@ -152,7 +172,7 @@ def _put_in_place(work: Path, finished: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _outcome(finished: Path) -> str:
+def outcome_of(finished: Path) -> str:
     """Tells a finished stage from any other: a damaged one that is made again may come out otherwise, as on another GPU."""
     about = checksums.read(finished)
     made = {name: entry["sha256"] for name, entry in about["artefacts"].items() if name.endswith(OUTCOME)}

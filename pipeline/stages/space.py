@@ -26,6 +26,17 @@ def check(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> No
     For the stage `RUN`, `work` is the run's folder, in which the stages that are finished need nothing more, and what a
     stage reads from one before is taken to be as large as the dense model.
     """
+    stages, more, free = estimate(stage, recipe, inputs, work)
+    if more > free:
+        who = f"{', '.join(stages)} need{'s' * (len(stages) == 1)}"
+        raise UserError(
+            f"{who} about {text(more)} more on the disk of {work.parent}, where {text(free)} are free: make "
+            "room, or set run_dir=... on another disk"
+        )
+
+
+def estimate(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> tuple[list[str], int, int]:
+    """The stages that `check` asks about, what they will still write, and what is free on the disk of `work`."""
     needs = {"prune": _prune, "reconstruct": _prune, "finetune": _finetune}
     stages, folders = [stage], [work]
     if stage == RUN:
@@ -33,13 +44,8 @@ def check(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> No
         folders = [work / f".{name}" for name in stages]
     needed = sum(needs.get(name, _little)(recipe, inputs) for name in stages)
     written = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(work).free
-    if needed - written > free:
-        who = f"{', '.join(stages)} need{'s' * (len(stages) == 1)}"
-        raise UserError(
-            f"{who} about {_text(needed - written)} more on the disk of {work.parent}, where {_text(free)} are free: make "
-            "room, or set run_dir=... on another disk"
-        )
+    place = next(folder for folder in (work.absolute(), *work.absolute().parents) if folder.exists())
+    return stages, needed - written, shutil.disk_usage(place).free
 
 
 def _prune(recipe: Recipe, inputs: dict[str, Path]) -> int:
@@ -90,5 +96,5 @@ def _shapes(folder: Path) -> list[tuple[int, int, int]]:
     return found
 
 
-def _text(size: int) -> str:
+def text(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"

@@ -1,0 +1,167 @@
+"""Owns what the functions are given: refused where it is not what they need, else brought into the engine's form.
+
+Shapes: N = windows, T = tokens of a window.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.data import sources, special_tokens
+from pipeline.data.sources import Source
+from pipeline.models import loading
+from pipeline.recovery.masked_parameter import MaskedParameter
+from pipeline.runtime import processes
+from pipeline.runtime.errors import UserError
+from pipeline.settings import reader
+from pipeline.settings.schema import Recipe
+from pipeline.sparsity.masks import Masks
+
+Texts = str | Path | list[str] | tuple[str, ...] | Dataset | Tensor
+
+SECTIONS = {f.name: f.type for f in dataclasses.fields(Recipe) if dataclasses.is_dataclass(f.type)}
+KEYS = {f.name for section in SECTIONS.values() for f in dataclasses.fields(section)}
+IN_RECIPES = re.compile(rf"\b({'|'.join(SECTIONS)})\.(\w+)")
+PLAIN = (str, int, float, bool, type(None))
+
+
+def in_arguments(function: Callable) -> Callable:
+    """Its `UserError`s speak of arguments, where the engine's speak of the keys of a recipe; one process is made sure of."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if processes.world_size() > 1:
+            raise UserError(
+                f"espalier.{function.__name__} works in one process, this is one of {processes.world_size()}: use "
+                "`accelerate launch launch.py` for several"
+            )
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            text = IN_RECIPES.sub(lambda m: m[2] if m[2] in KEYS or m[2] in kwargs else m[0], str(error))
+            text = text.replace("unknown key", "unknown argument")
+            if text == str(error):
+                raise
+            raise UserError(text) from error
+
+    return call
+
+
+def recipe(stages: list[str], seed: int, mirror: str | None = None, **sections: dict[str, Any]) -> Recipe:
+    """The recipe that such a run would have, its values checked as those of any."""
+    layer: dict[str, Any] = {"model": "in memory", "stages": stages, "seed": seed, "mirror": mirror}
+    layer |= {name: {key: _plain(f"{name}.{key}", it) for key, it in given.items()} for name, given in sections.items()}
+    return reader.checked([{key: _plain(key, value) for key, value in layer.items()}])
+
+
+def _plain(key: str, value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(key, item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(key, item) for name, item in value.items()}
+    if not isinstance(value, PLAIN):
+        raise UserError(f"{key} is a {type(value).__name__}: a word, a number, or a list or dict of such is needed")
+    return value
+
+
+def check_model(model: Any, name: str = "model") -> None:
+    """`UserError` where it is not a model of transformers in plain weights, whole on one device."""
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"{name} is a {type(model).__name__}: what from_pretrained of transformers gives is needed (of a model of peft, "
+            "what merge_and_unload() gives)"
+        )
+    if any(isinstance(module, BaseTunerLayer | MaskedParameter) for module in model.modules()):
+        raise UserError(f"{name} has an adapter: merge it first, or take the model without it")
+    if getattr(model, "hf_quantizer", None) is not None or any(not p.is_floating_point() for p in model.parameters()):
+        raise UserError(f"{name} is quantised: load it in plain weights, or use the command, which dequantises it")
+    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
+    if torch.device("meta") in devices:
+        raise UserError(f"{name} has weights on the meta device: load it whole, without offloading")
+    if len(devices) > 1:
+        raise UserError(f"{name} is spread over {', '.join(sorted(map(str, devices)))}: load it on one device")
+
+
+def check_tokenizer(tokenizer: Any, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UserError(
+            f"tokenizer is a {type(tokenizer).__name__}: what AutoTokenizer.from_pretrained gives is needed"
+        )
+    special_tokens.check(tokenizer, model.config, tokenizer.name_or_path or "this call")
+    return tokenizer
+
+
+def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """That beside the model where it was loaded from."""
+    try:
+        return AutoTokenizer.from_pretrained(model.name_or_path)
+    except Exception as error:  # of whatever is at that place
+        raise UserError(
+            f"no tokenizer was given, and none is found where the model is from ('{model.name_or_path}'): pass tokenizer=..."
+        ) from error
+
+
+def check_masks(masks: Any, model: nn.Module | None = None) -> None:
+    """`UserError` where they are no masks, or another model's."""
+    if not isinstance(masks, Masks):
+        raise UserError(f"masks is a {type(masks).__name__}: what prune or Masks.load gives is needed")
+    if not len(masks):
+        raise UserError("masks holds no mask")
+    if model is not None:
+        for _ in masks.matched(model.named_parameters(remove_duplicate=False)):
+            pass
+
+
+def source(data: Texts, section: str, name: str, column: str | None, mirror: str | None, split: str) -> Source:
+    """A text as the engine takes it; `name` is that of the argument. Not for tensors."""
+    if isinstance(data, str | Path):
+        if str(data) == sources.SELF:
+            raise UserError(f"{name}='self', text that the model writes itself, is for the command: pass texts")
+        return sources.source(str(data), mirror, split, None, column, section)
+    if isinstance(data, list | tuple):
+        if strange := [item for item in data if not isinstance(item, str)]:
+            raise UserError(f"{name} holds a {type(strange[0]).__name__}: a list of strings is needed")
+        if not any(text.strip() for text in data):
+            raise UserError(f"{name} holds no text")
+        data = Dataset.from_dict({"text": list(data)})
+    if isinstance(data, dict):  # a DatasetDict
+        raise UserError(f"{name} is a dict of splits: choose one, such as dataset['{next(iter(data), 'train')}']")
+    if not isinstance(data, Dataset):
+        raise UserError(
+            f"{name} is a {type(data).__name__}: a list of strings, a datasets.Dataset, the name of a data set, or a tensor of "
+            "token ids is needed"
+        )
+    if len(data) == 0:
+        raise UserError(f"{name} holds no text")
+    columns = sources.source("world", column=column).columns
+    return Source(name, name, None, split, columns=columns, section=section, rows=data)
+
+
+def token_windows(ids_NT: Tensor, name: str, model: PreTrainedModel) -> Tensor:
+    """Windows that are given as such, (N, T) int64 on the CPU."""
+    found = token_ids(ids_NT, name, dims=2)
+    check_ids(found, name, model)
+    return found
+
+
+def token_ids(ids: Tensor, name: str, dims: int) -> Tensor:
+    if ids.dim() != dims or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
+        wanted = "(windows, tokens)" if dims == 2 else "(tokens,)"
+        raise UserError(f"{name} is a {ids.dtype} tensor of {tuple(ids.shape)}: token ids of {wanted} are needed")
+    return ids.detach().cpu().long()
+
+
+def check_ids(ids_NT: Tensor, where: object, model: PreTrainedModel) -> None:
+    loading.check_length(model.config, "seq_len", ids_NT.shape[1])
+    loading.check_vocabulary(model.config, ids_NT, where)

@@ -1,0 +1,45 @@
+"""Masks put on a model in memory, and checked on it."""
+
+import torch
+from transformers import PreTrainedModel
+
+from pipeline.runtime.errors import UserError
+from pipeline.sparsity.masks import Masks, apply_, violation_of
+
+from . import inputs
+
+
+@inputs.in_arguments
+def apply(model: PreTrainedModel, masks: Masks) -> None:
+    """Sets the pruned weights of `model` to zero, in place.
+
+    Raises `UserError`, before anything is changed, where a masked matrix is missing or of another shape.
+    """
+    inputs.check_model(model)
+    inputs.check_masks(masks, model)
+    with torch.no_grad():
+        for name, weight in masks.matched(model.named_parameters(remove_duplicate=False)):
+            apply_(weight, masks[name].to(weight.device))
+
+
+@inputs.in_arguments
+def verify(model: PreTrainedModel, masks: Masks) -> dict[str, int | float]:
+    """What the masked matrices of `model` hold: "matrices", "weights", "zeros", and "sparsity", the share of zeros.
+
+    Raises `UserError` where a pruned weight is not zero, where a mask does not hold the pattern that it claims, and where a
+    masked matrix is missing or of another shape.
+    """
+    inputs.check_model(model)
+    inputs.check_masks(masks, model)
+    masks.check_patterns()
+    weights = zeros = 0
+    problems = []
+    with torch.no_grad():
+        for name, weight in masks.matched(model.named_parameters(remove_duplicate=False)):
+            if violation := violation_of(name, weight, masks[name]):
+                problems.append(violation)
+            weights, zeros = weights + weight.numel(), zeros + int((weight == 0).sum())
+    if problems:
+        more = f" ({len(problems) - 1} more matrices have problems)" if len(problems) > 1 else ""
+        raise UserError(f"the model does not keep its masks: {problems[0]}{more}")
+    return {"matrices": len(masks), "weights": weights, "zeros": zeros, "sparsity": zeros / weights}

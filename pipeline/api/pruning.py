@@ -1,0 +1,133 @@
+"""`prune` and `reconstruct`: the walks over the layers of a model in memory."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.data import token_windows
+from pipeline.engine.blocks import find_blocks
+from pipeline.models import loading
+from pipeline.pruning.allocation import allocate
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Calibration, reconstruction_text
+from pipeline.sparsity.masks import Masks
+from pipeline.stages import prune as prune_stage
+from pipeline.stages import reconstruct as reconstruct_stage
+
+from . import inputs, model_state
+from .inputs import Texts
+
+
+@inputs.in_arguments
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    method: str | Path = "wanda",
+    sparsity: str | float | Path = "2of4",
+    calibration: Texts = "c4",
+    *,
+    samples: int = 128,
+    seq_len: int = 2048,
+    batch_size: int = 1,
+    column: str | None = None,
+    seed: int = 0,
+    mirror: str | None = None,
+    **settings: Any,
+) -> Masks:
+    """Prunes the matrices in the decoder layers of `model`, in place; returns their masks (True = kept).
+
+    `method` is one of those of recipes ("wanda", "sparsegpt", "magnitude", ...) or a .py file; `sparsity` a share of the
+    weights (0.5), N kept of each M ("2:4", "2of4"), or a .py file. From `calibration`, `samples` windows of `seq_len` tokens
+    are drawn as the command draws them, by `seed`; a tensor (N, T) of token ids is taken as it is, and needs no tokenizer.
+    `batch_size` windows go through a layer at a time. `column` is that with the text, `mirror` a folder laid out as the hub.
+    `settings`: any other key of the recipe's section `prune` (`espalier keys prune`), such as `overrides` or `damp`.
+
+    Layers go through the GPU one at a time where there is one, wherever the model is. Raises `UserError`.
+    """
+    inputs.check_model(model)
+    chosen = {"method": method, "sparsity": sparsity, **settings}
+    text = {"samples": samples, "seq_len": seq_len, "batch_size": batch_size, "column": column}
+    recipe = inputs.recipe(["prune"], seed, mirror, prune=chosen, calibration=text)
+    allocate(find_blocks(model), recipe.prune)  # refuses what cannot hold before any text is read
+    windows_NT = _windows(calibration, "calibration", recipe.calibration, "calibration", tokenizer, model, seed, mirror)
+    with model_state.kept(model):
+        return prune_stage.in_memory(model, list(windows_NT.split(batch_size)), recipe.prune)
+
+
+@inputs.in_arguments
+def reconstruct(
+    model: PreTrainedModel,
+    masks: Masks,
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: Texts = "c4",
+    *,
+    samples: int = 128,
+    seq_len: int = 2048,
+    batch_size: int = 1,
+    column: str | None = None,
+    seed: int = 0,
+    mirror: str | None = None,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Trains the kept weights of each layer of a pruned `model`, in place, to give the hidden states of the `dense` one.
+
+    The text as in `prune`. `settings`: any other key of the recipe's section `reconstruct` (`espalier keys reconstruct`), such
+    as `epochs`, `lr` or `accumulate`. Returns a row for each layer, with "error_before" and "error_after": the held-out
+    error of its hidden states, relative to the dense ones'. A layer that gets no closer stays as it was.
+
+    Raises `UserError`, also where the pruned weights of `model` are not zero.
+    """
+    inputs.check_model(model)
+    inputs.check_model(dense, "dense")
+    if dense is model or any(p is q for p, q in zip(model.parameters(), dense.parameters())):
+        raise UserError("dense is the pruned model itself, or shares its weights: load the dense model once more")
+    inputs.check_masks(masks, model)
+    refuse_violations(model, masks)
+    _refuse_another(model, dense)
+    text = {"samples": samples, "seq_len": seq_len, "batch_size": batch_size, "column": column}
+    if isinstance(calibration, Tensor):
+        text |= dict(zip(("samples", "seq_len"), inputs.token_windows(calibration, "calibration", model).shape))
+    chosen = {"batch_size": batch_size, **settings}
+    recipe = inputs.recipe(["prune", "reconstruct"], seed, mirror, calibration=text, reconstruct=chosen)
+    steps = reconstruct_stage.plan_steps(reconstruction_text(recipe), recipe.reconstruct.accumulate, 1)
+    windows_NT = _windows(calibration, "reconstruct", recipe.calibration, "calibration", tokenizer, model, seed, mirror)
+    with model_state.kept(model, dense):
+        batches = list(windows_NT.split(batch_size))
+        return reconstruct_stage.in_memory(model, dense, masks, batches, recipe, steps)
+
+
+def refuse_violations(model: PreTrainedModel, masks: Masks) -> None:
+    if violations := masks.violations(model.named_parameters(remove_duplicate=False)):
+        raise UserError(f"the model does not keep its masks: {violations[0]}: call espalier.apply(model, masks) first")
+
+
+def _refuse_another(model: PreTrainedModel, dense: PreTrainedModel) -> None:
+    """`UserError` where the models differ in more than their weights."""
+    shapes = [{name: tuple(p.shape) for name, p in it.named_parameters()} for it in (model, dense)]
+    if differ := set(shapes[0].items()) ^ set(shapes[1].items()):
+        raise UserError(f"dense is another model than model: {min(differ)[0]} is not the same in both")
+
+
+def _windows(
+    data: Texts,
+    section: str,
+    text: Calibration,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    seed: int,
+    mirror: str | None,
+) -> Tensor:
+    """The windows (N, T) that calibrate, drawn as the command draws them."""
+    if isinstance(data, Tensor):
+        return inputs.token_windows(data, name, model)
+    loading.check_length(model.config, "seq_len", text.seq_len)
+    tokenizer = inputs.tokenizer_of(model) if tokenizer is None else tokenizer
+    inputs.check_tokenizer(tokenizer, model)
+    source = inputs.source(data, section, name, text.column, mirror, text.split)
+    windows_NT = token_windows.calibration(source, tokenizer, text.samples, text.seq_len, seed, section)
+    inputs.check_ids(windows_NT, source, model)
+    return windows_NT

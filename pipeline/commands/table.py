@@ -1,0 +1,11 @@
+"""Plain tables for a terminal."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+
+def lines(rows: Iterable[Sequence[str]], limit: int = 32) -> Iterator[str]:
+    """Columns two spaces apart, the first row being the heads; what is wider than `limit` makes its own line wider only."""
+    rows = list(rows)
+    widths = [max((len(row[i]) for row in rows if len(row[i]) <= limit), default=0) for i in range(len(rows[0]))]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()

@@ -1,0 +1,159 @@
+"""The command line answers what people ask of one: help, version, lists, a plan; at once, and without a trace."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.commands import keys
+from pipeline.commands.main import COMMANDS, main
+from pipeline.settings import reader, schema
+from tests.conftest import QUICK, ROOT
+
+SECTIONS = [f.name for f in dataclasses.fields(schema.Recipe) if dataclasses.is_dataclass(f.type)]
+
+
+@pytest.fixture
+def asked(capsys):
+    def ask(*arguments, code=0) -> str:
+        assert main(list(map(str, arguments))) == code
+        seen = capsys.readouterr()
+        return seen.out if code == 0 else seen.err
+
+    return ask
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_names_every_command(asked, option):
+    said = asked(option)
+    for command in COMMANDS:
+        assert re.search(rf"^  {command} ", said, flags=re.M)
+    assert asked("recipe=tiny", option) == said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_its_own_help(asked, command):
+    assert f" {command}" in asked(command, "--help")
+
+
+def test_version(asked):
+    assert re.match(r"espalier \S+ \(Python 3\.\S+, torch \S+, transformers \S+,", asked("--version"))
+
+
+def test_recipes_are_a_table_of_all(asked):
+    lines = asked("recipes").splitlines()
+    assert lines[0].split() == ["recipe", "model", "sparsity", "stages"]
+    assert [line.split()[0] for line in lines[1:]] == reader.available()
+    assert any(line.startswith("llama7b_2of4") and " 2:4 " in line for line in lines)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_keys_tell_default_range_and_meaning(asked, section):
+    said = asked("keys", section)
+    for f in dataclasses.fields(getattr(schema, section.capitalize())):
+        (line,) = re.findall(rf"^{section}\.{f.name} .*$", said, flags=re.M)
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        assert f.metadata["help"] and f.metadata["help"] in line and keys.as_typed(default) in line
+        assert all(choice in line for choice in f.metadata["choices"] or ())
+
+
+def test_all_keys_are_listed(asked):
+    listed = [line.split()[0] for line in asked("keys").splitlines()[1:]]
+    plain = schema.plain(schema.Recipe())
+    assert listed == [key for key in plain if key not in SECTIONS] + [
+        f"{s}.{key}" for s in SECTIONS for key in plain[s]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["recipies"], "did you mean 'recipes'?"),
+        (["pln", "recipe=tiny"], "did you mean 'plan'?"),
+        (["keys", "finetun"], "no section 'finetun': did you mean 'finetune'?"),
+        (["keys", "prune", "finetune"], "keys takes one section"),
+        (["recipes", "llama"], "recipes takes no argument"),
+        (["--hlep"], "unknown option '--hlep'"),
+        (["plan", "prune.sparcity=1"], "unknown key 'prune.sparcity': did you mean 'prune.sparsity'?"),
+        (["plan", "stages=[prune]"], "no model: set model="),
+        (["xyzzy"], "commands are plan, recipes,"),
+    ],
+)
+def test_mistakes_are_one_line(asked, arguments, says):
+    said = asked(*arguments, code=2)
+    assert says in said and said.startswith("espalier: ") and len(said.splitlines()) == 1
+
+
+def test_lists_are_answered_without_torch():
+    code = (
+        "import sys; from pipeline.commands.main import main\n"
+        "for words in (['--help'], ['verify', '-h'], ['--version'], ['recipes'], ['keys'], ['recipies']): main(words)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_output_may_end_early():
+    code = "from pipeline.commands.main import main; raise SystemExit(main(['keys']))"
+    done = subprocess.run(
+        f'{sys.executable} -c "{code}" | head -1', shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("key ") and not done.stderr
+
+
+def test_a_plan_follows_a_run_and_writes_nothing(asked, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # so it keeps to one thread, which a busy machine is faster with
+    chosen = [*QUICK, f"model={tiny_llama}", "run_dir=run", "stages=[prune,evaluate]", "evaluate.continuations=0"]
+    said = asked("plan", *chosen)
+    assert "  prune: runs\n  evaluate: runs\n" in said
+    assert "prune: wanda, 2of4, 21 matrices" in said and "weights in the layers' matrices (100.0%)" in said
+    assert "prune reads world@train: 8 windows of 32 tokens" in said
+    assert re.search(r"^  memory: .* free$", said, flags=re.M) and re.search(r"^disk: about .* free$", said, flags=re.M)
+    assert not list(tmp_path.iterdir())
+
+    assert main(chosen) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    said = asked("plan", *chosen)
+    assert re.search(r"prune: done before \(20.*s\)\n  evaluate: done before", said)
+    said = asked("plan", *chosen, "prune.sparsity=0.5")
+    assert "prune: runs again: prune.sparsity 2of4 -> 0.5" in said
+    assert "evaluate: runs again, unless prune comes out as before and no setting has changed" in said
+    said = asked("plan", *chosen, "evaluate.windows=2")
+    assert "prune: done before" in said and "evaluate: runs again: evaluate.windows None -> 2" in said
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_plan_makes_the_checks_of_a_run(asked, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    usual = ["plan", *QUICK, f"model={tiny_llama}"]
+    for wrong, says in {
+        "calibration.seq_len=4096": "exceeds the model's 128 positions",
+        "evaluate.tasks=[arc_eazy]": "did you mean arc_easy",
+        "calibration.dataset=./nothing.jsonl": "nothing.jsonl",
+        "prune.sparsity=3of7": "3of7 does not fit",
+        "finetune.targets=[nothing]": "no pruned matrix is called 'nothing'",
+    }.items():
+        assert says in asked(*usual, wrong, code=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_of_a_sweep_has_each_cell_and_of_a_toy_its_model(asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = asked("plan", "recipe=tiny", "prune.method=wanda,magnitude")
+    assert "wanda:\n" in said and "magnitude:\n" in said and said.count("  pretrain: runs\n") == 2
+    assert "model: a small Llama: " in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_does_not_fetch_a_model(asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    said = asked("plan", "recipe=llama7b_2of4", "model=nobody/has-this")
+    assert "nobody/has-this is not on this machine" in said and "  prune: runs\n" in said
+    assert not list(tmp_path.iterdir())
