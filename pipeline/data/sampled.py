@@ -22,12 +22,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from pipeline.data import special_tokens
 from pipeline.models import loading, model_files, placement
-from pipeline.runtime import files, memory, processes
+from pipeline.runtime import code, files, memory, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 
 BATCH = 16  # samples written at once: part of what they are, for the company of a sample decides its last bits
-FORM = 1  # of what is kept; another form is written anew
 EVERY = 30  # seconds between two lines that say how far it is
 
 
@@ -39,7 +38,7 @@ def dense(recipe: Recipe) -> Path:
 def samples(recipe: Recipe, dense: Path, count: int, seq_len: int) -> Tensor:
     """(count, seq_len) token ids, the same on all ranks and for any number of them; all ranks must call.
 
-    Kept by batches in `<runs>/.sampled/`, by model and settings: a killed sampling goes on, other runs take it over, and
+    Kept by batches in `<runs>/.sampled/`, by model, settings and code: a killed sampling goes on, other runs take it over, and
     fewer samples are the first of more.
     """
     tokenizer = loading.tokenizer(dense, recipe)
@@ -49,7 +48,7 @@ def samples(recipe: Recipe, dense: Path, count: int, seq_len: int) -> Tensor:
         "dtype": recipe.dtype,
         "seq_len": seq_len,
         "seed": recipe.seed,
-        "form": FORM,
+        "code": code.fingerprint(__name__),
         "at_once": BATCH,
     }
     cache = Path(recipe.run_dir).parent / ".sampled" / files.digest(about)

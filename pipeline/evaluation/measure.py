@@ -1,4 +1,5 @@
-"""Owns what is measured of one model, and what of it is kept in `<runs>/.measured/`, by model and settings."""
+"""Owns what is measured of one model, and what of it is kept in `<runs>/.measured/`, by model, settings and the code that
+measures."""
 
 import functools
 import sys
@@ -18,11 +19,10 @@ from pipeline.evaluation.perplexity import perplexity, streamed, whole, window_l
 from pipeline.evaluation.tasks import identity
 from pipeline.evaluation.zero_shot import zero_shot
 from pipeline.models import loading, model_files, placement
-from pipeline.runtime import files, processes
+from pipeline.runtime import code, files, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 
-FORM = 2  # of what is kept; another form is measured anew
 EVERY = 30  # seconds between two lines that say how far a long measurement is
 
 
@@ -53,7 +53,8 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
     model = functools.cache(lambda: placement.resident(where(), functools.partial(subject.load, recipe)))
     known_as = processes.from_main(subject.identity() if processes.is_main() else None)
     about_model = {"model": known_as, "dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation}
-    once = functools.partial(_once, Path(recipe.run_dir).parent / ".measured")
+    about_model |= {"code": code.fingerprint(__name__)}
+    once = functools.partial(_once, Path(recipe.run_dir).parent / ".measured", "evaluate" in recipe.rerun)
     found: dict[str, Any] = {"hash": known_as, "perplexity": {}, "perplexity_stderr": {}, "zero_shot": {}}
     losses: dict[str, list[float]] = {}
     correct: dict[str, list[float]] = {}
@@ -129,11 +130,10 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
     return found, {"losses": losses, "correct": correct}
 
 
-def _once(cache: Path, about: dict, find: Callable[[], Any]) -> Any:
-    """What was measured before under the same key, else what `find` finds now; the same on all ranks."""
-    about = about | {"form": FORM}
+def _once(cache: Path, again: bool, about: dict, find: Callable[[], Any]) -> Any:
+    """What was measured before under the same key, else, or if `again`, what `find` finds now; the same on all ranks."""
     path = cache / f"{files.digest(about)}.json"
-    before = processes.from_main(files.read_json(path))
+    before = None if again else processes.from_main(files.read_json(path))
     if before is not None:
         return before["measured"]
     try:

@@ -75,6 +75,7 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> dict[str, Any]:
     machines = _once(stage.get("machine") for stage in about.values())
     cost = f"It took {summary.duration(sum(stage['seconds'] for stage in about.values()))} on {'; '.join(machines)}."
     used = {key: value for key, value in plain(recipe).items() if key not in STAGES or key in recipe.stages}
+    del used["rerun"]  # of this one command
     return {
         "model": summary.model_name(recipe),
         "title": summary.short(summary.model_name(recipe)),

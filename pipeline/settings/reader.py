@@ -30,6 +30,8 @@ def load(argv: list[str]) -> Recipe:
     names = [argument.removeprefix("recipe=") for argument in argv if argument.startswith("recipe=")] or ["tiny"]
     layers = [*_files(names[-1]), _from_dotlist(given)]
     for layer in layers:
+        if isinstance(layer.get("rerun"), str):
+            layer["rerun"] = [layer["rerun"]]  # rerun=prune
         _refuse_unknown(layer, Recipe, "")
     merged = OmegaConf.structured(Recipe)
     for layer in layers:
@@ -204,6 +206,8 @@ def _check_stages(recipe: Recipe) -> None:
         raise UserError(
             f"model={recipe.model} and a pretrain stage exclude each other: set stages=[prune,finetune,...]"
         )
+    if absent := [stage for stage in recipe.rerun if stage not in recipe.stages]:
+        raise UserError(f"rerun={absent[0]}: it is not in stages=[{','.join(recipe.stages)}]")
     for stage in ("reconstruct", "finetune"):
         if stage in recipe.stages and "prune" not in recipe.stages:
             raise UserError(

@@ -156,6 +156,7 @@ class Recipe:
     run_dir: str | None = None  # runs/<recipe>
     seed: int = setting(0, low=0)
     stages: list[str] = setting(["prune", "finetune", "evaluate", "report"], choices=STAGES)
+    rerun: list[str] = setting([], choices=STAGES)  # stages that run again though they are done; in no stage's key
     mirror: str | None = None  # a folder laid out as the hub, read instead of it
     debug: bool = False  # tracebacks
     timeout_minutes: float = setting(30.0, low=0.05)  # that the processes wait for the slowest of them

@@ -1,7 +1,8 @@
 """Owns a run's state: which stages there are, what each reads, when one is done, and where it works.
 
-A stage is done when `<run_dir>/<stage>/stage.json` holds the key of what it was made from. It works in
-`<run_dir>/.<stage>/`, which is renamed when it is whole: resuming is the same command again.
+A stage is done when `<run_dir>/<stage>/stage.json` holds the key of what it was made from: its settings, what it reads, the
+project's code that decides what it writes. It works in `<run_dir>/.<stage>/`, which is renamed when it is whole: resuming is
+the same command again.
 """
 
 import os
@@ -22,7 +23,7 @@ from pipeline.data import sources
 from pipeline.evaluation import tasks
 from pipeline.models import loading, model_files
 from pipeline.reporting.report import show
-from pipeline.runtime import checksums, files, hardware, lock, memory, processes
+from pipeline.runtime import checksums, code, files, hardware, lock, memory, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe, own_code, plain, section
 from pipeline.stages import evaluate, finetune, preflight, pretrain, prune, reconstruct, report, siblings, space
@@ -32,12 +33,14 @@ LIBRARIES = ("torch", "transformers", "datasets", "lightning", "peft", "accelera
 
 @dataclass(frozen=True)
 class Stage:
-    """`run(recipe, folder, inputs)` writes `folder`; `settings` are the recipe's keys that decide what it writes."""
+    """`run(recipe, folder, inputs)` writes `folder`; `settings` are the recipe's keys that decide what it writes, `display`
+    the packages that only say how it looks (a model card), so that an edit there runs no long stage again."""
 
     name: str
     run: Callable[[Recipe, Path, dict[str, Path]], None]
     reads: tuple[str, ...]
     settings: tuple[str, ...]
+    display: tuple[str, ...] = ("pipeline/reporting",)
 
 
 OUTCOME = (".safetensors", "results.json")  # what other stages compute with; tables also tell times
@@ -49,7 +52,7 @@ STAGES = (
     Stage("reconstruct", reconstruct.run, ("pretrain", "prune"), (*MODEL, "calibration", "reconstruct", "seed")),
     Stage("finetune", finetune.run, ("pretrain", "prune", "reconstruct"), (*MODEL, "finetune", "seed")),
     Stage("evaluate", evaluate.run, ("pretrain", "prune", "reconstruct", "finetune"), (*MODEL, "evaluate", "seed")),
-    Stage("report", report.run, ("pretrain", "prune", "reconstruct", "finetune", "evaluate"), ("model", "stages")),
+    Stage("report", report.run, ("pretrain", "prune", "reconstruct", "finetune", "evaluate"), ("model", "stages"), ()),
 )
 
 
@@ -80,7 +83,7 @@ def run(recipe: Recipe) -> None:
 
 def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path], made_from: dict) -> None:
     finished, work, key = run_dir / stage.name, run_dir / f".{stage.name}", files.digest(made_from)
-    if processes.from_main(processes.is_main() and _is_done(stage, finished, work, made_from, key)):
+    if processes.from_main(processes.is_main() and _is_done(stage, recipe, finished, work, made_from, key)):
         return
     if processes.is_main():
         begun = checksums.read(work)
@@ -131,7 +134,7 @@ def _is_reused(stage: Stage, finished: Path, key: str) -> bool:
     return sibling is not None
 
 
-def _is_done(stage: Stage, finished: Path, work: Path, made_from: dict, key: str) -> bool:
+def _is_done(stage: Stage, recipe: Recipe, finished: Path, work: Path, made_from: dict, key: str) -> bool:
     """Whether there is nothing to do; says so, or why the stage runs. On rank 0."""
     last = checksums.read(work) or {}
     if last.get("key") == key and "finished" in last and not checksums.damaged(work):
@@ -142,12 +145,14 @@ def _is_done(stage: Stage, finished: Path, work: Path, made_from: dict, key: str
         why = f"{finished / checksums.OWN} is damaged or missing: running again" if broken else "running"
         if before:
             why = f"{_difference(before['made_from'], made_from)}: running again"
+    elif stage.name in recipe.rerun:
+        why = f"rerun={stage.name}: running again"
     elif damaged := checksums.damaged(finished):
         why = f"{finished / damaged[0]} is damaged or missing ({len(damaged)} in all): running again"
     else:
         print(f"{stage.name}: done before", flush=True)
         return True
-    if _is_reused(stage, finished, key):
+    if stage.name not in recipe.rerun and _is_reused(stage, finished, key):
         return True
     print(f"{stage.name}: {why}", flush=True)
     return False
@@ -214,7 +219,9 @@ def _read_from_outside(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What the stages read from outside, so that a changed model, text, task or method of the user's own is seen, and a
     missing one before any work."""
     found: dict[str, dict[str, Any]] = defaultdict(dict)
-    found["prune"]["code"] = files.fingerprint(own_code(recipe.prune))
+    for stage in STAGES:
+        found[stage.name]["code"] = own_fingerprint(stage)
+    found["prune"]["own_code"] = files.fingerprint(own_code(recipe.prune))
     if "evaluate" in recipe.stages:
         asked = (recipe.mirror, recipe.evaluate.fewshot)
         found["evaluate"]["tasks"] = {name: tasks.identity(name, *asked) for name in recipe.evaluate.tasks}
@@ -229,10 +236,18 @@ def _read_from_outside(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return found
 
 
+def own_fingerprint(stage: Stage) -> dict[str, str]:
+    """Of the project's code that decides what the stage writes, by package."""
+    return code.fingerprint(stage.run.__module__, without=stage.display)
+
+
 def _difference(before: dict, now: dict, prefix: str = "") -> str:
-    """The first setting that differs, as `finetune.lr 0.1 -> 0.2`."""
-    for key in sorted(before.keys() | now.keys()):
+    """The first setting that differs, as `finetune.lr 0.1 -> 0.2`; else the code that does."""
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key == "code", key)):
         old, new = before.get(key), now.get(key)
+        if key == "code" and old != new:
+            old = old if isinstance(old, dict) else {}  # of a version that did not look
+            return f"the code of {', '.join(sorted(name for name in new if old.get(name) != new[name]))} changed"
         if isinstance(old, dict) and isinstance(new, dict):
             if old != new:
                 return _difference(old, new, f"{prefix}{key}.")
