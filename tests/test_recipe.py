@@ -1,5 +1,6 @@
 """A recipe is data; a mistake in it is one clear line before anything loads."""
 
+import re
 import subprocess
 import sys
 
@@ -49,6 +50,7 @@ def test_every_recipe_loads_and_is_short(path):
         ("stages=[finetune]", "finetune needs prune"),
         ("stages=[prune,report]", "report needs evaluate"),
         ("recipe=lama7b_2of4", "did you mean 'llama7b_2of4'?"),
+        ("recipe=llama7b_2of3", "recipe 'llama7b' has no variant '2of3': did you mean '2of4'?"),
         ("evaluate.tasks=arc_easy", "evaluate.tasks"),
         ("justaword", "key=value"),
     ],
@@ -78,6 +80,38 @@ def test_extends_then_file_then_command_line(tmp_path):
     (tmp_path / "mine.yaml").write_text("extends: base\nfinetune: {rank: 5}\n")
     loaded = reader.load([f"recipe={tmp_path / 'mine.yaml'}", "finetune.alpha=6"])
     assert (loaded.seed, loaded.finetune.rank, loaded.finetune.alpha) == (1, 5, 6)
+
+
+def test_every_name_that_is_offered_loads():
+    names = reader.available()
+    for model in ("llama7b", "llama2_70b", "llama3_2_1b", "opt_1_3b"):
+        assert {model, f"{model}_2of4", f"{model}_4of8", f"{model}_half"} <= set(names)
+    for name in names:
+        loaded = reader.load([f"recipe={name}", *(["model=m"] if name.startswith("paper") else [])])
+        assert loaded.run_dir == f"runs/{name}"
+    assert str(reader.load(["recipe=opt_6_7b_half"]).prune.sparsity) == "0.5"
+
+
+def test_a_variant_goes_over_its_recipe_and_what_extends_it_has_it_too(tmp_path):
+    (tmp_path / "base.yaml").write_text("model: m\nvariants: {a: {seed: 1}, b_c: {seed: 2, dtype: float32}}\n")
+    (tmp_path / "mine.yaml").write_text("extends: base\nseed: 3\nvariants: {a: {seed: 4}}\n")
+    (tmp_path / "chosen.yaml").write_text("extends: base_b_c\nseed: 5\n")
+    seeds = {"base_a": 1, "base_b_c": 2, "mine": 3, "mine_a": 4, "mine_b_c": 2, "chosen": 5, "chosen_a": 1}
+    for name, seed in seeds.items():
+        loaded = reader.load([f"recipe={tmp_path}/{name}.yaml"])
+        assert (loaded.seed, loaded.run_dir) == (seed, f"runs/{name}")
+    assert reader.load([f"recipe={tmp_path}/chosen.yaml"]).dtype == "float32"
+    assert reader.load([f"recipe={tmp_path}/mine_a.yaml", "seed=6"]).seed == 6
+
+
+@pytest.mark.parametrize(
+    ("variants", "says"),
+    [("[a]", "variants of "), ("{a: 1}", "variants of "), ("{a: {sed: 1}}", "did you mean 'seed'?")],
+)
+def test_a_mistake_in_a_variant_is_one_line(tmp_path, variants, says):
+    (tmp_path / "mine.yaml").write_text(f"model: m\nvariants: {variants}\n")
+    with pytest.raises(UserError, match=re.escape(says)):
+        reader.load([f"recipe={tmp_path}/mine_a.yaml"])
 
 
 def test_a_recipe_that_extends_itself_is_refused(tmp_path):
