@@ -69,7 +69,7 @@ def is_seen(run_dir: Path, token: str) -> bool:
 
 def _create(path: Path, text: str) -> bool:
     try:
-        number = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        number = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
         return False
     try:

@@ -102,6 +102,7 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
     stage.run(recipe, work, inputs)
     memory_gib = max(processes.all_ranks(memory.peak_gib(processes.device())))
     if processes.is_main():
+        files.apply_umask(work)
         about = {
             "key": key,
             "stage": stage.name,
