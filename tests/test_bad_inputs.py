@@ -25,6 +25,8 @@ from tests.conftest import QUICK, make_tiny_llama
 from tests.harm import flip, undo
 from tests.test_faults_processes import GONE, gone
 
+pytestmark = pytest.mark.slow
+
 
 def typed(*words: str) -> tuple[int, str, list[str]]:
     """The exit code, all that was said, and the lines of ours on stderr."""

@@ -235,6 +235,7 @@ def test_without_a_teacher_it_is_the_models_own_loss():
     torch.testing.assert_close(distillation.loss(model(ids).logits, None, ids, 0.0, 1.0), expected)
 
 
+@pytest.mark.slow
 def test_a_chat_through_the_whole_pipeline(tiny_llama, tmp_path, typed):
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
     ask = "{% if m['role'] == 'user' %}Who is {{ m['content'] }} ? {% else %}{{ m['content'] }} {% endif %}"

@@ -74,6 +74,7 @@ def test_all_or_nothing_kept_of_a_matrix_and_several_shards(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "gemma2", "mixtral", "qwen2_moe", "llama4", "qwen3_5_moe"])
+@pytest.mark.slow
 def test_every_kind_of_family_comes_back_to_the_bit(tmp_path, family):
     """Conv1D, tied embeddings, experts that are fused in memory only or in the files too, stored transposed, multimodal."""
     model = tiny(f"{family}:whole") if family in ("llama4", "qwen3_5_moe") else small_model(family)

@@ -138,6 +138,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("family", FAMILIES + OTHERS)
 @torch.no_grad()
+@pytest.mark.slow
 def test_every_kind_of_family_gives_what_the_dense_model_gives(tmp_path, family):
     if family in FAMILIES:
         model = small_model(family)

@@ -98,6 +98,7 @@ def test_a_model_that_spills_onto_the_disk_answers_the_same(tiny_llama):
     assert torch.equal(spilled(ids).logits, loading.load(tiny_llama, recipe)(ids).logits)
 
 
+@pytest.mark.slow
 def test_a_new_task_and_a_new_run_measure_only_what_is_new(run_dir, tiny_llama, typed):
     before = kept(run_dir.parent)
     assert len(before) == 2 * 3  # a text, a task and the continuations of two models
@@ -207,6 +208,7 @@ def test_the_batch_size_is_a_number_or_auto():
     assert load(["evaluate.batch_size=auto"]).evaluate.batch_size == "auto"
 
 
+@pytest.mark.slow
 def test_an_adapter_kept_apart_is_evaluated_on_the_pruned_model(run_dir, tiny_llama, typed):
     settings = (f"model={tiny_llama}", f"run_dir={run_dir}", "stages=[prune,finetune,evaluate]")
     before, found = kept(run_dir.parent), {}

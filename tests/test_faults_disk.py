@@ -14,6 +14,8 @@ from pipeline.stages import space
 from tests import harm
 from tests.conftest import PRUNE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def disk(tmp_path):

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.models import model_files
 
+pytestmark = pytest.mark.slow
+
 UP = "model.layers.1.mlp.up_proj.weight"
 NORM = "model.layers.1.post_attention_layernorm.weight"
 

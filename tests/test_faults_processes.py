@@ -18,6 +18,8 @@ from pipeline.settings import reader
 from pipeline.stages import runner
 from tests.launches import end, fork
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def quick_hearts(monkeypatch):

@@ -54,6 +54,7 @@ def test_tokens_of_another_vocabulary(tiny_llama, tmp_path, refused, token):
     assert f"holds token {token}, the model knows" in line
 
 
+@pytest.mark.slow
 def test_fewer_batches_than_processes(tiny_llama, tmp_path):
     settings = (f"model={tiny_llama}", *PRUNE, "calibration.samples=2", f"run_dir={tmp_path}")
     seen = espalier(*settings, processes=2, expect=None)

@@ -11,6 +11,8 @@ from pipeline.runtime.errors import UserError
 from pipeline.settings import reader, schema
 from pipeline.sparsity import masks
 
+pytestmark = pytest.mark.slow
+
 KEYS = [*schema.plain(reader.load([]))["prune"], "x"]
 VALUES = some.one_of(
     some.text(max_size=20), some.integers().map(str), some.floats().map(str), some.sampled_from(["[", "{a: b}", "null"])

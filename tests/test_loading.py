@@ -1,10 +1,7 @@
 """A model folder is loaded whole and exactly, or refused in a line; what is written has the names that its input had."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
@@ -37,11 +34,9 @@ from pipeline.commands.verify import checked
 from pipeline.models import file_names, loading, model_files
 from pipeline.models.model_files import Tensors
 from pipeline.models.rewrite import layers, parameters, rewrite
-from pipeline.runtime import files
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 from pipeline.sparsity.masks import Masks
-from tests.conftest import ROOT
 from tests.families import WHOLE, tiny
 from tests.test_decoder import small_model
 
@@ -71,6 +66,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         assert torch.equal(ours[name], tensor), name
 
 
+@pytest.mark.slow
 def test_a_family_is_loaded_whole(family):
     name, folder = family
     theirs, ours = by_its_class(name, folder), loading.load(folder, Recipe())
@@ -79,6 +75,7 @@ def test_a_family_is_loaded_whole(family):
     assert torch.equal(ours(input_ids=IDS).logits, theirs(input_ids=IDS, use_cache=False).logits)
 
 
+@pytest.mark.slow
 def test_a_family_is_written_under_the_names_it_had(family, tmp_path, monkeypatch):
     """Bit for bit, but for what is changed, which is named as in memory; layer by layer, and all at once."""
     name, folder = family
@@ -107,6 +104,7 @@ def test_a_family_is_written_under_the_names_it_had(family, tmp_path, monkeypatc
     same(after, expected)
 
 
+@pytest.mark.slow
 def test_a_familys_parameters_are_streamed_as_they_are_in_memory(family):
     name, folder = family
     model = loading.load(folder, Recipe())
@@ -353,15 +351,3 @@ def test_all_that_lies_beside_the_weights_is_copied(tiny_llama, tmp_path):
     for path in origin.rglob("*"):
         if path.is_file() and path.suffix != ".safetensors":
             assert (tmp_path / "target" / path.relative_to(origin)).read_bytes() == path.read_bytes(), path
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
-def test_files_have_the_mode_of_the_users_umask(tmp_path, umask):
-    code = (
-        "import torch, sys; from pathlib import Path; from safetensors.torch import save_file; from pipeline import files\n"
-        "with files.atomic_write(Path(sys.argv[1])) as tmp: save_file({'a': torch.ones(1)}, tmp)\n"
-    )
-    path = tmp_path / "model.safetensors"
-    subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, check=True, preexec_fn=lambda: os.umask(umask))
-    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
-    assert os.umask(files.UMASK) == files.UMASK  # which reading it has not changed

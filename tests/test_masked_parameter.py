@@ -67,6 +67,7 @@ def merged_into(plain: nn.Module, recovery) -> nn.Module:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_merge_is_forward_and_exactly_sparse_and_the_folder_gives_it_again(family, tmp_path):
     model, masks = with_masks(tiny(family))
     pruned, again, before = copy.deepcopy(model), copy.deepcopy(model), logits(model)
@@ -287,6 +288,7 @@ def launched(folder: str, family: str, strategy: str) -> None:
         torch.save(plain.state_dict(), target / "merged.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_train_experts_as_one_by_ddp_and_by_fsdp(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     line = [*command(processes=2)[:-1], tmp_path / "script.py", tmp_path]

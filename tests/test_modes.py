@@ -3,6 +3,7 @@ user has chosen."""
 
 import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 import launch
 from pipeline.runtime import files, lock
-from tests.conftest import QUICK
+from tests.conftest import QUICK, ROOT
 
 SMALL = (
     *QUICK,
@@ -54,6 +55,7 @@ def typed(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_finished_run_and_what_commands_make_of_it(umask, typed, tmp_path):
     folder = tmp_path / "all"
     folder.mkdir()
@@ -67,6 +69,21 @@ def test_a_finished_run_and_what_commands_make_of_it(umask, typed, tmp_path):
     typed("export", folder / "run/prune/model", masks, folder / "compact")
     typed("expand", folder / "compact", folder / "expanded")
     check(folder, umask)
+
+
+def test_the_umask_is_the_users_and_reading_it_changes_nothing(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from safetensors.numpy import save_file; import numpy\n"
+        "from pipeline.runtime import files\n"
+        "with files.atomic_write(Path(sys.argv[1])) as tmp: save_file({'a': numpy.ones(1)}, tmp)\n"
+        "assert os.umask(0) == files.UMASK\n"
+    )
+    for umask in (0o022, 0o027, 0o077):
+        path = tmp_path / f"{umask}.safetensors"
+        subprocess.run(
+            [sys.executable, "-c", code, path], cwd=ROOT, check=True, preexec_fn=lambda it=umask: os.umask(it)
+        )
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_a_lock(umask, tmp_path):

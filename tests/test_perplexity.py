@@ -118,6 +118,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same(tmp_path):
     mp.spawn(_rank, (2, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
@@ -160,6 +161,7 @@ def test_layer_by_layer_is_the_whole_model_to_the_bit(family):
     assert told == ["layer 1 of 3", "layer 2 of 3", "layer 3 of 3"]
 
 
+@pytest.mark.slow
 def test_is_the_papers_loop_on_a_real_model_and_text(stories, hub):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
     for spec in ("wikitext2", "local/stories"):

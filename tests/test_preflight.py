@@ -103,6 +103,7 @@ def test_the_disk_must_hold_all_stages(tiny_llama, tmp_path, refused, typed):
         harm.undo(tmp_path)
 
 
+@pytest.mark.slow
 def test_it_takes_less_than_three_seconds(stories, hub, tmp_path):
     """Of 1.5 s measured on a busy machine with two cores, 1.1 s are lm-eval's import."""
     texts = ["calibration.dataset=local/stories", "finetune.dataset=local/stories", "evaluate.perplexity=[wikitext2]"]

@@ -44,6 +44,7 @@ def test_equal_to_the_textbook(tiny_llama, tmp_path, method, sparsity):
 
 @pytest.mark.parametrize("sparsity", ["2of4", "0.5"])
 @pytest.mark.parametrize("method", [*textbook.SCORES, "sparsegpt", *textbook.ABLATIONS])
+@pytest.mark.slow
 def test_equal_to_the_textbook_on_a_trained_model(stories, hub, tmp_path, method, sparsity):
     more = (f"prune.sparsity={sparsity}", f"prune.method={method}", "calibration.batch_size=1", f"mirror={hub}")
     more += ("calibration.dataset=local/stories", "calibration.seq_len=128")
@@ -92,6 +93,7 @@ def test_the_folder_is_an_ordinary_model(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_every_method_on_every_pattern(tiny_llama, tmp_path, method):
     for sparsity, ratio in {"2of4": 0.5, "1of8": 0.875, "0.5": 0.5, "0.3": 0.3}.items():
         masks, _ = pruned(tiny_llama, tmp_path / sparsity, f"prune.method={method}", f"prune.sparsity={sparsity}")
@@ -129,6 +131,7 @@ def families(tiny_llama, tmp_path_factory):
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_every_family_is_pruned_saved_and_loaded(families, tmp_path, family, method):
     origin = families(family)
     masks, _ = pruned(origin, tmp_path / "p", f"prune.method={method}", "prune.sparsity=2of4")
@@ -222,6 +225,7 @@ def test_killed_at_a_layer_it_goes_on_there(tiny_llama, tmp_path, monkeypatch):
     assert (tmp_path / "p/masks.safetensors").read_bytes() == (tmp_path / "whole/masks.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_prune_as_one_by_every_method(tiny_llama, tmp_path):
     """One launch prunes by all methods, so that two processes need not start for each."""
     script = tmp_path / "all_methods.py"

@@ -68,6 +68,7 @@ def check_plain(model, folder: Path, target: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", BITSANDBYTES)
+@pytest.mark.slow
 def test_bitsandbytes(tmp_path, family, kind, capsys):
     size = {"n_inner": 128} if family == "gpt2" else {"intermediate_size": 128, "head_dim": 16}
     saved(family, tmp_path / "dense", hidden_size=64, **size)  # what bitsandbytes' kernels for a CPU take
@@ -106,6 +107,7 @@ def in_float8(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor, T
     ("family", "block"),
     [("llama", (16, 16)), ("llama", (32, 20)), ("llama", (128, 128)), ("mixtral", (16, 8)), ("mixtral", (20, 20))],
 )
+@pytest.mark.slow
 def test_float8(tmp_path, family, block):
     """Also where the last block of a matrix is cut off."""
     weights = load_file(saved(family, tmp_path / "dense") / "model.safetensors")
@@ -207,6 +209,7 @@ def test_a_quantisation_that_only_the_language_model_of_a_checkpoint_names(tmp_p
     assert loading.quantization(tmp_path) == "gptq"
 
 
+@pytest.mark.slow
 def test_a_quantised_model_is_pruned_into_a_plain_one(tiny_llama, tmp_path, finishes):
     folder, exact = tmp_path / "model", load_file(tiny_llama / "model.safetensors")
     shutil.copytree(tiny_llama, folder)

@@ -41,6 +41,7 @@ def reconstructed(model, where, *more):
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ALIKE])
+@pytest.mark.slow
 def test_every_family_comes_closer_to_its_dense_layers_and_keeps_its_masks(families, tmp_path, family):  # noqa: F811
     origin = families(family)
     masks, before = pruned(origin, tmp_path / "prune", "prune.sparsity=2of4")
@@ -82,6 +83,7 @@ def test_the_errors_of_the_table_are_those_of_the_whole_model(tiny_llama, tmp_pa
         assert row["error_after"] == pytest.approx(relative.square().mean().sqrt().item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_trained_model_gets_most_of_its_perplexity_back(stories, hub, tmp_path):
     more = (f"mirror={hub}", "calibration.dataset=local/stories", "calibration.seq_len=128", "calibration.samples=64")
     more += ("reconstruct.samples=64", "reconstruct.batch_size=8", "reconstruct.accumulate=1", "reconstruct.lr=0.05")
@@ -148,6 +150,7 @@ def test_the_best_epoch_stays():
     assert layer.weight.equal(seen[1]) and not layer.weight.equal(seen[0])
 
 
+@pytest.mark.slow
 def test_killed_at_a_layer_it_goes_on_there(tiny_llama, tmp_path, monkeypatch):
     pruned(tiny_llama, tmp_path / "prune")
     expected, _ = reconstructed(tiny_llama, tmp_path)
@@ -171,6 +174,7 @@ def test_killed_at_a_layer_it_goes_on_there(tiny_llama, tmp_path, monkeypatch):
     assert all(weights[name].equal(expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_the_command_with_two_processes_ends_as_one_and_tells_of_each_model(tiny_llama, tmp_path):
     chosen = "stages=[prune,reconstruct,finetune,evaluate]"
     espalier(f"model={tiny_llama}", *QUICK, *SETTINGS, chosen, f"run_dir={tmp_path}/two", processes=2)

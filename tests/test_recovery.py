@@ -45,6 +45,7 @@ def pruned(request, tiny_llama, tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
 def test_every_way_ends_exactly_sparse_and_has_learnt(pruned, tiny_llama, tmp_path, way):
     finetune.run(settings(tiny_llama, *WAYS[way]), tmp_path, {"prune": pruned})
     masks, _ = Masks.load(pruned / "masks.safetensors")
@@ -135,6 +136,7 @@ def test_dropout_acts_on_the_branch_alone():
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.slow
 def test_quantised_weights_keep_their_zeros_and_nearly_all_else(stories, tmp_path, kind):
     model, masks = with_masks(AutoModelForCausalLM.from_pretrained(stories))
     model.save_pretrained(tmp_path)
@@ -248,6 +250,7 @@ processes.stop()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_by_ddp_and_by_fsdp_and_resume_to_the_bit(tiny_llama, tmp_path):
     pruned = tmp_path / "pruned"
     pruned.mkdir()
@@ -283,6 +286,7 @@ def column(path, index: int) -> list[float]:
     return [float(cell) for cell in cells if cell]
 
 
+@pytest.mark.slow
 def test_stories_lora_and_full_give_bits_of_bfloat16_models(stories, tmp_path):
     """A bfloat16 model ends in bfloat16, as sparse, whichever precision trained it."""
     model, masks = with_masks(AutoModelForCausalLM.from_pretrained(stories, dtype=torch.bfloat16))

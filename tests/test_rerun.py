@@ -92,6 +92,7 @@ def test_edited_code_decides_for_the_stages_that_use_it(source, path, edits, aga
     assert all(packages == {str(Path(path).parent)} for packages in found.values())
 
 
+@pytest.mark.slow
 def test_a_run_sees_edited_code_and_measures_again_by_it(source, again, tmp_path):
     edit(source / SCORES, *STATEMENT)
     said = again()
@@ -110,6 +111,7 @@ def test_a_run_sees_edited_code_and_measures_again_by_it(source, again, tmp_path
     assert set(said.values()) == {"done before"}
 
 
+@pytest.mark.slow
 def test_a_stage_named_by_rerun_runs_again_and_no_other(again, tmp_path):
     measured = {path: path.stat().st_mtime_ns for path in tmp_path.glob(".measured/*.json")}
     for rerun, stages in (("prune", {"prune"}), ("[evaluate,report]", {"evaluate", "report"})):

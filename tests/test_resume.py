@@ -54,6 +54,7 @@ def trained(tiny_llama, tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("damaged", [None, "model/model-00001-of-00004.safetensors", "masks/00001.safetensors"])
+@pytest.mark.slow
 def test_a_signal_in_a_layer_and_a_file_damaged_since(tiny_llama, whole_masks, tmp_path, typed, monkeypatch, damaged):
     (tmp_path / "mine.py").write_text(MINE)
     settings = (f"model={tiny_llama}", f"run_dir={tmp_path}/run", f"prune.method={tmp_path}/mine.py")
@@ -74,6 +75,7 @@ def test_a_signal_in_a_layer_and_a_file_damaged_since(tiny_llama, whole_masks, t
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_a_signal_in_a_training_and_a_checkpoint_damaged_since(trained, tmp_path, typed, number):
     whole, settings = trained
     metrics = tmp_path / "run/.finetune/metrics.csv"
@@ -98,6 +100,7 @@ def test_a_signal_in_a_training_and_a_checkpoint_damaged_since(trained, tmp_path
     assert weights(tmp_path / "run") == weights(whole)
 
 
+@pytest.mark.slow
 def test_a_run_folder_may_be_relative_or_reached_by_a_link(tiny_llama, tmp_path, monkeypatch, typed):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
@@ -128,6 +131,7 @@ def test_a_signal_elsewhere_stops_at_once_and_a_second_one_always(capsys):
 @pytest.mark.parametrize(
     "file", ["prune/masks.safetensors", "prune/model/config.json", "finetune/model/model-00001-of-00001.safetensors"]
 )
+@pytest.mark.slow
 def test_a_finished_stage_that_is_damaged_is_made_again_and_no_other(trained, typed, file):
     run_dir, settings = trained
     before = weights(run_dir)
@@ -140,6 +144,7 @@ def test_a_finished_stage_that_is_damaged_is_made_again_and_no_other(trained, ty
     assert weights(run_dir) == before
 
 
+@pytest.mark.slow
 def test_stages_made_from_other_weights_than_are_there_now_are_made_again(trained, typed, tmp_path):
     """As where a damaged prune stage comes out otherwise on another GPU."""
     run_dir, settings = shutil.copytree(trained[0], tmp_path / "run"), trained[1]
@@ -149,6 +154,7 @@ def test_stages_made_from_other_weights_than_are_there_now_are_made_again(traine
     assert code == 0 and "prune: done before" in said and "finetune: read.prune" in said, said
 
 
+@pytest.mark.slow
 def test_what_decides_nothing_does_not_run_a_stage_again(trained, typed):
     run_dir, settings = trained
     changed = ("finetune.checkpoint_every=7", "finetune.effective=cached", "prune.hidden_states=cpu")
@@ -165,6 +171,7 @@ def test_a_method_of_ones_own_that_changed_prunes_again(tiny_llama, tmp_path, ty
         assert code == 0 and says in said, said
 
 
+@pytest.mark.slow
 def test_what_a_stage_goes_on_from_stays_until_it_is_known_to_be_finished(trained, tmp_path, typed, monkeypatch):
     whole, settings = trained
 
@@ -183,6 +190,7 @@ def test_what_a_stage_goes_on_from_stays_until_it_is_known_to_be_finished(traine
     assert not [path for name in runner.SCRATCH for path in (tmp_path / "run").glob(f"*/{name}")]
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_end_of_a_stage_and_its_renaming(trained, typed):
     run_dir, settings = trained
     (run_dir / "prune").rename(run_dir / ".prune")
@@ -190,6 +198,7 @@ def test_a_kill_between_the_end_of_a_stage_and_its_renaming(trained, typed):
     assert code == 0 and said.count("done before") == 2
 
 
+@pytest.mark.slow
 def test_a_copied_run_is_done(trained, tmp_path, typed):
     run_dir, settings = trained
     for path in run_dir.rglob("*"):

@@ -17,6 +17,8 @@ from pipeline.recovery import lora
 from pipeline.sparsity.masks import Masks
 from tests.conftest import QUICK, ROOT, command, environment, espalier
 
+pytestmark = pytest.mark.slow
+
 
 def weights(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}

@@ -22,6 +22,7 @@ def files(runs) -> dict:
     return {path: path.stat().st_mtime_ns for path in (runs / ".sampled").rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_it_is_drawn_from_the_models_own_distribution(tiny_llama):
     """The second token's frequencies are the model's probabilities, whatever generation_config.json asks for."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
@@ -79,6 +80,7 @@ def test_it_is_kept_beside_the_runs_and_goes_on_where_it_was_killed(tiny_llama, 
     assert len(files(tmp_path / "runs")) == 4  # another dtype is another model
 
 
+@pytest.mark.slow
 def test_a_run_calibrates_by_it_on_any_number_of_processes(tiny_llama, tmp_path, finishes):
     settings = [f"model={tiny_llama}", *SELF]
     one, said = finishes(tmp_path / "one/run", *settings)
@@ -90,6 +92,7 @@ def test_a_run_calibrates_by_it_on_any_number_of_processes(tiny_llama, tmp_path,
     Masks.load(tmp_path / "one/other/prune/masks.safetensors")[0].check_patterns()
 
 
+@pytest.mark.slow
 def test_reconstruction_reads_the_dense_models_text_too(tiny_llama, tmp_path, typed):
     settings = [
         *SELF,

@@ -110,6 +110,7 @@ def test_no_token_to_mend_with_is_refused():
 
 
 @pytest.mark.parametrize("change", ["an end is appended", "no end", "no padding"])
+@pytest.mark.slow
 def test_scores_do_not_suffer(mirror, change):  # noqa: F811
     """What a tokenizer appends or lacks changes no score."""
     model = random_llama()
@@ -157,6 +158,7 @@ def sound(tiny_llama, tmp_path_factory) -> tuple:
 
 
 @pytest.mark.parametrize("change", ["[PAD]", "no end", "appends"])
+@pytest.mark.slow
 def test_a_whole_run_with_each(tiny_llama, sound, tmp_path, typed, change):
     """All that it finds is as with a sound tokenizer, and what was mended is said."""
     folder = tmp_path / "model"

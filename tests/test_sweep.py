@@ -74,6 +74,7 @@ def test_a_mistake_in_any_cell_is_said_before_all_work(tmp_path, monkeypatch, ca
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.slow
 def test_killed_and_repeated_it_does_what_is_missing_and_nothing_twice(tiny_llama, tmp_path, monkeypatch):
     folder = tmp_path / "sweep"
     own = [f"model={tiny_llama}", *QUICK]
@@ -111,6 +112,7 @@ def test_killed_and_repeated_it_does_what_is_missing_and_nothing_twice(tiny_llam
         assert not (cell / "stage.json").samefile(alone / "stage.json")  # a run on its own takes over nothing
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_leaves_the_others_alone_on_two_processes_too(tiny_llama, tmp_path):
     settings = [f"model={tiny_llama}", *QUICK, "stages=[prune,evaluate,report]", f"run_dir={tmp_path}/sweep"]
     said = espalier(

@@ -57,6 +57,7 @@ def with_dropout() -> nn.Module:
 
 
 @pytest.mark.parametrize("batch", sorted(random.Random(0).sample(range(20), 10)))
+@pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted(tmp_path, batch):
     whole, broken = with_dropout(), with_dropout()
     fit(whole, WINDOWS, schedule(), 0, tmp_path / "whole")
@@ -135,6 +136,7 @@ def test_a_step_the_scaler_skips_is_not_counted():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.slow
 def test_optimizers_of_bitsandbytes_keep_masks_and_resume_to_the_bit(tmp_path, optimizer):
     chosen = schedule(optimizer=optimizer)
     wide = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes keeps tensors below 4096 weights in float32
@@ -197,6 +199,7 @@ def test_a_checkpoint_that_is_not_whole_is_written_anew(tmp_path):
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_does_not_go_on_and_says_so(tmp_path):
     fit(small_model("llama"), WINDOWS, schedule(max_steps=10), 0, tmp_path)
     (path,) = (tmp_path / "checkpoints").glob("*.ckpt")
@@ -216,6 +219,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkp
         assert all(value.isfinite().all() for value in torch.load(path, weights_only=True)["state_dict"].values())
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_what_the_csv_holds(tmp_path):
     fit(small_model("llama"), WINDOWS, schedule(loggers=["tensorboard"]), 0, tmp_path)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -107,6 +107,7 @@ def test_apply_makes_the_pruned_model_from_the_dense_one(tiny_llama, pruned, tmp
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+@pytest.mark.slow
 def test_matrices_that_are_stored_otherwise(tmp_path, typed, family):
     """Transposed ones, and experts, which old checkpoints keep one by one."""
     model, masks = small_model(family), Masks()

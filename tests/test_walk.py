@@ -63,6 +63,7 @@ KINDS = (
 
 
 @pytest.mark.parametrize("family", KINDS)
+@pytest.mark.slow
 def test_pruned_exactly_and_nothing_else_changed_and_resumed_to_the_bit(origin, tokens, tmp_path, monkeypatch, family):
     folder = origin(family)
     masks, _ = pruned(folder, tmp_path / "whole", tokens)
@@ -136,6 +137,7 @@ def test_shared_weights_are_pruned_and_written_once(origin, tokens, tmp_path):
     assert len(shared) == len({name.partition("shared_transformer")[2] for name in shared}) > 0
 
 
+@pytest.mark.slow
 def test_experts_that_a_process_never_reaches_count_with_what_others_saw(origin, tokens, tmp_path, capsys):
     """Two processes see 16 tokens each; of 2 x 4 x 4 experts, some are reached on one of them alone."""
     folder, few = (
@@ -170,6 +172,7 @@ def test_a_layer_that_returns_no_tensor_is_refused():
         hidden_states(object())
 
 
+@pytest.mark.slow
 def test_reconstruction_of_shared_blocks_writes_the_model_that_it_walked(origin, tokens, tmp_path, monkeypatch):
     """What blocks share is trained with the first of them: its shard has been written when the others are trained."""
     folder, reached = origin("zamba2"), []

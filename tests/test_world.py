@@ -87,6 +87,7 @@ def test_no_answer_is_given_away(task):
     assert max(common.values()) / len(rows) <= limit
 
 
+@pytest.mark.slow
 def test_lm_eval_finds_a_random_model_near_chance():
     torch.manual_seed(0)
     model = HFLM(pretrained=LlamaForCausalLM(_config()), tokenizer=world.tokenizer(), batch_size=200, device="cpu")

@@ -22,8 +22,8 @@ from pipeline.evaluation.zero_shot import zero_shot
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Evaluate
 from tests import test_perplexity
+from tests.conftest import SHARED
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 HUB, STORIES = SHARED / "data" / "hub", SHARED / "models" / "stories260k"
 with_shared = pytest.mark.skipif(not (HUB.is_dir() and STORIES.is_dir()), reason="needs ../shared")
 METRICS = {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
@@ -151,6 +151,7 @@ def test_examples_come_from_the_training_split(mirror):
         assert (prompt.count("the training?"), prompt.count("the row?")) == (fewshot, 1)
 
 
+@pytest.mark.slow
 def test_the_default_tasks_run_from_a_mirror(mirror, tmp_path):
     for place, row in OTHER_ROWS.items():
         write(tmp_path, *place.split(), [row] * 3)
