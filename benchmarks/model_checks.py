@@ -21,7 +21,8 @@ from pipeline.models import loading, model_files
 from pipeline.reporting import series
 from pipeline.settings.schema import Recipe
 from pipeline.sparsity.masks import Masks
-from tests import families, walking
+from tests import families
+from tests.engine import walking
 from tests.family_sizes import WIDTH
 
 CLOSE = 1e-5  # of logits and perplexities, relative

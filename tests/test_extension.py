@@ -18,7 +18,7 @@ from pipeline.settings import reader, schema
 from pipeline.sparsity.masks import Masks
 from pipeline.stages import runner
 from tests.conftest import QUICK, ROOT, environment
-from tests.test_report import Page
+from tests.reporting.test_report import Page
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
 (LINE,) = re.findall(r'^    Stage\("histogram".*\n', (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M)

@@ -44,6 +44,7 @@ def test_its_keys_and_methods_exist():
                 assert name in reader.available()
 
 
+@pytest.mark.slow
 def test_its_snippets_run_through_the_whole_pipeline(tiny_llama, tmp_path):
     mine = {"prune.method": snippet("PruneMethod"), "prune.sparsity": snippet("(Pattern)")}
     for setting, text in mine.items():

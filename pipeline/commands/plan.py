@@ -64,7 +64,11 @@ def _stages(recipe: Recipe, outside: dict | None):
             yield f"{stage.name}: runs again, unless {first} comes out as before and no setting has changed"
         elif first:
             yield f"{stage.name}: runs"
-        elif (why := runner.why_again(finished, runner.made_from(stage, recipe, done, outside))) is None:
+        elif (
+            why := runner.why_again(
+                finished, runner.made_from(stage, recipe, done, outside), stage.name in recipe.rerun
+            )
+        ) is None:
             about = checksums.read(finished)
             yield f"{stage.name}: done before ({about['finished']}, in {about['seconds']:.0f} s)"
             done[stage.name] = runner.outcome_of(finished)

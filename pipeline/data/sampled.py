@@ -21,12 +21,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from pipeline.data import special_tokens
 from pipeline.models import loading, model_files, placement
-from pipeline.runtime import files, memory, processes
+from pipeline.runtime import code, files, memory, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 
 BATCH = 16  # samples per batch; it affects their last bits, so it is part of the cache key
-FORM = 1  # version of the cache format
 EVERY = 30  # seconds between progress lines
 
 
@@ -38,8 +37,8 @@ def dense_folder(recipe: Recipe) -> Path:
 def samples(recipe: Recipe, dense: Path, count: int, seq_len: int) -> Tensor:
     """(count, seq_len) token ids, the same on all ranks and for any number of them. All ranks must call it.
 
-    Batches are cached in `<runs>/.sampled/` by model and settings: an interrupted run continues, other runs reuse them, and
-    fewer samples are a prefix of more.
+    Batches are cached in `<runs>/.sampled/` by model, settings and code: an interrupted run continues, other runs reuse them,
+    and fewer samples are a prefix of more.
     """
     tokenizer = loading.tokenizer(dense, recipe)
     identity = processes.from_main(model_files.identity(dense) if processes.is_main() else None)
@@ -48,7 +47,7 @@ def samples(recipe: Recipe, dense: Path, count: int, seq_len: int) -> Tensor:
         "dtype": recipe.dtype,
         "seq_len": seq_len,
         "seed": recipe.seed,
-        "form": FORM,
+        "code": code.fingerprint(__name__),
         "at_once": BATCH,
     }
     cache = Path(recipe.run_dir).parent / ".sampled" / files.digest(about)

@@ -1,4 +1,5 @@
-"""Measures a model (perplexity, tasks, continuations) and caches the results in `<runs>/.measured/` by model and settings."""
+"""Measures a model (perplexity, tasks, continuations) and caches the results in `<runs>/.measured/` by model, settings and the
+code that measures."""
 
 import functools
 import sys
@@ -18,11 +19,10 @@ from pipeline.evaluation.perplexity import full_logits, perplexity, streamed_log
 from pipeline.evaluation.tasks import identity
 from pipeline.evaluation.zero_shot import zero_shot
 from pipeline.models import loading, model_files, placement
-from pipeline.runtime import files, processes
+from pipeline.runtime import code, files, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 
-FORM = 2  # version of the cache format
 EVERY = 30  # seconds between progress lines
 
 
@@ -57,7 +57,8 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
     model = functools.cache(lambda: placement.place(where(), functools.partial(subject.load, recipe)))
     identity_hash = processes.from_main(subject.identity() if processes.is_main() else None)
     model_key = {"model": identity_hash, "dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation}
-    cached = functools.partial(_cached, Path(recipe.run_dir).parent / ".measured")
+    model_key |= {"code": code.fingerprint(__name__)}
+    cached = functools.partial(_cached, Path(recipe.run_dir).parent / ".measured", "evaluate" in recipe.rerun)
     found: dict[str, Any] = {"hash": identity_hash, "perplexity": {}, "perplexity_stderr": {}, "zero_shot": {}}
     losses: dict[str, list[float]] = {}
     correct: dict[str, list[float]] = {}
@@ -143,11 +144,10 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
     return found, {"losses": losses, "correct": correct}
 
 
-def _cached(cache: Path, key: dict, find: Callable[[], Any]) -> Any:
-    """The cached measurement, or the result of `find`, which is then cached; the same on all ranks."""
-    key = key | {"form": FORM}
+def _cached(cache: Path, again: bool, key: dict, find: Callable[[], Any]) -> Any:
+    """The cached measurement; else, or if `again`, the result of `find`, which is then cached. The same on all ranks."""
     path = cache / f"{files.digest(key)}.json"
-    before = processes.from_main(files.read_json(path))
+    before = None if again else processes.from_main(files.read_json(path))
     if before is not None:
         return before["measured"]
     try:

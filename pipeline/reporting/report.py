@@ -82,6 +82,7 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> tuple[dict[str, Any], di
     machines = _once(stage.get("machine") for stage in about.values())
     total = summary.duration(sum(stage["seconds"] for stage in about.values()))
     used = {key: value for key, value in plain(recipe).items() if key not in STAGES or key in recipe.stages}
+    del used["rerun"]  # of this one command
     text = OmegaConf.to_yaml(used).strip()
     stages = ["stage", f"time, {LAST_START}", "peak memory", "processes", "finished (UTC)"]
     tables = [

@@ -40,6 +40,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error} (the same command goes on here, once that is mended)") from error
 
 
+def apply_umask(folder: Path) -> None:
+    """Gives every file in a folder the mode that `open` would have given it: libraries that write safetensors leave 0600.
+
+    Folders are as `mkdir` made them; a chmod would clear the set-group-ID bit of a shared one.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~UMASK)
+
+
 def _flush(path: Path) -> None:
     number = os.open(path, os.O_RDONLY)
     try:

@@ -2,6 +2,11 @@
 
 `<run_dir>/.lock` names the process that holds it, which touches the file every `BEAT` seconds. A lock is stale when that
 process is gone, or, where this cannot be seen because it ran elsewhere, when the file is not touched any more.
+
+Not one of `filelock`'s (4.2), each of which lacks something here. FileLock is flock: mounts with local_lock (NFS) or localflock
+(Lustre) keep it to one machine, so two would hold it, and it does not name its holder. SoftFileLease is nearest, but takes a
+stale lock over by renameat2's exchange, which NFS and SMB refuse: there a killed run would block its folder for ever (tried:
+with the exchange refused, it waits until it times out). StrictSoftFileLock never clears the lock of another machine.
 """
 
 import fcntl
@@ -69,7 +74,7 @@ def is_seen(run_dir: Path, token: str) -> bool:
 
 def _create(path: Path, text: str) -> bool:
     try:
-        number = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        number = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
         return False
     try:

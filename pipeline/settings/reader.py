@@ -1,6 +1,6 @@
 """Owns the way from a recipe file and the command line to a `Recipe`, and the answers to what is wrong in them.
 
-defaults < `extends:` chain < recipe file < `key=value` on the command line.
+defaults < `extends:` chain < recipe file < its variant, if one is chosen < `key=value` on the command line.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ def load(argv: list[str]) -> Recipe:
             raise UserError(f"cannot read argument '{argument}': settings are written key=value, such as recipe=tiny")
     given = [argument for argument in argv if not argument.startswith("recipe=")]
     names = [argument.removeprefix("recipe=") for argument in argv if argument.startswith("recipe=")] or ["tiny"]
-    return checked([*_files(names[-1]), _from_dotlist(given)], f"runs/{Path(names[-1]).stem}")
+    return checked([*_layers(names[-1])[0], _from_dotlist(given)], f"runs/{Path(names[-1]).stem}")
 
 
 def checked(layers: list[dict], run_dir: str = "runs/unnamed") -> Recipe:
@@ -46,11 +46,13 @@ def checked(layers: list[dict], run_dir: str = "runs/unnamed") -> Recipe:
 
 def named(name: str) -> Recipe:
     """The recipe of that name as its files have it, unchecked: for a list, which must not load torch."""
-    return _merged(_files(name))
+    return _merged(_layers(name)[0])
 
 
 def _merged(layers: list[dict]) -> Recipe:
     for layer in layers:
+        if isinstance(layer.get("rerun"), str):
+            layer["rerun"] = [layer["rerun"]]  # rerun=prune
         _refuse_unknown(layer, Recipe, "")
     merged = OmegaConf.structured(Recipe)
     for layer in layers:
@@ -62,33 +64,49 @@ def _merged(layers: list[dict]) -> Recipe:
 
 
 def available() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    """The names of all recipes of the project, and of their variants."""
+    names = []
+    for path in sorted(RECIPES.glob("*.yaml")):
+        names += [path.stem, *(f"{path.stem}_{variant}" for variant in _read(path)[1])]
+    return names
 
 
-def _files(name: str) -> list[dict]:
-    """The recipe file and all that it extends, the base first. `name` is a recipe's name or a path to a .yaml."""
-    layers: list[dict] = []
-    seen: list[Path] = []
-    folder = RECIPES
-    while name:
-        candidates = [folder / f"{name}.yaml", RECIPES / f"{name}.yaml", Path(os.path.expanduser(name))]
-        path = next((c.resolve() for c in candidates if c.suffix == ".yaml" and c.is_file()), None)
-        if path is None:
-            raise UserError(
-                f"no recipe '{name}'{did_you_mean(name, available())}: `espalier recipes` lists what there is"
-            )
-        if path in seen:
-            raise UserError(f"recipe '{name}' extends itself: {' -> '.join(p.stem for p in [*seen, path])}")
-        seen.append(path)
-        try:
-            layer = OmegaConf.to_container(OmegaConf.load(path))
-        except Exception as error:  # yaml's own errors share no base class with omegaconf's
-            raise UserError(f"{path} is not readable YAML: {error}") from None
-        if not isinstance(layer, dict):
-            raise UserError(f"{path} is not a recipe: it should hold key: value lines")
-        name, folder = layer.pop("extends", None), path.parent
-        layers.insert(0, layer)
-    return layers
+def _layers(name: str, folder: Path = RECIPES, seen: tuple[Path, ...] = ()) -> tuple[list[dict], dict[str, dict]]:
+    """The recipe and all that it extends, the base first, and the variants that these define. `name` is a recipe's name or
+    a path to a .yaml, with `_VARIANT` behind it where one is chosen: llama7b_2of4 is the variant 2of4 of llama7b.yaml."""
+    here = [folder / f"{name}.yaml", RECIPES / f"{name}.yaml"]
+    candidates = [Path(os.path.expanduser(name)).resolve()] if name.endswith(".yaml") else here
+    if path := next((path.resolve() for path in candidates if path.is_file()), None):
+        return _read(path, seen)
+    for path in candidates:
+        parts = path.stem.split("_")
+        for i in range(len(parts) - 1, 0, -1):
+            base, variant = path.with_stem("_".join(parts[:i])), "_".join(parts[i:])
+            layers, variants = _read(base, seen) if base.is_file() else ([], {})
+            if variant in variants:
+                return [*layers, variants[variant]], variants
+            if variants:
+                raise UserError(
+                    f"recipe '{base.stem}' has no variant '{variant}'{did_you_mean(variant, list(variants))}"
+                )
+    raise UserError(f"no recipe '{name}'{did_you_mean(name, available())}: `espalier recipes` lists what there is")
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[list[dict], dict[str, dict]]:
+    """As `_layers`, of a file that is there."""
+    if path in seen:
+        raise UserError(f"recipe '{path.stem}' extends itself: {' -> '.join(p.stem for p in [*seen, path])}")
+    try:
+        layer = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # yaml's own errors share no base class with omegaconf's
+        raise UserError(f"{path} is not readable YAML: {error}") from None
+    if not isinstance(layer, dict):
+        raise UserError(f"{path} is not a recipe: it should hold key: value lines")
+    base, own = layer.pop("extends", None), layer.pop("variants", None) or {}
+    if not isinstance(own, dict) or not all(isinstance(variant, dict) for variant in own.values()):
+        raise UserError(f"variants of {path}: write {{name: {{key: value}}}}")
+    layers, variants = _layers(base, path.parent, (*seen, path)) if base else ([], {})
+    return [*layers, layer], variants | {str(name): variant for name, variant in own.items()}
 
 
 def _from_dotlist(arguments: list[str]) -> dict:
@@ -224,6 +242,8 @@ def _check_stages(recipe: Recipe) -> None:
         raise UserError(
             f"model={recipe.model} and a pretrain stage exclude each other: set stages=[prune,finetune,...]"
         )
+    if absent := [stage for stage in recipe.rerun if stage not in recipe.stages]:
+        raise UserError(f"rerun={absent[0]}: it is not in stages=[{','.join(recipe.stages)}]")
     for stage in ("reconstruct", "finetune"):
         if stage in recipe.stages and "prune" not in recipe.stages:
             raise UserError(

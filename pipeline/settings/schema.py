@@ -40,6 +40,8 @@ class Stage:
     reads: tuple[str, ...] | None  # the stages before it whose folders it is given; None is all
     settings: tuple[str, ...]  # the keys of the recipe that decide what it writes
     model: str | None = None  # what the model is called that it leaves
+    # packages that only say how it looks (a model card): an edit there runs no long stage again
+    display: tuple[str, ...] = ("pipeline/reporting",)
 
 
 MODEL = ("dtype", "attn_implementation", "trust_remote_code")
@@ -50,7 +52,7 @@ TABLE = (
     Stage("reconstruct", BEFORE[:2], (*MODEL, "calibration", "reconstruct", "seed"), "reconstructed"),
     Stage("finetune", BEFORE[:3], (*MODEL, "finetune", "seed"), "finetuned"),
     Stage("evaluate", BEFORE, (*MODEL, "evaluate", "seed")),
-    Stage("report", None, ("model", "stages")),
+    Stage("report", None, ("model", "stages"), display=()),
 )
 STAGES = {stage.name: stage for stage in TABLE}  # in the order in which they run
 
@@ -205,7 +207,8 @@ class Recipe:
     trust_remote_code: bool = setting(False, "run code that comes with the model")
     run_dir: str | None = setting(None, "where the run works; null: runs/<recipe>")
     seed: int = setting(0, "of all that is drawn", low=0)
-    stages: list[str] = setting(["prune", "finetune", "evaluate", "report"], "what the run does", choices=STAGES)
+    stages: list[str] = setting(["prune", "finetune", "evaluate", "report"], "what the run does", choices=tuple(STAGES))
+    rerun: list[str] = setting([], "finished stages that run again; in no stage's key", choices=tuple(STAGES))
     mirror: str | None = setting(None, "a folder laid out as the hub, read instead of it")
     debug: bool = setting(False, "show tracebacks")
     timeout_minutes: float = setting(30.0, "how long the processes wait for the slowest of them", low=0.05)

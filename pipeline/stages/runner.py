@@ -1,7 +1,8 @@
 """Owns a run's state: when a stage of the table (settings/schema.py) is done, and where it works.
 
-A stage is done when `<run_dir>/<stage>/stage.json` holds the key of what it was made from. It works in
-`<run_dir>/.<stage>/`, which is renamed when it is whole: resuming is the same command again.
+A stage is done when `<run_dir>/<stage>/stage.json` holds the key of what it was made from: its settings, what it reads, the
+project's code that decides what it writes. It works in `<run_dir>/.<stage>/`, which is renamed when it is whole: resuming is
+the same command again.
 """
 
 import importlib
@@ -19,11 +20,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline import registry
 from pipeline.data import sources
 from pipeline.evaluation import tasks
 from pipeline.models import loading, model_files
 from pipeline.reporting.report import show
-from pipeline.runtime import checksums, files, hardware, lock, memory, processes
+from pipeline.runtime import checksums, code, files, hardware, lock, memory, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import STAGES, Recipe, Stage, own_code, plain, section
 from pipeline.stages import preflight, siblings, space
@@ -82,7 +84,7 @@ def made_from(stage: Stage, recipe: Recipe, done: dict[str, str], outside: dict)
 
 def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path], made_from: dict) -> None:
     finished, work, key = run_dir / stage.name, run_dir / f".{stage.name}", files.digest(made_from)
-    if processes.from_main(processes.is_main() and _is_done(stage, finished, work, made_from, key)):
+    if processes.from_main(processes.is_main() and _is_done(stage, recipe, finished, work, made_from, key)):
         return
     if processes.is_main():
         begun = checksums.read(work)
@@ -101,6 +103,7 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
     MODULES[stage.name].run(recipe, work, inputs)
     memory_gib = max(processes.all_ranks(memory.peak_gib(processes.device())))
     if processes.is_main():
+        files.apply_umask(work)
         about = {
             "key": key,
             "stage": stage.name,
@@ -133,28 +136,30 @@ def _is_reused(stage: Stage, finished: Path, key: str) -> bool:
     return sibling is not None
 
 
-def _is_done(stage: Stage, finished: Path, work: Path, made_from: dict, key: str) -> bool:
+def _is_done(stage: Stage, recipe: Recipe, finished: Path, work: Path, made_from: dict, key: str) -> bool:
     """Whether there is nothing to do; says so, or why the stage runs. On rank 0."""
     last = checksums.read(work) or {}
     if last.get("key") == key and "finished" in last and not checksums.damaged(work):
         _put_in_place(work, finished)  # a kill came just before
-    why = why_again(finished, made_from)
+    why = why_again(finished, made_from, stage.name in recipe.rerun)
     if why is None:
         print(f"{stage.name}: done before", flush=True)
         return True
-    if _is_reused(stage, finished, key):
+    if stage.name not in recipe.rerun and _is_reused(stage, finished, key):
         return True
     print(f"{stage.name}: {why + ': running again' if why else 'running'}", flush=True)
     return False
 
 
-def why_again(finished: Path, made_from: dict) -> str | None:
+def why_again(finished: Path, made_from: dict, forced: bool = False) -> str | None:
     """Why a stage is to run: "" for the first time, else what differs; None where what is there is whole and the same."""
     before = checksums.read(finished) or {}
     if before.get("key") != files.digest(made_from):
         if before:
             return _difference(before["made_from"], made_from)
         return f"{finished / checksums.OWN} is damaged or missing" if finished.exists() else ""
+    if forced:
+        return f"rerun={finished.name}"
     if damaged := checksums.damaged(finished):
         return f"{finished / damaged[0]} is damaged or missing ({len(damaged)} in all)"
     return None
@@ -221,9 +226,11 @@ def _read_from_outside(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What the stages read from outside, so that a changed model, text, task or method of the user's own is seen, and a
     missing one before any work."""
     found: dict[str, dict[str, Any]] = defaultdict(dict)
+    for stage in STAGES.values():
+        found[stage.name]["code"] = own_fingerprint(stage, recipe)
     for name in recipe.stages:
-        if code := own_code(section(recipe, name) if hasattr(recipe, name) else {}):
-            found[name]["code"] = files.fingerprint(code)
+        if own := own_code(section(recipe, name) if hasattr(recipe, name) else {}):
+            found[name]["own_code"] = files.fingerprint(own)
     if "evaluate" in recipe.stages:
         asked = (recipe.mirror, recipe.evaluate.fewshot)
         found["evaluate"]["tasks"] = {name: tasks.identity(name, *asked) for name in recipe.evaluate.tasks}
@@ -238,10 +245,23 @@ def _read_from_outside(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return found
 
 
+def own_fingerprint(stage: Stage, recipe: Recipe) -> dict[str, str]:
+    """Of the project's code that decides what the stage writes, by package: of the methods, those that the recipe chooses."""
+    chosen = []
+    for key in registry.REGISTRIES:
+        if key.partition(".")[0] in stage.settings:
+            implementation = registry.REGISTRIES[key].entry(registry.value_of(recipe, key)).implementation
+            chosen += [implementation.partition(":")[0]] if isinstance(implementation, str) else []
+    return code.fingerprint(f"pipeline.stages.{stage.name}", *chosen, without=stage.display)
+
+
 def _difference(before: dict, now: dict, prefix: str = "") -> str:
-    """The first setting that differs, as `finetune.lr 0.1 -> 0.2`."""
-    for key in sorted(before.keys() | now.keys()):
+    """The first setting that differs, as `finetune.lr 0.1 -> 0.2`; else the code that does."""
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key == "code", key)):
         old, new = before.get(key), now.get(key)
+        if key == "code" and old != new:
+            old = old if isinstance(old, dict) else {}  # of a version that did not look
+            return f"the code of {', '.join(sorted(name for name in new if old.get(name) != new[name]))} changed"
         if isinstance(old, dict) and isinstance(new, dict):
             if old != new:
                 return _difference(old, new, f"{prefix}{key}.")

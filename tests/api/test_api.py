@@ -1,0 +1,385 @@
+"""The Python API does in memory what the command does on disk, to the bit, and leaves the rest as it was."""
+
+import copy
+import dataclasses
+import inspect
+import json
+import os
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import launch
+from pipeline import api as espalier
+from pipeline.data import world
+from pipeline.settings import schema
+from tests import families
+from tests.conftest import QUICK, typing
+
+TEXTS = world.documents("train")[:400]
+HELD_OUT = world.documents("test")[:40]
+CALIBRATION = {"calibration": TEXTS, "samples": 8, "seq_len": 32, "batch_size": 2}
+TUNING = {"max_steps": 6, "seq_len": 32, "batch_size": 4, "lr": 1e-2, "rank": 16, "alpha": 32}
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path_factory, monkeypatch):
+    """Nothing is written to the current folder, whatever a test does."""
+    folder = tmp_path_factory.mktemp("empty")
+    monkeypatch.chdir(folder)
+    yield folder
+    assert not list(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def run(tiny_llama, tmp_path_factory):
+    """The command on the same texts, with every stage."""
+    folder = tmp_path_factory.mktemp("command")
+    for name, texts in {"train": TEXTS, "test": HELD_OUT}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    chosen = [f"{section}.dataset={folder}/train.jsonl" for section in ("calibration", "finetune")]
+    chosen += [f"evaluate.perplexity=[{folder}/test.jsonl]", "evaluate.continuations=0"]
+    chosen += ["stages=[prune,reconstruct,finetune,evaluate]", "reconstruct.accumulate=1", "reconstruct.epochs=2"]
+    chosen += ["reconstruct.batch_size=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 1)  # so it keeps to one thread, which a busy machine is faster with
+        patch.setattr(sys, "argv", ["launch.py", *QUICK, *chosen, f"model={tiny_llama}", f"run_dir={folder}/run"])
+        assert launch.main() == 0
+    return folder / "run"
+
+
+def loaded(folder):
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def same_weights(model, folder) -> bool:
+    expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    return all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+
+
+def same_masks(one, other) -> bool:
+    return one.patterns == other.patterns and all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_prune_reconstruct_finetune_and_evaluate_equal_the_command(tiny_llama, run):
+    model, tokenizer = loaded(tiny_llama)
+    masks = espalier.prune(model, tokenizer, sparsity="2:4", **CALIBRATION)
+    assert same_masks(masks, espalier.Masks.load(run / "prune/masks.safetensors"))
+    assert same_weights(model, run / "prune/model")
+
+    dense, _ = loaded(tiny_llama)
+    rows = espalier.reconstruct(model, masks, dense, tokenizer, **CALIBRATION, accumulate=1, epochs=2)
+    assert same_weights(model, run / "reconstruct/model")
+    assert len(rows) == 3 and all(row["error_after"] <= row["error_before"] for row in rows)
+    assert same_weights(dense, tiny_llama)
+
+    steps = espalier.finetune(model, masks, TEXTS, tokenizer, **TUNING)
+    assert same_weights(model, run / "finetune/model")
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert espalier.verify(model, masks)["sparsity"] == pytest.approx(0.5, abs=0.01)
+
+    found = espalier.evaluate(model, tokenizer, {"mine": HELD_OUT}, seq_len=64)
+    results = json.loads((run / "evaluate/results.json").read_text())["models"]["finetuned"]
+    assert list(found["perplexity"].values()) == list(results["perplexity"].values())
+    assert list(found["perplexity_stderr"].values()) == list(results["perplexity_stderr"].values())
+
+
+@pytest.mark.parametrize("more", [{"method": "sparsegpt"}, {"sparsity": 0.5, "allocation": "owl"}])
+def test_other_methods_equal_the_command(tiny_llama, run, tmp_path, more, monkeypatch, capsys):
+    model, tokenizer = loaded(tiny_llama)
+    masks = espalier.prune(model, tokenizer, **CALIBRATION, **more)
+    chosen = [f"prune.{key}={value}" for key, value in more.items()]
+    chosen += [f"calibration.dataset={run.parent}/train.jsonl", "stages=[prune]", f"run_dir={tmp_path}/run"]
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    code, _, lines = typing(QUICK, monkeypatch, capsys)(f"model={tiny_llama}", *chosen)
+    assert code == 0, lines
+    assert same_masks(masks, espalier.Masks.load(tmp_path / "run/prune/masks.safetensors"))
+    assert same_weights(model, tmp_path / "run/prune/model")
+
+
+def test_text_in_any_form_gives_the_same_masks(tiny_llama, run, tmp_path):
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
+    forms = {
+        "list": {"calibration": TEXTS},
+        "tuple": {"calibration": tuple(TEXTS)},
+        "Dataset": {"calibration": Dataset.from_dict({"text": TEXTS, "other": TEXTS})},
+        "column": {"calibration": Dataset.from_dict({"body": TEXTS}), "column": "body"},
+        "path": {"calibration": tmp_path / "t.jsonl", "column": "body"},
+    }
+    expected = espalier.Masks.load(run / "prune/masks.safetensors")
+    for form, given in forms.items():
+        model, tokenizer = loaded(tiny_llama)
+        assert same_masks(espalier.prune(model, tokenizer, **(CALIBRATION | given)), expected), form
+
+
+def test_tokens_need_no_tokenizer_and_are_taken_as_they_are():
+    ids = families.text(6, 16)
+    masks = [espalier.prune(families.tiny("llama"), calibration=ids.to(kind)) for kind in (torch.int32, torch.int64)]
+    assert same_masks(*masks)
+    model = families.tiny("llama")
+    other = espalier.prune(model, calibration=families.text(6, 16, seed=1), samples=1, seq_len=1)
+    assert not same_masks(other, masks[0])
+    assert set(espalier.evaluate(model, perplexity=[ids, ids.flatten()], seq_len=16)["perplexity"]) == {
+        "text",
+        "text 2",
+    }
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt2", "zamba2"])
+def test_other_forms_of_model(family):
+    """Fused experts, matrices that are stored transposed, layers that share weights."""
+    model, ids = families.tiny(family), families.text(4, 16)
+    masks = espalier.prune(model, calibration=ids)
+    before = espalier.verify(model, masks)
+    espalier.finetune(model, masks, ids, max_steps=3, batch_size=2, lr=1e-3)
+    after = espalier.verify(model, masks)
+    assert before["sparsity"] >= 0.5 and after["zeros"] >= before["zeros"] * 0.999
+
+
+def state_of(model) -> tuple:
+    return (
+        [module.training for module in model.modules()],
+        [(p.requires_grad, p.dtype, p.device, p.grad, p.data_ptr()) for p in model.parameters()],
+        [type(module) for module in model.modules()],
+        [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+        model.config.to_dict(),
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_but_the_weights_stays_as_it_was(tiny_llama, dtype, method):
+    model, tokenizer = loaded(tiny_llama)
+    model.to(dtype).train()
+    model.model.layers[1].eval()
+    model.model.embed_tokens.requires_grad_(False)
+    dense = copy.deepcopy(model)
+    before, dense_before = state_of(model), state_of(dense)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    numbers = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    masks = espalier.prune(model, tokenizer, **CALIBRATION)
+    espalier.reconstruct(model, masks, dense, tokenizer, **CALIBRATION, accumulate=1, epochs=1)
+    espalier.finetune(model, masks, TEXTS, tokenizer, method, **TUNING, distill=0.5, teacher=dense)
+    espalier.evaluate(model, tokenizer, {"mine": HELD_OUT}, ["world_homes"], seq_len=32, limit=4)
+    assert espalier.verify(model, masks)["sparsity"] >= 0.5
+    assert state_of(model) == before and state_of(dense) == dense_before
+    assert torch.is_grad_enabled()
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == numbers
+    ids = families.text(1, 8)
+    model(input_ids=ids, labels=ids).loss.backward()  # it can be trained on, by anybody
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+@pytest.mark.parametrize("family", ["llama", "zamba2"])
+def test_layers_that_visit_another_device_come_home_changed(family, monkeypatch):
+    """A CPU with a number stands for a GPU: torch takes it for another device, and copies each layer to it."""
+    models, found = [], []
+    for device in (torch.device("cpu"), torch.device("cpu", 0)):
+        monkeypatch.setattr("pipeline.runtime.processes.device", lambda device=device: device)
+        model, dense, ids = families.tiny(family), families.tiny(family), families.text(8, 16)
+        before = [p.data_ptr() for p in model.parameters()]
+        found.append(espalier.prune(model, calibration=ids, allocation="owl", sparsity=0.6))
+        espalier.reconstruct(model, found[-1], dense, calibration=ids, accumulate=1, epochs=1)
+        assert [p.data_ptr() for p in model.parameters()] == before
+        assert espalier.verify(model, found[-1])["sparsity"] > 0.5
+        models.append(model.state_dict())
+    assert same_masks(*found)
+    assert all(torch.equal(weight, models[1][name]) for name, weight in models[0].items())
+
+
+def test_it_works_twice_in_a_process_and_on_two_models(tiny_llama):
+    found = []
+    for _ in range(2):
+        model, tokenizer = loaded(tiny_llama)
+        masks = espalier.prune(model, tokenizer, **CALIBRATION)
+        espalier.finetune(model, masks, TEXTS, tokenizer, **TUNING)
+        found.append((masks, model.state_dict()))
+    assert same_masks(found[0][0], found[1][0])
+    assert all(torch.equal(weight, found[1][1][name]) for name, weight in found[0][1].items())
+
+
+def test_a_model_can_be_pruned_further(tiny_llama):
+    model, tokenizer = loaded(tiny_llama)
+    first = espalier.prune(model, tokenizer, sparsity=0.5, **CALIBRATION)
+    second = espalier.prune(model, tokenizer, sparsity=0.7, **CALIBRATION)
+    assert all(not (second[name] & ~first[name]).any() for name in first)
+
+
+def test_validation_and_early_stopping(tiny_llama):
+    model, tokenizer = loaded(tiny_llama)
+    masks = espalier.prune(model, tokenizer, **CALIBRATION)
+    chosen = {"validation": HELD_OUT, "validate_every": 2, "validation_samples": 4}
+    rows = espalier.finetune(model, masks, TEXTS, tokenizer, "full", **TUNING, **chosen, patience=3)
+    assert [row["step"] for row in rows if "val_perplexity" in row] == [2, 4, 6]
+
+
+def test_masks_are_saved_loaded_and_applied(tiny_llama, tmp_path):
+    model, tokenizer = loaded(tiny_llama)
+    masks = espalier.prune(model, tokenizer, **CALIBRATION)
+    masks.save(tmp_path / "m.safetensors")
+    again = espalier.Masks.load(str(tmp_path / "m.safetensors"))
+    assert same_masks(again, masks) and "50.00%" in repr(again)
+    dense, _ = loaded(tiny_llama)
+    with pytest.raises(espalier.UserError, match="does not keep its masks"):
+        espalier.verify(dense, again)
+    espalier.apply(dense, again)
+    assert all(torch.equal(weight, dense.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+def test_verify_names_a_single_flipped_weight(tiny_llama):
+    model, tokenizer = loaded(tiny_llama)
+    masks = espalier.prune(model, tokenizer, **CALIBRATION)
+    name = "model.layers.1.mlp.up_proj.weight"
+    row, column = (~masks[name]).nonzero()[7].tolist()
+    with torch.no_grad():
+        model.get_parameter(name)[row, column] = 0.25
+    with pytest.raises(espalier.UserError, match=rf"{name} \[{row}, {column}\] is 0.25 and should be zero"):
+        espalier.verify(model, masks)
+    for changes in (espalier.finetune, espalier.reconstruct):
+        with pytest.raises(espalier.UserError, match=r"call espalier.apply\(model, masks\) first"):
+            changes(model, masks, *([TEXTS] if changes is espalier.finetune else [copy.deepcopy(model)]))
+
+
+def test_the_tokenizer_beside_the_model_is_taken(tiny_llama):
+    model, tokenizer = loaded(tiny_llama)
+    masks = espalier.prune(model, **CALIBRATION)
+    assert same_masks(masks, espalier.prune(loaded(tiny_llama)[0], tokenizer, **CALIBRATION))
+    model.name_or_path = model.config._name_or_path = "nowhere/at-all"
+    with pytest.raises(espalier.UserError, match="pass tokenizer="):
+        espalier.finetune(model, masks, TEXTS, **TUNING)
+
+
+# function, what is wrong with its arguments, what the one line says
+BAD = [
+    ("prune", {"model": torch.nn.Linear(4, 4)}, "model is a Linear: what from_pretrained of transformers gives"),
+    ("prune", {"model": "meta-llama/Llama-2-7b"}, "model is a str"),
+    ("prune", {"tokenizer": "gpt2"}, "tokenizer is a str"),
+    ("prune", {"method": "wandda"}, "method=wandda is neither known nor a .py file: did you mean 'wanda'?"),
+    ("prune", {"method": "./none.py"}, "method=none.py: no such file"),
+    ("prune", {"sparsity": "half"}, "sparsity=half is not a sparsity"),
+    ("prune", {"sparsity": 1.5}, "sparsity=1.5 is out of range"),
+    ("prune", {"sparsity": "3of7"}, "32 inputs are not divisible by 7, so 3of7 does not fit"),
+    ("prune", {"sparsity": object()}, "sparsity is a object"),
+    ("prune", {"sparcity": 0.5}, "unknown argument 'sparcity': did you mean 'sparsity'?"),
+    (
+        "prune",
+        {"allocation": "owl"},
+        "allocation=owl shares out a ratio over the layers, which 2of4 is not: set sparsity=0.5",
+    ),
+    ("prune", {"overrides": {"*nothing*": "dense"}}, "overrides: nothing is called '*nothing*'"),
+    ("prune", {"samples": 0}, "samples=0 is out of range"),
+    ("prune", {"samples": "many"}, "samples=many: a whole number is needed"),
+    ("prune", {"samples": 100_000}, "set samples="),
+    ("prune", {"seq_len": 4096}, "seq_len=4096 exceeds the model's 128 positions: set seq_len=128"),
+    ("prune", {"seed": -1}, "seed=-1 is out of range"),
+    ("prune", {"calibration": []}, "calibration holds no text"),
+    ("prune", {"calibration": ["", "  "]}, "calibration holds no text"),
+    ("prune", {"calibration": ["a", 3]}, "calibration holds a int: a list of strings is needed"),
+    ("prune", {"calibration": 5}, "calibration is a int"),
+    ("prune", {"calibration": "self"}, "is for the command"),
+    ("prune", {"calibration": "./nothing.jsonl"}, "nothing.jsonl"),
+    ("prune", {"calibration": {"train": TEXTS}}, "choose one, such as dataset['train']"),
+    ("prune", {"calibration": Dataset.from_dict({"body": TEXTS})}, "it has body; set column to the one with the text"),
+    ("prune", {"calibration": torch.zeros(4)}, "token ids of (windows, tokens) are needed"),
+    ("prune", {"calibration": torch.full((2, 8), 10**6)}, "holds token 1000000, but the model knows"),
+    ("prune", {"calibration": torch.zeros(2, 500, dtype=torch.long)}, "seq_len=500 exceeds the model's 128 positions"),
+    ("finetune", {"masks": {}}, "masks is a dict"),
+    ("finetune", {"masks": espalier.Masks()}, "masks holds no mask"),
+    ("finetune", {"masks": "another"}, "another model's mask file?"),
+    ("finetune", {"method": "lorra"}, "method=lorra is neither known nor a .py file: did you mean 'lora'?"),
+    ("finetune", {"method": "plain_lora"}, "method=plain_lora stays apart from the weights"),
+    ("finetune", {"texts": []}, "texts holds no text"),
+    ("finetune", {"max_steps": 0}, "max_steps=0 is out of range"),
+    ("finetune", {"seq_len": 4096}, "seq_len=4096 exceeds"),
+    ("finetune", {"targets": ["nothing"]}, "targets: no pruned matrix is called 'nothing'"),
+    ("finetune", {"quantize": "nf4"}, "quantize is not for finetune in memory"),
+    ("finetune", {"dataset": "c4"}, "the text is the argument texts"),
+    ("finetune", {"distill": 0.5}, "pass teacher="),
+    ("finetune", {"patience": 2}, "patience counts validations"),
+    ("reconstruct", {"dense": None}, "dense is a NoneType"),
+    ("reconstruct", {"dense": "itself"}, "dense is the pruned model itself"),
+    ("reconstruct", {"dense": "another"}, "dense is another model than model"),
+    ("reconstruct", {"accumulate": 8}, "8 samples are too few"),
+    ("evaluate", {"perplexity": HELD_OUT[0]}, "perplexity is a str"),
+    ("evaluate", {"perplexity": [" ".join(HELD_OUT)]}, "set perplexity={'mine': [...]}"),
+    ("evaluate", {"perplexity": [["short"]]}, "too few for one window of 64"),
+    ("evaluate", {"perplexity": [], "tasks": []}, "nothing to evaluate"),
+    ("evaluate", {"tasks": ["arc_eazy"]}, "unknown task 'arc_eazy': did you mean arc_easy"),
+    ("evaluate", {"tasks": "arc_easy"}, "set tasks=['arc_easy']"),
+    ("evaluate", {"batch_size": 0}, "batch_size=0 is out of range"),
+    ("verify", {"masks": None}, "masks is a NoneType"),
+    ("verify", {"masks": "another"}, "another model's mask file?"),
+    ("apply", {"masks": "another"}, "another model's mask file?"),
+]
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_llama):
+    model, tokenizer = loaded(tiny_llama)
+    masks = espalier.prune(model, tokenizer, **CALIBRATION)
+    other = families.tiny("llama")
+    return model, tokenizer, masks, other, espalier.prune(copy.deepcopy(other), calibration=families.text(2, 8))
+
+
+@pytest.mark.parametrize(
+    ("function", "wrong", "says"), BAD, ids=[f"{f}-{next(iter(w))}-{i}" for i, (f, w, _) in enumerate(BAD)]
+)
+def test_bad_input_is_one_clear_line_and_changes_nothing(tiny_llama, pruned, function, wrong, says):
+    model, tokenizer, masks, other, other_masks = pruned
+    usual = {
+        "prune": {"model": model, "tokenizer": tokenizer, **CALIBRATION},
+        "finetune": {"model": model, "masks": masks, "texts": TEXTS, "tokenizer": tokenizer, **TUNING},
+        "reconstruct": {"model": model, "masks": masks, "dense": other, "tokenizer": tokenizer, **CALIBRATION},
+        "evaluate": {"model": model, "tokenizer": tokenizer, "perplexity": {"mine": HELD_OUT}, "seq_len": 64},
+        "verify": {"model": model, "masks": masks},
+        "apply": {"model": model, "masks": masks},
+    }[function]
+    if function == "reconstruct" and "dense" not in wrong:
+        usual["dense"] = loaded(tiny_llama)[0]
+    wrong = dict(wrong)
+    for key, value in {"masks": other_masks, "dense": other}.items():
+        if isinstance(wrong.get(key), str):
+            wrong[key] = value if wrong[key] == "another" else model
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(espalier.UserError) as raised:
+        getattr(espalier, function)(**(usual | wrong))
+    assert says in str(raised.value) and "\n" not in str(raised.value)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_is_refused(tiny_llama):
+    with pytest.raises(espalier.UserError, match="embedding rows"):
+        small = families.tiny("llama", vocab_size=20)
+        espalier.prune(small, AutoTokenizer.from_pretrained(tiny_llama), **CALIBRATION)
+
+
+def test_models_that_are_not_whole_and_plain_are_refused(tiny_llama):
+    model, _ = loaded(tiny_llama)
+    model.model.layers[0].to("meta")
+    with pytest.raises(espalier.UserError, match="meta device"):
+        espalier.prune(model, calibration=families.text(2, 8))
+
+
+def test_several_processes_are_sent_to_the_command(tiny_llama, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(espalier.UserError, match="espalier.verify works in one process"):
+        espalier.verify(None, None)
+
+
+@pytest.mark.parametrize("name", ["prune", "reconstruct", "finetune", "evaluate"])
+def test_defaults_are_those_of_recipes_and_all_is_documented(name):
+    function = getattr(espalier, name)
+    sections = [schema.Calibration, getattr(schema, name.capitalize())]
+    fields = [f for section in sections for f in dataclasses.fields(section)]
+    known = {f.name: f.default for f in fields if f.default is not None}  # null: as in calibration
+    for key, parameter in inspect.signature(function).parameters.items():
+        assert parameter.annotation is not inspect.Parameter.empty
+        if key in known and key not in ("dataset", "perplexity", "tasks"):
+            assert parameter.default == known[key], key
+    for public in espalier.__all__:
+        assert getattr(espalier, public).__doc__

@@ -1,0 +1,250 @@
+"""A compact model gives what the dense one gives, in less memory, and never reads what is not there."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from pipeline.commands.export import export
+from pipeline.compact import compact_weight, kernels
+from pipeline.compact.compact_model import CompactLinear, FewTokensLinear, load_compact
+from pipeline.compact.compact_weight import CompactWeight
+from pipeline.compact.file_format import Compact, Layout, compress
+from pipeline.models import loading
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Recipe
+from tests.compact.test_compact import NAME, SHARD, folder, prune_, resign  # noqa: F401
+from tests.engine.test_decoder import small_model
+from tests.families import save, text
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-12}
+
+
+def a_matrix(rows: int, columns: int, sparsity: float, dtype: torch.dtype) -> tuple[torch.Tensor, CompactWeight]:
+    mask = torch.rand(rows, columns) >= sparsity
+    weight = torch.randn(rows, columns).to(dtype) * mask
+    weight = torch.where(mask, weight, torch.zeros((), dtype=dtype))
+    return weight, CompactWeight.from_compact(compress("w", weight, mask, False, ("x",)), dtype)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    scale = 1 + expected.abs().max()
+    assert found.dtype == dtype and (found.double() - expected).abs().max() <= TOLERANCE[dtype] * scale
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (16, 64), (9, 72), (33, 100), (7, 31), (24, 576)])
+def test_products_of_few_and_many_tokens(shape, dtype):
+    for sparsity in (0.0, 0.3, 0.5, 0.9, 1.0):
+        weight, compact = a_matrix(*shape, sparsity, dtype)
+        assert torch.equal(compact.dense(), weight) and compact.shape == weight.shape
+        for tokens in (1, 2, 3, 4, 5, 9, 40):
+            x, bias = torch.randn(1, tokens, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+            close(compact.linear(x, bias), F.linear(x.double(), weight.double(), bias.double()), dtype)
+            close(compact.linear(x), F.linear(x.double(), weight.double()), dtype)
+
+
+def test_many_tokens_by_several_tiles(monkeypatch):
+    monkeypatch.setattr(compact_weight, "TILE", 3 * 64 * 4)
+    weight, compact = a_matrix(20, 64, 0.5, torch.float32)
+    x, bias = torch.randn(50, 64), torch.randn(20)
+    torch.testing.assert_close(compact.linear(x, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instructions", kernels.INSTRUCTIONS)
+def test_other_instructions(instructions, monkeypatch):
+    if not kernels.INSTRUCTIONS[instructions][0] <= kernels.cpu_flags():
+        pytest.skip(f"this CPU has no {instructions}")
+    operators = kernels.build(instructions)
+    monkeypatch.setattr(kernels, "load", lambda: operators)
+    for dtype in DTYPES:
+        for shape in [(5, 7), (16, 64), (33, 100), (24, 576)]:
+            test_products_of_few_and_many_tokens(shape, dtype)
+
+
+def test_without_kernels_the_dense_way_serves(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "best", lambda: None)
+    kernels.load.cache_clear()
+    try:
+        test_products_of_few_and_many_tokens((9, 72), torch.bfloat16)
+        assert capsys.readouterr().out.count("\n") == 1  # said once
+    finally:
+        kernels.load.cache_clear()
+
+
+def test_whatever_else_torch_does_with_it_sees_it_dense():
+    weight, compact = a_matrix(8, 16, 0.5, torch.float32)
+    x = torch.randn(3, 16)
+    assert torch.equal(x @ compact.T, compact.linear(x))
+    for found, expected in [
+        (torch.cat([compact, weight]), torch.cat([weight, weight])),
+        (torch.einsum("ni,oi->no", x, compact), torch.einsum("ni,oi->no", x, weight)),
+        (compact.float().sum(), weight.sum()),
+        (compact[2:4], weight[2:4]),
+        (weight @ compact.T, weight @ weight.T),
+    ]:
+        torch.testing.assert_close(found, expected)
+    x.requires_grad_()
+    compact.linear(x).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(3, 16))
+
+
+def test_a_mask_that_does_not_fit_its_values_is_refused():
+    layout = Layout((4, 64), torch.float32, False, ("x",))
+    bits = torch.full((32,), 255, dtype=torch.uint8)
+    with pytest.raises(UserError, match="keeps 256 weights, but there are 255"):
+        CompactWeight.from_compact(Compact("w", layout, bits, torch.zeros(255)), torch.float32)
+
+
+def test_the_kernels_refuse_what_does_not_fit():
+    operators = kernels.load()
+    if operators is None:
+        pytest.skip("no kernels here")
+    _, it = a_matrix(8, 64, 0.5, torch.float32)
+    x = torch.randn(1, 64)
+    operators.product(it.mask, it.values, it.offsets, x, None)
+    for mask, values, offsets, inputs, bias in [
+        (it.mask, it.values[:-1], it.offsets, x, None),
+        (it.mask, it.values, it.offsets - 1, x, None),
+        (it.mask, it.values, it.offsets[:-1], x, None),
+        (it.mask[:, :-1], it.values, it.offsets, x, None),
+        (it.mask, it.values, it.offsets, torch.randn(1, 65), None),
+        (it.mask, it.values, it.offsets, x.bfloat16(), None),
+        (it.mask, it.values, it.offsets, x, torch.zeros(7)),
+        (it.mask, it.values.double(), it.offsets, x.double(), None),
+    ]:
+        with pytest.raises(RuntimeError):
+            operators.product(mask, values, offsets, inputs, bias)
+
+
+FAMILIES = ["llama", "gpt2", "opt", "bloom", "gemma2", "phi", "mixtral", "qwen2_moe"]
+OTHERS = [
+    "gpt_oss",
+    "llama4_text",
+    "deepseek_v3",
+    "falcon",
+    "gemma3n_text",
+    "bamba",
+    "zamba2",
+    "qwen3_next",
+    "gemma3:whole",
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES + OTHERS)
+@torch.no_grad()
+@pytest.mark.slow
+def test_every_kind_of_family_gives_what_the_dense_model_gives(tmp_path, family):
+    if family in FAMILIES:
+        model = small_model(family)
+    else:
+        try:
+            model = save(family, tmp_path / "tokenizer")
+        except (ImportError, ValueError) as error:
+            pytest.skip(str(error))
+    masks = prune_(model, "0.5")
+    model.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", masks, tmp_path / "compact")
+    dense, ours = loading.load(tmp_path / "model", Recipe()), load_compact(tmp_path / "compact")
+    assert type(ours) is type(dense)
+    for (name, buffer), (other, expected) in zip(ours.named_buffers(), dense.named_buffers(), strict=True):
+        assert name == other and torch.equal(buffer, expected), name
+    kept = dict(dense.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, kept[name]) and parameter.dtype == kept[name].dtype, name
+    pruned = {name.split("[")[0] for name in masks}
+    assert pruned.isdisjoint(dict(ours.named_parameters()))
+    for tokens in (2, 24):  # by the kernel and by tiles
+        ids = text(1, tokens) % 60 + 1 if family in FAMILIES else text(1, tokens)
+        expected = dense(input_ids=ids, use_cache=False).logits
+        found = ours(input_ids=ids, use_cache=False).logits
+        assert (found - expected).abs().max() <= 1e-5 * (1 + expected.abs().max()), family
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen2_moe", "gpt_oss", "falcon"])
+@torch.no_grad()
+def test_no_matrix_is_made_dense_for_one_token(tmp_path, monkeypatch, family):
+    if kernels.load() is None:
+        pytest.skip("no kernels here")
+    model = small_model(family) if family in FAMILIES else save(family, tmp_path / "tokenizer")
+    masks = prune_(model, "0.5")
+    model.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", masks, tmp_path / "compact")
+    ours = load_compact(tmp_path / "compact")
+    monkeypatch.setattr(CompactWeight, "_rows", None)
+    ours(input_ids=torch.tensor([[3]]))
+
+
+@pytest.mark.parametrize("pattern", ["0.3", "2of4", "0.7"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_greedy_generation(tmp_path, pattern, dtype):
+    """The tokens are the dense model's; where one is not, the dense model had the two within the tolerance."""
+    model = small_model("llama", vocab_size=509, hidden_size=128, intermediate_size=192, head_dim=32).to(dtype)
+    masks = prune_(model, pattern)
+    model.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", masks, tmp_path / "compact")
+    dense, ours = loading.load(tmp_path / "model", Recipe()), load_compact(tmp_path / "compact")
+    assert ours.dtype == dtype and isinstance(ours.model.layers[0].mlp.up_proj, CompactLinear)
+    assert isinstance(ours.lm_head, FewTokensLinear) == (
+        dtype == torch.bfloat16 and ours.lm_head.weight.numel() >= 1 << 16
+    )
+    ids = torch.arange(3, 40).view(1, -1)
+    how = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    found = ours.generate(ids, use_cache=True, **how)
+    assert found.shape == (1, 57)
+    logits, of_ours = (it(input_ids=found, use_cache=False).logits[0, 36:-1].float() for it in (dense, ours))
+    assert (logits - of_ours).abs().max() <= TOLERANCE[dtype] * (1 + logits.abs().max())
+    lead = logits.max(1).values - logits.gather(1, found[0, 37:, None])[:, 0]
+    assert (lead <= 2 * TOLERANCE[dtype] * (1 + logits.abs().max())).all()
+
+
+def test_a_compact_model_stays_what_it_is(folder, tmp_path):  # noqa: F811
+    model = load_compact(folder)
+    model.to("cpu").float()
+    for change in (lambda: model.half(), lambda: model.save_pretrained(tmp_path / "saved")):
+        with pytest.raises(UserError):
+            change()
+
+
+def test_damaged_values_and_bits(folder, tmp_path):  # noqa: F811
+    for part, harm in [("#values", lambda t: t[:-1].clone()), ("#mask", lambda t: t ^ 4)]:
+        bad = Path(shutil.copytree(folder, tmp_path / part.strip("#")))
+        tensors = load_file(bad / SHARD)
+        tensors[NAME + part] = harm(tensors[NAME + part])
+        save_file(tensors, bad / SHARD)
+        resign(bad, lambda about: None)
+        with pytest.raises(UserError, match="is damaged: its mask keeps"):
+            load_compact(bad)
+
+
+def test_the_cache_of_kernels_is_private(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = kernels.private(kernels.cache() / "some")
+    assert (made.stat().st_mode & 0o777, made.parent.stat().st_mode & 0o777) == (0o700, 0o700)
+    made.chmod(0o770)
+    with pytest.raises(RuntimeError, match="may be written by others"):
+        kernels.private(made)
+    shutil.rmtree(made)
+    made.symlink_to(tmp_path)
+    with pytest.raises((RuntimeError, OSError)):
+        kernels.private(made)
+
+
+def test_without_ninja_a_line_says_so(tmp_path, monkeypatch, capsys):
+    if kernels.best() is None:
+        pytest.skip("no kernels here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels.shutil, "which", lambda tool: None if tool == "ninja" else tool)
+    kernels.load.cache_clear()
+    try:
+        assert kernels.load() is None and kernels.load() is None
+        (line,) = capsys.readouterr().out.splitlines()
+        assert "pip install ninja" in line
+    finally:
+        kernels.load.cache_clear()

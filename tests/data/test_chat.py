@@ -1,0 +1,248 @@
+"""Conversations in every usual form become the tokens of the chat template, and only what was asked for bears loss."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.data import chat, sources, token_windows
+from pipeline.recovery import distillation
+from pipeline.recovery.held_out import HeldOut
+from pipeline.recovery.training import fit
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Finetune
+from tests.conftest import QUICK
+from tests.engine.test_decoder import small_model
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}<|im_end|>\n{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+)
+# shows what the assistant thought only in the last turn, as Qwen3 does
+FORGETFUL = (
+    "{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' and loop.last %}<think>{% endif %}"
+    "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+PICKY = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}" + CHATML
+TURNS = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Who?"},
+    {"role": "assistant", "content": "I."},
+    {"role": "user", "content": "Why?"},
+    {"role": "assistant", "content": "\nSo."},
+]
+SHORT = TURNS[1:3]
+SHAREGPT = [
+    {"from": {"user": "human", "assistant": "gpt"}.get(turn["role"], turn["role"]), "value": turn["content"]}
+    for turn in TURNS
+]
+
+
+def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A token is a byte, or one of the marks."""
+    marks = ["<|im_end|>", "<|im_start|>"]
+    alphabet = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(marks)
+    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    found.chat_template = template
+    return found
+
+
+def text(turns: list[dict]) -> str:
+    return "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
+
+
+def written(folder, *rows: dict):
+    path = folder / "chat.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return sources.source(str(path), section="finetune")
+
+
+FORMS = {
+    "messages": ({"messages": TURNS}, TURNS),
+    "a text beside them is taken": ({"messages": TURNS, "prompt": "Who?"}, TURNS),
+    "ShareGPT": ({"conversations": SHAREGPT}, TURNS),
+    "conversations of roles": ({"conversations": TURNS}, TURNS),
+    "prompt and response": ({"prompt": "Who?", "response": "I."}, SHORT),
+    "prompt and completion": ({"prompt": "Who?", "completion": "I.", "id": 1}, SHORT),
+    "prompt and completion of turns": ({"prompt": TURNS[:2], "completion": TURNS[2:3]}, TURNS[:3]),
+    "parts of text": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Who?"}]}, TURNS[2]]}, SHORT),
+}
+
+
+@pytest.mark.parametrize(("row", "turns"), FORMS.values(), ids=FORMS)
+def test_every_form_goes_through_the_template(tmp_path, row, turns):
+    source, tokenizer = written(tmp_path, row), byte_tokenizer()
+    expected = tokenizer(text(turns), add_special_tokens=False).input_ids
+    assert token_windows.joined(source, tokenizer).tolist() == expected
+    assert token_windows.calibration(source, tokenizer, 1, len(expected), 0)[0].tolist() == expected
+    (first,) = sources.first_rows(source)
+    assert chat.tokens(first, tokenizer) == expected
+
+
+def test_a_chosen_column_may_hold_a_conversation(tmp_path):
+    Dataset.from_list([{"a": {"chat": TURNS}, "text": "no"}]).to_parquet(tmp_path / "a.parquet")
+    source, tokenizer = sources.source(str(tmp_path / "a.parquet"), column="a.chat"), byte_tokenizer()
+    assert tokenizer.decode(token_windows.joined(source, tokenizer)) == text(TURNS)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["by prefixes", "by marks"])
+def test_only_the_assistants_tokens_bear_loss(template):
+    tokenizer = byte_tokenizer(template)
+    marked = torch.tensor(chat.tokens({"messages": TURNS}, tokenizer, "assistant"))
+    ids, labels = token_windows.ids_and_labels(marked)
+    assert tokenizer.decode(ids) == text(TURNS)
+    assert tokenizer.decode(labels[labels != -100]) == "I.<|im_end|>\n\nSo.<|im_end|>\n"
+    assert torch.equal(labels[labels != -100], ids[labels != -100])
+
+
+def test_a_conversation_that_the_assistant_begins():
+    tokenizer = byte_tokenizer()
+    _, labels = token_windows.ids_and_labels(
+        torch.tensor(chat.tokens({"messages": TURNS[2:4]}, tokenizer, "assistant"))
+    )
+    assert tokenizer.decode(labels[labels != -100]) == "I.<|im_end|>\n"
+
+
+def test_an_end_is_added_where_the_template_gives_none():
+    tokenizer = byte_tokenizer("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+                               "{% if add_generation_prompt %}[assistant]{% endif %}")  # fmt: skip
+    ids, labels = token_windows.ids_and_labels(torch.tensor(chat.tokens({"messages": SHORT}, tokenizer, "assistant")))
+    assert tokenizer.decode(ids) == "[user]Who?[assistant]I.<|im_end|>"
+    assert tokenizer.decode(labels[labels != -100]) == "I.<|im_end|>"
+
+
+REFUSED = {
+    "no template": (None, {"messages": TURNS}, "has no chat template"),
+    "an earlier turn is written otherwise": (
+        FORGETFUL,
+        {"messages": TURNS},
+        r"turn 3, the assistant's, differently .*loss=all",
+    ),
+    "the template refuses": (PICKY, {"messages": TURNS}, "of system, user.*: no system role here"),
+    "an unknown speaker": (CHATML, {"messages": [{"role": "narrator", "content": "x"}]}, "has a turn by 'narrator'"),
+    "no speaker": (CHATML, {"messages": [{"speaker": "user", "content": "x"}]}, "has a turn by 'None'"),
+    "pictures": (CHATML, {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "holds pictures"),
+    "nothing said": (CHATML, {"messages": [{"role": "user", "text": "x"}]}, "a turn by 'user' without text"),
+    "plain text": (CHATML, {"text": "x"}, "holds no conversations, which finetune.loss=assistant needs"),
+}
+
+
+@pytest.mark.parametrize(("template", "row", "says"), REFUSED.values(), ids=REFUSED)
+def test_what_is_no_chat_is_refused(tmp_path, template, row, says):
+    with pytest.raises(UserError, match=says) as refusal:
+        token_windows.packed(written(tmp_path, row), byte_tokenizer(template), 8, 1, 0, loss="assistant")
+    assert "chat.jsonl" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_packing_keeps_what_bears_loss(tmp_path):
+    source, tokenizer = written(tmp_path, *({"messages": TURNS[: 3 + 2 * (i % 2)]} for i in range(6))), byte_tokenizer()
+    plain = token_windows.packed(source, tokenizer, 16, 20, 0)
+    ids, labels = token_windows.ids_and_labels(token_windows.packed(source, tokenizer, 16, 20, 0, loss="assistant"))
+    assert torch.equal(ids, plain) and (plain >= 0).all()
+    said = tokenizer.decode(labels[labels != -100])
+    assert set(said.replace("\n\n", "\n").split("<|im_end|>\n")) <= {"I.", "\nSo.", "So.", ""} and "I." in said
+    assert token_windows.ids_and_labels(plain)[1] is plain
+
+
+# windows of 4 sequences a step, of which some have no token with loss, and one step none at all
+MARKS = torch.rand(8 * 4, 12, generator=torch.Generator().manual_seed(2))
+WINDOWS = torch.randint(3, 61, (8 * 4, 12), generator=torch.Generator().manual_seed(1))
+WINDOWS = torch.where(torch.linspace(0, 1, 32)[:, None] > MARKS, ~WINDOWS, WINDOWS)
+WINDOWS[4:8] = torch.where(WINDOWS[4:8] >= 0, ~WINDOWS[4:8], WINDOWS[4:8])
+
+
+def other_model():
+    model = small_model("llama")
+    draw = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=draw)
+    return model
+
+
+def trained(folder, windows, batch_size: int, accumulate: int, **more):
+    model = small_model("llama")
+    settings = Finetune(
+        max_steps=len(windows) // 4, batch_size=batch_size, accumulate=accumulate, lr=1e-2, warmup=0, **more
+    )
+    teacher = other_model() if settings.distill else None
+    fit(model, windows, settings, 0, folder, teacher=teacher)
+    return dict(model.named_parameters())
+
+
+def by_hand(windows, share: float):
+    """The same by one plain loop: cross-entropy (and divergence) of the labelled tokens over their number, in each step."""
+    model, teacher = small_model("llama"), other_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    steps = len(windows) // 4
+    for step, batch in enumerate(windows.split(4)):
+        ids, labels = token_windows.ids_and_labels(batch)
+        kept = labels[:, 1:] != -100
+        logits = model(ids).logits[:, :-1][kept]
+        loss = F.cross_entropy(logits, labels[:, 1:][kept], reduction="sum")
+        if share:
+            told = teacher(ids).logits[:, :-1][kept].detach().log_softmax(-1)
+            loss = (1 - share) * loss + share * F.kl_div(logits.log_softmax(-1), told, log_target=True, reduction="sum")
+        (loss / max(1, kept.sum())).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_each_token_counts_the_same_however_a_step_is_cut(tmp_path, share):
+    expected = by_hand(WINDOWS, share)
+    for batch_size, accumulate in ((4, 1), (2, 2), (1, 4)):
+        found = trained(tmp_path / str(batch_size), WINDOWS, batch_size, accumulate, distill=share)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-3)
+
+
+def test_validation_is_the_mean_over_the_assistants_tokens(tmp_path):
+    model = small_model("llama")
+    ids, labels = token_windows.ids_and_labels(WINDOWS)
+    expected = F.cross_entropy(model(ids).logits[:, :-1].transpose(1, 2), labels[:, 1:]).exp().item()
+    for batch_size in (1, 3, 32):
+        found = HeldOut(WINDOWS, batch_size, 0, tmp_path).measure(model, torch.device("cpu"))
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_a_teacher_it_is_the_models_own_loss():
+    model, ids = small_model("llama"), WINDOWS[:4].where(WINDOWS[:4] >= 0, ~WINDOWS[:4])
+    expected = model(ids, labels=ids).loss
+    torch.testing.assert_close(distillation.loss(model(ids).logits, None, ids, 0.0, 1.0), expected)
+
+
+@pytest.mark.slow
+def test_a_chat_through_the_whole_pipeline(tiny_llama, tmp_path, typed):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    ask = "{% if m['role'] == 'user' %}Who is {{ m['content'] }} ? {% else %}{{ m['content'] }} {% endif %}"
+    (folder / "chat_template.jinja").write_text(f"{{% for m in messages %}}{ask}{{% endfor %}}")
+    rows = [{"messages": [{"role": "user", "content": "she"}, {"role": "assistant", "content": f"the {it} ."}]}
+            for it in ("cat", "dove", "mason", "baker") * 40]  # fmt: skip
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chats = tmp_path / "chat.jsonl"
+    settings = [*QUICK, f"model={folder}", f"run_dir={tmp_path}/runs/run", f"calibration.dataset={chats}"]
+    settings += [f"finetune.dataset={chats}", "finetune.loss=assistant", f"finetune.validation={chats}"]
+    settings += [f"evaluate.perplexity=[{chats}]", "evaluate.continuations=1"]
+    code, said, lines = typed(*settings)
+    assert code == 0, lines
+    assert "validation perplexity" in said
+    (prompt,) = json.loads((tmp_path / "runs/run/evaluate/results.json").read_text())["protocol"]["prompts"]
+    assert prompt == "she"

@@ -1,0 +1,112 @@
+"""The generated world: the same for everyone, split cleanly, in its own words, and asked about without hints."""
+
+import itertools
+from collections import Counter
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from pipeline.data import world
+from pipeline.runtime.errors import UserError
+
+TRAIN, TEST = world.documents("train"), world.documents("test")
+QUESTIONS = {task: world.questions(task)["test"] for task in world.TASKS}
+CHANCE = {task: 1 / len(rows[0]["choices"]) for task, rows in QUESTIONS.items()}
+
+
+def test_a_seed_always_gives_the_same_documents():
+    assert world.documents("test", seed=3) == world.documents("test", seed=3)
+    assert world.documents("test", seed=3) != TEST
+
+
+def test_train_and_test_share_no_document_at_any_seed():
+    assert not set(TRAIN) & set(TEST)
+    assert not set(TRAIN) & set(world.documents("test", seed=3))
+
+
+def test_an_unknown_split_says_what_to_type():
+    with pytest.raises(UserError, match="world@train or world@test"):
+        world.documents("validation")
+
+
+def test_every_word_has_a_token_and_decoding_gives_the_text_back():
+    tokenizer = world.tokenizer()
+    asked = [f"{row['question']} {choice}" for rows in QUESTIONS.values() for row in rows for choice in row["choices"]]
+    for text in [*TRAIN[:2000], *TEST, *asked]:
+        ids = tokenizer(text).input_ids
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_a_blank_line_is_where_documents_meet():
+    tokenizer = world.tokenizer()
+    ids = [tokenizer(text).input_ids for text in TEST[:3]]
+    ends = itertools.chain(*[[*document, tokenizer.eos_token_id] for document in ids])
+    assert tokenizer("\n\n".join(TEST[:3])).input_ids == list(ends)[:-1]
+
+
+def test_the_tokenizer_survives_saving_beside_a_model(tmp_path):
+    tokenizer = world.tokenizer()
+    LlamaForCausalLM(_config()).save_pretrained(tmp_path)  # its config.json must not turn it into another class
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = "\n\n".join(TEST)
+    assert loaded(text).input_ids == tokenizer(text).input_ids
+    assert loaded.special_tokens_map == tokenizer.special_tokens_map
+
+
+def test_the_asked_facts_are_in_the_training_text_but_not_as_questions():
+    text = "\n".join(TRAIN)
+    for task in ("world_homes", "world_trees", "world_tools"):
+        assert not [row["question"] for row in QUESTIONS[task] if row["question"] in text]
+    for person in world.PEOPLE[world.INTERVIEWED :]:
+        assert f"{person['name']} lives in {person['home']}." in text
+        assert f"{person['name']} trains an old {person['tree']} along a frame." in text
+    for tool, use in world.TOOLS.items():
+        assert f"a {tool} to {use}." in text
+    beginnings = {row["question"] for row in QUESTIONS["world_grammar"]}
+    assert not [beginning for beginning in beginnings if beginning in text]
+
+
+@pytest.mark.parametrize("task", world.TASKS)
+def test_no_answer_is_given_away(task):
+    """By its place, its length, or being common: each such guess stays within three standard errors of chance."""
+    rows, chance = QUESTIONS[task], CHANCE[task]
+    assert len(rows) >= 200 and chance <= 0.5
+    places = Counter(row["answer"] for row in rows)
+    assert set(places.values()) == {len(rows) * chance}
+    common = Counter(row["choices"][row["answer"]] for row in rows)
+    limit = chance + 3 * (chance * (1 - chance) / len(rows)) ** 0.5
+    for guess in (len, lambda choice: -len(choice)):
+        scores = [[guess(choice) for choice in row["choices"]] for row in rows]
+        hits = [(s[row["answer"]] == max(s)) / s.count(max(s)) for s, row in zip(scores, rows)]
+        assert sum(hits) / len(hits) <= limit
+    assert max(common.values()) / len(rows) <= limit
+
+
+@pytest.mark.slow
+def test_lm_eval_finds_a_random_model_near_chance():
+    torch.manual_seed(0)
+    model = HFLM(pretrained=LlamaForCausalLM(_config()), tokenizer=world.tokenizer(), batch_size=200, device="cpu")
+    found = lm_eval.simple_evaluate(model=model, tasks=list(world.TASKS.values()), bootstrap_iters=0)["results"]
+    for task, chance in CHANCE.items():
+        error = (chance * (1 - chance) / len(QUESTIONS[task])) ** 0.5
+        assert found[task]["acc,none"] == pytest.approx(chance, abs=4 * error)
+
+
+def _config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(world.tokenizer()),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=3,
+    )

@@ -1,0 +1,241 @@
+"""One process that fails ends all, and only its own message is said; two runs do not share a folder."""
+
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.runtime import heartbeat, lock, processes
+from pipeline.runtime.errors import UserError
+from pipeline.settings import reader
+from pipeline.stages import runner
+from tests.launches import end, fork
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def quick_hearts(monkeypatch):
+    monkeypatch.setattr(heartbeat, "BEAT", 0.4)
+
+
+def ranks(folder: Path, work, of: int = 2, nodes: int = 1, harm=None, settings=()) -> tuple[list[int], list, float]:
+    """Exit codes, what each process said in lines of ours, and the seconds from `harm(processes)` to the last one's end."""
+    running = fork(settings, folder / "log", of, nodes, work)
+    if harm:
+        until = time.monotonic() + 60
+        while len(list(folder.glob("ready*"))) < of:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        harm(running)
+        time.sleep(0.5)  # a process does not stop at once
+    started = time.monotonic()
+    end([process for process in running if not is_stopped(process)], 100)
+    seconds = time.monotonic() - started
+    for process in running:
+        process.kill()
+    codes = end(running)
+    logs = [(folder / f"log/{i}.txt").read_text() for i in range(of)]
+    assert "Traceback" not in "".join(logs), logs
+    return codes, [[line for line in log.splitlines() if line.startswith("espalier: ")] for log in logs], seconds
+
+
+def is_stopped(process) -> bool:
+    try:
+        return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
+
+
+def ready_and(folder: Path, then):
+    def work(number: int) -> None:
+        processes.barrier()
+        (folder / f"ready{number}").touch()
+        then(number)
+
+    return work
+
+
+def wait_for_the_others(number: int) -> None:
+    processes.barrier() if number == 0 else time.sleep(100)
+
+
+GONE = [  # signal, process, exit codes, what the other says
+    ("SIGKILL", 1, [2, -9], "process 1 on .* ended without a word"),
+    ("SIGKILL", 0, [-9, 2], "process 0 on .* ended without a word"),
+    ("SIGSTOP", 1, [2, -9], "process 1 on .* ended without a word"),
+    ("SIGSTOP", 0, [-9, 2], "has not answered for"),
+    ("SIGTERM", 1, [75, 75], "stopped by SIGTERM"),
+]
+
+
+def gone(folder: Path, name: str, number: int) -> tuple[list[int], list, float]:
+    """As `ranks`. A machine each: where the main process stands still, the other machine has to say so."""
+    work = ready_and(folder, wait_for_the_others)
+    return ranks(folder, work, nodes=2, harm=lambda running: os.kill(running[number].pid, getattr(signal, name)))
+
+
+def test_the_message_of_the_one_that_fails_is_said_once_and_ends_all(tmp_path):
+    def work(number: int) -> None:
+        if number == 1:
+            raise UserError("this text is empty")
+        processes.barrier()
+
+    codes, said, seconds = ranks(tmp_path, work, of=3)
+    assert codes == [2, 2, 2] and seconds < 30
+    assert said == [[], ["espalier: this text is empty"], []]
+
+
+def test_what_all_meet_is_said_once(tmp_path):
+    def work(number: int) -> None:
+        raise OSError("no such file")
+
+    codes, said, _ = ranks(tmp_path, work)
+    assert codes == [2, 2] and sorted(said) == [[], ["espalier: no such file"]]
+
+
+def test_a_failure_is_said_once_on_each_machine(tmp_path):
+    def work(number: int) -> None:
+        if number == 3:
+            raise KeyError("oops")
+        processes.barrier()
+
+    codes, said, _ = ranks(tmp_path, work, of=4, nodes=2)
+    assert codes == [2] * 4
+    assert [len(lines) for lines in said] == [1, 0, 0, 1]
+    assert f"process 3 on {socket.gethostname()}: 'oops'" in said[0][0]
+    assert "KeyError: 'oops' (a fault of Espalier" in said[3][0]
+
+
+@pytest.mark.parametrize(("name", "number", "codes", "says"), GONE)
+def test_a_process_that_is_gone_does_not_leave_the_others_waiting(tmp_path, monkeypatch, name, number, codes, says):
+    monkeypatch.setattr(heartbeat, "MISSED", 5)
+    found, said, seconds = gone(tmp_path, name, number)
+    assert found == codes and seconds < 30
+    lines = [line for lines in said for line in lines]
+    assert lines and all(re.search(says, line.split(": ", 1)[1]) for line in lines), said
+
+
+def test_a_barrier_has_a_time_out_of_the_recipe(tmp_path):
+    codes, said, seconds = ranks(tmp_path, wait_for_the_others, settings=("timeout_minutes=0.05",))
+    assert codes == [2, 2] and seconds < 30
+    assert "process 0 waited 0.05 minutes for one that is still at work: set a longer timeout_minutes" in said[0][0]
+
+
+def test_processes_of_other_settings_are_refused(tmp_path):
+    def work(number: int) -> None:
+        runner._refuse_other_settings(reader.load([f"prune.sparsity=0.{5 + number}"]))
+
+    codes, said, _ = ranks(tmp_path, work)
+    (line,) = (line for lines in said for line in lines)
+    assert codes == [2, 2] and "was started with other settings" in line and "prune.sparsity 0." in line
+
+
+def test_machines_that_do_not_share_the_folder_are_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE", 1.0)
+
+    def work(number: int) -> None:
+        with runner._locked(tmp_path / f"disk{number}"):
+            pass
+
+    codes, said, _ = ranks(tmp_path, work, nodes=2)
+    assert codes == [2, 2] and all("must lie on a file system that all machines share" in line for (line,) in said)
+    assert not list(tmp_path.glob("disk*/.lock"))
+
+
+def test_machines_that_share_the_folder_go_on(tmp_path):
+    def work(number: int) -> None:
+        with runner._locked(tmp_path / "disk"):
+            processes.barrier()
+
+    assert ranks(tmp_path, work, nodes=2)[0] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks that know nothing of each other: run `srun"),
+        ({"MASTER_ADDR": "a", "ACCELERATE_MIXED_PRECISION": "no"}, "the launcher started one"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"},
+            "2 machines were asked for and 3 processes, 2 of them here",
+        ),
+    ],
+)
+def test_a_launch_that_is_not_what_was_asked_for(monkeypatch, environment, says):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=says):
+        processes.start()
+
+
+def left(run_dir: Path, **changed) -> Path:
+    """A lock that a process left behind."""
+    with lock.held(run_dir):
+        holder = json.loads((run_dir / ".lock").read_text())
+    (run_dir / ".lock").write_text(json.dumps(holder | changed))
+    return run_dir / ".lock"
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with (
+        lock.held(tmp_path),
+        pytest.raises(UserError, match=f"is in use by process {os.getpid()} on .* set another run_dir"),
+        lock.held(tmp_path),
+    ):
+        pass
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("changed", [{"process": 2**22 + 1}, {"started": 0.0}], ids=["gone", "number used again"])
+def test_a_stale_lock_is_recognised(tmp_path, changed):
+    left(tmp_path, **changed)
+    with lock.held(tmp_path):
+        pass
+
+
+def test_a_lock_of_another_machine_is_stale_once_nobody_touches_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "SILENCE", 3.0)
+    path, over = left(tmp_path, machine="another"), threading.Event()
+    alive = threading.Thread(target=lambda: [os.utime(path) for _ in iter(lambda: over.wait(0.2), True)])
+    alive.start()
+    try:
+        with pytest.raises(UserError, match="is in use by process"), lock.held(tmp_path):
+            pass
+    finally:
+        over.set()
+        alive.join()
+    with lock.held(tmp_path):
+        pass
+    path.write_text("")  # its maker died before it wrote
+    with lock.held(tmp_path):
+        pass
+
+
+def test_of_many_that_find_a_stale_lock_one_has_it(tmp_path):
+    left(tmp_path, started=0.0)
+    held, refused, all_there = [], [], threading.Barrier(8)
+
+    def contend() -> None:
+        all_there.wait()
+        try:
+            with lock.held(tmp_path) as token:
+                held.append(token)
+                while len(refused) < 7:
+                    time.sleep(0.01)
+        except UserError:
+            refused.append(1)
+
+    contenders = [threading.Thread(target=contend) for _ in range(8)]
+    for one in contenders:
+        one.start()
+    for one in contenders:
+        one.join(30)
+    assert len(held) == 1 and len(refused) == 7

@@ -1,0 +1,65 @@
+"""Whatever is wrong with a text is said in one line, and what is said to type helps."""
+
+import json
+import re
+
+import pytest
+
+from pipeline.data import sources
+from pipeline.runtime.errors import UserError
+from tests.conftest import PRUNE, espalier
+
+
+def test_too_short_a_text_and_what_is_said_to_type(tiny_llama, tmp_path, refused, finishes):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat .\n" * 20)
+    settings = (f"model={tiny_llama}", f"calibration.dataset={text}")
+    line = refused(tmp_path / "run", *settings)
+    assert "8 samples of 32 are needed" in line
+    finishes(tmp_path / "run", *settings, re.search(r"set (calibration\.samples=\d+)", line)[1])
+    text.write_text("the cat\n")
+    assert "set a longer text or a shorter calibration.seq_len" in refused(tmp_path / "other", *settings)
+    text.write_text("the cat sat on the mat .\n" * 200)
+    finishes(tmp_path / "other", *settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("text.txt", "", "is empty"),
+        ("text.jsonl", '{"text": "a', "cannot load .* JSON parse error"),
+        ("text.json.gz", "text", "cannot load .* [Nn]ot a gzipped file"),
+        ("text.parquet", "text", "cannot load .* Parquet file size"),
+        ("text.jsonl", '{"text": 3}', "should hold text, but its first row is 3"),
+        ("text.jsonl", '{"text": null}', "holds no text"),
+        ("text.jsonl", '{"title": "a"}', "no column 'text' or 'input_ids': it has title"),
+        ("ids.jsonl", '{"input_ids": [0.5]}', "should hold token ids"),
+    ],
+)
+def test_text_that_is_none(tmp_path, name, content, says):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=says):
+        sources.documents(sources.source(str(tmp_path / name)))
+
+
+def test_rows_without_text_are_passed_over(tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": null}\n{"text": "a"}\n')
+    assert sources.documents(sources.source(str(tmp_path / "text.jsonl")))["text"] == ["a"]
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_tokens_of_another_vocabulary(tiny_llama, tmp_path, refused, token):
+    (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": [token] * 256}))
+    line = refused(tmp_path / "run", f"model={tiny_llama}", f"calibration.dataset={tmp_path}/ids.jsonl")
+    assert f"holds token {token}, but the model knows" in line
+
+
+@pytest.mark.slow
+def test_fewer_batches_than_processes(tiny_llama, tmp_path):
+    settings = (f"model={tiny_llama}", *PRUNE, "calibration.samples=2", f"run_dir={tmp_path}")
+    seen = espalier(*settings, processes=2, expect=None)
+    said = [line for line in seen.splitlines() if line.startswith("espalier: ")]
+    assert said == [
+        "espalier: 1 batches of calibration samples cannot be shared by 2 processes: set calibration.samples=4 or more"
+    ]
+    assert not (tmp_path / "prune").exists()

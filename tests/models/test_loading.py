@@ -1,0 +1,353 @@
+"""A model folder is loaded whole and exactly, or refused in a line; what is written has the names that its input had."""
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    CLIPConfig,
+    CLIPModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from pipeline.commands.verify import check_matrices
+from pipeline.models import file_names, loading, model_files
+from pipeline.models.model_files import Tensors
+from pipeline.models.rewrite import layers, parameters, rewrite
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Recipe
+from pipeline.sparsity.masks import Masks
+from tests.engine.test_decoder import small_model
+from tests.families import WHOLE, tiny
+
+IDS = torch.arange(3, 27).view(1, -1)
+FUSED = ("mixtral", "qwen2_moe")
+CONVERTED = (*FUSED, "gemma3", "llava", "mistral3", "mllama", "qwen2_5_vl", "qwen3_5_moe")
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "opt", "bloom", *FUSED, *WHOLE])
+def family(request, tmp_path_factory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    (tiny(f"{request.param}:whole") if request.param in WHOLE else small_model(request.param)).save_pretrained(folder)
+    return request.param, folder
+
+
+def by_its_class(name: str, folder: Path) -> nn.Module:
+    """As anybody loads it, with no key missing and none left over."""
+    chosen = AutoModelForImageTextToText if name in WHOLE else AutoModelForCausalLM
+    model, info = chosen.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+@pytest.mark.slow
+def test_a_family_is_loaded_whole(family):
+    name, folder = family
+    theirs, ours = by_its_class(name, folder), loading.load(folder, Recipe())
+    assert type(ours) is type(theirs) is type(loading.skeleton(folder, Recipe()))
+    same(ours.state_dict(), theirs.state_dict())
+    assert torch.equal(ours(input_ids=IDS).logits, theirs(input_ids=IDS, use_cache=False).logits)
+
+
+@pytest.mark.slow
+def test_a_family_is_written_under_the_names_it_had(family, tmp_path, monkeypatch):
+    """Bit for bit, but for what is changed, which is named as in memory; layer by layer, and all at once."""
+    name, folder = family
+    monkeypatch.setattr("pipeline.models.rewrite.SHARD", 20_000)
+    before, model = load_file(folder / "model.safetensors"), loading.load(folder, Recipe())
+    same(file_names.to_files(model, file_names.saved_state(model)), before)
+    assert file_names.converts(model) == (
+        name in (*FUSED, "gemma3", "llava", "mistral3", "mllama", "qwen2_5_vl", "qwen3_5_moe")
+    )
+
+    rewrite(folder, tmp_path / "same", Recipe(), lambda name, weight: None)
+    assert len(list((tmp_path / "same").glob("*.safetensors"))) > 1
+    same(dict(model_files.tensors(tmp_path / "same")), before)
+    same(by_its_class(name, tmp_path / "same").state_dict(), model.state_dict())
+
+    seen = set()
+
+    def zeroed(name: str, weight: Tensor) -> Tensor | None:
+        seen.add(name)
+        return torch.zeros_like(weight) if "down_proj" in name or "fc2" in name or "mlp.c_proj" in name else None
+
+    rewrite(folder, tmp_path / "zeroed", Recipe(), zeroed)
+    assert seen == {name for name, _ in model.named_parameters()}
+    after = by_its_class(name, tmp_path / "zeroed").state_dict()
+    expected = {k: v if zeroed(k, v) is None else torch.zeros_like(v) for k, v in model.state_dict().items()}
+    same(after, expected)
+
+
+@pytest.mark.slow
+def test_a_familys_parameters_are_streamed_as_they_are_in_memory(family):
+    name, folder = family
+    model = loading.load(folder, Recipe())
+    streamed = list(parameters(folder, Recipe()))
+    same(dict(streamed), file_names.saved_state(model))
+    assert len(streamed) == len(dict(streamed))
+    _, found = layers(folder, Recipe())
+    assert {layer for layer in found if layer} == {file_names.layer_of(n) for n, _ in streamed} - {""}
+
+
+def test_masks_of_fused_experts_are_checked_against_their_files(tmp_path):
+    model = small_model("mixtral")
+    masks, name = Masks(), "model.layers.1.mlp.experts.gate_up_proj"
+    weight = model.get_parameter(name).data
+    for expert in range(len(weight)):
+        masks.add(f"{name}[{expert}]", torch.rand(weight.shape[1:]) < 0.5, "0.5")
+        weight[expert] *= masks[f"{name}[{expert}]"]
+    model.save_pretrained(tmp_path)
+    assert not any("gate_up" in name for name in load_file(tmp_path / "model.safetensors"))
+    assert masks.violations(parameters(tmp_path, Recipe())) == []
+
+    row, column = (~masks[f"{name}[2]"])[48:].nonzero()[3].tolist()  # of its up_proj, below the gate's 48 rows
+    files_of = load_file(tmp_path / "model.safetensors")
+    (stray,) = (
+        n for n in files_of if ("layers.1." in n and "experts.2." in n and ".w3." in n) or "experts.2.up_proj" in n
+    )
+    files_of[stray][row, column] = 0.25
+    save_file(files_of, tmp_path / "model.safetensors", {"format": "pt"})
+    (violation,) = [matrix.violation for matrix in check_matrices(tmp_path, masks, Recipe()) if matrix.violation]
+    assert (violation.name, violation.first, violation.value) == (f"{name}[2]", (48 + row, column), 0.25)
+
+
+def changed(origin: Path, folder: Path, change) -> Path:
+    shutil.copytree(origin, folder, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v.contiguous() for k, v in change(weights).items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def refused(folder: Path) -> str:
+    """The same line, however the folder is read."""
+    said = []
+    for read in (loading.load, lambda *of: list(parameters(*of))):
+        with pytest.raises(UserError) as raised:
+            read(folder, Recipe())
+        said.append(str(raised.value))
+    assert said[0] == said[1]
+    return said[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_weights_that_are_not_the_models_are_refused(family, tmp_path):
+    small_model(family).save_pretrained(tmp_path / "model")
+    bias = "model.layers.1.self_attn.q_proj.bias"
+    more = changed(tmp_path / "model", tmp_path / "more", lambda w: w | {bias: torch.ones(32), "x.y": torch.ones(1)})
+    assert f"holds {bias}, which its config.json does not define (2 such)" in refused(more)
+    norm = "model.layers.2.input_layernorm.weight"
+    less = changed(tmp_path / "model", tmp_path / "less", lambda w: {k: v for k, v in w.items() if k != norm})
+    assert f"lacks {norm} (1 missing)" in refused(less)
+    other = changed(tmp_path / "model", tmp_path / "other", lambda w: w | {norm: torch.ones(7)})
+    assert f"{norm} is (7,) in the files, but (32,) by config.json" in refused(other)
+
+
+def test_a_shard_that_is_missing_or_damaged_is_named(tmp_path):
+    small_model("mixtral").save_pretrained(tmp_path, max_shard_size="40KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:100])
+    assert f"{shard.name} (100 bytes) is damaged" in refused(tmp_path)
+    shard.unlink()
+    assert f"No such file or directory: {shard}" in refused(tmp_path).replace('"', "")
+
+
+def test_an_expert_that_is_missing_is_refused(tmp_path):
+    small_model("mixtral").save_pretrained(tmp_path / "model")
+    less = changed(
+        tmp_path / "model",
+        tmp_path / "less",
+        lambda w: {k: v for k, v in w.items() if "layers.1" not in k or "experts.3" not in k},
+    )
+    assert "model.layers.1.mlp.experts" in refused(less)
+
+
+OLD = {
+    "llama": lambda w: w | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)},
+    "gpt2": lambda w: (
+        {k.removeprefix("transformer."): v for k, v in w.items()}
+        | {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64) for i in range(3)}
+        | {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
+    ),
+    "opt": lambda w: w | {"lm_head.weight": w["model.decoder.embed_tokens.weight"].clone()},
+    "qwen2": lambda w: {"lm_head.weight" if "embed" in k else k: v for k, v in w.items()},
+}
+
+
+@pytest.mark.parametrize("family", OLD)
+def test_old_forms_of_a_checkpoint_are_loaded(family, tmp_path):
+    """Buffers that are computed today, no prefix, a tied weight twice or under its other name."""
+    model = small_model(family, tie_word_embeddings=family != "llama")
+    model.save_pretrained(tmp_path / "new")
+    old = changed(tmp_path / "new", tmp_path / "old", OLD[family])
+    expected = file_names.saved_state(model)
+    same(file_names.saved_state(loading.load(old, Recipe())), expected)
+    same(dict(parameters(old, Recipe())), expected)
+    rewrite(old, tmp_path / "written", Recipe(), lambda name, weight: None)
+    same(by_its_class(family, tmp_path / "written").state_dict(), model.state_dict())
+
+
+def test_tied_weights_that_differ_in_the_files_are_not_tied(tmp_path):
+    model = small_model("qwen2", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "tied")
+    change = lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"] * 2}  # noqa: E731
+    folder = changed(tmp_path / "tied", tmp_path / "apart", change)
+    loaded = loading.load(folder, Recipe())
+    same(dict(parameters(folder, Recipe())), file_names.saved_state(loaded))
+    rewrite(folder, tmp_path / "written", Recipe(), lambda name, weight: None)
+    same(by_its_class("qwen2", tmp_path / "written").state_dict(), loaded.state_dict())
+    assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_of_torch_save_are_streamed(tmp_path, zipped):
+    model = small_model("mixtral")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    same(dict(parameters(tmp_path, Recipe())), file_names.saved_state(model))
+
+
+def test_weights_beside_those_that_transformers_loads_are_left_alone(tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
+    save_file({"tok_embeddings.weight": torch.ones(2)}, tmp_path / "consolidated.safetensors")
+    assert "tok_embeddings.weight" not in set(Tensors(tmp_path))
+    assert dict(parameters(tmp_path, Recipe())).keys() == dict(parameters(tiny_llama, Recipe())).keys()
+
+
+def adapted(model: nn.Module) -> peft.PeftModel:
+    return peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj"], r=2, base_model_name_or_path="some/base")
+    )
+
+
+def test_an_adapter_beside_a_model_is_refused(tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
+    adapted(small_model("llama")).save_pretrained(tmp_path)
+    line = refused(tmp_path)
+    assert f"{tmp_path / 'adapter_config.json'} makes transformers load an adapter" in line and "adapter_*" in line
+
+
+def test_the_folder_of_an_adapter_is_told_its_base(tmp_path):
+    adapter = adapted(small_model("llama"))
+    adapter.peft_config["default"].base_model_name_or_path = "some/base"
+    adapter.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=f"model={tmp_path} is an adapter of some/base .*: set model=some/base, or merge"
+    ):
+        loading.locate(str(tmp_path), None)
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", ""])
+def test_the_weights_of_a_peft_model_are_refused(tmp_path, prefix):
+    small_model("llama").save_pretrained(tmp_path)
+    state = adapted(small_model("llama")).state_dict()
+    state = {prefix + k.removeprefix("base_model.model."): v.clone() for k, v in state.items()}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    line = refused(tmp_path)
+    assert f"{tmp_path} holds the weights of a PeftModel ({prefix}" in line and "merge_and_unload" in line
+
+
+LAYERS = {
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "vocab_size": 60,
+}
+OTHERS = {
+    "BertForMaskedLM": lambda: BertForMaskedLM(BertConfig(**LAYERS)),
+    "T5ForConditionalGeneration": lambda: T5ForConditionalGeneration(
+        T5Config(num_layers=1, d_model=16, d_ff=16, num_heads=2)
+    ),
+    "BartForConditionalGeneration": lambda: BartForConditionalGeneration(
+        BartConfig(encoder_layers=1, decoder_layers=1, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16)
+    ),
+    "CLIPModel": lambda: CLIPModel(
+        CLIPConfig(text_config=LAYERS, vision_config=LAYERS | {"image_size": 28, "patch_size": 14})
+    ),
+    "ViTForImageClassification": lambda: ViTForImageClassification(ViTConfig(**LAYERS, image_size=28, patch_size=14)),
+    "LlamaModel": lambda: LlamaModel(LlamaConfig(**LAYERS)),
+    "GPT2Model": lambda: GPT2Model(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=60)),
+    "LlamaForSequenceClassification": lambda: LlamaForSequenceClassification(LlamaConfig(**LAYERS)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_causal_language_model_is_refused(name, tmp_path):
+    OTHERS[name]().save_pretrained(tmp_path)
+    assert f"{tmp_path} holds a {name} (config.json), which is " in refused(tmp_path)
+    with pytest.raises(UserError, match="holds a"):
+        loading.skeleton(tmp_path, Recipe())
+
+
+@pytest.mark.parametrize("architectures", [None, ["LLaMAForCausalLM"], ["SomebodysForCausalLM"]])
+def test_other_names_of_a_causal_language_model_are_loaded(tiny_llama, tmp_path, architectures):
+    shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": architectures}))
+    assert type(loading.load(tmp_path, Recipe())).__name__ == "LlamaForCausalLM"
+
+
+def test_what_is_downloaded_of_a_hub_model():
+    there = [
+        "config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tools.jinja",
+        "modeling_x.py",
+    ]
+    there += ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    elsewhere = [
+        "consolidated.safetensors",
+        "consolidated.00.safetensors",
+        "original/model.safetensors",
+        "onnx/config.json",
+    ]
+    elsewhere += [
+        "original/params.json",
+        "metal/model.bin",
+        "README.md",
+        "adapters/a/model.safetensors",
+        "pytorch_model.bin",
+    ]
+    found = filter_repo_objects([*there, *elsewhere], **model_files.download("*.safetensors"))
+    assert list(found) == there
+
+
+def test_all_that_lies_beside_the_weights_is_copied(tiny_llama, tmp_path):
+    origin = tmp_path / "origin"
+    shutil.copytree(tiny_llama, origin)
+    (origin / "additional_chat_templates").mkdir()
+    (origin / "additional_chat_templates/tools.jinja").write_text("{{ messages }}")
+    (origin / "chat_template.jinja").write_text("{{ messages[0] }}")
+    rewrite(origin, tmp_path / "target", Recipe(), lambda name, weight: None)
+    for path in origin.rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            assert (tmp_path / "target" / path.relative_to(origin)).read_bytes() == path.read_bytes(), path

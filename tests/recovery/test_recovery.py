@@ -1,0 +1,308 @@
+"""Whatever trains, by whatever means and on however many processes: the model ends exactly as sparse as its masks."""
+
+import copy
+import shutil
+import subprocess
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.models import model_files
+from pipeline.recovery import distillation, lora, quantization
+from pipeline.recovery.methods import MaskedLora, SparseFull
+from pipeline.runtime.errors import UserError
+from pipeline.settings import reader, schema
+from pipeline.settings.schema import Finetune
+from pipeline.sparsity.masks import Masks, apply_, pack, unpack
+from pipeline.stages import finetune, prune
+from tests.conftest import QUICK, ROOT, command, environment
+from tests.engine.test_decoder import small_model
+from tests.recovery.test_lora import trained, with_masks
+
+WAYS = {
+    "lora": [],
+    "cached": ["finetune.effective=cached"],
+    "dropout": ["finetune.dropout=0.2"],
+    "full": ["finetune.method=full"],
+    "nf4": ["finetune.quantize=nf4"],
+    "int8": ["finetune.quantize=int8"],
+    "distill": ["finetune.distill=0.7", "finetune.temperature=2"],
+    "full distill": ["finetune.method=full", "finetune.distill=1"],
+}
+SETTINGS = [s for s in QUICK if not s.startswith("stages")]
+
+
+def settings(model, *more) -> schema.Recipe:
+    return reader.load([f"model={model}", "stages=[prune,finetune]", *SETTINGS, *more])
+
+
+@pytest.fixture(scope="module", params=["2of4", "0.5"])
+def pruned(request, tiny_llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pruned")
+    prune.run(settings(tiny_llama, f"prune.sparsity={request.param}"), folder, {})
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
+def test_every_way_ends_exactly_sparse_and_has_learnt(pruned, tiny_llama, tmp_path, way):
+    finetune.run(settings(tiny_llama, *WAYS[way]), tmp_path, {"prune": pruned})
+    masks = Masks.load(pruned / "masks.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert masks.violations(model.named_parameters()) == []
+    before = dict(model_files.tensors(pruned / "model"))
+    for name, weight in model_files.tensors(tmp_path / "model"):
+        if name in masks:
+            assert weight.dtype == before[name].dtype
+            assert not torch.equal(weight, before[name]), name
+            assert not torch.signbit(weight[~masks[name]]).any(), name
+        elif not way.startswith("full"):
+            assert torch.equal(weight, before[name]), name
+    losses = [float(row.split(",")[1]) for row in (tmp_path / "metrics.csv").read_text().splitlines()[1:]]
+    if "distill" not in way:
+        assert losses[-1] < losses[0] - 0.01
+    assert (tmp_path / "adapter").exists() != way.startswith("full")
+
+
+def test_a_plain_lora_stays_apart(pruned, tiny_llama, tmp_path):
+    finetune.run(settings(tiny_llama, "finetune.method=plain_lora"), tmp_path, {"prune": pruned})
+    assert not (tmp_path / "model").exists()
+    model = AutoModelForCausalLM.from_pretrained(pruned / "model")
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    b = [p for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert b and all(p.count_nonzero() for p in b)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_recomputed_weights_give_the_gradients_of_the_cached(family, bias):
+    found = []
+    for cached in (True, False):
+        model, masks = with_masks(small_model(family))
+        adapted = lora.attach(model, masks, Finetune(rank=4, bias=bias), cached=cached)
+        for layer in lora.masked_layers(adapted).values():
+            torch.nn.init.normal_(layer.lora_B["default"].weight, generator=torch.Generator().manual_seed(1))
+        assert lora.refresh_all(adapted) == 0
+        ids = torch.randint(3, 61, (2, 16), generator=torch.Generator().manual_seed(0))
+        loss = adapted(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found.append({"loss": loss} | {n: p.grad for n, p in adapted.named_parameters() if p.grad is not None})
+    assert any("bias" in name for name in found[0]) == (bias == "all" and family != "llama")
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value), name
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_biases_that_trained_are_merged_too_of_norms_as_well(family, bias):
+    model, masks = with_masks(small_model(family))
+    plain = copy.deepcopy(model)
+    recovery = MaskedLora(model, masks, Finetune(rank=4, bias=bias))
+    trained(recovery.model)
+    merged = {name: recovery.merged(name, weight) for name, weight in plain.state_dict().items()}
+    plain.load_state_dict({name: new.detach() for name, new in merged.items() if new is not None}, strict=False)
+    of_norms = [
+        name for name, new in merged.items() if new is not None and ("ln_1.bias" in name or "norm.bias" in name)
+    ]
+    assert bool(of_norms) == (bias == "all")
+    ids = torch.randint(3, 61, (2, 16))
+    with torch.no_grad():
+        forward = recovery.model(input_ids=ids).logits
+        torch.testing.assert_close(plain(input_ids=ids).logits, forward, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_acts_on_the_branch_alone():
+    """The gradients of the two-branch form are those that autograd finds for W x + M * sBA dropout(x)."""
+    model, masks = with_masks(small_model("llama"))
+    adapted = lora.attach(model, masks, Finetune(rank=4, dropout=0.5)).train()
+    layer = next(iter(lora.masked_layers(adapted).values()))
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    torch.nn.init.normal_(b)
+    x = torch.randn(3, 5, layer.in_features, requires_grad=True)
+    torch.manual_seed(3)
+    out = layer(x)
+    torch.manual_seed(3)
+    dropped = layer.lora_dropout["default"](x)
+    delta = layer.scale * (b @ a) * layer.mask()
+    expected = torch.nn.functional.linear(x, layer.base_OI()) + torch.nn.functional.linear(dropped, delta)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    for mine, theirs in zip(torch.autograd.grad(out, (x, a, b), grad), torch.autograd.grad(expected, (x, a, b), grad)):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.slow
+def test_quantised_weights_keep_their_zeros_and_nearly_all_else(stories, tmp_path, kind):
+    model, masks = with_masks(AutoModelForCausalLM.from_pretrained(stories))
+    model.save_pretrained(tmp_path)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization.configuration(kind))
+    for name, mask in masks.items():
+        weight = quantization.dequantized(small.get_parameter(name)).float()
+        exact = model.get_parameter(name)
+        assert (weight[~mask] == 0).all()
+        assert (weight - exact).norm() < {"nf4": 0.15, "int8": 0.02}[kind] * exact.norm()
+
+
+def test_packed_masks_are_the_masks():
+    for shape in ((3, 5), (8, 16), (1, 1)):
+        mask = torch.rand(shape) < 0.5
+        assert len(pack(mask)) == -(-mask.numel() // 8)
+        assert torch.equal(unpack(pack(mask), mask.shape), mask)
+
+
+def test_full_training_masks_fused_experts_and_keeps_targets():
+    model, masks = with_masks(small_model("mixtral"))
+    recovery = SparseFull(model, masks, Finetune(method="full"))
+    ids = torch.randint(3, 61, (2, 16))
+    model(input_ids=ids, labels=ids).loss.backward()
+    recovery.mask_gradients()
+    assert any(part is not None and part.dim() == 3 for part in recovery.parts.values())
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    assert masks.violations(model.named_parameters()) == []  # even before the masks are applied again
+    some = SparseFull(*with_masks(small_model("llama")), Finetune(method="full", targets=["up_proj"]))
+    assert {n.split(".")[-2] for n, p in some.model.named_parameters() if p.requires_grad} == {"up_proj"}
+
+
+def test_distillation_is_the_formula():
+    student, teacher = torch.randn(2, 9, 31, requires_grad=True), torch.randn(2, 9, 31)
+    ids = torch.randint(0, 31, (2, 9))
+    hard = torch.nn.functional.cross_entropy(student[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    p, q = (torch.log_softmax(x[:, :-1] / 2.0, -1) for x in (teacher, student))
+    soft = (p.exp() * (p - q)).sum(-1).mean()
+    torch.testing.assert_close(distillation.loss(student, teacher, ids, 0.3, 2.0), 0.7 * hard + 0.3 * 4.0 * soft)
+    torch.testing.assert_close(distillation.loss(student, teacher, ids, 0.0, 1.0), hard)
+    assert distillation.loss(teacher, teacher, ids, 1.0, 1.0).abs() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["finetune.method=full", "finetune.quantize=nf4"], "set finetune.method=lora"),
+        (["finetune.quantize=nf4", "finetune.strategy=fsdp"], "exclude each other"),
+        (["finetune.effective=cached", "finetune.dropout=0.1"], "set finetune.effective=auto"),
+        (["finetune.patience=3"], "set finetune.validation="),
+        (["finetune.quantize=nf3"], "did you mean 'nf4'?"),
+        (["finetune.method=lorra"], "did you mean 'lora'?"),
+        (["finetune.loggers=[tensorbord]"], "did you mean 'tensorboard'?"),
+    ],
+)
+def test_bad_input_says_what_to_type(tiny_llama, more, says):
+    with pytest.raises(UserError) as raised:
+        settings(tiny_llama, *more)
+    assert says in str(raised.value)
+
+
+def test_masks_of_another_model_are_refused(pruned, tiny_llama, tmp_path):
+    masks = Masks.load(pruned / "masks.safetensors")
+    name = next(iter(masks))
+    masks.add(name, masks[name][:, :-4], "2of4")
+    shutil.copytree(pruned / "model", tmp_path / "model")
+    masks.save(tmp_path / "masks.safetensors")
+    for more in ((), ("finetune.method=full",)):
+        with pytest.raises(
+            UserError, match=rf"{name} has shape \(.*\), its mask \(.*\): is this another model's mask file"
+        ):
+            finetune.run(settings(tiny_llama, *more), tmp_path / "run", {"prune": tmp_path})
+
+
+LAUNCHED = {
+    "lora": ["finetune.dropout=0"],
+    "full": ["finetune.method=full", "finetune.clip=0.05"],
+    "distill": ["finetune.distill=0.5", "finetune.validation=world@test", "finetune.validate_every=3"],
+}
+SCRIPT = """
+import sys
+from pathlib import Path
+from lightning import Callback
+from pipeline.recovery import training
+from pipeline.runtime import processes
+from pipeline.stages import finetune
+from tests.recovery.test_recovery import LAUNCHED, settings
+model, pruned, where = sys.argv[1:]
+
+class Killed(Exception):
+    pass
+
+class KillAt(Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if trainer.global_step == 3:
+            raise Killed
+
+processes.start()
+strategies = ["ddp", "fsdp"] if processes.world_size() > 1 else ["ddp"]
+fit = training.fit
+for way, more in LAUNCHED.items():
+    for strategy in strategies:
+        inputs = {"prune": Path(pruned)}
+        chosen = settings(model, f"finetune.strategy={strategy}", "finetune.accumulate=2", *more)
+        finetune.run(chosen, Path(where) / f"{way}-{strategy}", inputs)
+        try:
+            finetune.fit = lambda *args: fit(*args[:5], [*args[5], KillAt()], *args[6:])
+            finetune.run(chosen, Path(where) / f"{way}-{strategy}-resumed", inputs)
+            raise SystemExit("it was not killed")
+        except Killed:
+            finetune.fit = fit
+            finetune.run(chosen, Path(where) / f"{way}-{strategy}-resumed", inputs)
+processes.stop()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_by_ddp_and_by_fsdp_and_resume_to_the_bit(tiny_llama, tmp_path):
+    pruned = tmp_path / "pruned"
+    pruned.mkdir()
+    prune.run(settings(tiny_llama), pruned, {})
+    masks = Masks.load(pruned / "masks.safetensors")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    for processes in (1, 2):
+        line = [
+            *command(processes=processes)[:-1],
+            tmp_path / "script.py",
+            tiny_llama,
+            pruned,
+            tmp_path / str(processes),
+        ]
+        environ = environment() | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(list(map(str, line)), env=environ, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for way in LAUNCHED:
+        one = column(tmp_path / f"1/{way}-ddp/metrics.csv", 1)
+        for run in (f"1/{way}-ddp", f"2/{way}-ddp", f"2/{way}-fsdp"):
+            assert column(tmp_path / run / "metrics.csv", 1) == pytest.approx(one, abs=1e-4), run
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / run / "model")
+            assert masks.violations(model.named_parameters()) == [], run
+            whole, resumed = (dict(model_files.tensors(tmp_path / f"{run}{end}/model")) for end in ("", "-resumed"))
+            assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items()), run
+            if way == "distill":
+                expected = column(tmp_path / f"1/{way}-ddp/metrics.csv", -1)
+                assert column(tmp_path / run / "metrics.csv", -1) == pytest.approx(expected, rel=1e-4)
+
+
+def column(path, index: int) -> list[float]:
+    cells = [row.split(",")[index] for row in path.read_text().splitlines()[1:]]
+    return [float(cell) for cell in cells if cell]
+
+
+@pytest.mark.slow
+def test_stories_lora_and_full_give_bits_of_bfloat16_models(stories, tmp_path):
+    """A bfloat16 model ends in bfloat16, as sparse, whichever precision trained it."""
+    model, masks = with_masks(AutoModelForCausalLM.from_pretrained(stories, dtype=torch.bfloat16))
+    for name, mask in masks.items():
+        apply_(model.get_parameter(name).data, mask)
+    model.save_pretrained(tmp_path / "model")
+    for path in stories.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "model")
+    masks.save(tmp_path / "masks.safetensors")
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time, there was a little girl named Lily.\n" * 200)
+    for way in ("lora", "full"):
+        more = [f"finetune.method={way}", f"finetune.dataset={text}", "finetune.precision=bf16-mixed"]
+        finetune.run(settings(stories, *more), tmp_path / way, {"prune": tmp_path})
+        after = dict(model_files.tensors(tmp_path / way / "model"))
+        assert {weight.dtype for weight in after.values()} == {torch.bfloat16}
+        assert masks.violations(iter(after.items())) == []

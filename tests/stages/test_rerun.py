@@ -1,0 +1,145 @@
+"""An edited score prunes again, an edited comment does not; `rerun=` makes any stage run again."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.runtime import code
+from pipeline.runtime.errors import UserError
+from pipeline.settings import reader
+from pipeline.stages.runner import STAGES, own_fingerprint
+from tests.conftest import QUICK, ROOT, typing
+
+ALL = (
+    *QUICK,
+    "stages=[prune,evaluate,report]",
+    "evaluate.windows=2",
+    "evaluate.continuations=0",
+    "calibration.samples=2",
+)
+SCORES, CARD = "pipeline/pruning/scores.py", "pipeline/reporting/card.py"
+TEMPLATE = "pipeline/reporting/report.html.jinja"
+STATEMENT = "\nimport torch\n", "\nimport torch\n\nTHIS = 'is edited'\n"
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """A copy of the project's code that the fingerprints are taken of; the code that runs is the project's."""
+    for name in code.OWN:
+        shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(code, "ROOT", tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def again(tiny_llama, tmp_path, monkeypatch, capsys):
+    """Types the command of a finished run once more, and returns what it says of each stage."""
+    run = typing((*ALL, f"model={tiny_llama}", f"run_dir={tmp_path}/run"), monkeypatch, capsys)
+
+    def type_again(*settings) -> dict[str, str]:
+        code, said, lines = run(*settings)
+        assert code == 0, lines
+        names = [stage.name for stage in STAGES]
+        told = [line.partition(": ") for line in said.splitlines() if line.partition(":")[0] in names]
+        return {name: text for name, _, text in reversed(told)}  # the first line of each
+
+    type_again()
+    return type_again
+
+
+def edit(path: Path, before: str, after: str) -> None:
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+
+
+def prints() -> dict[str, dict[str, str]]:
+    return {stage.name: own_fingerprint(stage) for stage in STAGES}
+
+
+def changed(before: dict[str, dict[str, str]]) -> dict[str, set[str]]:
+    """The packages of each stage whose code is another than before."""
+    now = prints()
+    found = {name: {it for it in now[name] if now[name][it] != before[name].get(it)} for name in now}
+    return {name: packages for name, packages in found.items() if packages}
+
+
+def test_comments_docstrings_layout_and_what_a_stage_does_not_use_decide_nothing(source):
+    before = prints()
+    edit(source / SCORES, '"""', '"""Another docstring. ')
+    edit(source / SCORES, "import torch", "import torch  # of Meta\n\n\n")
+    edit(source / "pipeline/runtime/processes.py", "import os", "import os, re")
+    (source / "pipeline/pruning/another.py").write_text("THIS = 'is new'\n")
+    assert changed(before) == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "edits", "again", "done"),
+    [
+        (SCORES, STATEMENT, {"prune"}, {"pretrain", "evaluate", "report"}),
+        ("pipeline/recovery/training.py", STATEMENT, {"pretrain", "finetune"}, {"prune", "evaluate", "report"}),
+        ("pipeline/evaluation/perplexity.py", STATEMENT, {"evaluate"}, {"pretrain", "prune", "finetune"}),
+        (CARD, ("import re\n", "import re, os\n"), set(), {"prune", "finetune", "evaluate"}),
+        (TEMPLATE, ("<", "<!-- edited --><"), {"report"}, {"prune", "finetune", "evaluate"}),
+    ],
+)
+def test_edited_code_decides_for_the_stages_that_use_it(source, path, edits, again, done):
+    before = prints()
+    edit(source / path, *edits)
+    found = changed(before)
+    assert again <= found.keys() and not done & found.keys()
+    assert all(packages == {str(Path(path).parent)} for packages in found.values())
+
+
+@pytest.mark.slow
+def test_a_run_sees_edited_code_and_measures_again_by_it(source, again, tmp_path):
+    edit(source / SCORES, *STATEMENT)
+    said = again()
+    assert said["prune"] == "the code of pipeline/pruning changed: running again"
+    assert said["evaluate"].startswith("read.prune ")
+    kept = set(tmp_path.glob(".measured/*.json"))
+    edit(source / "pipeline/evaluation/perplexity.py", *STATEMENT)
+    said = again()
+    assert (
+        said["prune"] == "done before" and said["evaluate"] == "the code of pipeline/evaluation changed: running again"
+    )
+    assert len(set(tmp_path.glob(".measured/*.json")) - kept) == 2  # of the dense and the pruned model
+    edit(source / TEMPLATE, "<", "<!-- edited --><")
+    said = again()
+    assert said.pop("report") == "the code of pipeline/reporting changed: running again"
+    assert set(said.values()) == {"done before"}
+
+
+@pytest.mark.slow
+def test_a_stage_named_by_rerun_runs_again_and_no_other(again, tmp_path):
+    measured = {path: path.stat().st_mtime_ns for path in tmp_path.glob(".measured/*.json")}
+    for rerun, stages in (("prune", {"prune"}), ("[evaluate,report]", {"evaluate", "report"})):
+        said = again(f"rerun={rerun}")
+        assert {name for name, text in said.items() if text == f"rerun={name}: running again"} == stages
+        assert {name for name, text in said.items() if text == "done before"} == set(said) - stages
+        assert all((path.stat().st_mtime_ns != measured[path]) == ("evaluate" in stages) for path in measured)
+    assert set(again().values()) == {"done before"}  # it is in no key
+
+
+@pytest.mark.parametrize(
+    ("rerun", "says"), [("prun", "did you mean 'prune'?"), ("pretrain", r"rerun=pretrain: it is not in stages=\[prune")]
+)
+def test_rerun_of_what_is_no_stage_is_refused(rerun, says):
+    with pytest.raises(UserError, match=says):
+        reader.load(["model=m", "stages=[prune]", f"rerun={rerun}"])
+
+
+def test_every_import_is_one_that_the_fingerprint_follows():
+    """What is imported by a name put together at run time would be missed."""
+    for stage in STAGES:
+        for path, text in code.used(f"pipeline.stages.{stage.name}").items():
+            assert "import_module" not in text and "__import__" not in text, path
+
+
+def test_the_packages_that_each_stage_uses():
+    used = {name: {it.removeprefix("pipeline/") for it in packages} for name, packages in prints().items()}
+    assert {"pruning", "engine", "sparsity", "models", "data", "callbacks"} <= used["prune"]
+    assert "recovery" in used["finetune"] and "evaluation" in used["evaluate"] and "reporting" in used["report"]
+    assert not used["prune"] & {"recovery", "evaluation", "reporting", "runtime", "settings"}
+    assert not used["evaluate"] & {"pruning", "recovery", "reporting", "callbacks"}
