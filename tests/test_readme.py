@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from pipeline.commands.main import main
 from pipeline.registry import PRUNE_METHODS
 from pipeline.settings import reader, schema
 from pipeline.sparsity.masks import Masks
+from pipeline.stages import sweep
 from tests.conftest import QUICK, ROOT, espalier
 
 README = (ROOT / "README.md").read_text()
@@ -32,16 +34,32 @@ def test_its_two_commands_are_those_that_ci_types():
 
 
 def test_its_keys_and_methods_exist():
-    table = README[README.index("| keys |") : README.index("A `dataset` is")]
+    table = README[README.index("| keys |") : README.index("More: [text")]
     known = schema.plain(reader.load([]))["prune"].keys()
     for key in re.findall(r"`prune\.(\w+)`", table):
         assert key in known
     for method in PRUNE_METHODS.entries:
         assert f"`{method}`" in table
-    for line in re.findall(r"launch\.py (.*)$", README, flags=re.M):
-        for name in re.findall(r"recipe=(\w+)", line):
-            if name != "NAME":
-                assert name in reader.available()
+
+
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_settings_in_its_commands_and_those_of_the_docs_are_known(page):
+    """Each command is read as the command line reads it, up to the checks that need the model or a network."""
+    for line in re.findall(r"^    .*launch\.py (.*=.*)$", PAGES[page], flags=re.M):
+        if " ..." in line or "NAME" in line or "sparcity" in line or "[out=" in line or "./my_" in line:
+            continue
+        for cell in sweep.cells(shlex.split(line.rstrip("'\\"))).values():
+            reader.load(cell)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_of_a_page_lead_to_files(page):
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGES[page]):
+        assert (folder / target).exists(), target
 
 
 @pytest.mark.slow
@@ -61,7 +79,7 @@ def test_its_snippets_run_through_the_whole_pipeline(tiny_llama, tmp_path):
 
 def test_its_commands_without_a_run_are_answered(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    section = README[README.index("### Command line") : README.index("### Python API")]
+    section = README[README.index("## Command line") : README.index("## Python API")]
     found = re.findall(r"^    espalier (.*)$", section, flags=re.M)
     assert len(found) >= 5
     for line in found:

@@ -251,7 +251,10 @@ def own_fingerprint(stage: Stage, recipe: Recipe) -> dict[str, str]:
     for key in registry.REGISTRIES:
         if key.partition(".")[0] in stage.settings:
             implementation = registry.REGISTRIES[key].entry(registry.value_of(recipe, key)).implementation
-            chosen += [implementation.partition(":")[0]] if isinstance(implementation, str) else []
+            if isinstance(implementation, str):
+                chosen.append(implementation.partition(":")[0])
+            else:  # a class of the user's, which builds on classes of the project
+                chosen += [base.__module__ for base in implementation.__mro__]
     return code.fingerprint(f"pipeline.stages.{stage.name}", *chosen, without=stage.display)
 
 

@@ -8,7 +8,8 @@ import pytest
 from pipeline.runtime import code
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
-from pipeline.stages.runner import STAGES, own_fingerprint
+from pipeline.settings.schema import STAGES, Recipe
+from pipeline.stages.runner import own_fingerprint
 from tests.conftest import QUICK, ROOT, typing
 
 ALL = (
@@ -19,7 +20,7 @@ ALL = (
     "calibration.samples=2",
 )
 SCORES, CARD = "pipeline/pruning/scores.py", "pipeline/reporting/card.py"
-TEMPLATE = "pipeline/reporting/report.html.jinja"
+TEMPLATE = "pipeline/reporting/page.html.jinja"
 STATEMENT = "\nimport torch\n", "\nimport torch\n\nTHIS = 'is edited'\n"
 
 
@@ -54,8 +55,8 @@ def edit(path: Path, before: str, after: str) -> None:
     path.write_text(text.replace(before, after, 1))
 
 
-def prints() -> dict[str, dict[str, str]]:
-    return {stage.name: own_fingerprint(stage) for stage in STAGES}
+def prints(recipe: Recipe = Recipe()) -> dict[str, dict[str, str]]:  # noqa: B008
+    return {stage.name: own_fingerprint(stage, recipe) for stage in STAGES.values()}
 
 
 def changed(before: dict[str, dict[str, str]]) -> dict[str, set[str]]:
@@ -90,6 +91,18 @@ def test_edited_code_decides_for_the_stages_that_use_it(source, path, edits, aga
     found = changed(before)
     assert again <= found.keys() and not done & found.keys()
     assert all(packages == {str(Path(path).parent)} for packages in found.values())
+
+
+def test_an_edited_method_decides_where_it_is_chosen(source, tmp_path):
+    """What a registry names is loaded by its name, so no import shows it; a user's class builds on one of the project."""
+    own = tmp_path / "mine.py"
+    own.write_text("from pipeline.pruning.obs_methods import SparseGpt\n\n\nclass Mine(SparseGpt):\n    pass\n")
+    wanda, sparsegpt, mine = Recipe(), Recipe(), Recipe()
+    sparsegpt.prune.method, mine.prune.method = "sparsegpt", str(own)
+    before = [prints(recipe)["prune"] for recipe in (wanda, sparsegpt, mine)]
+    edit(source / "pipeline/pruning/obs.py", *STATEMENT)
+    now = [prints(recipe)["prune"] for recipe in (wanda, sparsegpt, mine)]
+    assert [old == new for old, new in zip(before, now)] == [True, False, False]
 
 
 @pytest.mark.slow
@@ -132,8 +145,8 @@ def test_rerun_of_what_is_no_stage_is_refused(rerun, says):
 
 def test_every_import_is_one_that_the_fingerprint_follows():
     """What is imported by a name put together at run time would be missed."""
-    for stage in STAGES:
-        for path, text in code.used(f"pipeline.stages.{stage.name}").items():
+    for name in STAGES:
+        for path, text in code.used(f"pipeline.stages.{name}").items():
             assert "import_module" not in text and "__import__" not in text, path
 
 
