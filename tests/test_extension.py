@@ -176,13 +176,16 @@ def test_each_entry_is_whole(key):
 
 
 def test_no_name_of_an_entry_stands_outside_the_registries():
-    """But for the defaults in the schema."""
+    """But for the defaults in the schema and of the functions of the API."""
     names = {name for it in (PRUNE_METHODS, PATTERNS, ALLOCATIONS, FINETUNE_METHODS) for name in it.entries}
     paths = [ROOT / "launch.py", *ROOT.glob("callbacks/*.py"), *ROOT.glob("pipeline/**/*.py")]
     for path in (path for path in paths if path.parent.name != "registry"):
         tree = ast.parse(path.read_text())
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
         defaults = {id(c.args[0]) for c in calls if any(it.arg == "registry" for it in c.keywords)}
+        if path.parent.name == "api":
+            arguments = [node for node in ast.walk(tree) if isinstance(node, ast.arguments)]
+            defaults |= {id(it) for node in arguments for it in (*node.defaults, *node.kw_defaults)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and id(node) not in defaults:
                 assert node.value not in names, f"{path}:{node.lineno}: {node.value}"

@@ -29,7 +29,7 @@ def test_every_file_beside_the_code_is_package_data():
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".py":
             assert f"*{path.suffix}" in patterns, path
     folders = {str(path.parent.relative_to(ROOT / "recipes")) for path in ROOT.glob("recipes/**/*") if path.is_file()}
-    assert folders == {".", "models"}
+    assert folders == {"."}
 
 
 @pytest.fixture

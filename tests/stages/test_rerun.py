@@ -41,7 +41,7 @@ def again(tiny_llama, tmp_path, monkeypatch, capsys):
     def type_again(*settings) -> dict[str, str]:
         code, said, lines = run(*settings)
         assert code == 0, lines
-        names = [stage.name for stage in STAGES]
+        names = list(STAGES)
         told = [line.partition(": ") for line in said.splitlines() if line.partition(":")[0] in names]
         return {name: text for name, _, text in reversed(told)}  # the first line of each
 
