@@ -43,16 +43,16 @@ SELF = ("calibration.dataset=self",)
 FULL = ("finetune.method=full", "finetune.lr=3e-4")
 DISTILL = ("finetune.distill=0.5",)
 STEPS = ("finetune.max_steps=100",)
-RECONSTRUCT = (
-    "reconstruct.dataset={text} reconstruct.seq_len=256 reconstruct.samples=144 reconstruct.batch_size=4".split()
+RECONSTRUCT = (  # 56 steps of 512 tokens in an epoch, 8 more batches judge
+    *("reconstruct.dataset={text}", "reconstruct.samples=128", "reconstruct.seq_len=256", "reconstruct.batch_size=2"),
+    *("reconstruct.accumulate=1", "reconstruct.epochs=2", "reconstruct.lr=0.015"),
 )
-RECONSTRUCT += ["reconstruct.accumulate=1", "reconstruct.epochs=4", "reconstruct.lr=0.015"]
 RECOVERY = {
     "lora": (*STEPS, "finetune.lr=1e-3", "finetune.rank=16", "finetune.alpha=32"),
     "full": (*STEPS, *FULL),
     "full_distilled": (*STEPS, *FULL, *DISTILL),
     "reconstructed": (*RECONSTRUCT,),
-    "recovered": (*RECONSTRUCT, *FULL, *DISTILL, "finetune.max_steps=200"),
+    "recovered": (*RECONSTRUCT, *FULL, *DISTILL, "finetune.max_steps=240"),
 }
 
 
@@ -105,7 +105,7 @@ def command(row: Row, args: argparse.Namespace) -> list[str]:
         "calibration.batch_size": 8,
         "finetune.dataset": text,
         "finetune.seq_len": 256,
-        "finetune.batch_size": 4,
+        "finetune.batch_size": 2,
         "finetune.precision": "bf16-mixed",
         "evaluate.perplexity": "[wikitext2]",
         "evaluate.windows": 32,
