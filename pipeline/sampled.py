@@ -1,10 +1,11 @@
 """Owns `dataset=self`: text that the dense model itself writes, to calibrate by where there is no other.
 
-A model's samples come near the text that it was trained on, which its owner need not have. Pruning and quantising by them is
-as good as by C4 or better: Williams, Chrysostomou & Aletras 2025, "Self-calibration for Language Model Quantization and
-Pruning" (NAACL), whose way this is: from the begin-of-sequence token on, by the model's own distribution (their schedule of
-temperatures, an option there, is left out). Ji et al. 2025, "Beware of Calibration Data for Pruning Large Language Models"
-(ICLR), find the same of their own sampling.
+A model's samples come near the text that it was trained on, which its owner need not have. For quantising and pruning they
+were competitive with real text, and often better: Williams, Chrysostomou & Aletras 2025, "Self-calibration for Language
+Model Quantization and Pruning" (NAACL), who sample from the begin-of-sequence token on, as here. Their schedule of
+temperatures over the first tokens is left out: this is the model's own distribution. Ji et al. 2025, "Beware of Calibration
+Data for Pruning Large Language Models" (ICLR), find gains for Wanda, DSnoT and OWL by another way, which needs some text:
+the model continues the beginnings of real documents, and samples of high perplexity are dropped.
 
 Text after an end-of-sequence token is a new document in the same window, as in the packed text of a training.
 """
