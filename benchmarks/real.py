@@ -40,9 +40,9 @@ METHODS = {
     "owl": ("prune.allocation=owl",),
 }
 SELF = ("calibration.dataset=self",)
-FULL = ("finetune.method=full", "finetune.lr=3e-4")
+FULL = ("finetune.method=full", "finetune.lr=4e-4")
 DISTILL = ("finetune.distill=0.5",)
-STEPS = ("finetune.max_steps=100",)
+STEPS = ("finetune.max_steps=140",)
 RECONSTRUCT = (  # 56 steps of 512 tokens in an epoch, 8 more batches judge
     *("reconstruct.dataset={text}", "reconstruct.samples=128", "reconstruct.seq_len=256", "reconstruct.batch_size=2"),
     *("reconstruct.accumulate=1", "reconstruct.epochs=2", "reconstruct.lr=0.015"),
@@ -52,7 +52,7 @@ RECOVERY = {
     "full": (*STEPS, *FULL),
     "full_distilled": (*STEPS, *FULL, *DISTILL),
     "reconstructed": (*RECONSTRUCT,),
-    "recovered": (*RECONSTRUCT, *FULL, *DISTILL, "finetune.max_steps=240"),
+    "recovered": (*RECONSTRUCT, *FULL, *DISTILL, "finetune.max_steps=400"),
 }
 
 
