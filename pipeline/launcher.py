@@ -55,6 +55,7 @@ def set_device() -> None:
                 f"GPUs: type --num_processes {torch.cuda.device_count()}"
             )
         torch.cuda.set_device(device())
-    else:
-        # the launchers set OMP_NUM_THREADS=1, which would leave the other cores idle
+    elif "OMP_NUM_THREADS" not in os.environ or {"RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+        # the launchers set OMP_NUM_THREADS=1, which would leave the other cores idle; without one it is the user's word: on
+        # a busy machine two threads, which spin while they wait, were eight times slower than they could be
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
