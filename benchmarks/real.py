@@ -92,7 +92,7 @@ def rows() -> list[Row]:
 
 
 def command(row: Row, args: argparse.Namespace) -> list[str]:
-    text = args.work / "validation.jsonl"
+    text, scored = args.work / "validation.jsonl", args.limit and row.method in SCORED
     common = {
         "model": args.model,
         "mirror": args.mirror,
@@ -112,8 +112,8 @@ def command(row: Row, args: argparse.Namespace) -> list[str]:
         "evaluate.seq_len": 1024,
         "evaluate.batch_size": 4,
         "evaluate.continuations": 0,
-        "evaluate.tasks": f"[{','.join(TASKS if args.limit and row.method in SCORED else ())}]",
-        "evaluate.limit": args.limit or "null",
+        "evaluate.tasks": f"[{','.join(TASKS if scored else ())}]",
+        "evaluate.limit": args.limit if scored else "null",
     }
     own = [setting.format(text=text) for setting in row.settings]
     given = {setting.partition("=")[0] for setting in own}
