@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VALIDATION = "wikitext2:wikitext-2-v1@validation"
 TASKS = ("arc_easy", "arc_challenge", "openbookqa")
 PATTERNS = ("2of4", "0.5", "4of8")
-SCORED = ("wanda", "sparsegpt", "recovered")  # whose tasks are measured as well
+SCORED = ("wanda", "sparsegpt", "longer", "recovered")  # whose tasks are measured as well
 METHODS = {
     "wanda": (),
     "magnitude": ("prune.method=magnitude",),
@@ -51,6 +51,7 @@ RECOVERY = {
     "lora": (*STEPS, "finetune.lr=1e-3", "finetune.rank=16", "finetune.alpha=32"),
     "full": (*STEPS, *FULL),
     "full_distilled": (*STEPS, *FULL, *DISTILL),
+    "longer": (*FULL, *DISTILL, "finetune.max_steps=400"),
     "reconstructed": (*RECONSTRUCT,),
     "recovered": (*RECONSTRUCT, *FULL, *DISTILL, "finetune.max_steps=400"),
 }
