@@ -5,6 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+# for the commands that tests start as well: models this small gain nothing from more threads, and threads that spin while
+# they wait take the cores from the tests beside; before torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -12,8 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import launch
 from pipeline.data import world
 from pipeline.sparsity.masks import Masks
-
-torch.set_num_threads(1)  # models this small gain nothing from more, and lose much on a busy machine
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -1,9 +1,11 @@
 """`dataset=self`: calibration text that the dense model writes, for when there is no other.
 
-A model's samples resemble its training text, which need not be available. Pruning and quantising with them works as well as
-with C4 or better: Williams, Chrysostomou & Aletras 2025, "Self-calibration for Language Model Quantization and Pruning"
-(NAACL). As there, we sample from the model's own distribution after a begin-of-sequence token (without their optional
-temperature schedule). Ji et al. 2025, "Beware of Calibration Data for Pruning Large Language Models" (ICLR), agree.
+A model's samples resemble its training text, which need not be available. For pruning and quantising they were competitive
+with real text, and often better: Williams, Chrysostomou & Aletras 2025, "Self-calibration for Language Model Quantization and
+Pruning" (NAACL). As there, we sample after a begin-of-sequence token, but without their temperature schedule over the first
+tokens. Ji et al. 2025, "Beware of Calibration Data for Pruning Large Language Models" (ICLR), report gains for Wanda, DSnoT
+and OWL by another method that needs some text: the model continues the beginnings of real documents, and samples of high
+perplexity are dropped.
 
 After an end-of-sequence token a new document starts in the same window, as in packed training text.
 """

@@ -40,12 +40,17 @@ def loss(
 
 
 def _chunk(student_PV: Tensor, teacher_PV: Tensor | None, ids_P: Tensor, share: float, temperature: float) -> Tensor:
-    hard = F.cross_entropy(student_PV.float(), ids_P, reduction="sum")  # 0 if all labels are -100
     if teacher_PV is None:
-        return hard
+        return F.cross_entropy(student_PV.float(), ids_P, reduction="sum")  # 0 if all labels are -100
     if (ids_P < 0).any():
-        student_PV, teacher_PV = student_PV[ids_P >= 0], teacher_PV[ids_P >= 0]
-    student_PV = F.log_softmax(student_PV.float() / temperature, dim=-1)
-    teacher_PV = F.log_softmax(teacher_PV.float() / temperature, dim=-1)
-    soft = F.kl_div(student_PV, teacher_PV, reduction="sum", log_target=True)
+        kept_P = ids_P >= 0
+        student_PV, teacher_PV, ids_P = student_PV[kept_P], teacher_PV[kept_P], ids_P[kept_P]
+    log_PV = F.log_softmax(student_PV.float(), dim=-1)
+    hard = F.nll_loss(log_PV, ids_P, reduction="sum")
+    if temperature == 1:  # one softmax of the student serves both: a pass over the vocabulary costs as much as a layer
+        soft_PV, wanted_PV = log_PV, F.log_softmax(teacher_PV.float(), dim=-1)
+    else:
+        soft_PV = F.log_softmax(student_PV.float() / temperature, dim=-1)
+        wanted_PV = F.log_softmax(teacher_PV.float() / temperature, dim=-1)
+    soft = F.kl_div(soft_PV, wanted_PV, reduction="sum", log_target=True)
     return (1 - share) * hard + share * temperature**2 * soft

@@ -55,6 +55,7 @@ def set_device() -> None:
                 f"GPUs: launch with --num_processes {torch.cuda.device_count()}"
             )
         torch.cuda.set_device(device())
-    else:
-        # the launchers set OMP_NUM_THREADS=1, which would leave the other cores idle
+    elif "OMP_NUM_THREADS" not in os.environ or {"RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+        # The launchers set OMP_NUM_THREADS=1, which would leave the other cores idle. Without a launcher the user set it: on a
+        # busy machine two threads, which spin while they wait, were eight times slower than they could be.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))

@@ -99,8 +99,9 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
     processes.barrier()
     memory.free_memory()
     memory.restart_peak(processes.device())
-    started = time.perf_counter()
+    started, computed = time.perf_counter(), time.process_time()
     MODULES[stage.name].run(recipe, work, inputs)
+    cpu_seconds = sum(processes.all_ranks(time.process_time() - computed))
     memory_gib = max(processes.all_ranks(memory.peak_gib(processes.device())))
     if processes.is_main():
         files.apply_umask(work)
@@ -109,6 +110,7 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
             "stage": stage.name,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - started, 1),
+            "cpu_seconds": round(cpu_seconds, 1),  # of all processes: what tells on a busy machine
             "processes": processes.world_size(),
             "memory_gib": round(memory_gib, 3),  # of the process that used most
             "machine": hardware.machine(),

@@ -168,13 +168,14 @@ def test_full_training_masks_fused_experts_and_keeps_targets():
     assert {n.split(".")[-2] for n, p in some.model.named_parameters() if p.requires_grad} == {"up_proj"}
 
 
-def test_distillation_is_the_formula():
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_distillation_is_the_formula(temperature):
     student, teacher = torch.randn(2, 9, 31, requires_grad=True), torch.randn(2, 9, 31)
     ids = torch.randint(0, 31, (2, 9))
     hard = torch.nn.functional.cross_entropy(student[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    p, q = (torch.log_softmax(x[:, :-1] / 2.0, -1) for x in (teacher, student))
-    soft = (p.exp() * (p - q)).sum(-1).mean()
-    torch.testing.assert_close(distillation.loss(student, teacher, ids, 0.3, 2.0), 0.7 * hard + 0.3 * 4.0 * soft)
+    p, q = (torch.log_softmax(x[:, :-1] / temperature, -1) for x in (teacher, student))
+    expected = 0.7 * hard + 0.3 * temperature**2 * (p.exp() * (p - q)).sum(-1).mean()
+    torch.testing.assert_close(distillation.loss(student, teacher, ids, 0.3, temperature), expected)
     torch.testing.assert_close(distillation.loss(student, teacher, ids, 0.0, 1.0), hard)
     assert distillation.loss(teacher, teacher, ids, 1.0, 1.0).abs() < 1e-6
 

@@ -47,7 +47,12 @@ def test_a_run_ends_with_an_exactly_sparse_model_and_the_table(finished):
     assert "mask violations" in seen
     assert (run_dir / "report/report.html").stat().st_size > 5000
     about = json.loads((run_dir / "prune/stage.json").read_text())
-    assert 0.1 < about["memory_gib"] < 8 and "cores" in about["machine"] and about["recipe"]["run_dir"] == str(run_dir)
+    assert (
+        about["cpu_seconds"] > 0
+        and 0.1 < about["memory_gib"] < 8
+        and "cores" in about["machine"]
+        and about["recipe"]["run_dir"] == str(run_dir)
+    )
     for stage in ("prune", "finetune", "evaluate", "report"):
         assert not (run_dir / f".{stage}").exists()
 
