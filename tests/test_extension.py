@@ -58,6 +58,7 @@ def runs(tiny_llama, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_method_a_pattern_and_a_finetuning_of_ones_own_are_told_everywhere(runs):
     markdown = (runs / "runs/a/report/report.md").read_text()
     for text in (markdown, Page((runs / "runs/a/report/report.html").read_text()).text):
@@ -75,6 +76,7 @@ def test_a_method_a_pattern_and_a_finetuning_of_ones_own_are_told_everywhere(run
     assert results["finetuned"]["perplexity"] != results["pruned"]["perplexity"]
 
 
+@pytest.mark.slow
 def test_an_allocation_of_ones_own_is_told_everywhere(runs):
     masks = Masks.load(runs / "runs/b/prune/masks.safetensors")
     by_layer = []
@@ -191,6 +193,7 @@ def test_no_name_of_an_entry_stands_outside_the_registries():
                 assert node.value not in names, f"{path}:{node.lineno}: {node.value}"
 
 
+@pytest.mark.slow
 def test_a_new_stage_is_two_files(tiny_llama, tmp_path):
     copy = tmp_path / "checkout"
     shutil.copytree(ROOT / "pipeline", copy / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))

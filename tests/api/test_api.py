@@ -102,6 +102,7 @@ def test_other_methods_equal_the_command(tiny_llama, run, tmp_path, more, monkey
     assert same_weights(model, tmp_path / "run/prune/model")
 
 
+@pytest.mark.slow
 def test_text_in_any_form_gives_the_same_masks(tiny_llama, run, tmp_path):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
     forms = {

@@ -105,6 +105,7 @@ def test_output_may_end_early():
     assert done.stdout.startswith("key ") and not done.stderr
 
 
+@pytest.mark.slow
 def test_a_plan_follows_a_run_and_writes_nothing(asked, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # so it keeps to one thread, which a busy machine is faster with

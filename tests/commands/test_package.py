@@ -40,6 +40,7 @@ def installed(tmp_path):
     return os.pathsep.join([str(tmp_path / "path"), str(ROOT)])
 
 
+@pytest.mark.slow
 def test_the_example_runs_from_an_empty_folder(installed, tmp_path):
     (tmp_path / "empty").mkdir()
     done = subprocess.run(

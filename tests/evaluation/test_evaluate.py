@@ -80,6 +80,7 @@ def test_errors_differences_continuations_and_hashes(finished, tiny_llama):
 
 
 @pytest.mark.parametrize("elsewhere", ["placement=stream", "placement=device_map", "batch_size=auto"])
+@pytest.mark.slow
 def test_where_it_is_computed_does_not_change_a_bit(finished, tiny_llama, tmp_path, typed, elsewhere):
     for stage in ("prune", "evaluate"):
         shutil.copytree(finished / stage, tmp_path / "run" / stage)
@@ -115,6 +116,7 @@ def test_a_new_task_and_a_new_run_measure_only_what_is_new(run_dir, tiny_llama, 
     }
 
 
+@pytest.mark.slow
 def test_what_was_measured_before_a_fault_is_kept(tiny_llama, tmp_path, typed):
     """Of a text that begins well and is another model's further on, which no look before the work finds."""
     text = tmp_path / "ids.jsonl"
@@ -190,6 +192,7 @@ def test_continuations_are_the_likeliest_tokens_one_by_one():
         continuations.continuations(model, tokenizer, prompts, 5)
 
 
+@pytest.mark.slow
 def test_prompts_of_ones_own_and_none(tiny_llama, tmp_path, typed):
     settings = ("stages=[evaluate]", f"model={tiny_llama}", "evaluate.tasks=[]", f"run_dir={tmp_path}/runs/one")
     settings += ("evaluate.perplexity=[]", "evaluate.prompts=['Where does Ivy live?']")
@@ -245,6 +248,7 @@ def test_a_quick_look_is_marked_and_its_windows_are_the_first(finished, tiny_lla
     assert "first" not in text and whole["protocol"]["windows"] is None
 
 
+@pytest.mark.slow
 def test_windows_begin_with_bos_where_asked_and_a_note_says_where_not(finished, tiny_llama, run_dir, typed):
     assert any("evaluate.bos=true" in note for note in results(finished)["protocol"]["notes"])
     before = len(kept(run_dir.parent))
@@ -256,6 +260,7 @@ def test_windows_begin_with_bos_where_asked_and_a_note_says_where_not(finished, 
     assert len(kept(run_dir.parent)) == before + 2  # the perplexity of both models, and nothing else, was measured anew
 
 
+@pytest.mark.slow
 def test_a_column_tells_which_text_is_measured(tiny_llama, tmp_path, typed):
     rows = {"text": ["the cat sat on the mat ."] * 40, "other": ["the dove sings to the mason ."] * 40}
     Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")

@@ -36,6 +36,7 @@ def test_a_pickle_of_others_does_not_run(tiny_llama, tmp_path, refused, dump):
 
 
 @pytest.mark.parametrize("shard", ["../other.safetensors", "/etc/passwd", "below/other.safetensors", 3])
+@pytest.mark.slow
 def test_a_shard_outside_the_folder_is_refused(tiny_llama, tmp_path, refused, shard):
     folder = tmp_path / "model"
     shutil.copytree(tiny_llama, folder)
@@ -72,6 +73,7 @@ def test_a_recipe_cannot_ask_for_the_environment(tmp_path, monkeypatch, value):
         assert "abcdefghijkl" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_no_secret_of_the_environment_is_in_any_file_or_line(tiny_llama, tmp_path, typed, monkeypatch):
     secrets = {
         "HF_TOKEN": "hf_abcdefghijkl",
@@ -91,6 +93,7 @@ def test_no_secret_of_the_environment_is_in_any_file_or_line(tiny_llama, tmp_pat
     assert one_line("401 for https://user:hf_abcdefghijkl@host\nretry") == "401 for https://user:$HF_TOKEN@host retry"
 
 
+@pytest.mark.slow
 def test_the_report_shows_that_code_of_a_model_was_trusted_and_escapes_what_it_shows(tiny_llama, tmp_path, typed):
     folder = tmp_path / "a<script>alert(1)<b>"
     shutil.copytree(tiny_llama, folder)
