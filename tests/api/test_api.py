@@ -90,6 +90,7 @@ def test_prune_reconstruct_finetune_and_evaluate_equal_the_command(tiny_llama, r
 
 
 @pytest.mark.parametrize("more", [{"method": "sparsegpt"}, {"sparsity": 0.5, "allocation": "owl"}])
+@pytest.mark.slow
 def test_other_methods_equal_the_command(tiny_llama, run, tmp_path, more, monkeypatch, capsys):
     model, tokenizer = loaded(tiny_llama)
     masks = espalier.prune(model, tokenizer, **CALIBRATION, **more)
@@ -154,6 +155,7 @@ def state_of(model) -> tuple:
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.slow
 def test_all_but_the_weights_stays_as_it_was(tiny_llama, dtype, method):
     model, tokenizer = loaded(tiny_llama)
     model.to(dtype).train()
@@ -177,6 +179,7 @@ def test_all_but_the_weights_stays_as_it_was(tiny_llama, dtype, method):
 
 
 @pytest.mark.parametrize("family", ["llama", "zamba2"])
+@pytest.mark.slow
 def test_layers_that_visit_another_device_come_home_changed(family, monkeypatch):
     """A CPU with a number stands for a GPU: torch takes it for another device, and copies each layer to it."""
     models, found = [], []

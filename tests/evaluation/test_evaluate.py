@@ -230,6 +230,7 @@ def test_an_adapter_kept_apart_is_evaluated_on_the_pruned_model(run_dir, tiny_ll
     assert any("finetuned: a dense LoRA" in note for note in found["whole"]["protocol"]["notes"])
 
 
+@pytest.mark.slow
 def test_a_quick_look_is_marked_and_its_windows_are_the_first(finished, tiny_llama, run_dir, typed):
     whole = results(finished)
     (text,) = whole["protocol"]["datasets"].values()

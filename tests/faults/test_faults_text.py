@@ -10,6 +10,7 @@ from pipeline.runtime.errors import UserError
 from tests.conftest import PRUNE, espalier
 
 
+@pytest.mark.slow
 def test_too_short_a_text_and_what_is_said_to_type(tiny_llama, tmp_path, refused, finishes):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat .\n" * 20)
