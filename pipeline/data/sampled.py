@@ -10,8 +10,6 @@ perplexity are dropped.
 After an end-of-sequence token a new document starts in the same window, as in packed training text.
 """
 
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +26,6 @@ from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 
 BATCH = 16  # samples per batch; it affects their last bits, so it is part of the cache key
-EVERY = 30  # seconds between progress lines
 
 
 def dense_folder(recipe: Recipe) -> Path:
@@ -63,7 +60,7 @@ def samples(recipe: Recipe, dense: Path, count: int, seq_len: int) -> Tensor:
             config = loading.config(dense, recipe)
             model = _model(recipe, dense)
             for number, batch in enumerate(mine):
-                report = _progress_printer(f"  self: {number} of {len(mine)} batches of {BATCH} samples")
+                report = processes.progress(f"  self: {number} of {len(mine)} batches of {BATCH} samples, ")
                 seed = recipe.seed * 1_000_003 + batch
                 sampled = sample_batch(
                     model, first_token(tokenizer, config), tokenizer.eos_token_id, seq_len, seed, report
@@ -83,10 +80,10 @@ def sample_batch(
     eos: int | None,
     seq_len: int,
     seed: int,
-    report: Callable[[int], None] = lambda token: None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> Tensor:
     """(BATCH, seq_len) int32 samples of a causal LM at temperature 1. `bos` is the first token, and follows each `eos`.
-    Calls `report` with the number of tokens so far."""
+    Calls `report` with how far it is, such as "12 tokens of the next"."""
     model.generation_config = GenerationConfig()  # else the model's top_p and the like would fill our gaps
     settings = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=seq_len - 1, use_cache=True, pad_token_id=bos)
     ids = torch.full((BATCH, 1), bos, device=model.device)
@@ -115,11 +112,11 @@ def first_token(tokenizer, config) -> int:
 
 
 class _RestartAfterEnd(LogitsProcessor):
-    def __init__(self, bos: int, eos: int | None, report: Callable[[int], None]) -> None:
+    def __init__(self, bos: int, eos: int | None, report: Callable[[str], None]) -> None:
         self.bos, self.eos, self.report = bos, eos, report
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.report(input_ids.shape[1])
+        self.report(f"{input_ids.shape[1]} tokens of the next")
         if self.eos is None or self.eos == self.bos:
             return scores
         ended_B = input_ids[:, -1] == self.eos
@@ -140,18 +137,6 @@ def _placement(load: Callable[[], nn.Module]) -> str:
     device = processes.device()
     fits = device.type == "cpu" or memory.size_gib(load()) < placement.ROOM * memory.free_gib(device)
     return "whole" if fits else "device_map"
-
-
-def _progress_printer(beginning: str) -> Callable[[int], None]:
-    last = time.monotonic()
-
-    def report(token: int) -> None:
-        nonlocal last
-        if processes.is_main() and time.monotonic() - last > EVERY:
-            last = time.monotonic()
-            print(f"{beginning}, {token} tokens of the next", file=sys.stdout, flush=True)
-
-    return report
 
 
 def _read(path: Path, seq_len: int) -> Tensor | None:

@@ -21,19 +21,37 @@ class BlockResult:
     log: dict
 
 
-class BlockFiles:
+class BlockStore:
+    """Where a walk leaves its results."""
+
+    finished_before: frozenset[int] = frozenset()  # the blocks that an earlier run finished
+
+    def __init__(self, model: nn.Module) -> None:
+        # a set: a dict view would keep the tensors of dropped blocks alive; a shared or tied weight has one name here
+        self._names = set(file_names.saved_state(model))
+
+    def is_finished(self, block: Block) -> bool:
+        return block.index in self.finished_before
+
+    def holds(self, block: Block, name: str) -> bool:
+        """Whether parameter `name` belongs to the block; one that blocks share belongs to one of them."""
+        return f"{block.name}.{name}" in self._names
+
+    def write(self, block: Block, result: BlockResult) -> None:
+        """Keeps the result of a finished block."""
+        raise NotImplementedError
+
+
+class BlockFiles(BlockStore):
     """The files of a walk in `folder`: per block a weight shard and a mask file. A block counts as finished when both match
     their recorded checksums; `restore` loads it back."""
 
     def __init__(self, folder: Path, model: nn.Module, blocks: list[Block]) -> None:
+        super().__init__(model)
         self.folder, self.model, self.blocks = folder, model, blocks
-        # a set: a dict view would keep the tensors of dropped blocks alive; a shared or tied weight has one name here
-        self._names = set(file_names.saved_state(model))
         # files whose names or shapes differ from the model's cannot be read back block by block
         self._converts = file_names.converts(model)
-        self.finished_before: frozenset[int] = processes.from_main(
-            self._find_finished() if processes.is_main() else frozenset()
-        )
+        self.finished_before = processes.from_main(self._find_finished() if processes.is_main() else frozenset())
 
     def _find_finished(self) -> frozenset[int]:
         damaged = checksums.damaged(self.folder)
@@ -50,13 +68,6 @@ class BlockFiles:
 
     def masks_file(self, index: int) -> Path:
         return self.folder / "masks" / f"{index:05d}.safetensors"
-
-    def is_finished(self, block: Block) -> bool:
-        return block.index in self.finished_before
-
-    def holds(self, block: Block, name: str) -> bool:
-        """Whether the block's shard holds parameter `name`; one that blocks share is in a single shard."""
-        return f"{block.name}.{name}" in self._names
 
     def write(self, block: Block, result: BlockResult) -> None:
         """Writes the weights and masks of a finished block, with checksums."""

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from pipeline.engine.block_files import BlockFiles, BlockResult
+from pipeline.engine.block_files import BlockFiles, BlockResult, BlockStore
 from pipeline.engine.block_memory import BlocksInMemory
 from pipeline.engine.blocks import Block, find_blocks
 from pipeline.engine.layerwise import LayerwiseForwards
@@ -45,7 +45,7 @@ class LayerWalk(LightningModule):
         self.blocks = find_blocks(model)
         self.batches, self.store = batches, store
         self.tokens = sum(batch.numel() for batch in batches)
-        self.files: BlockFiles | BlocksInMemory | None = None
+        self.files: BlockStore | None = None
         if folder or in_memory:
             self.files = BlockFiles(folder, model, self.blocks) if folder else BlocksInMemory(model)
         self.forwards = self.paused_forwards(model, self.files)
@@ -55,7 +55,7 @@ class LayerWalk(LightningModule):
         """Whether an earlier run finished the block."""
         return self.files is not None and self.files.is_finished(block)
 
-    def paused_forwards(self, model: nn.Module, files: BlockFiles | BlocksInMemory | None = None) -> LayerwiseForwards:
+    def paused_forwards(self, model: nn.Module, files: BlockStore | None = None) -> LayerwiseForwards:
         """Paused forwards of `model` over this rank's batches."""
 
         def call(batch_BT: Tensor) -> None:

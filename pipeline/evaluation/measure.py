@@ -2,8 +2,6 @@
 code that measures."""
 
 import functools
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +20,6 @@ from pipeline.models import loading, model_files, placement
 from pipeline.runtime import code, files, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
-
-EVERY = 30  # seconds between progress lines
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
     for spec, source in zip(settings.perplexity, sources.of_stage(recipe, "evaluate"), strict=True):
 
         def measure_losses(spec=spec, source=source) -> list[float]:
-            report = _progress_printer(f"  {name}: perplexity on {spec}, ")
+            report = processes.progress(f"  {name}: perplexity on {spec}, ")
             bos = special_tokens.bos(tokenizer()) if settings.bos else None
             ids = token_windows.joined(source, tokenizer(), settings.seq_len)
             windows_NT = windows(ids, settings.seq_len, settings.windows, bos)
@@ -111,7 +107,7 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
                 settings.fewshot,
                 processes.rank(),
                 processes.world_size(),
-                _progress_printer(f"  {name}: {task}, "),
+                processes.progress(f"  {name}: {task}, "),
             )
 
         task_identity = processes.from_main(
@@ -160,19 +156,6 @@ def _cached(cache: Path, again: bool, key: dict, find: Callable[[], Any]) -> Any
     if processes.is_main():
         files.write_json(path, {"about": key, "measured": measured})
     return measured
-
-
-def _progress_printer(beginning: str) -> Callable[[str], None]:
-    """Prints progress on rank 0, at most every `EVERY` seconds."""
-    last, out = time.monotonic(), sys.stdout  # kept, as lm-eval's output is redirected
-
-    def report(text: str) -> None:
-        nonlocal last
-        if processes.is_main() and time.monotonic() - last > EVERY:
-            last = time.monotonic()
-            print(beginning + text, file=out, flush=True)
-
-    return report
 
 
 def _all_sum(loss_N: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """The registry of `prune.method`."""
 
-from dataclasses import dataclass
-
 from pipeline.registry.entry import Citation, Entry, Registry
 
 WANDA = Citation(
@@ -28,29 +26,22 @@ DSNOT = Citation(
 SCORES, OBS = "pipeline.pruning.score_methods", "pipeline.pruning.obs_methods"
 
 
-@dataclass(frozen=True)
-class PruneEntry(Entry):
-    updates_weights: bool = False  # also of those that stay, so a mask alone does not give the model back
-
-
-def _obs(name: str, label: str, description: str, implementation: str, citation: Citation = WANDA) -> PruneEntry:
-    return PruneEntry(name, label, description, f"{OBS}:{implementation}", citation, ("damp",), updates_weights=True)
+def _obs(name: str, label: str, description: str, implementation: str, citation: Citation = WANDA) -> Entry:
+    return Entry(name, label, description, f"{OBS}:{implementation}", citation, ("damp",))
 
 
 PRUNE_METHODS = Registry(
     "prune.method",
     "pipeline.pruning.method:PruneMethod",
-    PruneEntry("wanda", "Wanda", "Weight times input norm, compared within each output row", f"{SCORES}:Wanda", WANDA),
-    PruneEntry(
+    Entry("wanda", "Wanda", "Weight times input norm, compared within each output row", f"{SCORES}:Wanda", WANDA),
+    Entry(
         "wanda_variant",
         "Wanda variant",
         "Wanda's score; rows lose an equal share of it instead of an equal number of weights",
         f"{SCORES}:WandaVariant",
         WANDA,
     ),
-    PruneEntry(
-        "magnitude", "magnitude", "The weight alone, compared over the whole matrix", f"{SCORES}:Magnitude", HAN
-    ),
+    Entry("magnitude", "magnitude", "The weight alone, compared over the whole matrix", f"{SCORES}:Magnitude", HAN),
     _obs(
         "sparsegpt",
         "SparseGPT",
@@ -58,8 +49,8 @@ PRUNE_METHODS = Registry(
         "SparseGpt",
         SPARSEGPT,
     ),
-    PruneEntry("ria", "RIA", "The weight relative to its row and column, times the input norm", f"{SCORES}:Ria", RIA),
-    PruneEntry("dsnot", "DSnoT", "Wanda's mask, refined by pruning and regrowing", f"{SCORES}:Dsnot", DSNOT),
+    Entry("ria", "RIA", "The weight relative to its row and column, times the input norm", f"{SCORES}:Ria", RIA),
+    Entry("dsnot", "DSnoT", "Wanda's mask, refined by pruning and regrowing", f"{SCORES}:Dsnot", DSNOT),
     _obs(
         "magnitude_seq", "magnitude, then OBS", "Magnitude's whole mask first, then SparseGPT's update", "MagnitudeSeq"
     ),

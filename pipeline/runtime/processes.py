@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,6 +20,7 @@ from pipeline.runtime.heartbeat import ERROR, Heartbeat
 from pipeline.runtime.launcher import device, local_rank, local_world_size, nodes
 
 CELL = "ESPALIER_CELL"  # the variable by which `sweep` tells which cell this is
+EVERY = 30  # seconds between progress lines
 LOST = re.compile(r"Connection (closed|reset)|Broken pipe|[Tt]imed out waiting|gloo/transport|ProcessGroup|NCCL")
 _heartbeat: Heartbeat | None = None
 _timeout = timedelta(minutes=30)
@@ -119,6 +121,19 @@ def _code(error: BaseException) -> int:
 def say(text: str) -> None:
     if is_main():
         print(text, flush=True)
+
+
+def progress(beginning: str) -> Callable[[str], None]:
+    """A function that prints `beginning` and what it is given, on rank 0 and at most every `EVERY` seconds."""
+    last, out = time.monotonic(), sys.stdout  # kept, as lm-eval's output is redirected
+
+    def report(text: str) -> None:
+        nonlocal last
+        if is_main() and time.monotonic() - last > EVERY:
+            last = time.monotonic()
+            print(beginning + text, file=out, flush=True)
+
+    return report
 
 
 def on_terminal() -> bool:

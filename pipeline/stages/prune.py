@@ -40,14 +40,11 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         processes.say(f"  {what}: {text}")
     batches = calibration.batches(recipe, recipe.calibration, "calibration", origin, model)
     store = calibration.plan_memory(model, batches, settings.hidden_states)
-    if ALLOCATIONS.entry(settings.allocation).shares_ratio:
-        by_layer = layer_patterns(blocks, lambda: loading.load(origin, recipe), batches, store, settings, folder)
-        patterns = allocate(blocks, settings, by_layer)
+    pruner = block_pruner(blocks, lambda: loading.load(origin, recipe), batches, store, settings, folder)
     walk = LayerWalk(model, batches, store, folder)
     if done := walk.files.finished_before:
         processes.say(f"  {len(done)} of {len(blocks)} layers were pruned before: passed through")
-    method = PRUNE_METHODS.entry(settings.method).load()(settings, patterns)
-    run_layerwise(walk, BlockPruner(method), [LayerWriter(), StopAtSignal()])
+    run_layerwise(walk, pruner, [LayerWriter(), StopAtSignal()])
     processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
     if processes.is_main():
         finish(walk, origin, recipe, coverage)
@@ -57,15 +54,29 @@ def in_memory(model: nn.Module, batches: list[Tensor], settings: Prune) -> Masks
     """Prunes the model itself, on its own device; returns its masks. `batches` are tokens, each (batch_size, seq_len)."""
     blocks = find_blocks(model)
     store = calibration.plan_memory(model, batches, settings.hidden_states)
-    patterns = allocate(blocks, settings)
-    if ALLOCATIONS.entry(settings.allocation).shares_ratio:
-        patterns = allocate(blocks, settings, layer_patterns(blocks, lambda: model, batches, store, settings))
+    pruner = block_pruner(blocks, lambda: model, batches, store, settings)
     walk = LayerWalk(model, batches, store, in_memory=True)
-    method = PRUNE_METHODS.entry(settings.method).load()(settings, patterns)
-    run_layerwise(walk, BlockPruner(method), [LayerWriter()])
+    run_layerwise(walk, pruner, [LayerWriter()])
     if not walk.files.masks:
         raise UserError(NOTHING)
     return walk.files.masks
+
+
+def block_pruner(
+    blocks: list[Block],
+    load_dense: Callable[[], nn.Module],
+    batches: list[Tensor],
+    store: torch.device,
+    settings: Prune,
+    folder: Path | None = None,
+) -> BlockPruner:
+    """The pruner of `prune.method`, with the patterns of `prune.allocation`. What an allocation measures of the dense model is
+    kept in `allocation.json` of the `folder` for a resumed run."""
+    by_layer = None
+    if ALLOCATIONS.entry(settings.allocation).shares_ratio:
+        by_layer = layer_patterns(blocks, load_dense, batches, store, settings, folder)
+    patterns = allocate(blocks, settings, by_layer)
+    return BlockPruner(PRUNE_METHODS.entry(settings.method).load()(settings, patterns))
 
 
 def layer_patterns(
@@ -74,10 +85,9 @@ def layer_patterns(
     batches: list[Tensor],
     store: torch.device,
     settings: Prune,
-    folder: Path | None = None,
+    folder: Path | None,
 ) -> dict[int, Pattern]:
-    """The pattern of each layer, from what the allocation measures of the dense model, if anything. The measurement is kept in
-    `allocation.json` of the `folder` for a resumed run."""
+    """The pattern of each layer, from what the allocation measures of the dense model, if anything."""
     path = folder and folder / "allocation.json"
     allocation = ALLOCATIONS.entry(settings.allocation).load()(settings)
     before = (processes.from_main(files.read_json(path)) if path else None) or {"measured": {}}

@@ -50,8 +50,7 @@ def run(recipe: Recipe) -> None:
                 preflight.check_disk(recipe)
             done: dict[str, str] = {}  # stage -> what came out of it
             for stage in chosen(recipe):
-                reads = done if stage.reads is None else stage.reads
-                inputs = {name: run_dir / name for name in reads if name in done}
+                inputs = {name: run_dir / name for name in read_by(stage, done)}
                 _run_one(stage, recipe, run_dir, inputs, made_from(stage, recipe, done, outside))
                 outcome = outcome_of(run_dir / stage.name) if processes.is_main() else None
                 done[stage.name] = processes.from_main(outcome)
@@ -77,9 +76,13 @@ def check(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 def made_from(stage: Stage, recipe: Recipe, done: dict[str, str], outside: dict) -> dict[str, Any]:
     """What decides what a stage writes; `done`: the outcomes of the stages before it."""
-    reads = done if stage.reads is None else stage.reads
-    read = {"read": {name: done[name] for name in reads if name in done}}
+    read = {"read": read_by(stage, done)}
     return {name: section(recipe, name) for name in stage.settings} | read | outside.get(stage.name, {})
+
+
+def read_by(stage: Stage, done: dict[str, str]) -> dict[str, str]:
+    """The outcomes of the stages before it that a stage reads."""
+    return {name: done[name] for name in (done if stage.reads is None else stage.reads) if name in done}
 
 
 def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path], made_from: dict) -> None:
