@@ -149,7 +149,7 @@ def test_an_allocation_needs_a_ratio_and_gives_numbers(tmp_path, tiny_llama, ref
     path = Path(setting.partition("=")[2])
     path.write_text(path.read_text().replace("len(measured))]", "1)]"))
     said = refused(tmp_path / "run", f"model={tiny_llama}", setting, "prune.sparsity=0.5")
-    assert "ByDepth.ratios gave [0.4]: it should give 3 numbers" in said
+    assert "ByDepth.ratios returned [0.4]: return 3 numbers" in said
 
 
 def test_a_setting_that_is_not_read_is_named():

@@ -1,1 +1,1 @@
-"""Scores, updates, methods and allocations of pruning."""
+"""Pruning: methods, scores, weight updates, allocations and calibration."""

@@ -1,4 +1,4 @@
-"""Measures each dense block as the walk passes it, for an allocation that asks: what `run_layerwise` calls."""
+"""The visitor of `run_layerwise` that measures each dense block for an allocation."""
 
 from pipeline.engine.blocks import Block
 from pipeline.engine.matrices import matrices
@@ -8,16 +8,16 @@ from pipeline.runtime import processes
 
 
 class BlockMeasure:
-    """`measured` holds what the allocation found, by the block's index."""
+    """Collects `allocation.measure` of each block in `measured`, by the block's index."""
 
     def __init__(self, allocation: Allocation) -> None:
         self.allocation = allocation
         self.measured: dict[int, float] = {}
 
     def __call__(self, walk: LayerWalk, block: Block) -> None:
-        found = matrices(block, walk.blocks)
-        observed = walk.observe(found, self.allocation.observe)
-        weights = {name: found[name].weight_OI for name in observed.shared_input_key}
+        block_matrices = matrices(block, walk.blocks)
+        observed = walk.observe(block_matrices, self.allocation.observe)
+        weights = {name: block_matrices[name].weight_OI for name in observed.shared_input_key}
         totals = {name: observed.totals[key] for name, key in observed.shared_input_key.items()}
         if weights:
             self.measured[block.index] = value = float(self.allocation.measure(weights, totals))

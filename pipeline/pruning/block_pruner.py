@@ -1,4 +1,4 @@
-"""Prunes each block as the walk reaches it, by any method: what `run_layerwise` calls."""
+"""The visitor of `run_layerwise` that prunes each block, with any method."""
 
 import time
 from collections import defaultdict
@@ -18,16 +18,16 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.memory import peak_gib
 from pipeline.sparsity.masks import Masks
 
-FEW_TOKENS = 32  # below, an expert's statistics say more of the sample than of the expert
+FEW_TOKENS = 32  # an expert with fewer is pruned by its weights alone: its statistics would be noise
 
 
 class BlockPruner:
     def __init__(self, method: PruneMethod) -> None:
         self.method = method
-        self.started = time.perf_counter()  # a block's seconds count what ran since the block before
+        self.started = time.perf_counter()  # a block's seconds include the forwards since the block before
 
     def __call__(self, walk: LayerWalk, block: Block) -> BlockResult | None:
-        """The masks of a block that is not finished, and the rows of its log; its weights are pruned in place."""
+        """Prunes the block's weights in place, unless an earlier run did. Returns its masks and log entry."""
         result = None
         if not walk.is_finished(block):
             masks, rows = self._prune(walk, block)
@@ -36,15 +36,15 @@ class BlockPruner:
         return result
 
     def _prune(self, walk: LayerWalk, block: Block) -> tuple[Masks, list[dict]]:
-        found, patterns = matrices(block, walk.blocks), self.method.patterns
-        observed = walk.observe(found, self.method.observe)
+        block_matrices, patterns = matrices(block, walk.blocks), self.method.patterns
+        observed = walk.observe(block_matrices, self.method.observe)
         masks, rows, undersampled = Masks(), [], []
-        for key, members in _by_input(found, observed, patterns).items():
+        for key, members in _by_input(block_matrices, observed, patterns).items():
             weights = {name: matrix.weight_OI for name, matrix in members.items()}
             total, first = observed.totals.pop(key), next(iter(members.values()))
             if first.routed and observed.tokens[key] < FEW_TOKENS:
                 undersampled += [f"{name} ({observed.tokens[key]})" for name in members]
-                # that of inputs which are all alike
+                # as if all input features were alike
                 total = self.method.observe(torch.eye(first.weight_OI.shape[1], device=total.device)).double()
             _check_finite(weights, total)
             dense_OI = {name: weight.clone() for name, weight in weights.items()}
@@ -54,14 +54,16 @@ class BlockPruner:
                 if problem := pattern.violation(mask_OI):
                     raise UserError(f"{type(self.method).__name__} on {name}: {problem}")
                 masks.add(name, matrix.stored(mask_OI), str(pattern), matrix.transposed)
-                share, error = 1 - mask_OI.count_nonzero().item() / mask_OI.numel(), None
-                if len(observed.samples[key]):  # no token of this rank reached some experts
+                sparsity, error = 1 - mask_OI.count_nonzero().item() / mask_OI.numel(), None
+                if len(observed.samples[key]):  # empty for an expert that no token of this rank reached
                     error = scores.relative_error(observed.samples[key], dense_OI[name], weights[name])
-                rows.append({"layer": block.index, "matrix": name, "sparsity": share, "relative_output_error": error})
+                rows.append(
+                    {"layer": block.index, "matrix": name, "sparsity": sparsity, "relative_output_error": error}
+                )
         if undersampled:
-            processes.say(f"  fewer than {FEW_TOKENS} tokens, so judged by weight alone: {', '.join(undersampled)}")
-        for name in patterns.keys() & (found.keys() - observed.shared_input_key.keys()):
-            processes.say(f"  stays dense, for the model never calls it with calibration text: {name}")
+            processes.say(f"  fewer than {FEW_TOKENS} tokens, so pruned by weight alone: {', '.join(undersampled)}")
+        for name in patterns.keys() & (block_matrices.keys() - observed.shared_input_key.keys()):
+            processes.say(f"  stays dense, the calibration text never reaches it: {name}")
         return masks, rows
 
     def _log(self, walk: LayerWalk, block: Block, masks: Masks, rows: list[dict]) -> dict:
@@ -82,10 +84,10 @@ class BlockPruner:
         }
 
 
-def _by_input(found: dict[str, Matrix], observed: Observed, patterns: dict) -> dict[str, dict[str, Matrix]]:
-    """The matrices to prune that were called, those with the same inputs together."""
+def _by_input(block_matrices: dict[str, Matrix], observed: Observed, patterns: dict) -> dict[str, dict[str, Matrix]]:
+    """The matrices to prune that received tokens, grouped by shared input."""
     groups: dict[str, dict[str, Matrix]] = defaultdict(dict)
-    for name, matrix in found.items():
+    for name, matrix in block_matrices.items():
         if name in patterns and name in observed.shared_input_key:
             groups[observed.shared_input_key[name]][name] = matrix
     return groups
@@ -94,10 +96,8 @@ def _by_input(found: dict[str, Matrix], observed: Observed, patterns: dict) -> d
 def _check_finite(weights: dict[str, Tensor], total: Tensor) -> None:
     for name, weight in weights.items():
         if not is_finite(weight):
-            raise UserError(
-                f"{name} holds weights that are not finite: the files are damaged, or its training diverged"
-            )
+            raise UserError(f"{name} holds weights that are not finite: the files are damaged or the training diverged")
     if not is_finite(total):
         half = any(weight.dtype == torch.float16 for weight in weights.values())
-        hint = "set dtype=bfloat16 or dtype=float32" if half else "weights before it are damaged, or too large"
+        hint = "set dtype=bfloat16 or dtype=float32" if half else "earlier weights are damaged or too large"
         raise UserError(f"the inputs of {' and '.join(weights)} are not finite: {hint}")

@@ -1,4 +1,4 @@
-"""Owns what a walk over the layers starts from: this rank's batches of text, and where its hidden states find room."""
+"""The inputs of a walk: this rank's batches of calibration text, and the device that holds the hidden states."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from pipeline.settings.schema import Calibration, Recipe
 
 
 def batches(recipe: Recipe, text: Calibration, section: str, origin: Path, model: nn.Module) -> list[Tensor]:
-    """This rank's batches of tokens, each (batch_size, seq_len); `section` is where the recipe sets `text`."""
+    """This rank's batches of tokens, each (batch_size, seq_len). `section`: the recipe's section that sets `text`."""
     config = model.config
     loading.check_length(config, f"{section}.seq_len", text.seq_len)
     source = sources.of_text(text, recipe.mirror, section)
@@ -24,23 +24,23 @@ def batches(recipe: Recipe, text: Calibration, section: str, origin: Path, model
         tokenizer = loading.tokenizer(origin, recipe)
         windows_NT = token_windows.calibration(source, tokenizer, text.samples, text.seq_len, recipe.seed, section)
     loading.check_vocabulary(config, windows_NT, source)
-    # batches are cut before they are shared out: a batch is computed the same on any number of processes
-    found = windows_NT.split(text.batch_size)
-    if len(found) < processes.world_size():
+    # split into batches first, so that each batch is the same for any number of processes
+    all_batches = windows_NT.split(text.batch_size)
+    if len(all_batches) < processes.world_size():
         raise UserError(
-            f"{len(found)} batches of {section} samples cannot be shared by {processes.world_size()} processes: "
+            f"{len(all_batches)} batches of {section} samples cannot be shared by {processes.world_size()} processes: "
             f"set {section}.samples={text.batch_size * processes.world_size()} or more"
         )
-    return list(found[processes.rank() :: processes.world_size()])
+    return list(all_batches[processes.rank() :: processes.world_size()])
 
 
 def plan_memory(
     model: nn.Module, batches: list[Tensor], where: str, streams: int = 1, per_weight: int = 0
 ) -> torch.device:
-    """Says what will be needed and what is free, and chooses where the hidden states wait between layers.
+    """Prints the memory that a walk needs and what is free. Returns the device that holds the hidden states between layers.
 
-    Each of `streams` holds paused forwards and has a layer at hand, one has the next one too; training a layer takes
-    `per_weight` bytes for each of its weights.
+    Each of `streams` (models walked at once) has paused forwards and one loaded layer; one of them also has the next layer.
+    Training a layer takes `per_weight` bytes per weight.
     """
     device = processes.device()
     blocks = [block.module for block in find_blocks(model)]
@@ -62,5 +62,5 @@ def plan_memory(
         f"of hidden states on the {'GPU' if store.type == 'cuda' else 'host'}; {memory.text(free)} free"
     )
     if layers + training + outside + (hidden if store == device else 0) > free:
-        processes.say("  memory: that may not fit: a smaller batch_size or fewer samples need less")
+        processes.say("  memory: this may not fit: set a smaller batch_size or fewer samples")
     return store

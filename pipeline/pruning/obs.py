@@ -1,4 +1,4 @@
-"""The optimal-brain-surgeon updates of SparseGPT and its ablations. Pure math: ranks enter as a function argument.
+"""The optimal-brain-surgeon updates of SparseGPT and its ablations. Pure math, free of torch.distributed.
 
 Shapes: R = rows (of one matrix, or of several with the same input, stacked), I = in_features, B = columns of a block,
 N = tokens.
@@ -13,13 +13,13 @@ from pipeline.runtime.errors import UserError
 from pipeline.sparsity.masks import apply_
 from pipeline.sparsity.patterns import NofM
 
-BLOCK = 128  # columns whose errors are pushed on at once (SparseGPT, section 3.3)
-WIDTH = 32  # columns within a block that are updated one by one, before a product updates the rest of the block
+BLOCK = 128  # columns between updates of all later columns (SparseGPT, section 3.3)
+WIDTH = 32  # columns within a block that are updated one by one, before one product updates the rest of the block
 
 
 def hessian(input_NI: Tensor) -> Tensor:
-    """X^T X in fp32, its upper triangle as one row for `unpacked`: that halves the products, and what is summed over batches
-    and ranks. A common factor (SparseGPT: 2/n) changes neither masks nor updates."""
+    """X^T X in fp32, its upper triangle packed into one row for `unpacked`: half the products, and half the numbers to sum
+    over batches and ranks. A common factor (SparseGPT: 2/n) changes neither masks nor updates."""
     input_NI = input_NI.float()
     inputs = input_NI.shape[1]
     packed = input_NI.new_empty(sum(rows * columns for _, rows, columns in _bands(inputs)))
@@ -38,29 +38,29 @@ def unpacked(packed: Tensor, inputs: int) -> Tensor:
 
 
 def _views(packed: Tensor, inputs: int) -> list[tuple[int, int, Tensor]]:
-    """(first row, rows, view of them from the diagonal on) of each band."""
+    """(first row, number of rows, their view from the diagonal on) of each band."""
     bands = _bands(inputs)
     parts = packed.split([rows * columns for _, rows, columns in bands])
     return [(first, rows, part.view(rows, columns)) for part, (first, rows, columns) in zip(parts, bands)]
 
 
 def _bands(inputs: int) -> list[tuple[int, int, int]]:
-    """(first row, rows, columns) of at most eight bands: 9/16 of the whole, in products that are large enough."""
+    """(first row, rows, columns) of at most eight bands: 9/16 of the matrix, in products large enough to be fast."""
     rows = max(BLOCK, -(-inputs // 8))
     return [(first, min(rows, inputs - first), inputs - first) for first in range(0, inputs, rows)]
 
 
 def factor(hessian_II: Tensor, damp: float, name: str, say: Callable[[str], None]) -> tuple[Tensor, Tensor]:
-    """Upper Cholesky factor of the damped inverse of an fp32 Hessian, (I, I), and which inputs are dead, (I,).
+    """The upper Cholesky factor of the inverse of a damped fp32 Hessian, (I, I), and which inputs are dead, (I,).
 
-    Damped by `damp` times the mean of the diagonal; where that is not enough, ten times as much, and so on.
+    Adds `damp` times the mean of the diagonal, and ten times more for as long as the factorisation fails.
     """
     dead_I = hessian_II.diagonal() == 0
     hessian_II.diagonal()[dead_I] = 1
     mean = hessian_II.diagonal().mean()
     while damp <= 10:
-        # with rows and columns reversed, H = V V^T of an upper V, so inverse(V) is the factor: half the work of a Cholesky
-        # factor of the inverse, and a condition that is not squared
+        # With rows and columns reversed, H = V V^T with an upper V, and inverse(V) is the factor: half the work of
+        # factorising the inverse, and the condition number is not squared.
         reversed_II = hessian_II.flip(0, 1)
         reversed_II.diagonal().add_(damp * mean)
         lower_II, failed = torch.linalg.cholesky_ex(reversed_II)
@@ -68,14 +68,14 @@ def factor(hessian_II: Tensor, damp: float, name: str, say: Callable[[str], None
             factor_II = _inverse(lower_II.flip(0, 1))
             if factor_II.isfinite().all():
                 return factor_II, dead_I
-        more = max(10 * damp, 1e-4)
-        say(f"  {name}: the Hessian is singular at damping {damp:g}: trying {more:g}")
-        damp = more
-    raise UserError(f"{name}: the Hessian stays singular at any damping: more calibration samples are needed")
+        stronger = max(10 * damp, 1e-4)
+        say(f"  {name}: the Hessian is singular at damping {damp:g}: trying {stronger:g}")
+        damp = stronger
+    raise UserError(f"{name}: the Hessian is singular at any damping: set a larger calibration.samples")
 
 
 def _inverse(upper_II: Tensor) -> Tensor:
-    """Of an upper triangular matrix, by halves: a third of the products of a solve against the identity."""
+    """The inverse of an upper triangular matrix, by halves: a third of the products of solving against the identity."""
     inputs = len(upper_II)
     if inputs <= 2 * BLOCK:
         return torch.linalg.solve_triangular(
@@ -96,15 +96,15 @@ def prune_rows(
     score: Callable[[Tensor, slice], Tensor],
     pattern: NofM | None,
 ) -> Tensor:
-    """Zeroes weights column by column and pushes each error on to the later columns, in place; returns the mask, (R, I).
+    """Prunes column by column, in place, compensating each error in the later columns. Returns the mask, (R, I).
 
-    Either `choose(weight_RB, columns)` gives the mask of a block before its columns are visited, or, where it is None,
-    `score(weight_RM, columns)` scores each group of M columns when it is reached, and `pattern` selects.
+    `choose(weight_RB, columns)` returns the mask of a block before its columns are visited. If it is None, `pattern` selects
+    from `score(weight_RM, columns)` of each group of M columns when the loop reaches it.
     """
     inputs = weight_RI.shape[1]
     block = BLOCK if choose or pattern is None else max(1, BLOCK // pattern.m) * pattern.m
     width = WIDTH if choose or pattern is None else max(1, WIDTH // pattern.m) * pattern.m
-    weight_IR = weight_RI.T.contiguous()  # a column is contiguous: every step works on whole columns
+    weight_IR = weight_RI.T.contiguous()  # columns are contiguous: every step works on whole columns
     kept_IR = torch.empty_like(weight_IR, dtype=torch.bool)
     for start in range(0, inputs, block):
         stop = min(start + block, inputs)
@@ -113,7 +113,7 @@ def prune_rows(
         inverse_B1 = factor_BB.diagonal().reciprocal()[:, None]
         weight_BR, kept_BR = weight_IR[columns], kept_IR[columns]
         error_BR = torch.empty_like(weight_BR)
-        scale_BR = torch.empty_like(weight_BR)  # of the error that a weight leaves: none where it stays
+        scale_BR = torch.empty_like(weight_BR)  # a weight's error is weight * scale: 0 if it is kept
         if choose:
             kept_BR[:] = choose(weight_BR.T, columns).T
             torch.mul(~kept_BR, inverse_B1, out=scale_BR)

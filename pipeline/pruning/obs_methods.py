@@ -1,4 +1,4 @@
-"""SparseGPT and the ablations of the Wanda paper: the weights that stay make good for those that go."""
+"""SparseGPT and the ablations of the Wanda paper: the kept weights are updated to compensate for the pruned ones."""
 
 import torch
 from torch import Tensor
@@ -11,10 +11,10 @@ from pipeline.sparsity.patterns import NofM
 
 
 class Obs(PruneMethod):
-    """Column by column, each error pushed on to the later columns (Frantar & Alistarh 2023, algorithm 1).
+    """Prunes column by column and compensates each error in the later columns (Frantar & Alistarh 2023, algorithm 1).
 
-    The mask of a block of columns is chosen from its updated weights, by `obs_score`. Matrices with the same inputs
-    share Hessian and factor, and their rows one column loop; the loop's rows are shared out over the ranks.
+    The mask of a block of columns is chosen from its updated weights, by `obs_score`. Matrices with the same inputs share the
+    Hessian, its factor and one column loop, whose rows are split over the ranks.
     """
 
     whole_matrix = True
@@ -23,11 +23,11 @@ class Obs(PruneMethod):
         return obs.hessian(input_NI)
 
     def obs_score(self, weight_RB: Tensor, diagonal_B: Tensor, square_sum_B: Tensor) -> Tensor:
-        """The importance of updated weights: `diagonal_B` is the factor's, `square_sum_B` the Hessian's."""
+        """The importance of updated weights. `diagonal_B`: of the factor; `square_sum_B`: the Hessian's diagonal."""
         return weight_RB**2 / diagonal_B**2
 
     def masks_first(self, weights: dict[str, Tensor], square_sum_I: Tensor) -> dict[str, Tensor] | None:
-        """The masks, where the method chooses them before any update."""
+        """The masks, if the method chooses them before any update."""
         return None
 
     def prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ class Obs(PruneMethod):
             return self.obs_score(weight_RB, factor_II.diagonal()[columns], square_sum_I[columns])
 
         def choose(weight_RB: Tensor, columns: slice) -> Tensor:
-            """A threshold over all rows of each matrix, so the ranks bring their rows' scores together."""
+            """The threshold is over all rows of a matrix, so the ranks gather their rows' scores."""
             score_RB = processes.gather_rows(score(weight_RB, columns))
             return torch.cat([pattern.select(part, self.whole_matrix) for part in score_RB.split(lengths)])[mine]
 
@@ -63,9 +63,9 @@ class Obs(PruneMethod):
         pruned_RI, kept_RI = processes.gather_rows(rows_RI), processes.gather_rows(kept_RI)
         for name, part_OI in zip(names, pruned_RI.split(lengths)):
             if not part_OI.isfinite().all():
-                more = max(10 * self.settings.damp, 0.01)
+                damp = max(10 * self.settings.damp, 0.01)
                 raise UserError(
-                    f"the updates of {name} overflow: set prune.damp={more:g}, unless its weights are damaged"
+                    f"the updates of {name} overflow: set prune.damp={damp:g}, unless its weights are damaged"
                 )
             weights[name].copy_(part_OI)
         return dict(zip(names, kept_RI.split(lengths)))
@@ -86,8 +86,8 @@ class _ByWanda:
 
 
 class MagnitudeIter(_ByMagnitude, Obs):
-    """Ablations of the Wanda paper (section 5): the score of one method, the update of the other. `iter`: the mask block
-    by block from updated weights; `seq`: the whole mask first."""
+    """Ablations of the Wanda paper (section 5): magnitude's or Wanda's score with SparseGPT's update. `iter`: the mask block
+    by block, from updated weights; `seq`: the whole mask first."""
 
 
 class WandaIter(_ByWanda, Obs):

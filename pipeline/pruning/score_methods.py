@@ -1,4 +1,4 @@
-"""The methods that choose weights by a score and change no others; the formulas are in scores.py."""
+"""The methods that only zero weights, by a score; the formulas are in scores.py."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from pipeline.sparsity.patterns import Unstructured
 
 
 class Magnitude(PruneMethod):
-    """The weight alone; a ratio is compared over the whole matrix (Han et al. 2015)."""
+    """|W| (Han et al. 2015); unstructured: compared over the whole matrix."""
 
     whole_matrix = True
 
@@ -18,14 +18,14 @@ class Magnitude(PruneMethod):
 
 
 class Wanda(PruneMethod):
-    """Weight times input norm, compared within each output row (Sun et al. 2023)."""
+    """|W| times input norm (Sun et al. 2023), compared within each output row."""
 
     def score(self, weight_OI: Tensor, total: Tensor) -> Tensor:
         return scores.wanda(weight_OI, total)
 
 
 class WandaVariant(Wanda):
-    """Wanda's rows lose an equal share of their score instead of an equal number of weights; N of M is Wanda's."""
+    """Wanda, but each row loses an equal share of its score instead of an equal number of weights. N of M: as Wanda."""
 
     def select(self, name: str, score_OI: Tensor) -> Tensor:
         pattern = self.patterns[name]
@@ -35,7 +35,7 @@ class WandaVariant(Wanda):
 
 
 class Ria(PruneMethod):
-    """Relative importance and activations (Zhang et al. 2024); a ratio is compared over the whole matrix."""
+    """Relative importance and activations (Zhang et al. 2024); unstructured: compared over the whole matrix."""
 
     whole_matrix = True
 
@@ -50,9 +50,9 @@ class Dsnot(Wanda):
         return scores.moments(input_NI)
 
     def prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
-        found = {}
+        chosen = {}
         for name, weight_OI in weights.items():
             mask_OI = self.select(name, self.score(weight_OI, total[0]))
-            found[name] = scores.regrow(weight_OI, mask_OI, total, self.patterns[name])
-            masks.apply_(weight_OI, found[name])
-        return found
+            chosen[name] = scores.regrow(weight_OI, mask_OI, total, self.patterns[name])
+            masks.apply_(weight_OI, chosen[name])
+        return chosen

@@ -1,6 +1,6 @@
-"""What the score methods compute. Pure math: no lightning, no accelerate, no torch.distributed.
+"""The formulas of the score methods. Pure math: no lightning, no accelerate, no torch.distributed.
 
-Shapes: O = out_features, I = in_features, N = tokens. A statistic is a sum over tokens, which ranks can add up.
+Shapes: O = out_features, I = in_features, N = tokens. A statistic is a sum over tokens, so ranks can add theirs up.
 """
 
 import torch
@@ -10,8 +10,8 @@ from pipeline.sparsity.patterns import Pattern, Unstructured
 
 
 def square_sum(input_NI: Tensor) -> Tensor:
-    """Sum over tokens of the squared inputs, (I,) in float64: fp32 within the batch, exact enough across batches that
-    neither their order nor the number of ranks changes a mask."""
+    """Sum over tokens of the squared inputs, (I,). fp32 within the batch; float64 across batches, so that neither their order
+    nor the number of ranks changes a mask."""
     input_NI = input_NI.float()
     return (input_NI * input_NI).sum(0).double()  # 6x faster than a norm over tokens, 300x than einsum (2 cores)
 
@@ -25,9 +25,8 @@ def moments(input_NI: Tensor) -> Tensor:
 
 def wanda(weight_OI: Tensor, square_sum_I: Tensor) -> Tensor:
     """|W_ij| * ||x_j||_2 (Sun et al. 2023, "A Simple and Effective Pruning Approach for LLMs", eq. 1)."""
-    return (
-        weight_OI.abs().float().mul_(square_sum_I.sqrt().float())
-    )  # in place: a fresh tensor costs more than the product
+    # in place: allocating another tensor costs more than the product
+    return weight_OI.abs().float().mul_(square_sum_I.sqrt().float())
 
 
 def magnitude(weight_OI: Tensor) -> Tensor:
@@ -38,23 +37,21 @@ def ria(weight_OI: Tensor, square_sum_I: Tensor, power: float = 0.5) -> Tensor:
     """(|W_ij| / sum of column j + |W_ij| / sum of row i) * ||x_j||_2^a: relative importance and activations (Zhang et
     al. 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for LLMs", eq. 4 and 5; a = 0.5)."""
     weight_OI = weight_OI.float().abs()
-    tiny = torch.finfo(torch.float32).tiny  # a row or column of zeros has no importance
-    relative_OI = weight_OI / weight_OI.sum(0).clamp_min(tiny) + weight_OI / weight_OI.sum(1, keepdim=True).clamp_min(
-        tiny
-    )
-    return relative_OI * square_sum_I.sqrt().float() ** power
+    tiny = torch.finfo(torch.float32).tiny  # rows and columns of zeros score 0
+    column_I, row_O1 = weight_OI.sum(0).clamp_min(tiny), weight_OI.sum(1, keepdim=True).clamp_min(tiny)
+    return (weight_OI / column_I + weight_OI / row_O1) * square_sum_I.sqrt().float() ** power
 
 
 def select_variant(score_OI: Tensor, ratio: float) -> Tensor:
-    """The mask of Wanda's variant (its code's `use_variant`): in each row the lowest scores go while their sum stays
-    within a share alpha of the row's; alpha by bisection from 0.4 in [0, 0.8] until the matrix is within 0.001 of `ratio`."""
+    """The mask of Wanda's variant (`use_variant` in its code): in each row the lowest scores are pruned while their sum is
+    at most alpha times the row's sum. Alpha by bisection from 0.4 in [0, 0.8] until the sparsity is within 0.001 of `ratio`."""
     ascending_OI = torch.sort(score_OI, dim=1, stable=True).values
     running_OI = ascending_OI.cumsum(1)
     total_O1 = score_OI.sum(1, keepdim=True)
     low, alpha, high = 0.0, 0.4, 0.8
     while True:
         last_O1 = (running_OI <= total_O1 * alpha).sum(1, keepdim=True) - 1
-        # a row in which not even the lowest fits: index -1, its highest score, in the published code
+        # index -1 (the row's highest score) if not even the lowest score fits, as in the published code
         kept_OI = score_OI > ascending_OI.gather(1, last_O1 % score_OI.shape[1])
         sparsity = 1 - kept_OI.float().mean().item()
         if abs(sparsity - ratio) <= 0.001 or high - low < 0.001:
@@ -66,12 +63,12 @@ def select_variant(score_OI: Tensor, ratio: float) -> Tensor:
 
 
 def regrow(weight_OI: Tensor, mask_OI: Tensor, moments_3I: Tensor, pattern: Pattern, cycles: int = 50) -> Tensor:
-    """Swaps pruned for kept weights while that lessens a row's expected output error; as many stay as before.
+    """Swaps pruned and kept weights while that reduces a row's expected output error; the number of kept weights is unchanged.
 
     After DSnoT (Zhang et al. 2024, "Dynamic Sparse No Training", section 3): the error of row i is the sum of
-    W_ij * mean(x_j) over what it lost. Each cycle regrows the pruned weight that takes most of the error away, set
-    against the variance of its input, and prunes the one of least Wanda score in its stead: in the same group for N of M,
-    in the same row for a ratio. A row rests once a swap would not bring its error nearer to zero.
+    W_ij * mean(x_j) over its pruned weights. Each cycle regrows the pruned weight that reduces the error most, relative to
+    the variance of its input, and prunes the kept weight with the lowest Wanda score: in the same group for N of M, in the
+    same row for a ratio. A row stops when the next swap would not bring its error closer to zero.
     """
     square_sum_I, sum_I, count_I = moments_3I
     mean_I = (sum_I / count_I).float()
@@ -88,8 +85,8 @@ def regrow(weight_OI: Tensor, mask_OI: Tensor, moments_3I: Tensor, pattern: Patt
         gain_OI = (change_OI * error_O.sign()[:, None] / spread_I).masked_fill(mask_OI, -torch.inf)
         grown_O = gain_OI.argmax(1)
         start_O = grown_O // group * group
-        inside_OM = start_O[:, None] + torch.arange(group, device=mask_OI.device)
-        candidates_OM = score_OI.gather(1, inside_OM).masked_fill(~mask_OI.gather(1, inside_OM), torch.inf)
+        members_OM = start_O[:, None] + torch.arange(group, device=mask_OI.device)
+        candidates_OM = score_OI.gather(1, members_OM).masked_fill(~mask_OI.gather(1, members_OM), torch.inf)
         lost_O = start_O + candidates_OM.argmin(1)
         after_O = error_O - change_OI[rows, grown_O] + change_OI[rows, lost_O]
         active_O &= after_O.abs() < error_O.abs()
@@ -103,14 +100,14 @@ def regrow(weight_OI: Tensor, mask_OI: Tensor, moments_3I: Tensor, pattern: Patt
 
 
 def outlier_share(scores: list[Tensor], times: float) -> float:
-    """Share of a layer's scores above `times` their mean (Yin et al. 2024, "Outlier Weighed Layerwise Sparsity", eq. 2)."""
+    """The share of a layer's scores above `times` their mean (Yin et al. 2024, "Outlier Weighed Layerwise Sparsity", eq. 2)."""
     count = sum(score.numel() for score in scores)
     mean = sum(score.sum(dtype=torch.float64).item() for score in scores) / count
     return sum(int((score > times * mean).sum()) for score in scores) / count
 
 
 def owl_ratios(shares: list[float], ratio: float, spread: float) -> list[float]:
-    """Ratios by layer with the mean `ratio`, within 2 * `spread` of each other: the more outliers, the less is pruned."""
+    """Ratios by layer, with mean `ratio` and within 2 * `spread` of each other: layers with more outliers are pruned less."""
     shares_L = torch.tensor(shares, dtype=torch.float64)
     width = (shares_L.max() - shares_L.min()).clamp_min(torch.finfo(torch.float64).tiny)
     kept_L = (shares_L - shares_L.min()) / width * 2 * spread
@@ -118,6 +115,6 @@ def owl_ratios(shares: list[float], ratio: float, spread: float) -> list[float]:
 
 
 def relative_error(input_NI: Tensor, dense_OI: Tensor, pruned_OI: Tensor) -> float:
-    """||X W^T - X W'^T|| / ||X W^T||, Frobenius; the products in the weights' own dtype."""
+    """||X W^T - X W'^T|| / ||X W^T||, Frobenius; the products are computed in the weights' dtype."""
     dense_NO, error_NO = input_NI @ dense_OI.T, input_NI @ (dense_OI - pruned_OI).T
     return float(error_NO.float().norm() / dense_NO.float().norm().clamp_min(torch.finfo(torch.float32).tiny))

@@ -275,7 +275,7 @@ BAD = [
         {"allocation": "owl"},
         "allocation=owl shares out a ratio over the layers, which 2of4 is not: set sparsity=0.5",
     ),
-    ("prune", {"overrides": {"*nothing*": "dense"}}, "overrides: nothing is called '*nothing*'"),
+    ("prune", {"overrides": {"*nothing*": "dense"}}, "overrides: no matrix matches '*nothing*'"),
     ("prune", {"samples": 0}, "samples=0 is out of range"),
     ("prune", {"samples": "many"}, "samples=many: a whole number is needed"),
     ("prune", {"samples": 100_000}, "set samples="),

@@ -145,7 +145,7 @@ def test_experts_that_a_process_never_reaches_count_with_what_others_saw(origin,
         (tokens, "calibration.samples=4", "calibration.seq_len=8", "calibration.batch_size=2"),
     )
     pruned(folder, tmp_path / "one", *few)
-    assert "judged by weight alone" in capsys.readouterr().out
+    assert "pruned by weight alone" in capsys.readouterr().out
     espalier(f"model={folder}", *PRUNE, *few, f"run_dir={tmp_path}/two", processes=2)
     one, two = (
         path.read_bytes() for path in (tmp_path / "one/masks.safetensors", tmp_path / "two/prune/masks.safetensors")

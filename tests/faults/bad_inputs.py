@@ -166,7 +166,7 @@ CASES: dict[str, list[Case]] = {
         ),
         Case(
             "prune.sparsity={here}/p.py",
-            "Half.select gave torch.float32 of (32, 32) for model.layers.0.self_attn.q_proj.weight: it should give torch.bool",
+            "Half.select returned torch.float32 of (32, 32) for model.layers.0.self_attn.q_proj.weight: return torch.bool",
             put("p.py", FLOAT_MASK),
             "its masks are floats",
         ),
@@ -180,7 +180,7 @@ CASES: dict[str, list[Case]] = {
         ),
         Case("prune.method={here}/m.py", "m.py does not load: SyntaxError", put("m.py", "def"), "holds `def`"),
         Case("prune.allocation=owl", "set prune.sparsity=0.5"),
-        Case("'prune.overrides={\"*.layers.9.*\": dense}'", "nothing is called"),
+        Case("'prune.overrides={\"*.layers.9.*\": dense}'", "no matrix matches"),
         Case("'prune.overrides={\"*down*\": 3}'", "prune.overrides[*down*]"),
         Case("prune.damp=-1", "prune.damp=-1.0 is out of range"),
         Case("calibration.samples=1.5", "calibration.samples=1.5: a whole number is needed"),
