@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pipeline.pruning import scores
+from pipeline.pruning import statistics
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Prune
 from pipeline.sparsity import masks
@@ -17,6 +17,7 @@ class PruneMethod:
     file may set `label`, `description` and `citation` for checks and reports.
     """
 
+    statistic = statistics.SQUARE_SUM  # of statistics.py, unless a subclass has an `observe`
     whole_matrix = False  # unstructured patterns: compare scores over the matrix instead of within each output row
 
     def __init__(self, settings: Prune, patterns: dict[str, Pattern]) -> None:
@@ -24,7 +25,7 @@ class PruneMethod:
 
     def observe(self, input_NI: Tensor) -> Tensor:
         """The statistic to sum (in float64) over a matrix's inputs. Default: the square sum of each feature, (I,)."""
-        return scores.square_sum(input_NI)
+        return statistics.OBSERVE[self.statistic](input_NI)
 
     def score(self, weight_OI: Tensor, total: Tensor) -> Tensor:
         """The importance of each weight, (O, I). `total`: the sum of `observe` over all tokens."""

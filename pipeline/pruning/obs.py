@@ -22,10 +22,14 @@ def hessian(input_NI: Tensor) -> Tensor:
     over batches and ranks. A common factor (SparseGPT: 2/n) changes neither masks nor updates."""
     input_NI = input_NI.float()
     inputs = input_NI.shape[1]
-    packed = input_NI.new_empty(sum(rows * columns for _, rows, columns in _bands(inputs)))
+    packed = input_NI.new_empty(packed_length(inputs))
     for first, rows, band in _views(packed, inputs):
         torch.mm(input_NI[:, first : first + rows].T, input_NI[:, first:], out=band)
     return packed
+
+
+def packed_length(inputs: int) -> int:
+    return sum(rows * columns for _, rows, columns in _bands(inputs))
 
 
 def unpacked(packed: Tensor, inputs: int) -> Tensor:
@@ -93,8 +97,8 @@ def prune_rows(
     weight_RI: Tensor,
     factor_II: Tensor,
     choose: Callable[[Tensor, slice], Tensor] | None,
-    score: Callable[[Tensor, slice], Tensor],
-    pattern: NofM | None,
+    score: Callable[[Tensor, slice], Tensor] | None = None,
+    pattern: NofM | None = None,
 ) -> Tensor:
     """Prunes column by column, in place, compensating each error in the later columns. Returns the mask, (R, I).
 

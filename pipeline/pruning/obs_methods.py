@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from pipeline.pruning import obs, scores
+from pipeline.pruning import obs
 from pipeline.pruning.method import PruneMethod
+from pipeline.pruning.statistics import GRAM
+from pipeline.pruning.updates import refuse_overflow
 from pipeline.runtime import processes
-from pipeline.runtime.errors import UserError
 from pipeline.sparsity.patterns import NofM
 
 
@@ -17,18 +18,12 @@ class Obs(PruneMethod):
     Hessian, its factor and one column loop, whose rows are split over the ranks.
     """
 
+    statistic = GRAM
     whole_matrix = True
-
-    def observe(self, input_NI: Tensor) -> Tensor:
-        return obs.hessian(input_NI)
 
     def obs_score(self, weight_RB: Tensor, diagonal_B: Tensor, square_sum_B: Tensor) -> Tensor:
         """The importance of updated weights. `diagonal_B`: of the factor; `square_sum_B`: the Hessian's diagonal."""
         return weight_RB**2 / diagonal_B**2
-
-    def masks_first(self, weights: dict[str, Tensor], square_sum_I: Tensor) -> dict[str, Tensor] | None:
-        """The masks, if the method chooses them before any update."""
-        return None
 
     def prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
         names = list(weights)
@@ -37,7 +32,6 @@ class Obs(PruneMethod):
             return {k: v for name in names for k, v in self.prune({name: weights[name]}, total).items()}
         hessian_II = obs.unpacked(total.float(), weights[names[0]].shape[1])
         square_sum_I = hessian_II.diagonal().clone()
-        first = self.masks_first(weights, square_sum_I)
         factor_II, dead_I = obs.factor(hessian_II, self.settings.damp, names[0], processes.say)
         stacked_RI = torch.cat([weights[name].float() for name in names])
         stacked_RI[:, dead_I] = 0
@@ -52,21 +46,12 @@ class Obs(PruneMethod):
             score_RB = processes.gather_rows(score(weight_RB, columns))
             return torch.cat([pattern.select(part, self.whole_matrix) for part in score_RB.split(lengths)])[mine]
 
-        def look_up(weight_RB: Tensor, columns: slice) -> Tensor:
-            return mask_RI[mine, columns]
-
-        if first is not None:
-            mask_RI = torch.cat([first[name] for name in names])
-        by_block = look_up if first is not None else None if isinstance(pattern, NofM) else choose
+        n_of_m = pattern if isinstance(pattern, NofM) else None
         rows_RI = stacked_RI[mine].clone()
-        kept_RI = obs.prune_rows(rows_RI, factor_II, by_block, score, pattern if isinstance(pattern, NofM) else None)
+        kept_RI = obs.prune_rows(rows_RI, factor_II, None if n_of_m else choose, score, n_of_m)
         pruned_RI, kept_RI = processes.gather_rows(rows_RI), processes.gather_rows(kept_RI)
         for name, part_OI in zip(names, pruned_RI.split(lengths)):
-            if not part_OI.isfinite().all():
-                damp = max(10 * self.settings.damp, 0.01)
-                raise UserError(
-                    f"the updates of {name} overflow: set prune.damp={damp:g}, unless its weights are damaged"
-                )
+            refuse_overflow(part_OI, name, self.settings.damp)
             weights[name].copy_(part_OI)
         return dict(zip(names, kept_RI.split(lengths)))
 
@@ -86,23 +71,8 @@ class _ByWanda:
 
 
 class MagnitudeIter(_ByMagnitude, Obs):
-    """Ablations of the Wanda paper (section 5): magnitude's or Wanda's score with SparseGPT's update. `iter`: the mask block
-    by block, from updated weights; `seq`: the whole mask first."""
+    """Ablation of the Wanda paper (section 5): magnitude's score in SparseGPT's blocks of columns, from updated weights."""
 
 
 class WandaIter(_ByWanda, Obs):
     """See `MagnitudeIter`."""
-
-
-class MagnitudeSeq(Obs):
-    """See `MagnitudeIter`."""
-
-    def masks_first(self, weights: dict[str, Tensor], square_sum_I: Tensor) -> dict[str, Tensor]:
-        return {name: self.patterns[name].select(scores.magnitude(w), True) for name, w in weights.items()}
-
-
-class WandaSeq(Obs):
-    """See `MagnitudeIter`."""
-
-    def masks_first(self, weights: dict[str, Tensor], square_sum_I: Tensor) -> dict[str, Tensor]:
-        return {name: self.patterns[name].select(scores.wanda(w, square_sum_I)) for name, w in weights.items()}

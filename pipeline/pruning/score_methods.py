@@ -4,7 +4,6 @@ from torch import Tensor
 
 from pipeline.pruning import scores
 from pipeline.pruning.method import PruneMethod
-from pipeline.sparsity import masks
 from pipeline.sparsity.patterns import Unstructured
 
 
@@ -41,18 +40,3 @@ class Ria(PruneMethod):
 
     def score(self, weight_OI: Tensor, total: Tensor) -> Tensor:
         return scores.ria(weight_OI, total)
-
-
-class Dsnot(Wanda):
-    """Wanda's mask, refined by pruning and regrowing after DSnoT (Zhang et al. 2024)."""
-
-    def observe(self, input_NI: Tensor) -> Tensor:
-        return scores.moments(input_NI)
-
-    def prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
-        chosen = {}
-        for name, weight_OI in weights.items():
-            mask_OI = self.select(name, self.score(weight_OI, total[0]))
-            chosen[name] = scores.regrow(weight_OI, mask_OI, total, self.patterns[name])
-            masks.apply_(weight_OI, chosen[name])
-        return chosen

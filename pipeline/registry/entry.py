@@ -11,6 +11,8 @@ from typing import Any
 
 from pipeline.runtime.errors import UserError, did_you_mean
 
+NONE = "none"  # the entry of a registry whose step can be left out
+
 
 @dataclass(frozen=True)
 class Citation:

@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline import registry
 from pipeline.registry import ALLOCATIONS, FINETUNE_METHODS
 from pipeline.reporting import page
-from pipeline.reporting.summary import label_of, model_name, short
+from pipeline.reporting.summary import label_of, model_name, pruned_with, short
 from pipeline.settings.schema import Recipe
 
 
@@ -17,10 +17,8 @@ def write_model_card(folder: Path, recipe: Recipe, stage: str) -> None:
     """
     text, prune, tune = recipe.calibration, recipe.prune, recipe.finetune
     name, methods = short(model_name(recipe)), {"methods": registry.describe(recipe)}
-    method, pattern, allocation = (
-        label_of(recipe, f"prune.{key}", methods) for key in ("method", "sparsity", "allocation")
-    )
-    made = f"{name}, pruned with {method} to {pattern}"
+    pattern, allocation = (label_of(recipe, f"prune.{key}", methods) for key in ("sparsity", "allocation"))
+    made = f"{name}, pruned with {pruned_with(recipe, methods)} to {pattern}"
     if ALLOCATIONS.entry(prune.allocation).shares_ratio:
         made += f" shared out by {allocation}"
     made += f" ({text.samples} samples of {text.seq_len} tokens of {text.dataset})"

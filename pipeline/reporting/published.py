@@ -4,7 +4,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from pipeline.registry import ALLOCATIONS, FINETUNE_METHODS, PATTERNS
+from pipeline.registry import ALLOCATIONS, FINETUNE_METHODS, NONE, PATTERNS
 from pipeline.settings.schema import Recipe
 
 TEXT = "wikitext-2-raw-v1@test"  # the tokenised configuration gives other numbers
@@ -19,7 +19,8 @@ def find(recipe: Recipe, protocol: dict) -> tuple[dict[str, float], str]:
     pruned = f"{settings.method} {PATTERNS.label(settings.sparsity)}"
     rows = {"dense": "dense"}
     allocation = ALLOCATIONS.entries.get(settings.allocation)  # none of these for a file of the user's
-    if allocation and not allocation.shares_ratio and not settings.overrides:
+    plain = (settings.refine, settings.update) == (NONE, NONE) and not settings.overrides
+    if allocation and not allocation.shares_ratio and plain:
         tuning = FINETUNE_METHODS.entries.get(recipe.finetune.method)
         rows |= {"pruned": pruned, "finetuned": f"{pruned} + {tuning.published_as}" if tuning else ""}
     for table in OmegaConf.to_container(OmegaConf.load(Path(__file__).with_suffix(".yaml"))):

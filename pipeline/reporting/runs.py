@@ -16,7 +16,7 @@ SECTIONS = {
     "reconstructed": ("reconstruct",),
     "finetuned": ("finetune",),
 }
-IN_NAMES = ("model", "prune.method", "prune.sparsity", "finetune.method")  # shown by the names of rows and columns
+IN_NAMES = ("model", *registry.PRUNING, "prune.sparsity", "finetune.method")  # shown by the names of rows and columns
 PROTOCOL = ("seq_len", "limit", "fewshot", "windows", "bos")
 
 
@@ -28,6 +28,10 @@ class Run(NamedTuple):
     @property
     def pattern(self) -> str:
         return self.label("prune.sparsity")
+
+    @property
+    def pruned_with(self) -> str:
+        return registry.pruned_with(self.settings, self.results.get("methods"))
 
     def label(self, key: str) -> str:
         """Of a setting that a registry of `pipeline.registry` lists."""
@@ -87,7 +91,7 @@ def row_of(run: Run, state: str, runs: list[Run]) -> Row:
     for recovered, name in (("reconstructed", "reconstruction"), ("finetuned", run.label("finetune.method"))):
         if recovered in run.results["models"] and MODELS.index(recovered) <= MODELS.index(state):
             recovery += f" + {name}{_in_brackets(named[recovered])}"
-    return Row(model, state, f"{run.label('prune.method')}{_in_brackets(named['dense'] + named['pruned'])}", recovery)
+    return Row(model, state, f"{run.pruned_with}{_in_brackets(named['dense'] + named['pruned'])}", recovery)
 
 
 def differing_protocol(runs: list[Run]) -> list[str]:
@@ -97,7 +101,7 @@ def differing_protocol(runs: list[Run]) -> list[str]:
 def _differing(run: Run, runs: list[Run], sections: tuple[str, ...]) -> list[str]:
     keys = [key for key in run.settings if key.partition(".")[0] in sections and key not in IN_NAMES]
     keys = [key for key in keys if len({str(other.settings.get(key)) for other in runs}) > 1]
-    own = {key for key in registry.REGISTRIES if registry.is_file(run.settings[key])}
+    own = {key for key in registry.REGISTRIES if registry.is_file(run.settings.get(key))}
     return [f"{key}={run.label(key) if key in own else run.settings[key]}" for key in keys]
 
 

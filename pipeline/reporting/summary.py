@@ -173,8 +173,8 @@ def headline(recipe: Recipe, results: dict) -> str:
     if "pruned" in models:
         overall = get(models, "pruned", "sparsity", "overall")
         share = "" if overall is None else f" ({overall:.2%} of the prunable weights are zero)"
-        method, pattern = (label_of(recipe, key, results) for key in ("prune.method", "prune.sparsity"))
-        sentence += f", pruned with {method} to {pattern}{share}"
+        pattern = label_of(recipe, "prune.sparsity", results)
+        sentence += f", pruned with {pruned_with(recipe, results)} to {pattern}{share}"
     dataset = next(iter(keys(model.get("perplexity") for model in models.values())), None)
     if dataset:
         measure, form = f"{dataset}{_part(results)} perplexity", perplexity
@@ -206,6 +206,11 @@ def short(model: str) -> str:
 
 def label_of(recipe: Recipe, key: str, results: dict) -> str:
     return registry.label(key, registry.value_of(recipe, key), results.get("methods"))
+
+
+def pruned_with(recipe: Recipe, results: dict) -> str:
+    settings = {key: registry.value_of(recipe, key) for key in registry.PRUNING}
+    return registry.pruned_with(settings, results.get("methods"))
 
 
 def keys(tables: Iterable[Any]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pipeline.registry import ALLOCATIONS, FINETUNE_METHODS, PATTERNS, PRUNE_METHODS
+from pipeline.registry import ALLOCATIONS, FINETUNE_METHODS, NONE, PATTERNS, PRUNE_METHODS, REFINEMENTS, UPDATES
 from pipeline.registry.entry import Registry, is_file
 
 
@@ -91,6 +91,10 @@ class Prune:
     """Which weights are pruned."""
 
     method: str = setting("wanda", "which weights go, or a .py file with a method of your own", registry=PRUNE_METHODS)
+    refine: str = setting(NONE, "how the mask is improved, or a .py file", registry=REFINEMENTS)
+    swaps: int = setting(100, "exchanges in each row at most, of refine=swaps", low=1)
+    update: str = setting(NONE, "how the kept weights are updated, or a .py file", registry=UPDATES)
+    update_steps: int = setting(30, "iterations of update=admm, at most of update=least_squares", low=1)
     sparsity: Any = setting(
         "2of4", "share of the weights that go (0.5), N kept of each M (2of4), or a .py file", registry=PATTERNS
     )
@@ -98,7 +102,7 @@ class Prune:
     owl_outliers: float = setting(5.0, "OWL's M: an outlier is above M times its layer's mean score", low=0)
     owl_spread: float = setting(0.08, "OWL's lambda: layers differ by at most twice this", low=0, high=1)
     overrides: dict[str, Any] = setting({}, "{glob of parameter names: a sparsity, or dense}; the last match counts")
-    damp: float = setting(0.01, "share of the Hessian's mean diagonal that is added: sparsegpt, *_seq, *_iter", low=0)
+    damp: float = setting(0.01, "share of the Hessian's mean diagonal that is added to it", low=0)
     hidden_states: str = setting(
         "auto", "where they wait between layers", choices=("auto", "gpu", "cpu"), decides=False
     )

@@ -18,7 +18,8 @@ from pipeline.pruning import calibration
 from pipeline.pruning.allocation import allocate, patterns_by_layer
 from pipeline.pruning.block_measure import BlockMeasure
 from pipeline.pruning.block_pruner import BlockPruner
-from pipeline.registry import ALLOCATIONS, PRUNE_METHODS
+from pipeline.pruning.combination import prune_method
+from pipeline.registry import ALLOCATIONS
 from pipeline.reporting import card
 from pipeline.runtime import files, memory, processes
 from pipeline.runtime.errors import UserError
@@ -70,13 +71,13 @@ def block_pruner(
     settings: Prune,
     folder: Path | None = None,
 ) -> BlockPruner:
-    """The pruner of `prune.method`, with the patterns of `prune.allocation`. What an allocation measures of the dense model is
-    kept in `allocation.json` of the `folder` for a resumed run."""
+    """The pruner that the settings choose. What an allocation measures of the dense model is kept in `allocation.json` of the
+    `folder` for a resumed run."""
     by_layer = None
     if ALLOCATIONS.entry(settings.allocation).shares_ratio:
         by_layer = layer_patterns(blocks, load_dense, batches, store, settings, folder)
     patterns = allocate(blocks, settings, by_layer)
-    return BlockPruner(PRUNE_METHODS.entry(settings.method).load()(settings, patterns))
+    return BlockPruner(prune_method(settings, patterns))
 
 
 def layer_patterns(

@@ -1,0 +1,86 @@
+"""The three choices of one-shot pruning together: a method's mask, its refinement, and new values of the kept weights.
+
+`prune_method` returns what a recipe chose. Shapes: O = out_features, I = in_features, R = rows of all matrices with the
+same inputs.
+"""
+
+import torch
+from torch import Tensor
+
+from pipeline.pruning.method import PruneMethod
+from pipeline.pruning.refinements import Refinement
+from pipeline.pruning.statistics import GRAM, Sums
+from pipeline.pruning.updates import WeightUpdate, refuse_overflow
+from pipeline.registry import NONE, PRUNE_METHODS, REFINEMENTS, UPDATES
+from pipeline.runtime import processes
+from pipeline.settings.schema import Prune
+from pipeline.sparsity import masks
+from pipeline.sparsity.patterns import Pattern
+
+
+def prune_method(settings: Prune, patterns: dict[str, Pattern]) -> PruneMethod:
+    """`prune.method` with `prune.refine` and `prune.update`. A method may be a name for a combination, such as dsnot."""
+    entry = PRUNE_METHODS.entry(settings.method)
+    method = entry.load()(settings, patterns)
+    refine, update = entry.refine or settings.refine, entry.update or settings.update
+    if (refine, update) == (NONE, NONE):
+        return method
+    return Combination(
+        method,
+        None if refine == NONE else REFINEMENTS.entry(refine).load()(settings),
+        None if update == NONE else UPDATES.entry(update).load()(settings),
+    )
+
+
+class Combination(PruneMethod):
+    def __init__(self, method: PruneMethod, refinement: Refinement | None, update: WeightUpdate | None) -> None:
+        super().__init__(method.settings, method.patterns)
+        self.method, self.refinement, self.weight_update = method, refinement, update
+        self.own = type(method).observe is not PruneMethod.observe  # a sum that only this method knows, put in front
+        needs = {*(refinement.needs if refinement else ()), *((GRAM,) if update else ())}
+        self.sums = Sums(needs if self.own else needs | {method.statistic})
+        self.own_shapes: dict[int, torch.Size] = {}  # by the number of inputs
+
+    def observe(self, input_NI: Tensor) -> Tensor:
+        sums = self.sums.observe(input_NI)
+        if not self.own:
+            return sums
+        own = self.method.observe(input_NI)
+        self.own_shapes[input_NI.shape[1]] = own.shape
+        return torch.cat([own.flatten(), sums])
+
+    def prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
+        inputs = next(iter(weights.values())).shape[1]
+        own_shape = self.own_shapes[inputs] if self.own else torch.Size([0])
+        own, sums = total.tensor_split([own_shape.numel()])
+        statistics = self.sums.read(sums, inputs)
+        dense = {name: weight_OI.float() for name, weight_OI in weights.items()}
+        dense = {name: it.clone() if it is weights[name] else it for name, it in dense.items()}
+        if not self.own:
+            own = statistics.raw.get(self.method.statistic, statistics.square_sum_I)
+        chosen = self.method.prune(weights, own.view(own_shape) if self.own else own)
+        if self.refinement:
+            for name, weight_OI in weights.items():
+                mine = processes.share_of(len(weight_OI))
+                rows = (dense[name][mine], weight_OI[mine].float(), chosen[name][mine])
+                mask_OI = processes.gather_rows(self.refinement.refine(*rows, statistics, self.patterns[name]))
+                weight_OI.copy_(torch.where(mask_OI & ~chosen[name], dense[name].to(weight_OI.dtype), weight_OI))
+                masks.apply_(weight_OI, mask_OI)
+                chosen[name] = mask_OI
+        if self.weight_update:
+            self._update(weights, dense, chosen, statistics.gram_II)
+        return chosen
+
+    def _update(
+        self, weights: dict[str, Tensor], dense: dict[str, Tensor], chosen: dict[str, Tensor], gram_II: Tensor
+    ) -> None:
+        """All matrices with the same inputs at once: they share what an update makes of the Gram matrix."""
+        dense_RI, mask_RI = torch.cat([dense[name] for name in weights]), torch.cat([chosen[name] for name in weights])
+        weight_RI = torch.cat([weight_OI.float() for weight_OI in weights.values()])
+        mine = processes.share_of(len(dense_RI))
+        rows = (dense_RI[mine], weight_RI[mine], mask_RI[mine])
+        updated_RI = processes.gather_rows(self.weight_update.update(*rows, gram_II, next(iter(weights))))
+        for name, part_OI in zip(weights, updated_RI.split([len(weight_OI) for weight_OI in weights.values()])):
+            refuse_overflow(part_OI, name, self.settings.damp)
+            weights[name].copy_(part_OI)
+            masks.apply_(weights[name], chosen[name])

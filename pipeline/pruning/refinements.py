@@ -1,0 +1,129 @@
+"""What `prune.refine` may be: a better mask, from any mask, with as many weights kept in each row or group.
+
+Shapes: R = rows (output features), I = in_features, G = groups of M consecutive inputs, C = candidates.
+"""
+
+import torch
+from torch import Tensor
+
+from pipeline.pruning import scores
+from pipeline.pruning.statistics import GRAM, MOMENTS, Statistics
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Prune
+from pipeline.sparsity.patterns import NofM, Pattern, Unstructured
+
+CANDIDATES = 64  # weights of each kind whose pairs are compared, in a row without groups
+REFRESH = 32  # exchanges after which the products with the Gram matrix are computed anew, against rounding
+SMALLEST = 1e-6  # share of a row's error that an exchange must remove: fp32 sums are no more exact
+
+
+class Refinement:
+    """A subclass says what it `needs` of the inputs (names in statistics.py) and has a `refine`. Rows are independent: the
+    ranks share them. One in a user's file may set `label`, `description` and `citation` for checks and reports."""
+
+    needs: tuple[str, ...] = ()
+
+    def __init__(self, settings: Prune) -> None:
+        self.settings = settings
+
+    def refine(
+        self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, statistics: Statistics, pattern: Pattern
+    ) -> Tensor:
+        """The new mask, (R, I), True = kept. `weight_RI`: the pruned weights as they are now, fp32; a weight that comes back
+        gets its value in `dense_RI`."""
+        raise NotImplementedError
+
+
+class Dsnot(Refinement):
+    """Pruning and regrowing by expected output errors (Zhang et al. 2024, "Dynamic Sparse No Training", section 3)."""
+
+    needs = (MOMENTS,)
+
+    def refine(
+        self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, statistics: Statistics, pattern: Pattern
+    ) -> Tensor:
+        return scores.regrow(dense_RI, mask_RI, statistics.moments_3I, pattern)
+
+
+class Swaps(Refinement):
+    """Exchanges of a pruned and a kept weight, the best for the output error first (Zimmer et al. 2025, SparseSwaps)."""
+
+    needs = (GRAM,)
+
+    def refine(
+        self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, statistics: Statistics, pattern: Pattern
+    ) -> Tensor:
+        if not isinstance(pattern, Unstructured | NofM):
+            raise UserError(f"prune.refine=swaps knows ratios and N of M, not {pattern}: set prune.refine=none")
+        group = pattern.m if isinstance(pattern, NofM) else None
+        return swap(dense_RI, weight_RI, mask_RI, statistics.gram_II, group, self.settings.swaps)
+
+
+def swap(
+    dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, group: int | None, budget: int
+) -> Tensor:
+    """The mask after at most `budget` exchanges in each row, in each of which the output error of the row, e G e^T of
+    e = dense - weight, gets smaller; within groups of `group` consecutive inputs if given.
+
+    An exchange moves e by s_p at the pruned weight p (to zero) and by s_k at the kept k (to the dense weight), so the error by
+    s_p (2 g_p + s_p G_pp) + s_k (2 g_k + s_k G_kk) + 2 s_p s_k G_pk with g = e G. Of all pairs in the groups the best is
+    taken; in a row without groups, of those of the `CANDIDATES` pruned and kept weights with the best terms of their own.
+    """
+    weight_RI, mask_RI = weight_RI * mask_RI, mask_RI.clone()
+    error_RI = dense_RI - weight_RI
+    product_RI = error_RI @ gram_II
+    diagonal_I = gram_II.diagonal()
+    rows_R = torch.arange(len(mask_RI), device=mask_RI.device)  # those that may get better
+    find = _best_pair if group is None else _best_pair_in_groups
+    for number in range(1, budget + 1):
+        step_RI = torch.where(mask_RI[rows_R], weight_RI[rows_R], -error_RI[rows_R])
+        alone_RI = step_RI * (2 * product_RI[rows_R] + step_RI * diagonal_I)
+        change_R, grown_R, lost_R = find(step_RI, alone_RI, mask_RI[rows_R], gram_II, group)
+        better_R = change_R < -SMALLEST * (error_RI[rows_R] * product_RI[rows_R]).sum(1)
+        if not better_R.any():
+            break
+        rows_R, grown_R, lost_R = rows_R[better_R], grown_R[better_R], lost_R[better_R]
+        steps_R2 = step_RI[better_R].gather(1, torch.stack([grown_R, lost_R], 1))
+        mask_RI[rows_R, grown_R], mask_RI[rows_R, lost_R] = True, False
+        weight_RI[rows_R, grown_R], weight_RI[rows_R, lost_R] = dense_RI[rows_R, grown_R], 0.0
+        error_RI[rows_R, grown_R], error_RI[rows_R, lost_R] = 0.0, dense_RI[rows_R, lost_R]
+        if number % REFRESH == 0:
+            product_RI[rows_R] = error_RI[rows_R] @ gram_II
+        else:
+            product_RI[rows_R] += steps_R2[:, :1] * gram_II[grown_R] + steps_R2[:, 1:] * gram_II[lost_R]
+    return mask_RI
+
+
+def _best_pair(
+    step_RI: Tensor, alone_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, group: None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The change of the error, the pruned weight and the kept weight of each row's best exchange, (R,) each."""
+    count = min(CANDIDATES, alone_RI.shape[1])
+    pruned_RC = alone_RI.masked_fill(mask_RI, torch.inf).topk(count, 1, largest=False)
+    kept_RC = alone_RI.masked_fill(~mask_RI, torch.inf).topk(count, 1, largest=False)
+    p_RC, k_RC = pruned_RC.indices, kept_RC.indices
+    both_RCC = gram_II[p_RC[:, :, None], k_RC[:, None, :]]
+    both_RCC *= 2 * step_RI.gather(1, p_RC)[:, :, None]
+    both_RCC *= step_RI.gather(1, k_RC)[:, None, :]
+    both_RCC += pruned_RC.values[:, :, None] + kept_RC.values[:, None, :]
+    change_R, place_R = both_RCC.flatten(1).min(1)
+    p_R1, k_R1 = (place_R // count)[:, None], (place_R % count)[:, None]
+    return change_R, p_RC.gather(1, p_R1).squeeze(1), k_RC.gather(1, k_R1).squeeze(1)
+
+
+def _best_pair_in_groups(
+    step_RI: Tensor, alone_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, group: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_best_pair`, of all pairs within groups of `group` inputs."""
+    inputs = gram_II.shape[1]
+    start_G = torch.arange(0, inputs, group, device=gram_II.device)
+    inside_GM = start_G[:, None] + torch.arange(group, device=gram_II.device)
+    blocks_GMM = gram_II[inside_GM[:, :, None], inside_GM[:, None, :]]
+    step_RGM, alone_RGM = step_RI.unflatten(1, (-1, group)), alone_RI.unflatten(1, (-1, group))
+    mask_RGM = mask_RI.unflatten(1, (-1, group))
+    pruned_RGM, kept_RGM = alone_RGM.masked_fill(mask_RGM, torch.inf), alone_RGM.masked_fill(~mask_RGM, torch.inf)
+    change_RGMM = 2 * step_RGM[..., :, None] * step_RGM[..., None, :] * blocks_GMM
+    change_RGMM += pruned_RGM[..., :, None] + kept_RGM[..., None, :]
+    change_R, place_R = change_RGMM.flatten(1).min(1)
+    start_R = place_R // group**2 * group
+    return change_R, start_R + place_R % group**2 // group, start_R + place_R % group

@@ -1,0 +1,94 @@
+"""What `prune.update` may be: new values of the kept weights, for a given mask.
+
+All lessen the output error of each row, (w - w') G (w - w')^T, where G is the Gram matrix of the inputs, damped by
+`prune.damp` times its mean diagonal. Shapes: R = rows (output features), I = in_features.
+"""
+
+import torch
+from torch import Tensor
+
+from pipeline.pruning import obs
+from pipeline.runtime import processes
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Prune
+
+CONVERGED = 1e-7  # of the first residual's norm, at which a row of `LeastSquares` is done
+
+
+class WeightUpdate:
+    """A subclass has an `update`. Rows are independent: the ranks share them. One in a user's file may set `label`,
+    `description` and `citation` for checks and reports."""
+
+    def __init__(self, settings: Prune) -> None:
+        self.settings = settings
+
+    def update(self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, name: str) -> Tensor:
+        """The new weights, (R, I) in fp32; those outside the mask are ignored. `weight_RI`: the pruned weights as they are
+        now; `gram_II` (fp32) may be changed; `name` of a matrix, for messages."""
+        raise NotImplementedError
+
+
+class ObsUpdate(WeightUpdate):
+    """Column by column, each error is compensated by the later columns (Frantar & Alistarh 2023, algorithm 1)."""
+
+    def update(self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, name: str) -> Tensor:
+        factor_II, dead_I = obs.factor(gram_II, self.settings.damp, name, processes.say)
+        rows_RI = dense_RI.masked_fill(dead_I, 0)
+        obs.prune_rows(rows_RI, factor_II, lambda weight_RB, columns: mask_RI[:, columns])
+        return rows_RI
+
+
+class Admm(WeightUpdate):
+    """Alternates between least squares and the mask, `prune.update_steps` times (Boža 2024, section 3; its rho = 1)."""
+
+    def update(self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, name: str) -> Tensor:
+        norm_I = gram_II.diagonal().sqrt()
+        norm_I = norm_I.masked_fill(norm_I == 0, 1)  # of a dead input, whose weights then stay as they are
+        gram_II = gram_II / norm_I / norm_I[:, None]
+        gram_II.diagonal().add_(self.settings.damp * gram_II.diagonal().mean())
+        target_RI = (dense_RI * norm_I) @ gram_II
+        gram_II.diagonal().add_(1)
+        inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(gram_II))  # all eigenvalues are at least 1
+        free_RI, dual_RI = weight_RI * norm_I, torch.zeros_like(weight_RI)
+        for _ in range(self.settings.update_steps):
+            masked_RI = (free_RI + dual_RI) * mask_RI
+            dual_RI += free_RI - masked_RI
+            free_RI = (target_RI + masked_RI - dual_RI) @ inverse_II
+        return (free_RI + dual_RI) / norm_I
+
+
+class LeastSquares(WeightUpdate):
+    """The kept weights with the least output error, by conjugate gradients of all rows at once, `prune.update_steps` at most.
+
+    Preconditioned by the diagonal. From the weights as they are: each step lessens the (damped) error.
+    """
+
+    def update(self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, name: str) -> Tensor:
+        dead_I = gram_II.diagonal() == 0
+        gram_II.diagonal().add_(self.settings.damp * gram_II.diagonal().mean())
+        gram_II.diagonal()[dead_I] = 1  # with nothing else in its row and column: the dense weight
+        inverse_I = gram_II.diagonal().reciprocal()
+        weight_RI = weight_RI * mask_RI
+        residual_RI = ((dense_RI - weight_RI) @ gram_II).mul_(mask_RI)
+        scaled_RI = residual_RI * inverse_I
+        direction_RI = scaled_RI.clone()
+        size_R1 = first_R1 = (residual_RI * scaled_RI).sum(1, keepdim=True)
+        for _ in range(self.settings.update_steps):
+            product_RI = (direction_RI @ gram_II).mul_(mask_RI)
+            curvature_R1 = (direction_RI * product_RI).sum(1, keepdim=True)
+            moves_R1 = (size_R1 > CONVERGED**2 * first_R1) & (curvature_R1 > 0)
+            if not moves_R1.any():
+                break
+            step_R1 = torch.where(moves_R1, size_R1 / curvature_R1, 0)
+            weight_RI.addcmul_(step_R1, direction_RI)
+            residual_RI.addcmul_(step_R1, product_RI, value=-1)
+            scaled_RI = residual_RI * inverse_I
+            before_R1, size_R1 = size_R1, (residual_RI * scaled_RI).sum(1, keepdim=True)
+            direction_RI = torch.addcmul(scaled_RI, torch.where(moves_R1, size_R1 / before_R1, 0), direction_RI)
+        return weight_RI
+
+
+def refuse_overflow(weight_OI: Tensor, name: str, damp: float) -> None:
+    if not weight_OI.isfinite().all():
+        more = max(10 * damp, 0.01)
+        raise UserError(f"the updates of {name} overflow: set prune.damp={more:g}, unless its weights are damaged")

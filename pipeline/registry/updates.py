@@ -1,0 +1,38 @@
+"""The registry of `prune.update`."""
+
+from pipeline.registry.entry import NONE, Citation, Entry, Registry
+
+SPARSEGPT = Citation(
+    "Frantar & Alistarh",
+    2023,
+    "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
+    "arXiv:2301.00774",
+)
+ADMM = Citation("Boža", 2024, "Fast and Effective Weight Update for Pruned Large Language Models", "arXiv:2401.02938")
+ALPS = Citation(
+    "Meng et al.", 2024, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for LLMs", "arXiv:2406.07831"
+)
+PLACE = "pipeline.pruning.updates"
+
+UPDATES = Registry(
+    "prune.update",
+    f"{PLACE}:WeightUpdate",
+    Entry(NONE, NONE, "The kept weights stay as they are", f"{PLACE}:WeightUpdate"),
+    Entry("obs", "OBS", "SparseGPT's update, column by column", f"{PLACE}:ObsUpdate", SPARSEGPT, ("damp",)),
+    Entry(
+        "admm",
+        "ADMM",
+        "Alternates between least squares and the mask",
+        f"{PLACE}:Admm",
+        ADMM,
+        ("damp", "update_steps"),
+    ),
+    Entry(
+        "least_squares",
+        "least squares",
+        "The least output error with the mask, by conjugate gradients",
+        f"{PLACE}:LeastSquares",
+        ALPS,
+        ("damp", "update_steps"),
+    ),
+)

@@ -1,0 +1,200 @@
+"""Refinements and updates: laws on small problems, against dense solvers and brute force."""
+
+import itertools
+
+import pytest
+import torch
+
+from pipeline.pruning import obs
+from pipeline.pruning.combination import Combination, prune_method
+from pipeline.pruning.refinements import Swaps, swap
+from pipeline.pruning.statistics import GRAM, MOMENTS, OBSERVE, SQUARE_SUM, Sums
+from pipeline.pruning.updates import Admm, LeastSquares, ObsUpdate
+from pipeline.registry import PRUNE_METHODS, REFINEMENTS, UPDATES
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Prune
+from pipeline.sparsity.patterns import NofM, Unstructured, parse
+
+PATTERNS = ("2of4", "4of8", "0.5", "0.7")
+
+
+def problem(rows=12, inputs=32, tokens=200, seed=0):
+    """Weights, and inputs that depend on each other as those of a model do."""
+    torch.manual_seed(seed)
+    inputs_NI = torch.randn(tokens, inputs) @ torch.randn(inputs, inputs) + torch.randn(inputs)
+    return torch.randn(rows, inputs), inputs_NI
+
+
+def errors(dense_RI, weight_RI, gram_II, damp=0.0):
+    gram_II = gram_II.double() + damp * gram_II.diagonal().mean() * torch.eye(len(gram_II))
+    lost_RI = (dense_RI - weight_RI).double()
+    return ((lost_RI @ gram_II) * lost_RI).sum(1)
+
+
+@pytest.mark.parametrize("needs", [{SQUARE_SUM}, {MOMENTS}, {GRAM}, {GRAM, MOMENTS}, {GRAM, MOMENTS, SQUARE_SUM}])
+def test_the_sums_are_read_as_they_were_observed(needs):
+    _, x_NI = problem()
+    sums = Sums(needs)
+    total = sum(sums.observe(part).double() for part in x_NI.split(50))
+    found = sums.read(total, x_NI.shape[1])
+    torch.testing.assert_close(found.square_sum_I.double(), x_NI.double().square().sum(0), rtol=1e-5, atol=0)
+    if MOMENTS in needs:
+        torch.testing.assert_close(found.moments_3I[1], x_NI.double().sum(0), rtol=1e-5, atol=1e-3)
+    if GRAM in needs:
+        torch.testing.assert_close(found.gram_II, (x_NI.T @ x_NI), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("sparsity", PATTERNS)
+@pytest.mark.parametrize("updated", [False, True])
+def test_swaps_never_add_error_and_keep_the_pattern(sparsity, updated):
+    dense_RI, x_NI = problem()
+    gram_II, pattern = x_NI.T @ x_NI, parse(sparsity)
+    mask_RI = pattern.select(dense_RI.abs() * gram_II.diagonal().sqrt())
+    weight_RI = dense_RI * mask_RI
+    if updated:
+        weight_RI = LeastSquares(Prune()).update(dense_RI, weight_RI, mask_RI, gram_II.clone(), "w") * mask_RI
+    before, group = errors(dense_RI, weight_RI, gram_II), getattr(pattern, "m", None)
+    for budget in (1, 3, 50):
+        new_RI = swap(dense_RI, weight_RI, mask_RI, gram_II, group, budget)
+        assert pattern.violation(new_RI) is None
+        assert torch.equal(new_RI.sum(1), mask_RI.sum(1))
+        kept_RI = torch.where(mask_RI, weight_RI, dense_RI) * new_RI
+        after = errors(dense_RI, kept_RI, gram_II)
+        assert (after <= before * (1 + 1e-6)).all()
+        before = after
+    assert after.sum() < 0.95 * errors(dense_RI, weight_RI, gram_II).sum()
+
+
+@pytest.mark.parametrize("pattern", [NofM(2, 4), Unstructured(0.5)])
+def test_one_swap_is_the_best_of_all(pattern):
+    """Compared with every exchange that keeps the pattern."""
+    dense_RI, x_NI = problem(rows=5, inputs=12)
+    gram_II = x_NI.T @ x_NI
+    mask_RI = pattern.select(dense_RI.abs())
+    new_RI = swap(dense_RI, dense_RI * mask_RI, mask_RI, gram_II, getattr(pattern, "m", None), 1)
+    for row in range(5):
+        best = errors(dense_RI[row : row + 1], dense_RI[row : row + 1] * mask_RI[row], gram_II)
+        for p, k in itertools.product(range(12), repeat=2):
+            other_I = mask_RI[row].clone()
+            other_I[p], other_I[k] = True, False
+            if other_I.sum() == mask_RI[row].sum() and pattern.violation(other_I[None]) is None:
+                best = torch.minimum(best, errors(dense_RI[row : row + 1], dense_RI[row : row + 1] * other_I, gram_II))
+        mine = errors(dense_RI[row : row + 1], dense_RI[row : row + 1] * new_RI[row], gram_II)
+        torch.testing.assert_close(mine, best, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sparsity", PATTERNS)
+def test_least_squares_is_the_solution_of_a_dense_solver(sparsity):
+    dense_RI, x_NI = problem()
+    gram_II, settings = x_NI.T @ x_NI, Prune(update_steps=300)
+    mask_RI = parse(sparsity).select(dense_RI.abs())
+    found_RI = LeastSquares(settings).update(dense_RI, dense_RI * mask_RI, mask_RI, gram_II.clone(), "w")
+    damped_II = gram_II.double() + settings.damp * gram_II.diagonal().mean() * torch.eye(32)
+    for row, mask_I in enumerate(mask_RI):
+        kept = mask_I.nonzero().squeeze(1)
+        target = damped_II[kept] @ dense_RI[row].double()
+        expected = torch.linalg.solve(damped_II[kept][:, kept], target)
+        assert (found_RI[row, kept] - expected).norm() < 1e-5 * expected.norm()
+        assert (found_RI[row, ~mask_I] == 0).all()
+
+
+@pytest.mark.parametrize("sparsity", PATTERNS)
+def test_updates_lessen_the_error_and_least_squares_most(sparsity):
+    dense_RI, x_NI = problem(rows=40, inputs=64)
+    gram_II, settings = x_NI.T @ x_NI, Prune(update_steps=300)
+    mask_RI = parse(sparsity).select(dense_RI.abs())
+    plain = errors(dense_RI, dense_RI * mask_RI, gram_II, settings.damp)
+    found = {}
+    for kind in (ObsUpdate, Admm, LeastSquares):
+        weight_RI = kind(settings).update(dense_RI.clone(), dense_RI * mask_RI, mask_RI, gram_II.clone(), "w") * mask_RI
+        found[kind] = errors(dense_RI, weight_RI, gram_II, settings.damp)
+        assert found[kind].sum() < plain.sum()
+    assert (found[LeastSquares] <= found[ObsUpdate] * (1 + 1e-4)).all()
+    assert (found[LeastSquares] <= found[Admm] * (1 + 1e-4)).all()
+    # few steps are already close, and none adds error
+    few = LeastSquares(Prune(update_steps=5)).update(dense_RI, dense_RI * mask_RI, mask_RI, gram_II.clone(), "w")
+    assert (errors(dense_RI, few, gram_II, settings.damp) <= plain).all()
+
+
+@pytest.mark.parametrize("update", [name for name in UPDATES.entries if name != "none"])
+def test_an_input_that_is_always_zero(update):
+    dense_RI, x_NI = problem()
+    x_NI[:, 3] = 0
+    mask_RI = parse("0.5").select(dense_RI.abs())
+    gram_II = x_NI.T @ x_NI
+    weight_RI = UPDATES.entry(update).load()(Prune()).update(dense_RI, dense_RI * mask_RI, mask_RI, gram_II, "w")
+    assert weight_RI.isfinite().all()
+
+
+@pytest.mark.parametrize("refine", REFINEMENTS.entries)
+@pytest.mark.parametrize("update", UPDATES.entries)
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "sparsegpt"])
+def test_every_combination_keeps_the_pattern(method, refine, update):
+    for sparsity in ("2of4", "0.7"):
+        dense_RI, x_NI = problem()
+        pattern = parse(sparsity)
+        chosen = prune_method(Prune(method=method, refine=refine, update=update), {"a": pattern, "b": pattern})
+        total = sum(chosen.observe(part).double() for part in x_NI.split(100))
+        weights = {"a": dense_RI.clone(), "b": dense_RI.flip(0).clone().to(torch.bfloat16)}
+        masks = chosen.prune(weights, total)
+        for name, mask_OI in masks.items():
+            assert pattern.violation(mask_OI) is None
+            assert (weights[name][~mask_OI] == 0).all() and not weights[name][~mask_OI].signbit().any()
+            if update == "none" and method != "sparsegpt":
+                assert torch.equal(
+                    weights[name][mask_OI], {"a": dense_RI, "b": dense_RI.flip(0).bfloat16()}[name][mask_OI]
+                )
+
+
+def test_names_for_combinations_are_these_combinations():
+    dense_RI, x_NI = problem()
+    for name, same in {
+        "dsnot": {"method": "wanda", "refine": "dsnot"},
+        "wanda_seq": {"method": "wanda", "update": "obs"},
+        "magnitude_seq": {"method": "magnitude", "update": "obs"},
+    }.items():
+        found = []
+        for settings in (Prune(method=name), Prune(**same)):
+            chosen = prune_method(settings, {"a": NofM(2, 4)})
+            weights = {"a": dense_RI.clone()}
+            masks = chosen.prune(weights, chosen.observe(x_NI).double())
+            found.append((masks["a"], weights["a"]))
+        assert all(torch.equal(a, b) for a, b in zip(*found))
+    problem_text = PRUNE_METHODS.entry("dsnot").problem(Prune(method="dsnot", refine="swaps"))
+    assert "prune.refine=none" in problem_text
+
+
+def test_a_method_with_a_sum_of_its_own_can_be_updated(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from pipeline.pruning.method import PruneMethod\n"
+        "class Largest(PruneMethod):\n"
+        "    '''By the sum of absolute inputs'''\n"
+        "    def observe(self, input_NI):\n"
+        "        return input_NI.abs().sum(0, keepdim=True)\n"
+        "    def score(self, weight_OI, total):\n"
+        "        assert total.shape == (1, weight_OI.shape[1])\n"
+        "        return weight_OI.abs() * total\n"
+    )
+    dense_RI, x_NI = problem()
+    settings = Prune(method=str(tmp_path / "mine.py"), refine="swaps", update="least_squares")
+    chosen = prune_method(settings, {"a": NofM(2, 4)})
+    weights = {"a": dense_RI.clone()}
+    mask_OI = chosen.prune(weights, chosen.observe(x_NI).double())["a"]
+    assert NofM(2, 4).violation(mask_OI) is None
+
+
+def test_statistics_are_observed_once():
+    swaps_and_update = prune_method(Prune(method="sparsegpt", refine="swaps", update="obs"), {})
+    assert isinstance(swaps_and_update, Combination)
+    _, x_NI = problem()
+    assert swaps_and_update.observe(x_NI).numel() == obs.packed_length(32)
+    assert torch.equal(OBSERVE[GRAM](x_NI), swaps_and_update.observe(x_NI))
+
+
+def test_swaps_refuse_a_pattern_that_they_do_not_know():
+    class Odd(Unstructured.__mro__[1]):
+        ratio = 0.5
+
+    dense_RI, _ = problem()
+    with pytest.raises(UserError, match="set prune.refine=none"):
+        Swaps(Prune()).refine(dense_RI, dense_RI, dense_RI > 0, None, Odd())
