@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md shows works: each of four extensions is one file of the user's own, a stage is two files."""
+"""What CONTRIBUTING.md shows works: an algorithm is one file of the user's, a stage is two files."""
 
 import ast
 import json
@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import registry
 from pipeline.commands import compare
-from pipeline.registry import ALLOCATIONS, FINETUNE_METHODS, PATTERNS, PRUNE_METHODS, REGISTRIES
+from pipeline.registry import FINETUNE_METHODS, REGISTRIES
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader, schema
 from pipeline.sparsity.masks import Masks
@@ -23,9 +23,7 @@ from tests.reporting.test_report import Page
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
 (LINE,) = re.findall(r'^    Stage\("histogram".*\n', (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M)
 BASES = {"prune.method": "PruneMethod", "prune.sparsity": "Pattern", "prune.allocation": "Allocation"}
-BASES["finetune.method"] = "SparseFull"
-LABELS = {"prune.method": "square root", "prune.sparsity": "half the columns", "prune.allocation": "by depth"}
-LABELS["finetune.method"] = "norm tuning"
+BASES |= {"finetune.method": "SparseFull", "prune.refine": "Refinement", "prune.update": "WeightUpdate"}
 
 
 def snippet(says: str) -> str:
@@ -46,7 +44,7 @@ def runs(tiny_llama, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("own")
     usual = (*QUICK, f"model={tiny_llama}", "evaluate.continuations=0")
     a = own_files(folder, "prune.method", "prune.sparsity", "finetune.method")
-    b = [*own_files(folder, "prune.method", "prune.allocation"), "prune.sparsity=0.5"]
+    b = [*own_files(folder, "prune.method", "prune.allocation", "prune.refine", "prune.update"), "prune.sparsity=0.5"]
     b.append("stages=[prune,evaluate,report]")
     with pytest.MonkeyPatch.context() as patch:
         for name, settings in (("a", a), ("b", b)):
@@ -87,8 +85,9 @@ def test_an_allocation_of_ones_own_is_told_everywhere(runs):
     markdown = (runs / "runs/b/report/report.md").read_text()
     for text in (markdown, Page((runs / "runs/b/report/report.html").read_text()).text):
         assert "by depth: Later layers are pruned more" in text
+        assert "pruned with square root + one for one + keep the norm to 0.5" in text
     assert "to 0.5 shared out by by depth" in (runs / "runs/b/prune/model/README.md").read_text()
-    assert "square root (prune.allocation=by depth)" in (runs / "compare.md").read_text()
+    assert "square root + one for one + keep the norm (prune.allocation=by depth)" in (runs / "compare.md").read_text()
 
 
 @pytest.mark.parametrize("key", REGISTRIES)
@@ -179,7 +178,7 @@ def test_each_entry_is_whole(key):
 
 def test_no_name_of_an_entry_stands_outside_the_registries():
     """But for the defaults in the schema and of the functions of the API."""
-    names = {name for it in (PRUNE_METHODS, PATTERNS, ALLOCATIONS, FINETUNE_METHODS) for name in it.entries}
+    names = {name for it in REGISTRIES.values() for name in it.entries} - {registry.NONE}
     paths = [ROOT / "launch.py", *ROOT.glob("callbacks/*.py"), *ROOT.glob("pipeline/**/*.py")]
     for path in (path for path in paths if path.parent.name != "registry"):
         tree = ast.parse(path.read_text())

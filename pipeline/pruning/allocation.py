@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from fnmatch import fnmatch
 
+import torch
 from torch import Tensor
 
 from pipeline.engine.blocks import Block
 from pipeline.engine.matrices import matrices
-from pipeline.pruning import scores
+from pipeline.pruning import obs, scores
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Prune
 from pipeline.sparsity import patterns
@@ -45,7 +46,38 @@ class Owl(Allocation):
         return scores.outlier_share(layer_scores, self.settings.owl_outliers)
 
     def ratios(self, measured: list[float], ratio: float) -> list[float]:
-        return scores.owl_ratios(measured, ratio, self.settings.owl_spread)
+        return scores.spread_ratios(measured, ratio, self.settings.owl_spread)
+
+
+class AlphaPruning(Allocation):
+    """Layers whose spectra have lighter tails, which is taken for less training, are pruned more (Lu et al. 2024)."""
+
+    def measure(self, weights: dict[str, Tensor], totals: dict[str, Tensor]) -> float:
+        return sum(scores.tail_exponent(weight_OI) for weight_OI in weights.values()) / len(weights)
+
+    def ratios(self, measured: list[float], ratio: float) -> list[float]:
+        return scores.spread_ratios([-value for value in measured], ratio, self.settings.allocation_spread)
+
+
+class LayerError(Allocation):
+    """Layers whose outputs Wanda at the recipe's ratio changes more are pruned less."""
+
+    def observe(self, input_NI: Tensor) -> Tensor:
+        return obs.hessian(input_NI)
+
+    def measure(self, weights: dict[str, Tensor], totals: dict[str, Tensor]) -> float:
+        errors = []
+        pattern = patterns.parse(self.settings.sparsity)
+        for name, weight_OI in weights.items():
+            gram_II = obs.unpacked(totals[name].float(), weight_OI.shape[1])
+            weight_OI = weight_OI.float()
+            lost_OI = weight_OI.masked_fill(pattern.select(scores.wanda(weight_OI, gram_II.diagonal())), 0)
+            squares = [((it @ gram_II) * it).sum().item() for it in (lost_OI, weight_OI)]
+            errors.append((squares[0] / max(squares[1], torch.finfo(torch.float32).tiny)) ** 0.5)
+        return sum(errors) / len(errors)
+
+    def ratios(self, measured: list[float], ratio: float) -> list[float]:
+        return scores.spread_ratios(measured, ratio, self.settings.allocation_spread)
 
 
 def patterns_by_layer(

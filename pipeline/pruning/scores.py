@@ -106,11 +106,22 @@ def outlier_share(scores: list[Tensor], times: float) -> float:
     return sum(int((score > times * mean).sum()) for score in scores) / count
 
 
-def owl_ratios(shares: list[float], ratio: float, spread: float) -> list[float]:
-    """Ratios by layer, with mean `ratio` and within 2 * `spread` of each other: layers with more outliers are pruned less."""
-    shares_L = torch.tensor(shares, dtype=torch.float64)
-    width = (shares_L.max() - shares_L.min()).clamp_min(torch.finfo(torch.float64).tiny)
-    kept_L = (shares_L - shares_L.min()) / width * 2 * spread
+def tail_exponent(weight_OI: Tensor) -> float:
+    """Hill's estimate of the power law in the upper half of the eigenvalues of W^T W, from 1 (heavy tail) up (Lu et al.
+    2024, "AlphaPruning", section 3.1)."""
+    eigenvalues = torch.linalg.svdvals(weight_OI.float()).square().sort().values
+    half = len(eigenvalues) // 2
+    upper, threshold = eigenvalues[-half:], eigenvalues[-half - 1]
+    tiny = torch.finfo(torch.float32).tiny
+    return 1 + half / max((upper.clamp_min(tiny) / threshold.clamp_min(tiny)).log().sum().item(), tiny)
+
+
+def spread_ratios(values: list[float], ratio: float, spread: float) -> list[float]:
+    """Ratios by layer with the mean `ratio`, within 2 * `spread` of each other: the larger the value, the less is pruned
+    (Yin et al. 2024, OWL, section 3.3)."""
+    values_L = torch.tensor(values, dtype=torch.float64)
+    width = (values_L.max() - values_L.min()).clamp_min(torch.finfo(torch.float64).tiny)
+    kept_L = (values_L - values_L.min()) / width * 2 * spread
     return (ratio - (kept_L - kept_L.mean())).tolist()
 
 

@@ -13,6 +13,13 @@ OWL = Citation(
     "arXiv:2310.05175",
 )
 
+ALPHA = Citation(
+    "Lu et al.",
+    2024,
+    "AlphaPruning: Using Heavy-Tailed Self Regularization Theory for Improved Layer-wise Pruning of LLMs",
+    "arXiv:2410.10912",
+)
+
 
 @dataclass(frozen=True)
 class AllocationEntry(Entry):
@@ -44,5 +51,21 @@ ALLOCATIONS = Registry(
         "pipeline.pruning.allocation:Owl",
         OWL,
         ("owl_outliers", "owl_spread"),
+    ),
+    AllocationEntry(
+        "alphapruning",
+        "AlphaPruning",
+        "Layers whose spectra have lighter tails are pruned more",
+        "pipeline.pruning.allocation:AlphaPruning",
+        ALPHA,
+        ("allocation_spread",),
+    ),
+    AllocationEntry(
+        "layer_error",
+        "layer error",
+        "Layers whose outputs change more are pruned less",
+        "pipeline.pruning.allocation:LayerError",
+        None,
+        ("allocation_spread",),
     ),
 )

@@ -101,6 +101,7 @@ class Prune:
     allocation: str = setting("uniform", "how a share is spread over the layers, or a .py file", registry=ALLOCATIONS)
     owl_outliers: float = setting(5.0, "OWL's M: an outlier is above M times its layer's mean score", low=0)
     owl_spread: float = setting(0.08, "OWL's lambda: layers differ by at most twice this", low=0, high=1)
+    allocation_spread: float = setting(0.08, "the same for allocation=alphapruning and layer_error", low=0, high=1)
     overrides: dict[str, Any] = setting({}, "{glob of parameter names: a sparsity, or dense}; the last match counts")
     damp: float = setting(0.01, "share of the Hessian's mean diagonal that is added to it", low=0)
     hidden_states: str = setting(

@@ -1,11 +1,12 @@
 """Refinements and updates: laws on small problems, against dense solvers and brute force."""
 
 import itertools
+import json
 
 import pytest
 import torch
 
-from pipeline.pruning import obs
+from pipeline.pruning import obs, scores
 from pipeline.pruning.combination import Combination, prune_method
 from pipeline.pruning.refinements import Swaps, swap
 from pipeline.pruning.statistics import GRAM, MOMENTS, OBSERVE, SQUARE_SUM, Sums
@@ -14,6 +15,7 @@ from pipeline.registry import PRUNE_METHODS, REFINEMENTS, UPDATES
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Prune
 from pipeline.sparsity.patterns import NofM, Unstructured, parse
+from tests.pruning.test_prune import pruned
 
 PATTERNS = ("2of4", "4of8", "0.5", "0.7")
 
@@ -198,3 +200,26 @@ def test_swaps_refuse_a_pattern_that_they_do_not_know():
     dense_RI, _ = problem()
     with pytest.raises(UserError, match="set prune.refine=none"):
         Swaps(Prune()).refine(dense_RI, dense_RI, dense_RI > 0, None, Odd())
+
+
+def test_a_power_law_gives_its_exponent():
+    """Eigenvalues with P(x > t) = t^-(alpha - 1)."""
+    for alpha in (2.0, 3.5):
+        ranks = torch.arange(1, 801, dtype=torch.float64)
+        eigenvalues = (ranks / 800) ** (-1 / (alpha - 1))
+        assert scores.tail_exponent(torch.diag(eigenvalues.sqrt())) == pytest.approx(alpha, rel=0.02)
+
+
+@pytest.mark.parametrize("allocation", ["alphapruning", "layer_error"])
+def test_an_allocation_prunes_the_layers_as_it_measures_them(tiny_llama, tmp_path, allocation):
+    more = (f"prune.allocation={allocation}", "prune.sparsity=0.6", "prune.allocation_spread=0.1")
+    masks, _ = pruned(tiny_llama, tmp_path / "p", *more)
+    measured = json.loads((tmp_path / "p/allocation.json").read_text())["measured"]
+    by_layer = []
+    for layer in range(3):
+        part = [mask for name, mask in masks.items() if f".{layer}." in name]
+        by_layer.append(1 - sum(int(mask.sum()) for mask in part) / sum(mask.numel() for mask in part))
+    assert sum(by_layer) / 3 == pytest.approx(0.6, abs=0.02)
+    assert max(by_layer) - min(by_layer) == pytest.approx(0.2, abs=0.03)
+    most = max if allocation == "alphapruning" else min
+    assert by_layer.index(max(by_layer)) == int(most(measured, key=measured.get))

@@ -24,6 +24,15 @@ from tests.engine.test_decoder import FAMILIES, small_model
 
 SETTINGS = [s for s in QUICK if not s.startswith("stages")]
 
+COMBINATIONS = {method: (f"prune.method={method}",) for method in PRUNE_METHODS.entries} | {
+    f"{method}+{refine}+{update}": (f"prune.method={method}", f"prune.refine={refine}", f"prune.update={update}")
+    for method, refine, update in (
+        ("wanda", "swaps", "least_squares"),
+        ("sparsegpt", "swaps", "admm"),
+        ("magnitude", "dsnot", "obs"),
+    )
+}
+
 
 def settings(model, *more):
     return reader.load([f"model={model}", "stages=[prune]", *SETTINGS, *more])
@@ -237,10 +246,10 @@ def test_two_processes_prune_as_one_by_every_method(tiny_llama, tmp_path):
         environ = environment() | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-    for method in PRUNE_METHODS.entries:
+    for name in COMBINATIONS:
         for sparsity in ("2of4", "0.5"):
-            one, two = (tmp_path / n / f"{method}-{sparsity}" for n in "12")
-            assert (one / "masks.safetensors").read_bytes() == (two / "masks.safetensors").read_bytes(), method
+            one, two = (tmp_path / n / f"{name}-{sparsity}" for n in "12")
+            assert (one / "masks.safetensors").read_bytes() == (two / "masks.safetensors").read_bytes(), name
             other = dict(model_files.tensors(two / "model"))
             for name, weight in model_files.tensors(one / "model"):
                 torch.testing.assert_close(other[name], weight, rtol=1e-5, atol=1e-6)
@@ -249,17 +258,17 @@ def test_two_processes_prune_as_one_by_every_method(tiny_llama, tmp_path):
 ALL_METHODS = """
 import sys
 from pathlib import Path
-from pipeline.registry import PRUNE_METHODS
 from pipeline.runtime import processes
 from pipeline.settings import reader
 from pipeline.stages import prune
+from tests.pruning.test_prune import COMBINATIONS
 model, where, *settings = sys.argv[1:]
 processes.start()
-for method in PRUNE_METHODS.entries:
+for name, how in COMBINATIONS.items():
     for sparsity in ("2of4", "0.5"):
-        folder = Path(where) / f"{method}-{sparsity}"
+        folder = Path(where) / f"{name}-{sparsity}"
         folder.mkdir(parents=True, exist_ok=True)
-        chosen = ["stages=[prune]", f"model={model}", *settings, f"prune.method={method}", f"prune.sparsity={sparsity}"]
+        chosen = ["stages=[prune]", f"model={model}", *settings, *how, f"prune.sparsity={sparsity}"]
         prune.run(reader.load(chosen), folder, {})
         processes.barrier()
 processes.stop()
