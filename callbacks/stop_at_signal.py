@@ -22,7 +22,7 @@ class StopAtSignal(Callback):
         signals.defer_signals()
 
     def on_predict_batch_end(self, trainer, module, outputs, batch, index: int, dataloader_idx: int = 0) -> None:
-        if processes.any_rank(bool(signals.asked())):
+        if processes.any_rank(bool(signals.received())):
             raise Stopped(f"stopped by {_signal()} after layer {index + 1}")
 
     def on_train_start(self, trainer, module) -> None:
@@ -33,7 +33,7 @@ class StopAtSignal(Callback):
         if trainer.global_step == self.step:
             return  # still accumulating
         self.step = trainer.global_step
-        if processes.any_rank(bool(signals.asked())):
+        if processes.any_rank(bool(signals.received())):
             self.save(trainer)
             raise Stopped(f"stopped by {_signal()} after step {self.step}, of which there is a checkpoint")
 
@@ -48,9 +48,9 @@ class StopAtSignal(Callback):
 
     def _be_prompt(self) -> None:
         signals.resume_signals()
-        if signals.asked():  # since it was last looked for
+        if signals.received():  # since it was last looked for
             raise Stopped(f"stopped by {_signal()}")
 
 
 def _signal() -> str:
-    return signals.asked() or "a signal to another process"
+    return signals.received() or "a signal to another process"

@@ -91,8 +91,8 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
         return
     if processes.is_main():
         begun = checksums.read(work)
-        if begun is None and (work / checksums.OWN).exists():
-            print(f"{stage.name}: {work / checksums.OWN} is damaged: from the start", flush=True)
+        if begun is None and (work / checksums.STAGE_FILE).exists():
+            print(f"{stage.name}: {work / checksums.STAGE_FILE} is damaged: from the start", flush=True)
         if (begun or {}).get("key") != key:
             shutil.rmtree(work, ignore_errors=True)
             checksums.write(work, {"key": key, "stage": stage.name})
@@ -101,7 +101,7 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
         space.check(stage.name, recipe, inputs, work)
     processes.barrier()
     memory.free_memory()
-    memory.restart_peak(processes.device())
+    memory.reset_peak(processes.device())
     started, computed = time.perf_counter(), time.process_time()
     MODULES[stage.name].run(recipe, work, inputs)
     cpu_seconds = sum(processes.all_ranks(time.process_time() - computed))
@@ -121,7 +121,7 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
             "versions": {library: version(library) for library in LIBRARIES},
             "made_from": made_from,
             "recipe": plain(recipe),
-            "artefacts": checksums.of(work, SCRATCH),
+            "artefacts": checksums.of_folder(work, SCRATCH),
         }
         checksums.write(work, about)
         _put_in_place(work, finished)
@@ -162,7 +162,7 @@ def why_again(finished: Path, made_from: dict, forced: bool = False) -> str | No
     if before.get("key") != files.digest(made_from):
         if before:
             return _difference(before["made_from"], made_from)
-        return f"{finished / checksums.OWN} is damaged or missing" if finished.exists() else ""
+        return f"{finished / checksums.STAGE_FILE} is damaged or missing" if finished.exists() else ""
     if forced:
         return f"rerun={finished.name}"
     if damaged := checksums.damaged(finished):
@@ -194,7 +194,7 @@ def _locked(run_dir: Path) -> Iterator[None]:
     """The run folder belongs to this run; and all machines see the same one."""
     with lock.held(run_dir) if processes.is_main() else nullcontext() as token:
         token = processes.from_main(token)
-        blind = processes.several_nodes() and not lock.is_seen(run_dir, token)
+        blind = processes.several_nodes() and not lock.is_visible(run_dir, token)
         if hosts := sorted({host for host in processes.all_ranks(socket.gethostname() if blind else None) if host}):
             raise UserError(
                 f"run_dir={run_dir} as seen on {', '.join(hosts)} is not that of the main process: it must lie on a file "
@@ -220,7 +220,7 @@ def _traceback_kept(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, UserError | OSError) and not processes.is_of_a_lost_peer(error):
+        if not isinstance(error, UserError | OSError) and not processes.is_lost_peer(error):
             with suppress(OSError):
                 run_dir.mkdir(parents=True, exist_ok=True)
                 (run_dir / f"traceback-{processes.rank()}.txt").write_text(traceback.format_exc())

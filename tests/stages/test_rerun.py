@@ -27,7 +27,7 @@ STATEMENT = "\nimport torch\n", "\nimport torch\n\nTHIS = 'is edited'\n"
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     """A copy of the project's code that the fingerprints are taken of; the code that runs is the project's."""
-    for name in code.OWN:
+    for name in code.PACKAGES:
         shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(code, "ROOT", tmp_path / "source")
     return tmp_path / "source"
