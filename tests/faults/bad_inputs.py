@@ -129,7 +129,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "Recipes": [
         Case("recipe=lama7b_2of4", "no recipe 'lama7b_2of4': did you mean 'llama7b_2of4'?"),
-        Case("recipe={here}/none.yaml", "no recipe"),
+        Case("recipe={here}/none.yaml", "no such file"),
         Case("recipe={here}/r.yaml", "is not readable YAML", put("r.yaml", "prune: {"), "holds `prune: {`"),
         Case("recipe={here}/r.yaml", "is not readable YAML", put("r.yaml", b"\xff\xfe\x00"), "holds no text"),
         Case("recipe={here}/r.yaml", "should hold key: value lines", put("r.yaml", "- a"), "holds `- a`"),
@@ -420,7 +420,7 @@ CASES: dict[str, list[Case]] = {
     "Training": [
         Case("finetune.loss=assistant", "holds no conversations, which finetune.loss=assistant needs"),
         Case("finetune.loss=assistent", "is not one of all, assistant: did you mean 'assistant'?"),
-        Case("finetune.dataset=self", "what the model itself writes is text to calibrate by only"),
+        Case("finetune.dataset=self", "text that the model writes is for calibration only"),
         Case("finetune.rank=0", "finetune.rank=0 is out of range"),
         Case("finetune.rank=many", "finetune.rank=many: a whole number is needed"),
         Case("finetune.lr=nan", "finetune.lr=nan is not a finite number"),
