@@ -9,7 +9,7 @@ from pipeline.runtime import code
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
 from pipeline.settings.schema import STAGES, Recipe
-from pipeline.stages.runner import own_fingerprint
+from pipeline.stages.keys import stage_code
 from tests.conftest import QUICK, ROOT, typing
 
 ALL = (
@@ -56,7 +56,7 @@ def edit(path: Path, before: str, after: str) -> None:
 
 
 def prints(recipe: Recipe = Recipe()) -> dict[str, dict[str, str]]:  # noqa: B008
-    return {stage.name: own_fingerprint(stage, recipe) for stage in STAGES.values()}
+    return {stage.name: stage_code(stage, recipe) for stage in STAGES.values()}
 
 
 def changed(before: dict[str, dict[str, str]]) -> dict[str, set[str]]:
