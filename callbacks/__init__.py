@@ -1,4 +1,4 @@
-"""Lightning callbacks: they wire the engine and the trainings to what is done at each layer and step."""
+"""Lightning callbacks."""
 
 from pathlib import Path
 
@@ -7,13 +7,17 @@ from lightning.pytorch import Callback
 from callbacks.checkpointer import Checkpointer
 from callbacks.step_log import StepLog
 from callbacks.stop_at_signal import StopAtSignal
+from callbacks.validation import Validation
 
 
-def of_training(folder: Path, checkpoint_every: int | None) -> list[Callback]:
-    """What every training of a stage needs, in the order in which it must run: a step is logged, then a signal that came
-    meanwhile is answered, then a checkpoint is written. Leaves `metrics.csv` and `checkpoints/` in `folder`; with None no
-    checkpoints, and signals are left alone."""
+def of_training(folder: Path, checkpoint_every: int | None, validation: Validation | None = None) -> list[Callback]:
+    """The callbacks of every training, in the order in which they must run: a step is validated and logged, then a pending
+    signal stops the training, then a checkpoint is written. They write `metrics.csv` and `checkpoints/` to `folder`.
+    `checkpoint_every=None`: no checkpoints, and signals are not handled."""
+    logging: list[Callback] = [StepLog(folder / "metrics.csv", validation and validation.held_out)]
+    if validation:
+        logging.insert(0, validation)
     if checkpoint_every is None:
-        return [StepLog(folder / "metrics.csv")]
+        return logging
     saver = Checkpointer(folder / "checkpoints", checkpoint_every)
-    return [StepLog(folder / "metrics.csv"), StopAtSignal(saver.save), saver]
+    return [*logging, StopAtSignal(saver.save), saver]

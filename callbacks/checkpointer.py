@@ -1,4 +1,4 @@
-"""Writes the checkpoints that a training goes on from."""
+"""Writes the checkpoints from which a training resumes."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from pipeline.runtime import processes
 
 
 class Checkpointer(Callback):
-    """Every `every` optimizer steps and after the last one, into `folder`, where only the newest stays.
+    """Writes one every `every` optimizer steps and after the last one to `folder`, and removes older ones.
 
-    Lightning's ModelCheckpoint does not know which step it saved before a resume: resumed in the midst of an accumulation
-    it saves that step once more, without the gradients gathered so far, and a second resume starts there.
+    Not Lightning's ModelCheckpoint: resumed in the middle of an accumulation, it saves the same step again without the
+    accumulated gradients, and a second resume starts there.
     """
 
     def __init__(self, folder: Path, every: int) -> None:

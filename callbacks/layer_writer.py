@@ -1,10 +1,10 @@
-"""Writes each finished block, so that a killed run goes on where it stopped."""
+"""Writes each finished block, so that a killed run resumes after it."""
 
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 
 class LayerWriter(BasePredictionWriter):
-    """What a walk's `visit` returns of a block is a `BlockResult`, or None where there is nothing to write."""
+    """Writes the `BlockResult` that a walk's `visit` returns for a block, if any."""
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")

@@ -1,4 +1,4 @@
-"""Writes one CSV row per optimizer step, and now and then a line for the terminal."""
+"""Writes a CSV row per optimizer step, and prints some of them."""
 
 import csv
 import time
@@ -8,16 +8,17 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from pipeline.recovery.held_out import HeldOut
 from pipeline.runtime import files, memory, processes
 
 COLUMNS = ("step", "loss", "lr", "tokens_per_second", "memory_gib", "val_perplexity")
 
 
 class StepLog(Callback):
-    """`loss` is the mean over all sequences of the step, on all ranks. A resumed run drops the rows past its checkpoint."""
+    """`loss` is the mean over all sequences of the step, on all ranks. A resumed run drops the rows after its checkpoint."""
 
-    def __init__(self, path: Path, lines: int = 10) -> None:
-        self.path, self.lines = path, lines
+    def __init__(self, path: Path, held_out: HeldOut | None = None, lines: int = 10) -> None:
+        self.path, self.held_out, self.lines = path, held_out, lines
         self.losses: list[Tensor] = []
         self.tokens = 0
 
@@ -26,9 +27,9 @@ class StepLog(Callback):
         self.step = trainer.global_step
         if trainer.is_global_zero:
             rows = list(csv.reader(self.path.open()))[1:] if self.path.exists() else []
-            whole = (row for row in rows if len(row) == len(COLUMNS))  # a kill may cut the last
+            complete = (row for row in rows if len(row) == len(COLUMNS))  # a kill may have cut the last one
             with files.atomic_write(self.path) as tmp, tmp.open("w", newline="") as file:
-                csv.writer(file).writerows([COLUMNS, *(row for row in whole if int(row[0]) <= self.step)])
+                csv.writer(file).writerows([COLUMNS, *(row for row in complete if int(row[0]) <= self.step)])
 
     def on_train_batch_end(self, trainer, module, outputs, batch: Tensor, index: int) -> None:
         self.losses.append(outputs["loss"].detach())
@@ -36,7 +37,7 @@ class StepLog(Callback):
         if trainer.global_step == self.step:
             return  # still accumulating
         self.step = trainer.global_step
-        # Lightning hands over each loss divided by the number of accumulated batches
+        # Lightning has divided each loss by the number of accumulated batches
         loss = processes.all_sum(torch.stack(self.losses).sum().double()).item() / trainer.world_size
         speed = self.tokens / (time.perf_counter() - self.started)
         row = {
@@ -46,9 +47,8 @@ class StepLog(Callback):
             "tokens_per_second": round(speed),
             "memory_gib": round(memory.peak_gib(module.device), 3),
         }
-        validated = module.val_perplexity
-        if validated is not None:
-            row["val_perplexity"], module.val_perplexity = round(validated, 4), None
+        if self.held_out and self.held_out.step == self.step:
+            row["val_perplexity"] = round(self.held_out.perplexity, 4)
         if trainer.is_global_zero:
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, COLUMNS, restval="").writerow(row)

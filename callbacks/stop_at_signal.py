@@ -1,4 +1,4 @@
-"""Ends a walk after the layer at hand, a training after the step at hand, once a signal has asked for it."""
+"""Stops a walk after the current layer, or a training after the current step, if a signal has been received."""
 
 from collections.abc import Callable
 
@@ -9,10 +9,9 @@ from pipeline.runtime.errors import Stopped
 
 
 class StopAtSignal(Callback):
-    """Stands after the callbacks that write layers and logs, so that what it ends is on disk; `save(trainer)` does so for a
-    training.
+    """Comes after the callbacks that write layers and logs, so that these are on disk; `save(trainer)` writes a checkpoint.
 
-    A signal reaches the processes at different moments, or only one of them: they agree after each layer and step.
+    A signal reaches the processes at different times, or only one of them, so they agree after each layer and step.
     """
 
     def __init__(self, save: Callable[[Trainer], None] | None = None) -> None:
@@ -22,7 +21,7 @@ class StopAtSignal(Callback):
         signals.defer_signals()
 
     def on_predict_batch_end(self, trainer, module, outputs, batch, index: int, dataloader_idx: int = 0) -> None:
-        if processes.any_rank(bool(signals.asked())):
+        if processes.any_rank(bool(signals.received())):
             raise Stopped(f"stopped by {_signal()} after layer {index + 1}")
 
     def on_train_start(self, trainer, module) -> None:
@@ -33,24 +32,24 @@ class StopAtSignal(Callback):
         if trainer.global_step == self.step:
             return  # still accumulating
         self.step = trainer.global_step
-        if processes.any_rank(bool(signals.asked())):
+        if processes.any_rank(bool(signals.received())):
             self.save(trainer)
-            raise Stopped(f"stopped by {_signal()} after step {self.step}, of which there is a checkpoint")
+            raise Stopped(f"stopped by {_signal()} after step {self.step}, with a checkpoint")
 
     def on_predict_end(self, trainer, module) -> None:
-        self._be_prompt()
+        self._resume()
 
     def on_train_end(self, trainer, module) -> None:
-        self._be_prompt()
+        self._resume()
 
     def on_exception(self, trainer, module, exception: BaseException) -> None:
         signals.resume_signals()
 
-    def _be_prompt(self) -> None:
+    def _resume(self) -> None:
         signals.resume_signals()
-        if signals.asked():  # since it was last looked for
+        if signals.received():  # after the last step
             raise Stopped(f"stopped by {_signal()}")
 
 
 def _signal() -> str:
-    return signals.asked() or "a signal to another process"
+    return signals.received() or "a signal to another process"

@@ -16,7 +16,7 @@ from pipeline.registry import FINETUNE_METHODS, REGISTRIES
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader, schema
 from pipeline.sparsity.masks import Masks
-from pipeline.stages import runner
+from pipeline.stages import keys, runner
 from tests.conftest import QUICK, ROOT, environment
 from tests.reporting.test_report import Page
 
@@ -94,10 +94,10 @@ def test_an_allocation_of_ones_own_is_told_everywhere(runs):
 def test_an_edited_file_makes_its_stage_anew(tiny_llama, tmp_path, key):
     more = ["prune.sparsity=0.5"] if key == "prune.allocation" else []
     recipe = reader.load([f"model={tiny_llama}", *QUICK, *more, *own_files(tmp_path, key)])
-    before = runner._read_from_outside(recipe)
+    before = keys.external_inputs(recipe)
     path, stage = tmp_path / f"my_{key}.py", key.partition(".")[0]
     path.write_text(path.read_text() + "\nSOMETHING = 1\n")
-    now = runner._read_from_outside(recipe)
+    now = keys.external_inputs(recipe)
     assert {name for name in now if now[name] != before[name]} == {stage}
     assert list(schema.STAGES[stage].settings).count(stage) == 1
 

@@ -41,5 +41,5 @@ def verify(model: PreTrainedModel, masks: Masks) -> dict[str, int | float]:
             weights, zeros = weights + weight.numel(), zeros + int((weight == 0).sum())
     if problems:
         more = f" ({len(problems) - 1} more matrices have problems)" if len(problems) > 1 else ""
-        raise UserError(f"the model does not keep its masks: {problems[0]}{more}")
+        raise UserError(f"the model does not match its masks: {problems[0]}{more}")
     return {"matrices": len(masks), "weights": weights, "zeros": zeros, "sparsity": zeros / weights}

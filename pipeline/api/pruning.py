@@ -101,7 +101,7 @@ def reconstruct(
 
 def refuse_violations(model: PreTrainedModel, masks: Masks) -> None:
     if violations := masks.violations(model.named_parameters(remove_duplicate=False)):
-        raise UserError(f"the model does not keep its masks: {violations[0]}: call espalier.apply(model, masks) first")
+        raise UserError(f"the model does not match its masks: {violations[0]}: call espalier.apply(model, masks) first")
 
 
 def _refuse_another(model: PreTrainedModel, dense: PreTrainedModel) -> None:

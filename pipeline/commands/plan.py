@@ -20,7 +20,7 @@ from pipeline.pruning.allocation import allocate
 from pipeline.runtime import checksums
 from pipeline.settings import reader
 from pipeline.settings.schema import Recipe, reconstruction_text
-from pipeline.stages import preflight, pretrain, runner, space, sweep
+from pipeline.stages import keys, preflight, pretrain, runner, space, sweep
 
 
 def main(arguments: list[str]) -> None:
@@ -65,13 +65,13 @@ def _stages(recipe: Recipe, outside: dict | None):
         elif first:
             yield f"{stage.name}: runs"
         elif (
-            why := runner.why_again(
-                finished, runner.made_from(stage, recipe, done, outside), stage.name in recipe.rerun
+            why := keys.reason_to_run(
+                finished, keys.made_from(stage, recipe, done, outside), stage.name in recipe.rerun
             )
         ) is None:
             about = checksums.read(finished)
             yield f"{stage.name}: done before ({about['finished']}, in {about['seconds']:.0f} s)"
-            done[stage.name] = runner.outcome_of(finished)
+            done[stage.name] = keys.outcome_of(finished)
         else:
             first = stage.name
             begun = (

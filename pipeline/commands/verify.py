@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
     print(f"masks {path}: sha256 {sha256(path)}")
     if problems:
         more = f" ({len(problems) - 1} more matrices have problems)" if len(problems) > 1 else ""
-        raise UserError(f"{folder} does not keep its masks: {problems[0]}{more}")
+        raise UserError(f"{folder} does not match its masks: {problems[0]}{more}")
     print(f"{len(masks)} matrices, {weights:,} weights, {zeros / max(1, weights):.2%} zero, no violations")
 
 

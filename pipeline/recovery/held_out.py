@@ -23,7 +23,8 @@ class HeldOut:
     def __init__(self, windows_NT: Tensor, batch_size: int, patience: int, folder: Path) -> None:
         self.windows_NT, self.batch_size, self.patience = windows_NT, batch_size, patience
         self.folder, self.best = folder, folder / "checkpoints/best.safetensors"
-        self.lowest, self.since = math.inf, 0
+        self.step, self.perplexity = 0, math.nan  # the last measurement
+        self.lowest, self.since = math.inf, 0  # the best measurement, and how many came after it
 
     def is_over(self) -> bool:
         return 0 < self.patience <= self.since
@@ -32,8 +33,9 @@ class HeldOut:
         if self.patience and self.lowest < math.inf and not checksums.is_whole(self.folder, self.best):
             raise UserError(f"{self.best} is damaged or missing: remove {self.folder} and repeat the command")
 
-    def take(self, perplexity: float, model: nn.Module) -> None:
-        """All ranks must call."""
+    def take(self, step: int, perplexity: float, model: nn.Module) -> None:
+        """Records a measurement, and keeps the model's trained weights if it is the best. All ranks must call."""
+        self.step, self.perplexity = step, perplexity
         if not perplexity < self.lowest:  # NaN is no progress
             self.since += 1
             return

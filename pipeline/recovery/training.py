@@ -73,7 +73,6 @@ class CausalLM(LightningModule):
     ) -> None:
         super().__init__()
         self.model, self.settings, self.seed, self.counts = model, settings, seed, counts
-        self.val_perplexity: float | None = None  # of the current step, if it was validated
         object.__setattr__(self, "teacher", teacher)  # not in _modules: it is neither wrapped, trained nor saved
         self.strict_loading = False  # checkpoints hold only the trained parameters
         self.reached: set[nn.Parameter] = set()  # parameters with gradients in this step, on this rank

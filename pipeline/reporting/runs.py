@@ -61,7 +61,7 @@ def find(folders: list[Path]) -> list[Run]:
         for evaluate in (place / "evaluate" for place in places):
             about, results = checksums.read(evaluate), files.read_json(evaluate / "results.json")
             whole = {"results.json": results and "results.json" not in checksums.damaged(evaluate)}
-            whole[checksums.OWN] = about and "recipe" in about
+            whole[checksums.STAGE_FILE] = about and "recipe" in about
             if damaged := [name for name, good in whole.items() if not good]:
                 raise UserError(f"{evaluate / damaged[0]} is damaged: repeat its command, which makes it again")
             found.append(Run(evaluate.parent, _flat(about["recipe"]), results))
@@ -72,7 +72,7 @@ def find(folders: list[Path]) -> list[Run]:
 def unfinished(folders: list[Path]) -> list[str]:
     """The runs in folders of runs that have begun and have no results."""
     places = [path for folder in folders if not is_run(folder) for path in sorted(folder.glob("*"))]
-    return [place.name for place in places if not is_run(place) and any(place.glob(f"*/{checksums.OWN}"))]
+    return [place.name for place in places if not is_run(place) and any(place.glob(f"*/{checksums.STAGE_FILE}"))]
 
 
 def is_run(folder: Path) -> bool:

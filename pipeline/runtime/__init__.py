@@ -1,1 +1,1 @@
-"""What every part stands on: errors, processes, signals, files, memory. Imports no other part of the pipeline."""
+"""Errors, processes, signals, files, memory. Imports no other part of the pipeline."""

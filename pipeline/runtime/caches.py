@@ -1,4 +1,4 @@
-"""Owns what is said where a cache of Hugging Face cannot be written: the variable to set, and not the data set's name."""
+"""Errors about the Hugging Face caches: names the environment variable to set, where the libraries blame the data set."""
 
 import errno
 import os
@@ -6,11 +6,11 @@ from pathlib import Path
 
 from pipeline.runtime.errors import UserError
 
-FULL_OR_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 
 
 def folders() -> dict[str, Path]:
-    """The variable that moves each cache, and where that is now."""
+    """The folder of each cache, by the environment variable that sets it."""
     import datasets
     from huggingface_hub import constants
 
@@ -21,34 +21,34 @@ def folders() -> dict[str, Path]:
 
 
 def problem(error: BaseException) -> str | None:
-    """What to do about an error, or one that it came of, that says that a cache cannot be written; None for any other."""
+    """The message for an error that a cache which cannot be written caused, directly or not; None for any other error."""
     seen = []
     while error is not None and error not in seen:
         seen.append(error)
-        if isinstance(error, OSError) and error.errno in FULL_OR_CLOSED:
+        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
             for variable, folder in folders().items():
                 if _is_below(error.filename, folder) or (error.filename is None and error.errno == errno.ENOSPC):
-                    return _text(variable, folder, error)
+                    return _message(variable, folder, error)
         error = error.__cause__ or error.__context__
     return None
 
 
 def is_missing(dataset: str) -> bool:
-    """Whether a data set of the hub is surely out of reach: the hub may not be asked, and no cache has heard of it."""
+    """Whether a data set of the hub cannot be loaded: HF_HUB_OFFLINE is set and no cache holds it."""
     import datasets
 
     if not datasets.config.HF_HUB_OFFLINE:
         return False
-    known = {
-        "HF_DATASETS_CACHE": dataset.replace("/", "___"),
-        "HF_HUB_CACHE": f"datasets--{dataset.replace('/', '--')}",
+    cached_names = {
+        dataset.replace("/", "___"),  # in HF_DATASETS_CACHE
+        f"datasets--{dataset.replace('/', '--')}",  # in HF_HUB_CACHE
     }
-    there = {path.name.lower() for folder in folders().values() for path in folder.glob("*")}
-    return not {name.lower() for name in known.values()} & there
+    cached = {path.name.lower() for folder in folders().values() for path in folder.glob("*")}
+    return not {name.lower() for name in cached_names} & cached
 
 
 def check_datasets() -> None:
-    """`UserError` where the cache of `datasets`, which also holds what is made of local files, cannot be written."""
+    """Raises `UserError` if the cache of `datasets` cannot be written. Local files need it too."""
     folder = folders()["HF_DATASETS_CACHE"]
     probe = folder / f".espalier-{os.getpid()}"
     try:
@@ -56,15 +56,15 @@ def check_datasets() -> None:
         probe.write_bytes(b"0")
         probe.unlink()
     except OSError as error:
-        raise UserError(_text("HF_DATASETS_CACHE", folder, error)) from error
+        raise UserError(_message("HF_DATASETS_CACHE", folder, error)) from error
 
 
 def _is_below(name: object, folder: Path) -> bool:
     return isinstance(name, str | os.PathLike) and Path(os.path.abspath(name)).is_relative_to(os.path.abspath(folder))
 
 
-def _text(variable: str, folder: Path, error: OSError) -> str:
+def _message(variable: str, folder: Path, error: OSError) -> str:
     return (
         f"the cache of Hugging Face cannot be written in {folder} ({error.strerror or error}): set {variable}=FOLDER, or "
-        "HF_HOME=FOLDER for all of its caches, to one with room"
+        "HF_HOME=FOLDER for all caches, to a writable folder with free space"
     )

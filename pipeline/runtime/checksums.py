@@ -1,74 +1,71 @@
-"""Owns a stage's stage.json: what the stage was made from, and a checksum of each file that it wrote, taken when the file
-is whole and checked before it is used. stage.json holds a digest of itself, so a damaged one is as good as none.
+"""stage.json: what a stage was made from, and a checksum of each file that it wrote, checked before the file is used.
 
-Of a file over 64 MiB whose size and time of change are as recorded, only the blocks of `files.fingerprint` are read, so
-that two models of 140 GB take seconds. Any other file is read whole. So damage is always seen, but for damage to a large
-file that nothing wrote to, such as a bad disk's, which is seen where it meets a block.
+stage.json holds a digest of itself; a damaged one counts as missing. If size and modification time of a file over 64 MiB are
+as recorded, only the blocks of `files.fingerprint` are read, so that two models of 140 GB take seconds; all other files are
+read whole. Damage that leaves the time of a large file unchanged (a bad disk) is therefore noticed only within those blocks.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from pipeline.runtime import files
 
-OWN = "stage.json"
-DIGEST = "digest"  # of all else in it
+STAGE_FILE = "stage.json"
+DIGEST = "digest"  # key of the digest of all other keys
 
 
-def write(folder: Path, about: dict[str, Any]) -> None:
-    files.write_json(folder / OWN, about | {DIGEST: files.digest(about)})
+def write(folder: Path, content: dict[str, Any]) -> None:
+    files.write_json(folder / STAGE_FILE, content | {DIGEST: files.digest(content)})
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """None where there is no stage.json, or a damaged one."""
-    about = files.read_json(folder / OWN) or {}
-    return about if about.pop(DIGEST, None) == files.digest(about) else None
+    """None if stage.json is missing or damaged."""
+    content = files.read_json(folder / STAGE_FILE) or {}
+    return content if content.pop(DIGEST, None) == files.digest(content) else None
 
 
 def record(folder: Path, *paths: Path) -> None:
-    """Adds files of an unfinished stage, so that a resumed run knows them to be whole; forgets those that are gone."""
-    about = read(folder) or {}
-    known = {name: entry for name, entry in about.get("artefacts", {}).items() if (folder / name).exists()}
+    """Adds files of an unfinished stage, so that a resumed run can verify them; drops those that no longer exist."""
+    content = read(folder) or {}
+    known = {name: entry for name, entry in content.get("artefacts", {}).items() if (folder / name).exists()}
     known |= {_name(folder, path): _entry(path) for path in paths}
-    write(folder, about | {"artefacts": known})
+    write(folder, content | {"artefacts": known})
 
 
 def recorded(folder: Path) -> dict[str, dict[str, Any]]:
     return (read(folder) or {}).get("artefacts", {})
 
 
-def of(folder: Path, without: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-    """Of all files of a stage but those in the folders `without`; what is recorded already is not read again."""
+def of_folder(folder: Path, without: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """The entries of all files of a stage, except in the folders `without`. Recorded files are not read again."""
     known = recorded(folder)
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != OWN):
+    entries = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != STAGE_FILE):
         name = str(path.relative_to(folder))
-        if name.startswith(tuple(f"{left}/" for left in without)):
+        if name.startswith(tuple(f"{skipped}/" for skipped in without)):
             continue
-        found[name] = known[name] if name in known and _stamp(path) == _stamp_of(known[name]) else _entry(path)
-    return found
+        entries[name] = known[name] if name in known and _stamp(path) == _stamp_of(known[name]) else _entry(path)
+    return entries
 
 
 def damaged(folder: Path) -> list[str]:
-    """The recorded files that are missing, or are not what they were."""
+    """The recorded files that are missing or changed."""
     return [name for name, entry in recorded(folder).items() if not _is_as_recorded(folder / name, entry)]
 
 
 def is_whole(folder: Path, path: Path) -> bool:
-    """Whether a file of a stage is recorded, and is as recorded."""
+    """Whether a file of a stage is recorded and unchanged."""
     entry = recorded(folder).get(_name(folder, path))
     return entry is not None and _is_as_recorded(path, entry)
 
 
 def _name(folder: Path, path: Path) -> str:
-    # resolved, as Lightning does with some paths: a run_dir such as runs/tiny is not
+    # Lightning resolves some paths, and a relative run_dir is not resolved
     return str(path.resolve().relative_to(folder.resolve()))
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = files.sha256(path)
     size, changed = _stamp(path)
     blocks = {"blocks": files.fingerprint([path])} if size > files.READ_WHOLE else {}
     return {"bytes": size, "changed_ns": changed, "sha256": sha256} | blocks

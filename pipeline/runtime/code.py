@@ -1,7 +1,7 @@
-"""Owns the fingerprint of the project's own code that decides what a stage writes, so that edited maths runs again.
+"""The fingerprint of the project's code that decides a stage's outcome, so that a stage runs again after its code is edited.
 
-The code of a stage is the file that has its `run` and all that this imports, file by file. What is loaded by a name, as
-registries do, must be given beside it. Comments, docstrings and layout do not count, nor do the packages of `CARRIERS`.
+The code of a stage is the file with its `run` and all files that it imports, directly or not. Modules that are loaded by
+name, as registries do, must be passed as well. Comments, docstrings, layout and the packages `EXCLUDED` do not count.
 """
 
 import ast
@@ -13,16 +13,16 @@ from pathlib import Path
 from pipeline.runtime import files
 
 ROOT = Path(__file__).resolve().parents[2]
-OWN = ("pipeline", "callbacks")
-# they move, name and say things; the values of the settings are in a stage's key
-CARRIERS = ("pipeline/runtime", "pipeline/settings", "pipeline/registry")
+PACKAGES = ("pipeline", "callbacks")
+# these decide no result; the values of the settings are in a stage's key
+EXCLUDED = ("pipeline/runtime", "pipeline/settings", "pipeline/registry")
 DEFINITIONS = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def fingerprint(*modules: str, without: tuple[str, ...] = ()) -> dict[str, str]:
-    """By package (`pipeline/pruning`), a hash of its files that the dotted `modules` use; none of the packages `without`.
+    """A hash by package (`pipeline/pruning`) of its files that the dotted `modules` use; the packages `without` are skipped.
 
-    Of a package that is used, the files that are not Python count whole (tables, templates, kernels).
+    A used package's other files (tables, templates, kernels) all count.
     """
     packages: dict[Path, dict[str, str]] = defaultdict(dict)
     for path, text in used(*modules, without=without).items():
@@ -34,25 +34,25 @@ def fingerprint(*modules: str, without: tuple[str, ...] = ()) -> dict[str, str]:
 
 
 def used(*modules: str, without: tuple[str, ...] = ()) -> dict[Path, str]:
-    """The files that the dotted `modules` use, themselves included, and the code of each."""
-    ignored = (*CARRIERS, *without)
-    found: dict[Path, str] = {}
-    waiting = list(modules)
-    while waiting:
-        path = _path(waiting.pop())
-        if path is None or path in found or str(path.parent.relative_to(ROOT)) in ignored:
+    """The code of the dotted `modules` and of all that they use, by file."""
+    excluded = (*EXCLUDED, *without)
+    code_by_path: dict[Path, str] = {}
+    queue = list(modules)
+    while queue:
+        path = _path(queue.pop())
+        if path is None or path in code_by_path or str(path.parent.relative_to(ROOT)) in excluded:
             continue
-        found[path], imports = _read(path, path.stat().st_mtime_ns)
-        waiting.extend(imports)
-    return found
+        code_by_path[path], imports = _read(path, path.stat().st_mtime_ns)
+        queue.extend(imports)
+    return code_by_path
 
 
 def _path(module: str) -> Path | None:
-    """The file of one of the project's modules."""
-    if module.partition(".")[0] not in OWN:
+    """The file of a module; None if it is not the project's."""
+    if module.partition(".")[0] not in PACKAGES:
         return None
     path = ROOT.joinpath(*module.split("."))
-    return next((it for it in (path.with_suffix(".py"), path / "__init__.py") if it.is_file()), None)
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
 def _data(folder: Path) -> Iterator[Path]:
@@ -61,7 +61,7 @@ def _data(folder: Path) -> Iterator[Path]:
 
 @functools.lru_cache(None)
 def _read(path: Path, changed_ns: int) -> tuple[str, tuple[str, ...]]:
-    """The code of a file without comments and docstrings, and the modules that it may import, wherever in it."""
+    """The code of a file without comments and docstrings, and all modules that it may import."""
     tree, imports = ast.parse(path.read_text()), []
     for node in ast.walk(tree):
         if isinstance(node, DEFINITIONS) and ast.get_docstring(node, clean=False) is not None:
@@ -70,4 +70,4 @@ def _read(path: Path, changed_ns: int) -> tuple[str, tuple[str, ...]]:
             imports += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             imports += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return ast.unparse(tree), tuple(imports)  # unparse differs less between versions of Python than dump
+    return ast.unparse(tree), tuple(imports)  # `dump` differs more between Python versions

@@ -1,4 +1,4 @@
-"""Owns what ends a run before its end: a message to the user, or a request to stop. And keeps secrets out of messages."""
+"""The exceptions that end a run early, and the text of messages, from which secrets are removed."""
 
 import difflib
 import os
@@ -8,18 +8,18 @@ SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGN
 
 
 class UserError(ValueError):
-    """One line saying what is wrong and what to do instead."""
+    """A message of one line: what is wrong and what to do."""
 
     def __init__(self, text: object) -> None:
         super().__init__(one_line(text))
 
 
 class Stopped(BaseException):
-    """A signal asked the run to stop. No `Exception`, so that whoever catches those does not take it for a damaged file."""
+    """A signal asked the run to stop. Not an `Exception`, so that no handler takes it for a damaged file."""
 
 
 class ReportedByPeer(Exception):
-    """Another process says why the run ends; this one has only its exit `code` to give."""
+    """Another process reports why the run ends; this one only exits with `code`."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -27,7 +27,7 @@ class ReportedByPeer(Exception):
 
 
 def one_line(text: object) -> str:
-    """Other libraries' messages, quoted, run over several lines, and may hold a token that they were given."""
+    """The text on one line, secrets replaced: quoted messages of other libraries can hold newlines and tokens."""
     line = " ".join(str(text).split())
     for name, value in os.environ.items():
         if len(value) >= 8 and SECRET.search(name):
@@ -36,6 +36,6 @@ def one_line(text: object) -> str:
 
 
 def did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
-    """What a message about an unknown name ends with."""
+    """The end of a message about an unknown name."""
     close = difflib.get_close_matches(name, known, n=1)
     return f": did you mean '{prefix}{close[0]}'?" if close else f" (known: {', '.join(prefix + k for k in known)})"

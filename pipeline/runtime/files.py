@@ -1,4 +1,4 @@
-"""Owns the way files are written and recognised: whole or not at all, and by their content."""
+"""Atomic writes, and fingerprints of files."""
 
 import hashlib
 import json
@@ -13,37 +13,37 @@ from safetensors import SafetensorError
 from pipeline.runtime.errors import UserError
 
 BLOCK = 1 << 20  # bytes
-BLOCKS = 64  # read of a large file
-READ_WHOLE = BLOCK * BLOCKS  # bytes up to which a file is not a large one
+BLOCKS = 64  # number of blocks that are read of a larger file
+READ_WHOLE = BLOCK * BLOCKS  # bytes up to which a file is read whole
 
-os.umask(UMASK := os.umask(0o077))  # it can be read only by setting it; once, before there are threads
+os.umask(UMASK := os.umask(0o077))  # can only be read by setting it: done once, before any thread starts
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; flushed and renamed at the end, so that `path` is never half a file.
+    """A temporary path to write to, which is flushed and renamed to `path` at the end, so that `path` is never half written.
 
-    What keeps it from being written, such as a full disk, is a `UserError`.
+    Raises `UserError` if it cannot be written, for instance because the disk is full.
     """
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.part")  # two runs may measure the same
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.part")  # two runs may write the same file
     try:
         tmp.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
         tmp.chmod(0o666 & ~UMASK)  # safetensors writes 0600
         _flush(tmp)
         os.replace(tmp, path)
-        with suppress(OSError):  # some file systems cannot
+        with suppress(OSError):  # some file systems cannot flush folders
             _flush(path.parent)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             tmp.unlink()
-        raise UserError(f"cannot write {path}: {error} (the same command goes on here, once that is mended)") from error
+        raise UserError(f"cannot write {path}: {error} (once this is fixed, the same command resumes here)") from error
 
 
 def apply_umask(folder: Path) -> None:
-    """Gives every file in a folder the mode that `open` would have given it: libraries that write safetensors leave 0600.
+    """Sets the mode of every file in a folder by the user's umask: safetensors writes 0600.
 
-    Folders are as `mkdir` made them; a chmod would clear the set-group-ID bit of a shared one.
+    Folders are left alone: a chmod would clear the set-group-ID bit of a shared one.
     """
     for path in folder.rglob("*"):
         if path.is_file():
@@ -51,11 +51,11 @@ def apply_umask(folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -64,10 +64,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict | None:
-    """None where there is no such file, or no whole one."""
+    """None if the file is missing or is not a JSON object."""
     try:
-        found = json.loads(path.read_text())
-        return found if isinstance(found, dict) else None
+        value = json.loads(path.read_text())
+        return value if isinstance(value, dict) else None
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
@@ -77,18 +77,16 @@ def digest(value: Any) -> str:
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
-    """A hash of names, sizes and contents. Of a file over 64 MiB, 64 blocks spread over it are read: a 70B model takes
-    seconds, and a model trained further differs in every block."""
+    """A hash of names, sizes and contents. Of a file over 64 MiB, only 64 blocks spread evenly over it are read, so that a 70B
+    model takes seconds; further training changes every block."""
     total = hashlib.sha256()
     for path in sorted(paths):
         size = path.stat().st_size
         total.update(f"{path.name} {size}\n".encode())
+        starts = range(0, size, BLOCK)
+        if size > READ_WHOLE:
+            starts = [i * (size - BLOCK) // (BLOCKS - 1) for i in range(BLOCKS)]
         with open(path, "rb") as file:
-            starts = (
-                range(0, size, BLOCK)
-                if size <= READ_WHOLE
-                else [i * (size - BLOCK) // (BLOCKS - 1) for i in range(BLOCKS)]
-            )
             for start in starts:
                 file.seek(start)
                 total.update(file.read(BLOCK))
@@ -96,6 +94,6 @@ def fingerprint(paths: Iterable[Path]) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Of the file's bytes, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""What machine a stage runs on, in the words of a report."""
+"""Descriptions of the machine for the report."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from pipeline.runtime.memory import GIB
 
 
 def machine() -> str:
-    """Such as `2 x NVIDIA H100 80GB HBM3 (79 GiB each); AMD EPYC 9654, 16 cores, 128 GiB`, of this node."""
+    """This node, such as `2 x NVIDIA H100 80GB HBM3 (79 GiB each); AMD EPYC 9654, 16 cores, 128 GiB`."""
     host = f"{_processor()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / GIB:.0f} GiB"
     if not torch.cuda.is_available():
         return host
@@ -27,5 +27,5 @@ def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # no Linux, or an ARM, whose kernel gives numbers only
+    except (OSError, StopIteration):  # not Linux, or an ARM, whose kernel names no model
         return platform.processor() or platform.machine()

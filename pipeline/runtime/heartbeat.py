@@ -1,8 +1,7 @@
-"""Owns what the processes of a run know of each other: who is alive, and why one of them ended the run.
+"""Heartbeats between the processes of a run, so that none waits in a collective for a process that has ended.
 
-All of it goes through the key-value store that the process group was joined by. Each process leaves a sign of life there
-every `BEAT` seconds; the one that fails leaves its reason, and the others end with it instead of waiting in a collective
-for a process that is gone.
+They use the key-value store of the process group. Each process counts up its beat there every `BEAT` seconds. A process that
+fails posts its reason there, and the others end with it.
 """
 
 import json
@@ -17,21 +16,21 @@ from typing import Any
 import torch.distributed as dist
 
 BEAT = 1.0  # seconds
-MISSED = 40  # beats without a sign after which a process is taken for lost; counted, so that a suspended job survives
-ERROR = 2  # the exit code that goes with a message
+MISSED = 40  # beats after which a silent process is considered lost; beats, not time, so that a suspended job survives
+ERROR = 2  # the exit code of a run that ends with a message
 
 
 class Heartbeat:
-    """The signs of life of process `rank`, given by a thread of its own until `stop`."""
+    """The heartbeat of process `rank`, in threads that run until `stop`."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, local_rank: int, node: int) -> None:
         self.store, self.rank, self.world_size, self.local_rank, self.node = store, rank, world_size, local_rank, node
         self.host = socket.gethostname()
-        self.turns = 0  # of the thread that speaks to the store
+        self.turns = 0  # of the thread that uses the store
         self.stopping = threading.Event()
-        self.ending = threading.Lock()  # who holds it ends this process
+        self.ending = threading.Lock()  # its holder ends this process
         store.set(f"host/{rank}", self.host)
-        self.threads = [threading.Thread(target=work, daemon=True) for work in (self._live, self._watch_the_store)]
+        self.threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch_store)]
         for thread in self.threads:
             thread.start()
 
@@ -40,12 +39,12 @@ class Heartbeat:
         self.threads[0].join(MISSED * BEAT)
 
     def post(self, text: str, code: int = ERROR) -> bool:
-        """Leaves the reason for the end of the run. False where another process was first, and says its own."""
+        """Posts why the run ends. Returns False if another process has posted first, which then reports its own reason."""
         self.ending.acquire()
         mine = json.dumps({"rank": self.rank, "node": self.node, "host": self.host, "code": code, "text": text})
         try:
             first = self.store.compare_set("end", "", mine).decode()
-        except Exception:  # the store is gone, and with it the main process, but for which this one may speak
+        except Exception:  # the store is gone, and the main process with it: each node reports for itself
             return self.local_rank == 0
         if first == mine:
             self._wait_until_all_know()
@@ -57,7 +56,7 @@ class Heartbeat:
         return json.loads(self.store.get("end")) if self.store.check(["end"]) else None
 
     def end_with(self, reason: dict[str, Any]) -> int:
-        """Says on another machine than the failing one's why the run ends; returns the exit code."""
+        """Prints another process's reason if that process runs on another node. Returns the exit code."""
         if reason["node"] != self.node and self.local_rank == 0:
             _say(f"process {reason['rank']} on {reason['host']}: {reason['text']}")
         self.store.add("know", 1)
@@ -66,7 +65,7 @@ class Heartbeat:
         return reason["code"]
 
     def lost(self) -> dict[str, Any] | str | None:
-        """What another process posted, or which of them gives no sign any more; takes a few beats."""
+        """What another process posted, or else a message that names the silent ones, if any. Takes three beats."""
         try:
             before = self._beats()
             for _ in range(15):
@@ -76,13 +75,13 @@ class Heartbeat:
             silent = [rank for rank, beat in self._beats().items() if beat == before[rank]]
         except Exception:  # the store is gone
             silent = [0]
-        return self._ended(silent) if silent else None
+        return self._lost_message(silent) if silent else None
 
-    def _ended(self, ranks: list[int]) -> str:
+    def _lost_message(self, ranks: list[int]) -> str:
         names = ", ".join(f"{rank} on {self._host(rank)}" for rank in ranks)
         return (
-            f"process {names} ended without a word (killed, out of memory, or cut off): the same command goes on from "
-            "what is finished"
+            f"process {names} ended without a message (killed, out of memory or disconnected): run the same command again "
+            "to resume"
         )
 
     def _host(self, rank: int) -> str:
@@ -94,10 +93,10 @@ class Heartbeat:
     def _beats(self) -> dict[int, int]:
         return {rank: self.store.add(f"beat/{rank}", 0) for rank in range(self.world_size) if rank != self.rank}
 
-    def _live(self) -> None:
-        """Process 0 looks after all others, they look after it: the work grows with their number, not its square."""
+    def _beat(self) -> None:
+        """Process 0 watches all others and they watch it, so the work grows with their number and not with its square."""
         peers = range(1, self.world_size) if self.rank == 0 else [0]
-        seen = {rank: (-1, 0) for rank in peers}  # rank -> its last beat, and for how many turns it has been that
+        seen = {rank: (-1, 0) for rank in peers}  # rank -> (last beat, turns since it changed)
         try:
             while not self.stopping.wait(BEAT):
                 self.store.add(f"beat/{self.rank}", 1)
@@ -110,26 +109,23 @@ class Heartbeat:
                     beat = self.store.add(f"beat/{rank}", 0)
                     seen[rank] = (beat, missed + 1 if beat == last else 0)
                 if silent := [rank for rank, (_, missed) in seen.items() if missed >= MISSED]:
-                    self._end(self._ended(silent))
+                    self._end(self._lost_message(silent))
         except Exception:
             if not self.stopping.is_set():
-                self._end(self._ended([0]))
+                self._end(self._lost_message([0]))
 
-    def _watch_the_store(self) -> None:
-        """A store whose machine stands still answers neither yes nor no."""
+    def _watch_store(self) -> None:
+        """Ends this process when `_beat` hangs: if the store's machine is frozen, calls neither return nor fail."""
         last = missed = 0
         while missed < MISSED and not self.stopping.wait(BEAT):
             last, missed = self.turns, missed + 1 if self.turns == last else 0
         if missed == MISSED and self.ending.acquire(blocking=False):
             if self.local_rank == 0:
-                _say(self._ended_host())
+                _say(
+                    f"the main process on {os.environ.get('MASTER_ADDR')} has not answered for {MISSED * BEAT:g} s: run the "
+                    "same command again to resume"
+                )
             _exit(ERROR)
-
-    def _ended_host(self) -> str:
-        return (
-            f"the main process on {os.environ.get('MASTER_ADDR')} has not answered for {MISSED * BEAT:g} s: the same command "
-            "goes on from what is finished"
-        )
 
     def _end(self, text: str) -> None:
         if self.ending.locked():
@@ -139,10 +135,10 @@ class Heartbeat:
         _exit(ERROR)
 
     def _wait_until_all_know(self) -> None:
-        """For without a launcher that holds it, the store ends with process 0; and there may be one that never will."""
-        until = time.monotonic() + 3 * BEAT
+        """Waits for at most 3 beats: unless the launcher holds the store, it ends with process 0."""
+        deadline = time.monotonic() + 3 * BEAT
         with suppress(Exception):
-            while time.monotonic() < until and self.store.add("know", 0) < self.world_size - 1:
+            while time.monotonic() < deadline and self.store.add("know", 0) < self.world_size - 1:
                 time.sleep(BEAT / 20)
 
 
@@ -151,7 +147,7 @@ def _say(text: str) -> None:
 
 
 def _exit(code: int) -> None:
-    """Without the main thread, which may wait in a collective for ever. What is on disk is whole at any moment."""
+    """Ends the process although the main thread may hang in a collective. Files are written atomically, so none is damaged."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Owns what the launcher says of this process in its environment: its place on the machine, and its device."""
+"""This process's place among the launched ones, from the environment variables of the launcher, and its device."""
 
 import os
 import socket
@@ -24,26 +24,26 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def refuse_another() -> None:
-    """What can be told from the environment alone, so on all processes alike."""
+def check_launch() -> None:
+    """Raises `UserError` for a wrong launch, from the environment alone, so alike in all processes."""
     if "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
-        # without a GPU, `accelerate launch [--cpu] --num_processes 2` quietly starts a single process
+        # without a GPU, `accelerate launch [--cpu] --num_processes 2` silently starts a single process
         raise UserError(
-            "several processes were asked for and the launcher started one: on a host without GPUs run "
+            "several processes were requested and the launcher started one: on a host without GPUs run "
             "`accelerate launch --multi_gpu --num_processes N launch.py ...` (without --cpu)"
         )
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if tasks > 1 and "RANK" not in os.environ:
         raise UserError(
-            f"srun started {tasks} tasks that know nothing of each other: run `srun --ntasks-per-node=1 torchrun "
+            f"srun started {tasks} tasks that are not connected: run `srun --ntasks-per-node=1 torchrun "
             "--nnodes=$SLURM_NNODES --nproc_per_node=GPUS ... launch.py ...`"
         )
     size = int(os.environ.get("WORLD_SIZE", 1))
     if nodes() > 1 and size != nodes() * local_world_size():
         raise UserError(
-            f"{nodes()} machines were asked for and {size} processes, {local_world_size()} of them here: launch the "
-            "same number of processes on each, torchrun --nproc_per_node=N, or accelerate launch --num_processes with the "
-            "number on all machines together"
+            f"{nodes()} machines and {size} processes were requested, {local_world_size()} of them here: launch the same "
+            "number of processes on each machine, with torchrun --nproc_per_node=N, or with accelerate launch "
+            "--num_processes=TOTAL for all machines together"
         )
 
 
@@ -56,6 +56,6 @@ def set_device() -> None:
             )
         torch.cuda.set_device(device())
     elif "OMP_NUM_THREADS" not in os.environ or {"RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
-        # The launchers set OMP_NUM_THREADS=1, which would leave the other cores idle. Without a launcher the user set it: on a
-        # busy machine two threads, which spin while they wait, were eight times slower than they could be.
+        # Launchers set OMP_NUM_THREADS=1, which would leave the other cores idle. Without a launcher the user has set it, and
+        # it counts: threads spin while they wait, and on a busy machine two were eight times slower than one.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))

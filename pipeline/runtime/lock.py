@@ -1,12 +1,12 @@
-"""Owns the lock of a run folder: one run at a time works in it, with however many processes on however many machines.
+"""The lock of a run folder: one run at a time uses it, with any number of processes on any number of machines.
 
-`<run_dir>/.lock` names the process that holds it, which touches the file every `BEAT` seconds. A lock is stale when that
-process is gone, or, where this cannot be seen because it ran elsewhere, when the file is not touched any more.
+`<run_dir>/.lock` names the process that holds it, which touches the file every `BEAT` seconds. The lock is stale when that
+process has ended or, if it ran on another machine, when the file is no longer touched.
 
-Not one of `filelock`'s (4.2), each of which lacks something here. FileLock is flock: mounts with local_lock (NFS) or localflock
-(Lustre) keep it to one machine, so two would hold it, and it does not name its holder. SoftFileLease is nearest, but takes a
-stale lock over by renameat2's exchange, which NFS and SMB refuse: there a killed run would block its folder for ever (tried:
-with the exchange refused, it waits until it times out). StrictSoftFileLock never clears the lock of another machine.
+Why none of filelock 4.2's locks: FileLock uses flock, which some NFS and Lustre mounts keep local to one machine, so two
+machines would hold it, and it does not name its holder. SoftFileLease takes over a stale lock by renameat2's exchange, which
+NFS and SMB refuse: a killed run would block its folder for ever (tried). StrictSoftFileLock never clears the lock of another
+machine.
 """
 
 import fcntl
@@ -28,12 +28,12 @@ from pipeline.runtime.errors import UserError
 
 BEAT = 5.0  # seconds
 PATIENCE = 60.0  # seconds that a network file system may take to show a new file
-SILENCE = 30.0  # seconds; measured by watching, for the clocks of two machines differ
+SILENCE = 30.0  # seconds without a touch; measured by watching, because the clocks of two machines differ
 
 
 @contextmanager
 def held(run_dir: Path) -> Iterator[str]:
-    """Holds the lock of a folder, which is made; yields what `is_seen` looks for. `UserError` where another run has it."""
+    """Creates the folder and holds its lock; yields the token for `is_visible`. Raises `UserError` if another run holds it."""
     path = run_dir / ".lock"
     process = psutil.Process()
     mine = {
@@ -46,27 +46,27 @@ def held(run_dir: Path) -> Iterator[str]:
     }
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(run_dir):
+        with _exclusive(run_dir):
             while not _create(path, json.dumps(mine)):
-                _clear_away(path)
+                _remove_stale(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
-    over = threading.Event()
-    threading.Thread(target=_touch, args=(path, over), daemon=True).start()
+    done = threading.Event()
+    threading.Thread(target=_touch, args=(path, done), daemon=True).start()
     try:
         yield mine["token"]
     finally:
-        over.set()
+        done.set()
         if _holder(path).get("token") == mine["token"]:
             with suppress(OSError):
                 path.unlink()
 
 
-def is_seen(run_dir: Path, token: str) -> bool:
-    """Whether the lock that process 0 made is seen from here."""
-    until = time.monotonic() + PATIENCE
+def is_visible(run_dir: Path, token: str) -> bool:
+    """Whether this machine sees the lock that process 0 holds, within `PATIENCE` seconds."""
+    deadline = time.monotonic() + PATIENCE
     while _holder(run_dir / ".lock").get("token") != token:
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             return False
         time.sleep(0.5)
     return True
@@ -74,21 +74,21 @@ def is_seen(run_dir: Path, token: str) -> bool:
 
 def _create(path: Path, text: str) -> bool:
     try:
-        number = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
         return False
     try:
-        os.write(number, text.encode())
+        os.write(descriptor, text.encode())
     except OSError:  # a full disk
         path.unlink()
         raise
     finally:
-        os.close(number)
+        os.close(descriptor)
     return True
 
 
-def _clear_away(path: Path) -> None:
-    """Removes a stale lock; `UserError` where it is not stale."""
+def _remove_stale(path: Path) -> None:
+    """Removes a stale lock; raises `UserError` if it is not stale."""
     holder = _holder(path)
     if not _is_stale(path, holder):
         raise UserError(
@@ -100,16 +100,16 @@ def _clear_away(path: Path) -> None:
 
 
 @contextmanager
-def _one_at_a_time(run_dir: Path) -> Iterator[None]:
-    """Of many that find a stale lock, one shall take it, and none clear away the lock that another has just made. Some
-    network file systems cannot do this: there the moment between a look and the removal stays open."""
-    number = os.open(run_dir, os.O_RDONLY)
+def _exclusive(run_dir: Path) -> Iterator[None]:
+    """Keeps a run from removing the lock that another has just taken over from a stale one. Not possible on some network
+    file systems, where that race remains."""
+    descriptor = os.open(run_dir, os.O_RDONLY)
     try:
         with suppress(OSError):
-            fcntl.flock(number, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def _is_stale(path: Path, holder: dict) -> bool:
@@ -118,9 +118,9 @@ def _is_stale(path: Path, holder: dict) -> bool:
             return abs(psutil.Process(holder["process"]).create_time() - holder["started"]) > 1
         except psutil.NoSuchProcess:
             return True
-    print(f"{path.parent} was left locked on {holder.get('host')}: looking for a sign of life", flush=True)
-    stamp, until = _stamp(path), time.monotonic() + SILENCE
-    while time.monotonic() < until:
+    print(f"{path.parent} is locked by {holder.get('host')}: checking for {SILENCE:g} s if it is alive", flush=True)
+    stamp, deadline = _stamp(path), time.monotonic() + SILENCE
+    while time.monotonic() < deadline:
         time.sleep(1)
         if _stamp(path) != stamp:
             return False
@@ -133,22 +133,22 @@ def _holder(path: Path) -> dict:
 
 def _stamp(path: Path) -> int:
     try:
-        with open(path) as file:  # opening makes a network file system ask for the newest time
+        with open(path) as file:  # opening makes a network file system refresh the time
             return os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return 0
 
 
-def _touch(path: Path, over: threading.Event) -> None:
-    while not over.wait(BEAT):
+def _touch(path: Path, done: threading.Event) -> None:
+    while not done.wait(BEAT):
         with suppress(OSError):
             os.utime(path)
 
 
 def _machine() -> str:
-    """This boot of this machine, and the container: where a process number means the same process."""
-    found = [socket.gethostname()]
+    """The machine, its boot and the container: within these a process id is unique."""
+    parts = [socket.gethostname()]
     for path in (Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")):
         with suppress(OSError):
-            found.append(os.readlink(path) if path.is_symlink() else path.read_text().strip())
-    return " ".join(found)
+            parts.append(os.readlink(path) if path.is_symlink() else path.read_text().strip())
+    return " ".join(parts)

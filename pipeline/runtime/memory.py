@@ -1,4 +1,4 @@
-"""What memory the prune stage needs, what is free, and what was used at most. All in GiB."""
+"""Memory that is needed, free and used at most, in GiB."""
 
 import gc
 import resource
@@ -27,14 +27,14 @@ def free_gib(device: torch.device) -> float:
 
 
 def free_memory() -> None:
-    """Frees models that nothing refers to any more but themselves, as lm-eval's wrapper and a Trainer do."""
+    """Frees models that are only held by reference cycles, as in lm-eval's wrapper and in a Trainer."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def restart_peak(device: torch.device) -> None:
-    """From here on, `peak_gib` tells of what comes; where the kernel cannot, of this process so far."""
+def reset_peak(device: torch.device) -> None:
+    """Starts the measurement of `peak_gib` anew; on a CPU only if the kernel supports it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):
@@ -42,7 +42,7 @@ def restart_peak(device: torch.device) -> None:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Of this process since `restart_peak`: allocated on the GPU, or resident, the pages of mapped model files included."""
+    """The peak since `reset_peak`: allocated on the GPU, or on a CPU resident, including the pages of mapped model files."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB

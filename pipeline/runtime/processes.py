@@ -1,4 +1,4 @@
-"""Owns the group of processes: how it forms and ends, what they tell each other, and what the Trainer is told of it."""
+"""The process group: how it starts and ends, collectives, and the arguments with which a Trainer uses it."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from pipeline.runtime.errors import ReportedByPeer, Stopped, UserError, one_line
 from pipeline.runtime.heartbeat import ERROR, Heartbeat
 from pipeline.runtime.launcher import device, local_rank, local_world_size, nodes
 
-CELL = "ESPALIER_CELL"  # the variable by which `sweep` tells which cell this is
+CELL = "ESPALIER_CELL"  # the environment variable with the name of the cell of a sweep
 EVERY = 30  # seconds between progress lines
 LOST = re.compile(r"Connection (closed|reset)|Broken pipe|[Tt]imed out waiting|gloo/transport|ProcessGroup|NCCL")
 _heartbeat: Heartbeat | None = None
@@ -31,7 +31,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    # Lightning's teardown deletes the variable where it thinks that it started the processes; the group stays
+    # the group first: Lightning's teardown deletes the variable when it believes that it started the processes
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -45,32 +45,32 @@ def is_main() -> bool:
 
 @contextmanager
 def together(timeout_minutes: float = 30) -> Iterator[None]:
-    """Inside, the processes of the launcher are one group; a failure of one ends all, and only one says why.
+    """Joins the processes of the launcher into one group. A failure of one ends all, and only one of them reports it.
 
-    Raises what one process raises alone; where another process says why, `ReportedByPeer`.
+    Raises the failure in the process that reports it and `ReportedByPeer` in the others.
     """
     try:
         start(timeout_minutes)
         yield
     except BaseException as error:
-        raised = _to_say(error, timeout_minutes)
-        raise raised from (None if raised is error else error)
+        settled = _settle(error, timeout_minutes)
+        raise settled from (None if settled is error else error)
     finally:
         stop()
 
 
 def start(timeout_minutes: float = 30) -> None:
-    """Joins the processes of the launcher into one group; refuses a launch that is not what was asked for."""
+    """Joins the processes of the launcher into one group. Raises `UserError` for a wrong launch."""
     global _heartbeat, _timeout
-    launcher.refuse_another()
+    launcher.check_launch()
     if world_size() > 1 and not dist.is_initialized():
         _timeout = timedelta(minutes=timeout_minutes)
         store, rank_, size = next(dist.rendezvous("env://", timeout=_timeout))
-        # the cells of a sweep meet one after the other in the one store of their launch
+        # the cells of a sweep use the store of their launch one after the other
         store = dist.PrefixStore(os.environ.get(CELL, "run"), store)
-        # a connection of its own, for a wait on one blocks all that use it
+        # another connection, because a wait on one blocks all its users
         _heartbeat = Heartbeat(store.clone(), rank_, size, local_rank(), int(os.environ.get("GROUP_RANK", 0)))
-        launcher.set_device()  # whose failure on one machine is now heard of on all
+        launcher.set_device()  # after the heartbeat, which passes its failure on to all machines
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
             backend, store=dist.PrefixStore("espalier", store), rank=rank_, world_size=size, timeout=_timeout
@@ -80,7 +80,7 @@ def start(timeout_minutes: float = 30) -> None:
 
 
 def stop() -> None:
-    """Leaves the group, in which all are done or one has failed."""
+    """Leaves the group, when all are done or one has failed."""
     global _heartbeat
     if _heartbeat:
         _heartbeat.stop()
@@ -89,13 +89,12 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _to_say(error: BaseException, timeout_minutes: float) -> BaseException:
-    """The exception that this process shall raise, once it is settled which process says why the run ends."""
+def _settle(error: BaseException, timeout_minutes: float) -> BaseException:
+    """Settles which process reports why the run ends. Returns the exception to raise in this one."""
     signals.ignore_signals()
     if _heartbeat is None:
         return error if local_rank() == 0 else ReportedByPeer(_code(error))
-    if isinstance(error, Stopped) or is_of_a_lost_peer(error):
-        # (a signal may be the launcher's, which ends the others once it has seen one die)
+    if isinstance(error, Stopped) or is_lost_peer(error):  # launchers signal the others when one process ends
         reason = _heartbeat.lost()
         if isinstance(reason, dict):
             return ReportedByPeer(_heartbeat.end_with(reason))
@@ -103,14 +102,15 @@ def _to_say(error: BaseException, timeout_minutes: float) -> BaseException:
             error = UserError(reason)
         elif "imed out" in str(error):
             error = UserError(
-                f"process {rank()} waited {timeout_minutes:g} minutes for one that is still at work: set a longer "
+                f"process {rank()} waited {timeout_minutes:g} minutes for one that is still working: set a longer "
                 f"timeout_minutes ({one_line(error)[:200]})"
             )
     text = one_line(error) or type(error).__name__
     return error if _heartbeat.post(text, _code(error)) else ReportedByPeer(_code(error))
 
 
-def is_of_a_lost_peer(error: BaseException) -> bool:
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error is that of a collective in which another process is missing."""
     return isinstance(error, dist.DistError) or bool(LOST.search(str(error)))
 
 
@@ -123,21 +123,21 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def progress(beginning: str) -> Callable[[str], None]:
-    """A function that prints `beginning` and what it is given, on rank 0 and at most every `EVERY` seconds."""
-    last, out = time.monotonic(), sys.stdout  # kept, as lm-eval's output is redirected
+def progress(prefix: str) -> Callable[[str], None]:
+    """A function that prints `prefix` and its argument, on rank 0 and at most every `EVERY` seconds."""
+    last, out = time.monotonic(), sys.stdout  # sys.stdout of now: it is redirected while lm-eval runs
 
     def report(text: str) -> None:
         nonlocal last
         if is_main() and time.monotonic() - last > EVERY:
             last = time.monotonic()
-            print(beginning + text, file=out, flush=True)
+            print(prefix + text, file=out, flush=True)
 
     return report
 
 
 def on_terminal() -> bool:
-    """Whether somebody watches: elsewhere a progress bar is one long line."""
+    """Whether to show progress bars: in a file each is one long line."""
     return is_main() and sys.stdout.isatty()
 
 
@@ -159,7 +159,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def all_ranks(value: Any) -> list[Any]:
-    """Every rank's `value`, in their order."""
+    """Every rank's `value`, in the order of ranks."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -167,17 +167,17 @@ def all_ranks(value: Any) -> list[Any]:
 
 
 def share_of(count: int) -> slice:
-    """This rank's part of `count` rows: equal parts, the first ones a row longer."""
-    each, more = divmod(count, world_size())
-    start = rank() * each + min(rank(), more)
-    return slice(start, start + each + (rank() < more))
+    """This rank's part of `count` rows. The first ranks have one row more if `count` does not divide evenly."""
+    quotient, remainder = divmod(count, world_size())
+    start = rank() * quotient + min(rank(), remainder)
+    return slice(start, start + quotient + (rank() < remainder))
 
 
 def gather_rows(mine: Tensor) -> Tensor:
-    """All ranks' rows, end to end, on every rank; each brings those of its `share_of`."""
+    """The rows of all ranks, concatenated, on every rank; `mine` has those of this rank's `share_of`."""
     if world_size() == 1:
         return mine
-    if mine.dtype == torch.bool:  # which not every backend gathers
+    if mine.dtype == torch.bool:  # not every backend gathers bool
         return gather_rows(mine.to(torch.uint8)).bool()
     lengths = [0] * world_size()
     dist.all_gather_object(lengths, len(mine))
@@ -198,22 +198,22 @@ def from_main(value: Any) -> Any:
 
 
 def trainer_arguments(sharded: Callable[[int, timedelta], Strategy] | None = None) -> dict[str, Any]:
-    """What a Lightning Trainer must be told to use exactly the processes that are here: by DDP, or by the strategy that
-    `sharded(processes, timeout)` makes.
+    """The arguments with which a Lightning Trainer uses exactly the launched processes: with DDP, or with the strategy that
+    `sharded(processes, timeout)` returns.
 
     With devices="auto" each rank of a CPU launch would train alone.
     """
-    several: Any = "auto"
+    strategy: Any = "auto"
     if world_size() > 1 and sharded:
-        several = sharded(world_size(), _timeout)
+        strategy = sharded(world_size(), _timeout)
     elif world_size() > 1:
-        # every rank's buffers are made from the same files and steps: nothing to broadcast before each forward
-        several = DDPStrategy(timeout=_timeout, broadcast_buffers=False)
+        # buffers are the same on every rank without a broadcast before each forward
+        strategy = DDPStrategy(timeout=_timeout, broadcast_buffers=False)
     return {
         "accelerator": "gpu" if torch.cuda.is_available() else "cpu",
         "devices": local_world_size(),
         "num_nodes": nodes(),
-        "strategy": several,
+        "strategy": strategy,
         "use_distributed_sampler": False,
         "enable_model_summary": False,
     }

@@ -1,8 +1,7 @@
-"""Owns the signals that ask a run to stop: SIGTERM (pre-emption, a time limit) and SIGINT (Ctrl-C).
+"""The signals that ask a run to stop: SIGTERM (pre-emption, a time limit) and SIGINT (Ctrl-C).
 
-What is finished is on disk and whole, so a run may stop anywhere, and does so at once by raising `Stopped`. In a walk or a
-training it would lose a layer or many steps: `StopAtSignal` makes it patient there, and the signal is kept until the layer
-or the step is done. A second Ctrl-C stops even then.
+Finished work is on disk, so a run stops at once, by raising `Stopped`. In a walk or in training this would lose a layer or
+many steps: there `StopAtSignal` defers the signal until the layer or the step is done. A second Ctrl-C always stops at once.
 """
 
 import signal
@@ -13,64 +12,64 @@ from contextlib import contextmanager
 from pipeline.runtime.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on here
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes
 
 _listening = False
-_patient = False
-_asked: str | None = None  # the name of the signal that was kept
+_deferring = False
+_received: str | None = None  # the name of the signal
 
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """While inside, the signals are ours."""
-    global _asked, _patient, _listening
-    _asked, _patient, _listening = None, False, True
+    """Handles the signals inside the context."""
+    global _received, _deferring, _listening
+    _received, _deferring, _listening = None, False, True
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    _listen()
+    _install()
     try:
         yield
     finally:
-        _listening, _asked = False, None
+        _listening, _received = False, None
         if _in_main_thread():
             for number, handler in before.items():
                 signal.signal(number, handler)
 
 
-def asked() -> str | None:
-    return _asked
+def received() -> str | None:
+    return _received
 
 
 def defer_signals() -> None:
-    """Also takes the signals back from Lightning, whose own handler would start a collective wherever it interrupts."""
-    global _patient
-    if _listening:  # else they are not ours
-        _patient = True
-        _listen()
+    """Also replaces Lightning's handler, which would start a collective wherever it interrupts."""
+    global _deferring
+    if _listening:
+        _deferring = True
+        _install()
 
 
 def resume_signals() -> None:
-    global _patient
-    _patient = False
+    global _deferring
+    _deferring = False
 
 
 def ignore_signals() -> None:
-    """The run is ending already, and has something to say."""
+    """For a run that is already ending and still has to report why."""
     if _listening and _in_main_thread():
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
 
-def _listen() -> None:
-    if _in_main_thread():  # the only one that may
+def _install() -> None:
+    if _in_main_thread():  # other threads cannot set handlers
         for number in SIGNALS:
-            signal.signal(number, _received)
+            signal.signal(number, _handle)
 
 
-def _received(number: int, frame: object) -> None:
-    global _asked
-    again, _asked = _asked, signal.Signals(number).name
-    if not _patient or (again and number == signal.SIGINT):
-        raise Stopped(f"stopped by {_asked}")
+def _handle(number: int, frame: object) -> None:
+    global _received
+    again, _received = _received, signal.Signals(number).name
+    if not _deferring or (again and number == signal.SIGINT):
+        raise Stopped(f"stopped by {_received}")
 
 
 def _in_main_thread() -> bool:

@@ -1,1 +1,1 @@
-"""From a recipe and the command line to typed settings, and from lists of settings to a sweep."""
+"""Typed settings, read from recipes and the command line."""

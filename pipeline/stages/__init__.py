@@ -1,1 +1,1 @@
-"""The stages of a run, one file each, and what decides whether one is done."""
+"""The stages of a run, one file each, and the runner that decides which of them run."""

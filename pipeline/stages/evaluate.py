@@ -1,7 +1,7 @@
-"""The evaluate stage: perplexity, zero-shot tasks and the mask check of the dense, the pruned and the fine-tuned model.
+"""The evaluate stage: perplexity, zero-shot tasks and the mask check of the dense, pruned and fine-tuned models.
 
-What was measured of a model is kept (`evaluation/measure.py`): a killed evaluation goes on, a new task does not re-run the
-old ones, and the dense model is measured once for all runs beside each other.
+Measurements are cached (`evaluation/measure.py`): a killed evaluation resumes, a new task does not re-run the old ones, and
+runs in the same parent folder measure their dense model once.
 """
 
 import re
@@ -22,12 +22,12 @@ from pipeline.settings.schema import STAGES, Recipe
 from pipeline.sparsity.masks import Masks
 
 LIBRARIES = ("torch", "transformers", "lm_eval")
-MODELS = {stage.model: stage.name for stage in STAGES.values() if stage.model}  # and the stage that makes each
-PROMPT = 128  # tokens of a prompt at most, and half the model's positions
+MODELS = {stage.model: stage.name for stage in STAGES.values() if stage.model}  # the stage that writes each
+PROMPT = 128  # longest prompt in tokens; at most half the model's positions
 
 
 def check(recipe: Recipe) -> None:
-    """Answers an unknown task, a missing text or too long a window before any work, as a `UserError`."""
+    """Raises `UserError` for an unknown task, a missing text or a window longer than the model's positions."""
     if "evaluate" not in recipe.stages:
         return
     check_tasks(recipe.evaluate.tasks, recipe.mirror, recipe.evaluate.fewshot)
@@ -38,26 +38,23 @@ def check(recipe: Recipe) -> None:
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes `results.json`: {"models": {"dense", "pruned", ...}, "protocol", "versions", "methods"}.
 
-    Of each model: "perplexity" and "perplexity_stderr" by data set, "zero_shot" by task, "continuations" of the
-    protocol's "prompts", "differences" from each model before it (`paired.difference`), "hash" of its folder,
-    "sparsity" and "mask_violations". The protocol holds the sha256 of the "masks" file. "methods" says what prunes and trains
-    is called, by key (`registry.describe`).
+    Each model has "perplexity" and "perplexity_stderr" by data set, "zero_shot" by task, "continuations" of the protocol's
+    "prompts", "differences" from each earlier model (`paired.difference`), the "hash" of its folder, "sparsity" and
+    "mask_violations". The protocol holds the sha256 of the "masks" file. "methods": see `registry.describe`.
     """
     settings, dense = recipe.evaluate, loading.dense_folder(recipe, inputs)
     _check_length(dense, recipe)
     protocol: dict[str, Any] = {"datasets": {}, "notes": []}
     protocol |= {key: getattr(settings, key) for key in ("seq_len", "limit", "fewshot", "windows", "bos")}
     if recipe.trust_remote_code:
-        protocol["notes"].append("trust_remote_code=true: code that came with the model was run")
+        protocol["notes"].append("trust_remote_code=true: the model's own code was run")
     if quantized := loading.quantization(dense):
-        protocol["notes"].append(
-            f"the files of the dense model are quantised ({quantized}): its weights were dequantised"
-        )
+        protocol["notes"].append(f"the dense model's files are quantised ({quantized}): its weights were dequantised")
     tokenizer = loading.tokenizer(dense, recipe)
     if settings.perplexity and not settings.bos and special_tokens.adds_bos(tokenizer):
         protocol["notes"].append(
-            f"the tokenizer begins each text with {tokenizer.bos_token}, which only the first window of a text has, as in the "
-            "papers: models that cannot do without, such as Gemma, need evaluate.bos=true"
+            f"the tokenizer begins each text with {tokenizer.bos_token}, so only a text's first window has it, as in the "
+            "papers: set evaluate.bos=true for models that need it, such as Gemma"
         )
     protocol["prompts"] = _prompts(recipe, dense)
     subjects = _subjects(dense, inputs)
@@ -71,7 +68,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         }
         if subject.adapter:
             protocol["notes"].append(
-                f"{name}: a dense LoRA beside the pruned weights, which merged would not be sparse"
+                f"{name}: a dense LoRA, kept apart because merging it would not leave the weights sparse"
             )
     if processes.is_main():
         masks = Masks()
@@ -82,19 +79,19 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
             if masks and not subject.adapter:
                 results[subject.name] |= _weights(subject.name, subject.folder, masks, recipe)
         libraries = {library: version(library) for library in LIBRARIES}
-        found = {"models": results, "protocol": protocol, "versions": libraries, "methods": registry.describe(recipe)}
-        files.write_json(folder / "results.json", found)
+        content = {"models": results, "protocol": protocol, "versions": libraries, "methods": registry.describe(recipe)}
+        files.write_json(folder / "results.json", content)
 
 
 def _subjects(dense: Path, inputs: dict[str, Path]) -> list[Subject]:
-    """The models to evaluate. Where fine-tuning left no model, it is the model before it with the adapter."""
-    found = [Subject("dense", dense)]
+    """The models to evaluate. If fine-tuning left no model, its subject is the model before it with the adapter."""
+    subjects = [Subject("dense", dense)]
     for name, stage in MODELS.items():
         if stage in inputs:
             folder, adapter = inputs[stage] / "model", inputs[stage] / "adapter"
             merged = folder.is_dir() or stage != "finetune"
-            found.append(Subject(name, folder) if merged else Subject(name, found[-1].folder, adapter))
-    return found
+            subjects.append(Subject(name, folder) if merged else Subject(name, subjects[-1].folder, adapter))
+    return subjects
 
 
 def _check_length(folder: Path, recipe: Recipe) -> None:
@@ -102,30 +99,30 @@ def _check_length(folder: Path, recipe: Recipe) -> None:
 
 
 def _prompts(recipe: Recipe, dense: Path) -> list[str]:
-    """The same for all models: the recipe's, or from the first perplexity data set, told by the dense model's tokenizer."""
+    """The same prompts for all models: the recipe's, or cut from the first perplexity data set by the dense tokenizer."""
     settings = recipe.evaluate
     if settings.continuations == 0 or settings.prompts or not settings.perplexity:
         return settings.prompts if settings.continuations else []
     rows = sources.documents(sources.of_stage(recipe, "evaluate")[0])
     positions = loading.positions(loading.config(dense, recipe))
-    room = min(PROMPT, positions // 2) if positions else PROMPT
-    return continuations.prompts(rows, loading.tokenizer(dense, recipe), settings.continuations, room)
+    longest = min(PROMPT, positions // 2) if positions else PROMPT
+    return continuations.prompts(rows, loading.tokenizer(dense, recipe), settings.continuations, longest)
 
 
 def _weights(name: str, folder: Path, masks: Masks, recipe: Recipe) -> dict[str, Any]:
-    """Sparsity of the masked matrices by what is zero, and the check against the masks; `UserError` where one is broken."""
+    """Sparsity of the masked matrices, by their zeros. Raises `UserError` if a pruned weight is not zero."""
     matrices = list(verification.check_matrices(folder, masks, recipe))
     violations = [matrix.violation for matrix in matrices if matrix.violation]
     if violations and name != "dense":
         worst = violations[0]
         raise UserError(
-            f"{name} model: {worst.count} pruned weights of {worst.name} are not zero, the first at {list(worst.first)} "
-            f"({len(violations)} matrices are broken): {folder} does not keep its masks"
+            f"{folder} does not match its masks: {worst.count} pruned weights of {worst.name} are not zero, the first at "
+            f"{list(worst.first)} ({len(violations)} such matrices in the {name} model)"
         )
     layers: dict[tuple[str, int], list[verification.CheckedMatrix]] = defaultdict(list)
     for matrix in matrices:
-        found = re.match(r"(.*?)\.(\d+)\.", matrix.name)  # model.layers.3.mlp.up_proj.weight: layer 3 of model.layers
-        layers[found[1], int(found[2])].append(matrix)
+        match = re.match(r"(.*?)\.(\d+)\.", matrix.name)  # model.layers.3.mlp.up_proj.weight: layer 3 of model.layers
+        layers[match[1], int(match[2])].append(matrix)
     sparsity = {
         "overall": _share(matrices),
         "by_layer": [_share(layers[layer]) for layer in sorted(layers)],

@@ -1,9 +1,8 @@
-"""The finetune stage: trains a pruned model back to health, with its masks kept."""
+"""The finetune stage: trains a pruned model with its masks kept."""
 
 from pathlib import Path
 
 import torch
-from lightning import Callback
 from torch import Tensor, nn
 
 from callbacks import of_training
@@ -27,7 +26,7 @@ from pipeline.sparsity.masks import Masks
 
 
 def check(recipe: Recipe) -> None:
-    """Answers what does not go with the model (length, targets, dtype) before any work, as a `UserError`."""
+    """Raises `UserError` for settings that do not fit the model: length, targets, dtype."""
     if "finetune" not in recipe.stages or recipe.model is None:
         return
     folder = loading.locate(recipe.model, recipe.revision)
@@ -44,31 +43,31 @@ def check_bias(settings: Finetune, dtype: str) -> None:
 
 
 def trains_in_float32(settings: Finetune) -> bool:
-    """Whether the model's own weights train, in float32: steps too small for bfloat16's 8 bits would be lost."""
+    """Whether the model's own weights are trained in float32: bfloat16's 8 bits would lose small steps."""
     return FINETUNE_METHODS.entry(settings.method).trains_weights and settings.precision != "bf16-true"
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
-    """Writes `model/`, `metrics.csv` and, for a LoRA, `adapter/`; a method may leave no `model/` (its entry says)."""
+    """Writes `model/` (if the method's entry has `leaves_model`), `metrics.csv` and, for a LoRA, `adapter/`."""
     settings, method = recipe.finetune, FINETUNE_METHODS.entry(recipe.finetune.method)
     origin, masks_file = inputs.get("reconstruct", inputs["prune"]) / "model", inputs["prune"] / "masks.safetensors"
     masks = Masks.load(masks_file)
     tokenizer = loading.tokenizer(origin, recipe)
-    batch_per_process(settings, processes.world_size())  # refuses what cannot be shared before anything is read
+    batch_per_process(settings, processes.world_size())  # raises before anything is loaded
 
-    full = "float32" if trains_in_float32(settings) else None
-    pruned = loading.load(origin, recipe, full, quantization.configuration(settings.quantize))
+    dtype = "float32" if trains_in_float32(settings) else None
+    pruned = loading.load(origin, recipe, dtype, quantization.configuration(settings.quantize))
     loading.check_length(pruned.config, "finetune.seq_len", settings.seq_len)
-    source, *validated = sources.of_stage(recipe, "finetune")
+    source, *validation = sources.of_stage(recipe, "finetune")
     samples = settings.max_steps * sequences_per_step(settings)
     windows_NT = token_windows.packed(source, tokenizer, settings.seq_len, samples, recipe.seed, loss=settings.loss)
     ids_NT = token_windows.ids_and_labels(windows_NT)[0] if settings.loss != "all" else windows_NT
     loading.check_vocabulary(pruned.config, ids_NT, source)
 
     held_out_NT = None
-    if validated:
+    if validation:
         held_out_NT = token_windows.packed(
-            validated[0], tokenizer, settings.seq_len, settings.validation_samples, 0, loss=settings.loss
+            validation[0], tokenizer, settings.seq_len, settings.validation_samples, 0, loss=settings.loss
         )
     teacher = loading.load(loading.dense_folder(recipe, inputs), recipe) if settings.distill else None
     recovery = train(pruned, masks, windows_NT, held_out_NT, settings, recipe.seed, folder, teacher)
@@ -93,16 +92,16 @@ def train(
     teacher: nn.Module | None = None,
     checkpoints: bool = True,
 ) -> FinetuneMethod:
-    """Trains the model on the windows in their order by `finetune.method`, and returns that; resumes from a checkpoint in
-    `folder`."""
-    torch.manual_seed(seed)  # of A; B starts at zero
+    """Trains the model with `finetune.method` on the windows in their order, and returns the method's object. Resumes from a
+    checkpoint in `folder`."""
+    torch.manual_seed(seed)  # for A; B starts at zero
     recovery = FINETUNE_METHODS.entry(settings.method).load()(model, masks, settings)
-    every = settings.checkpoint_every if checkpoints else None
-    callbacks: list[Callback] = [MaskKeeper(recovery), *of_training(folder, every)]
-    held_out = None
+    held_out, validation = None, None
     if held_out_NT is not None:
         held_out = HeldOut(held_out_NT, settings.batch_size, settings.patience, folder)
-        callbacks.insert(0, Validation(held_out, settings.validate_every))
+        validation = Validation(held_out, settings.validate_every)
+    checkpoint_every = settings.checkpoint_every if checkpoints else None
+    callbacks = [MaskKeeper(recovery), *of_training(folder, checkpoint_every, validation)]
     fit(recovery.model, windows_NT, settings, seed, folder, callbacks, teacher)
     if held_out:
         held_out.restore(recovery.model)

@@ -1,8 +1,7 @@
-"""Owns the checks before the first stage: whatever can be known to fail in any stage of the run is answered before all work.
+"""Checks before the first stage of model and tokenizer, texts, lengths, disk space and packages, for all stages of the run.
 
-What a stage alone knows about stands with it (`finetune.check`, `evaluate.check`, `reconstruct.check`, `check_tasks`); here is
-what the stages share: model and tokenizer, texts, lengths, the disk, packages. Each takes a look and no more: of a text its
-first rows, of a model its config.json and the headers of its files. For a local model all take less than 3 seconds.
+Checks of a single stage are in its file (`finetune.check` and so on). The checks read only the first rows of a text, and a
+model's config.json and the headers of its files: less than 3 seconds for a local model.
 """
 
 import itertools
@@ -26,7 +25,7 @@ from pipeline.settings.schema import Recipe, plain, reconstruction_text
 from pipeline.stages import pretrain, space
 
 READERS = ("prune", "reconstruct", "finetune", "evaluate")  # the stages that read text
-MOST = 200_000  # tokens of a text that are counted: half a second
+MOST = 200_000  # count at most so many tokens of a text: half a second
 PACKAGES = {
     "tensorboard": "finetune.loggers=[]",
     "wandb": "finetune.loggers=[]",
@@ -35,40 +34,41 @@ PACKAGES = {
 
 
 def check(recipe: Recipe) -> None:
-    """`UserError` for the first thing found; says what was mended. All ranks must call."""
+    """Raises `UserError` for the first problem; prints warnings. All ranks must call."""
     if "finetune" in recipe.stages:
         batch_per_process(recipe.finetune, processes.world_size())
-    for line in processes.from_main(_look(recipe) if processes.is_main() else None):
+    for line in processes.from_main(_check(recipe) if processes.is_main() else None):
         processes.say(line)
 
 
 def check_disk(recipe: Recipe) -> None:
-    """`UserError` where the run's folder, which is there, has no room for what all its stages will write. On rank 0.
+    """Raises `UserError` if the disk of the run folder has no room for all stages. On rank 0.
 
-    A small model that is trained here needs next to nothing; the cells of a sweep share stages, which is not known yet.
+    Skipped for pretrain recipes, whose model is tiny, and for the cells of a sweep, which share stages.
     """
     if recipe.model is not None and processes.CELL not in os.environ:
         space.check(space.RUN, recipe, {}, Path(recipe.run_dir))
 
 
-def _look(recipe: Recipe) -> list[str]:
+def _check(recipe: Recipe) -> list[str]:
+    """Returns warnings."""
     tokenizer, config, folder = _model(recipe)
     special_tokens.check(tokenizer, config, folder)
-    _lengths(recipe, config)
-    said = [f"the tokenizer of {folder}: {text}" for text in _questions(recipe, tokenizer, config)]
-    said += registry.ignored(recipe)
-    _packages(recipe)
-    _tasks(recipe)
-    texts = {stage: sources.of_stage(recipe, stage) for stage in READERS if stage in recipe.stages}
-    if any(source.name not in ("world", sources.SELF) for found in texts.values() for source in found):
+    _check_lengths(recipe, config)
+    warnings = [f"the tokenizer of {folder}: {text}" for text in _check_prompts(recipe, tokenizer, config)]
+    warnings += registry.ignored(recipe)
+    _check_packages(recipe)
+    _check_task_data(recipe)
+    texts = [(stage, it) for stage in READERS if stage in recipe.stages for it in sources.of_stage(recipe, stage)]
+    if any(source.name not in ("world", sources.SELF) for _, source in texts):
         caches.check_datasets()
-    for stage, found in texts.items():
-        for source in found:
-            _text(recipe, stage, source, tokenizer, config)
-    return said
+    for stage, source in texts:
+        _check_text(recipe, stage, source, tokenizer, config)
+    return warnings
 
 
 def _model(recipe: Recipe) -> tuple[Any, PreTrainedConfig, str]:
+    """Tokenizer, config and name of the dense model."""
     if recipe.model is None:
         from pipeline.data import world
 
@@ -78,21 +78,21 @@ def _model(recipe: Recipe) -> tuple[Any, PreTrainedConfig, str]:
     return loading.tokenizer(folder, recipe), loading.config(folder, recipe), recipe.model
 
 
-def _lengths(recipe: Recipe, config: PreTrainedConfig) -> None:
-    asked = {
+def _check_lengths(recipe: Recipe, config: PreTrainedConfig) -> None:
+    lengths = {
         "pretrain": ("pretrain.seq_len", recipe.pretrain.seq_len),
         "prune": ("calibration.seq_len", recipe.calibration.seq_len),
         "reconstruct": ("reconstruct.seq_len", reconstruction_text(recipe).seq_len),
         "finetune": ("finetune.seq_len", recipe.finetune.seq_len),
         "evaluate": ("evaluate.seq_len", recipe.evaluate.seq_len if recipe.evaluate.perplexity else 0),
     }
-    for stage, (key, seq_len) in asked.items():
+    for stage, (key, seq_len) in lengths.items():
         if stage in recipe.stages:
             loading.check_length(config, key, seq_len)
 
 
-def _questions(recipe: Recipe, tokenizer: Any, config: PreTrainedConfig) -> list[str]:
-    """What tasks and prompts need of the tokenizer; returns what was mended."""
+def _check_prompts(recipe: Recipe, tokenizer: Any, config: PreTrainedConfig) -> list[str]:
+    """Checks what tasks and prompts need of the tokenizer; returns what had to be fixed in it."""
     settings = recipe.evaluate
     if "evaluate" not in recipe.stages:
         return []
@@ -106,40 +106,38 @@ def _questions(recipe: Recipe, tokenizer: Any, config: PreTrainedConfig) -> list
     for prompt in settings.prompts if prompted else ():
         length = len(fixed(prompt).input_ids)
         if length == 0:
-            raise UserError(f"evaluate.prompts: '{prompt}' gives no token to go on from: use a longer one")
+            raise UserError(f"evaluate.prompts: '{prompt}' has no token to continue from: set a longer one")
         if positions and length >= positions:
             raise UserError(
-                f"evaluate.prompts: one of {length} tokens fills the model's {positions} positions: use a shorter one"
+                f"evaluate.prompts: a prompt of {length} tokens fills the model's {positions} positions: set a shorter one"
             )
     return fixes
 
 
-def _packages(recipe: Recipe) -> None:
+def _check_packages(recipe: Recipe) -> None:
     settings = recipe.finetune
     if "finetune" not in recipe.stages:
         return
     needed = [*settings.loggers, *(["bitsandbytes"] if settings.quantize or settings.optimizer != "adamw" else [])]
     for name in needed:
         if find_spec(name) is None:
-            raise UserError(
-                f"the finetune stage needs a package: run pip install {name} (or do without: {PACKAGES[name]})"
-            )
+            raise UserError(f"the finetune stage needs a package: run `pip install {name}`, or set {PACKAGES[name]}")
 
 
-def _tasks(recipe: Recipe) -> None:
-    """Whether the data of tasks can be had at all; `check_tasks` has found their names, and what they read of a mirror."""
+def _check_task_data(recipe: Recipe) -> None:
+    """Raises `UserError` if a task's data cannot be loaded offline; `check_tasks` has checked names and mirror."""
     if "evaluate" not in recipe.stages or recipe.mirror or _is_done(recipe, "evaluate"):
         return
     for task, dataset in hub_data(recipe.evaluate.tasks).items():
         if caches.is_missing(dataset):
             raise UserError(
-                f"task '{task}' reads {dataset}, which is in no cache here, and HF_HUB_OFFLINE forbids to fetch it: fetch "
-                "it where there is a network, set mirror=FOLDER, or leave the task out"
+                f"task '{task}' reads {dataset}, which is in no cache, and HF_HUB_OFFLINE is set: download it with a network, "
+                "set mirror=FOLDER, or leave the task out"
             )
 
 
-def _text(recipe: Recipe, stage: str, source: sources.Source, tokenizer: Any, config: PreTrainedConfig) -> None:
-    """Whether a text can be read and is long enough; of one of the hub, which is fetched, by a stage that is not done."""
+def _check_text(recipe: Recipe, stage: str, source: sources.Source, tokenizer: Any, config: PreTrainedConfig) -> None:
+    """Raises `UserError` if a text cannot be read or is too short. A hub text is downloaded unless the stage is done."""
     loss = recipe.finetune.loss if stage == "finetune" else "all"
     if source.name == sources.SELF:
         sampled.first_token(tokenizer, config)
@@ -157,30 +155,30 @@ def _text(recipe: Recipe, stage: str, source: sources.Source, tokenizer: Any, co
         token_windows.require_conversations(source, first)
     if chat.is_chat(first):
         token_windows.chat_tokens(first, tokenizer, source, loss)
-    _long_enough(recipe, stage, source, tokenizer, itertools.chain([first], rows))
+    _check_amount(recipe, stage, source, tokenizer, itertools.chain([first], rows))
 
 
-def _long_enough(recipe: Recipe, stage: str, source: sources.Source, tokenizer: Any, rows: Iterator[dict]) -> None:
-    """Whether there is text for a window to evaluate, and for the samples to reconstruct by, where pruning takes others.
+def _check_amount(recipe: Recipe, stage: str, source: sources.Source, tokenizer: Any, rows: Iterator[dict]) -> None:
+    """Raises `UserError` if the text is too short for one window to evaluate, or for the reconstruction's own samples.
 
-    Reads until there surely is; only a short text is read whole, and then as the stage will.
+    Counts tokens only until there are enough; a text with fewer is read as the stage would read it.
     """
     text, bos = reconstruction_text(recipe), None
     if stage == "evaluate":
         seq_len = recipe.evaluate.seq_len
-        needed = 2 * seq_len  # a document's own special tokens are not in the joined text
+        needed = 2 * seq_len  # twice, because the joined text lacks each document's special tokens
         bos = special_tokens.bos(tokenizer) if recipe.evaluate.bos else None
     elif stage == "reconstruct" and source.name not in sources.KNOWN and text != recipe.calibration:
         seq_len, needed = text.seq_len, min(text.samples * text.seq_len, MOST)
     else:
         return
-    there = 0
+    counted = 0
     while part := list(itertools.islice(rows, 100)):
         columns = {name: [row[name] for row in part] for name in part[0]}
         if "text" in columns:
             columns["text"] = [text[: 8 * needed] for text in columns["text"]]  # a row may be a book
-        there += sum(map(len, token_windows.tokenised(columns, tokenizer, source)))
-        if there >= needed:
+        counted += sum(map(len, token_windows.tokenised(columns, tokenizer, source)))
+        if counted >= needed:
             return
     try:
         if stage == "evaluate":
@@ -188,8 +186,8 @@ def _long_enough(recipe: Recipe, stage: str, source: sources.Source, tokenizer: 
         else:
             token_windows.calibration(source, tokenizer, text.samples, seq_len, recipe.seed, stage)
     except UserError as error:
-        told = str(error)
-        raise UserError(told if str(source) in told else f"{source}: {told}") from error
+        message = str(error)
+        raise UserError(message if str(source) in message else f"{source}: {message}") from error
 
 
 def _is_done(recipe: Recipe, stage: str) -> bool:

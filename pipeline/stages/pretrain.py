@@ -1,4 +1,4 @@
-"""The pretrain stage of toy recipes: a small Llama, really trained from scratch on the generated world."""
+"""The pretrain stage of toy recipes: trains a small Llama from scratch on the generated world."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from pipeline.settings.schema import Finetune, Pretrain, Recipe
 
 
 def configuration(settings: Pretrain, tokenizer) -> LlamaConfig:
-    """Of the model that will be trained; `UserError` where its sizes do not go together."""
+    """The model's config; raises `UserError` if its sizes do not fit together."""
     try:
         return LlamaConfig(
             vocab_size=len(tokenizer),
@@ -25,13 +25,13 @@ def configuration(settings: Pretrain, tokenizer) -> LlamaConfig:
             num_key_value_heads=settings.kv_heads,
             max_position_embeddings=settings.max_positions,
             tie_word_embeddings=False,
-            initializer_range=0.1,  # so narrow a model starts to learn facts several times later at the usual 0.02
+            initializer_range=0.1,  # with the usual 0.02, so narrow a model learns facts several times later
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-    except Exception as error:  # transformers' own check of a configuration, which wraps a ValueError
-        raise UserError(f"the sizes in the recipe's section pretrain do not go together: {error}") from error
+    except Exception as error:  # transformers wraps the ValueError of its check
+        raise UserError(f"the sizes in the recipe's section pretrain do not fit together: {error}") from error
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""The prune stage: dense model and calibration text in, pruned model and masks out."""
+"""The prune stage: from a dense model and calibration text to a pruned model and masks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ from pipeline.settings.schema import Prune, Recipe
 from pipeline.sparsity.masks import Masks
 from pipeline.sparsity.patterns import Pattern, parse
 
-NOTHING = "nothing was pruned: the model calls none of the matrices of its layers with calibration text"
+NOTHING = "nothing was pruned: the calibration text reaches no matrix of the layers"
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
@@ -35,16 +35,16 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     origin = loading.dense_folder(recipe, inputs)
     model = loading.load(origin, recipe)
     settings, blocks = recipe.prune, find_blocks(model)
-    patterns = allocate(blocks, settings)  # refuses what cannot hold before any text is read
+    patterns = allocate(blocks, settings)  # raises before any text is read
     coverage = Coverage(coverage_entries(model, blocks), patterns.keys())
-    for what, text in coverage.describe(patterns):
-        processes.say(f"  {what}: {text}")
+    for name, text in coverage.describe(patterns):
+        processes.say(f"  {name}: {text}")
     batches = calibration.batches(recipe, recipe.calibration, "calibration", origin, model)
     store = calibration.plan_memory(model, batches, settings.hidden_states)
     pruner = block_pruner(blocks, lambda: loading.load(origin, recipe), batches, store, settings, folder)
     walk = LayerWalk(model, batches, store, folder)
     if done := walk.files.finished_before:
-        processes.say(f"  {len(done)} of {len(blocks)} layers were pruned before: passed through")
+        processes.say(f"  {len(done)} of {len(blocks)} layers are already pruned")
     run_layerwise(walk, pruner, [LayerWriter(), StopAtSignal()])
     processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
     if processes.is_main():
@@ -52,7 +52,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
 
 
 def in_memory(model: nn.Module, batches: list[Tensor], settings: Prune) -> Masks:
-    """Prunes the model itself, on its own device; returns its masks. `batches` are tokens, each (batch_size, seq_len)."""
+    """Prunes the model in place, on its device; returns its masks. `batches`: tokens, each (batch_size, seq_len)."""
     blocks = find_blocks(model)
     store = calibration.plan_memory(model, batches, settings.hidden_states)
     pruner = block_pruner(blocks, lambda: model, batches, store, settings)
@@ -71,8 +71,8 @@ def block_pruner(
     settings: Prune,
     folder: Path | None = None,
 ) -> BlockPruner:
-    """The pruner that the settings choose. What an allocation measures of the dense model is kept in `allocation.json` of the
-    `folder` for a resumed run."""
+    """The pruner that the settings choose. With a `folder`, an allocation's measurements of the dense model are stored in its
+    `allocation.json` for a resumed run."""
     by_layer = None
     if ALLOCATIONS.entry(settings.allocation).shares_ratio:
         by_layer = layer_patterns(blocks, load_dense, batches, store, settings, folder)
@@ -88,7 +88,7 @@ def layer_patterns(
     settings: Prune,
     folder: Path | None,
 ) -> dict[int, Pattern]:
-    """The pattern of each layer, from what the allocation measures of the dense model, if anything."""
+    """The pattern of each layer; walks through the dense model first if the allocation measures it."""
     path = folder and folder / "allocation.json"
     allocation = ALLOCATIONS.entry(settings.allocation).load()(settings)
     before = (processes.from_main(files.read_json(path)) if path else None) or {"measured": {}}
@@ -103,7 +103,7 @@ def layer_patterns(
 
 
 def finish(walk: LayerWalk, origin: Path, recipe: Recipe, coverage: Coverage) -> None:
-    """The rest of the model folder, all masks in one file, all rows in one table."""
+    """Writes the rest of the model folder, all masks in one file, and the tables."""
     folder = walk.files.folder
     rows = Masks.merge(walk.files.masks_files(), folder / "masks.safetensors")
     matrices = [matrix for row in rows for matrix in row.pop("matrices")]

@@ -1,7 +1,7 @@
-"""The reconstruct stage: pruned model, masks and dense model in, a pruned model whose layers do what the dense ones did.
+"""The reconstruct stage: trains each pruned layer to give the hidden states of the dense model; the masks do not change.
 
-Layer by layer, before any end-to-end training, as in EBFT (Guo et al. 2024, "EBFT: Effective and Block-Wise
-Fine-Tuning for Sparse LLMs"); the masks stay as they are.
+Layer by layer, before any end-to-end training, as in EBFT (Guo et al. 2024, "EBFT: Effective and Block-Wise Fine-Tuning for
+Sparse LLMs").
 """
 
 from pathlib import Path
@@ -21,12 +21,12 @@ from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Calibration, Recipe, reconstruction_text
 from pipeline.sparsity.masks import Masks
 
-HELD_OUT = 8  # the samples of one step in so many judge instead of training
-BYTES_PER_WEIGHT = 4 + 8 + 8 + 4 + 4  # in fp32, Adam's moments, gradients in float64 and fp32, the best so far
+HELD_OUT = 8  # the samples of one step in so many are held out
+BYTES_PER_WEIGHT = 4 + 8 + 8 + 4 + 4  # fp32 weight, Adam's moments, gradients in float64 and fp32, best weight
 
 
 def check(recipe: Recipe) -> None:
-    """Answers samples that cannot be shared out as steps before any work, as a `UserError`."""
+    """Raises `UserError` if the samples cannot be divided into steps."""
     if "reconstruct" in recipe.stages:
         plan_steps(reconstruction_text(recipe), recipe.reconstruct.accumulate, processes.world_size())
 
@@ -42,7 +42,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     store = calibration.plan_memory(model, batches, recipe.prune.hidden_states, 2, BYTES_PER_WEIGHT)
     walk = LayerWalk(model, batches, store, folder)
     if done := walk.files.finished_before:
-        processes.say(f"  {len(done)} of {len(walk.blocks)} layers were done before: passed through")
+        processes.say(f"  {len(done)} of {len(walk.blocks)} layers are already reconstructed")
     with walk.paused_forwards(dense) as forwards:
         reconstructor = LayerReconstructor(forwards, masks, settings, recipe.seed, steps)
         run_layerwise(walk, reconstructor, [LayerWriter(), StopAtSignal()])
@@ -56,7 +56,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
 def in_memory(
     model: nn.Module, dense: nn.Module, masks: Masks, batches: list[Tensor], recipe: Recipe, steps: list[range]
 ) -> list[dict]:
-    """Reconstructs the layers of the model itself; the rows of `layers.csv`. `batches` are tokens, (batch_size, seq_len)."""
+    """Reconstructs the model's layers in place; returns the rows of `layers.csv`. `batches`: tokens, (batch_size, seq_len)."""
     store = calibration.plan_memory(model, batches, recipe.prune.hidden_states, 2, BYTES_PER_WEIGHT)
     walk = LayerWalk(model, batches, store, in_memory=True)
     with walk.paused_forwards(dense) as forwards:
@@ -66,18 +66,18 @@ def in_memory(
 
 
 def plan_steps(text: Calibration, accumulate: int, world_size: int) -> list[range]:
-    """The batches on each process that make up the steps of an epoch; those after the last step judge."""
-    samples = accumulate * text.batch_size  # of a step
+    """The batches of each process by step of an epoch; the batches after the last step are held out."""
+    samples = accumulate * text.batch_size  # per step
     if accumulate % world_size:
         raise UserError(
-            f"reconstruct.accumulate={accumulate} batches a step cannot be shared by {world_size} processes: set "
+            f"reconstruct.accumulate={accumulate} batches per step cannot be shared by {world_size} processes: set "
             f"reconstruct.accumulate={world_size} reconstruct.batch_size={max(1, samples // world_size)}"
         )
     count = text.samples // samples
     if count < 2:
         raise UserError(
-            f"{text.samples} samples are too few to train on some and judge by others, {samples} a step: "
+            f"{text.samples} samples are too few for a step of {samples} to train on and one to hold out: "
             f"set reconstruct.samples={HELD_OUT * samples}"
         )
-    each = accumulate // world_size
-    return [range(step * each, (step + 1) * each) for step in range(count - max(1, count // HELD_OUT))]
+    batches = accumulate // world_size  # per step and process
+    return [range(step * batches, (step + 1) * batches) for step in range(count - max(1, count // HELD_OUT))]

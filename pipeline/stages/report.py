@@ -1,4 +1,4 @@
-"""The report stage: what the other stages left on disk in, report.html and report.md out."""
+"""The report stage: writes a report from the files of the other stages."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Owns what the cells of a sweep share: a finished stage of the same key is linked instead of made again."""
+"""Sharing of stages between the cells of a sweep: a finished stage with the same key is linked instead of run again."""
 
 import os
 import shutil
@@ -8,21 +8,21 @@ from pipeline.runtime import checksums
 
 
 def reuse(finished: Path, key: str) -> Path | None:
-    """Puts at `finished` the same stage of a run in a folder beside, if there is one with this key; returns that run.
+    """Links to `finished` the same stage of a sibling run folder, if one has this key; returns that run folder.
 
-    The files are hard links where the file system has them, so they take no space and outlive the other run. They are
-    never written to: a stage is made in a folder of its own and put in place whole.
+    The files are hard links if the file system has them: they take no space and outlive the other run. Sharing is safe,
+    because no stage writes to finished files.
     """
     run_dir, stage = finished.parent, finished.name
     for sibling in sorted(run_dir.parent.glob("*")):
-        about = checksums.read(sibling / stage) or {}
-        if sibling == run_dir or about.get("key") != key or checksums.damaged(sibling / stage):
+        content = checksums.read(sibling / stage) or {}
+        if sibling == run_dir or content.get("key") != key or checksums.damaged(sibling / stage):
             continue
         work = run_dir / f".{stage}"
         shutil.rmtree(work, ignore_errors=True)
         try:
             shutil.copytree(sibling / stage, work, copy_function=_link)
-        except OSError:  # it is being replaced, or the disk is full: what is made here says so
+        except OSError:  # it is being replaced, or the disk is full, which the stage will report
             shutil.rmtree(work, ignore_errors=True)
             continue
         shutil.rmtree(finished, ignore_errors=True)

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.commands import keys
 from pipeline.commands.main import COMMANDS, main
-from pipeline.settings import reader, schema
+from pipeline.settings import recipe_files, schema
 from tests.conftest import QUICK, ROOT
 
 SECTIONS = [f.name for f in dataclasses.fields(schema.Recipe) if dataclasses.is_dataclass(f.type)]
@@ -46,7 +46,7 @@ def test_version(asked):
 def test_recipes_are_a_table_of_all(asked):
     lines = asked("recipes").splitlines()
     assert lines[0].split() == ["recipe", "model", "sparsity", "stages"]
-    assert [line.split()[0] for line in lines[1:]] == reader.available()
+    assert [line.split()[0] for line in lines[1:]] == recipe_files.available()
     assert any(line.startswith("llama7b_2of4") and " 2:4 " in line for line in lines)
 
 

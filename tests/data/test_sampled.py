@@ -111,7 +111,7 @@ def test_reconstruction_reads_the_dense_models_text_too(tiny_llama, tmp_path, ty
 @pytest.mark.parametrize("key", ["finetune.dataset", "finetune.validation", "evaluate.perplexity"])
 def test_it_is_for_calibration_only(key):
     value = "[self]" if "perplexity" in key else "self"
-    with pytest.raises(UserError, match=f"{key}=self: what the model itself writes is text to calibrate by only"):
+    with pytest.raises(UserError, match=f"{key}=self: text that the model writes is for calibration only"):
         reader.load(["model=m", "stages=[prune,finetune,evaluate]", f"{key}={value}"])
 
 

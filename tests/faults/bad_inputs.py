@@ -129,7 +129,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "Recipes": [
         Case("recipe=lama7b_2of4", "no recipe 'lama7b_2of4': did you mean 'llama7b_2of4'?"),
-        Case("recipe={here}/none.yaml", "no recipe"),
+        Case("recipe={here}/none.yaml", "no such file"),
         Case("recipe={here}/r.yaml", "is not readable YAML", put("r.yaml", "prune: {"), "holds `prune: {`"),
         Case("recipe={here}/r.yaml", "is not readable YAML", put("r.yaml", b"\xff\xfe\x00"), "holds no text"),
         Case("recipe={here}/r.yaml", "should hold key: value lines", put("r.yaml", "- a"), "holds `- a`"),
@@ -420,7 +420,7 @@ CASES: dict[str, list[Case]] = {
     "Training": [
         Case("finetune.loss=assistant", "holds no conversations, which finetune.loss=assistant needs"),
         Case("finetune.loss=assistent", "is not one of all, assistant: did you mean 'assistant'?"),
-        Case("finetune.dataset=self", "what the model itself writes is text to calibrate by only"),
+        Case("finetune.dataset=self", "text that the model writes is for calibration only"),
         Case("finetune.rank=0", "finetune.rank=0 is out of range"),
         Case("finetune.rank=many", "finetune.rank=many: a whole number is needed"),
         Case("finetune.lr=nan", "finetune.lr=nan is not a finite number"),
@@ -470,8 +470,8 @@ CASES: dict[str, list[Case]] = {
         ),
     ],
     "Sweeps": [
-        Case("run_dir=a,b", "run_dir holds for the whole sweep: give it one value"),
-        Case("prune.method=wanda,", "a value is missing beside a comma"),
+        Case("run_dir=a,b", "run_dir holds for the whole sweep: set one value"),
+        Case("prune.method=wanda,", "a value is missing before or after a comma"),
         Case("prune.method=wanda,wnada", "prune.method=wnada is neither known nor a .py file: did you mean 'wanda'?"),
         Case("seed=1,1", "is a value given twice?"),
         Case("evaluate.tasks=boolq,rte", "set 'evaluate.tasks=[boolq,rte]'"),
@@ -542,7 +542,9 @@ CASES: dict[str, list[Case]] = {
         Case("seed=1", "cannot write {here}/run/.prune/", put("run/.prune", ""), "`run/.prune` is a file"),
     ],
     "Disks": [
-        Case(f"{ON_DISK}", "make room, or set run_dir=... on another disk", disk("size=100k"), "a disk of 100 KiB"),
+        Case(
+            f"{ON_DISK}", "free some space, or set run_dir=... on another disk", disk("size=100k"), "a disk of 100 KiB"
+        ),
         Case(f"{ON_DISK}", "No space left on device", disk("size=10m,nr_inodes=9"), "a disk that takes 8 files"),
         Case(f"{ON_DISK}", "Read-only file system", disk("size=10m,ro"), "a disk that is read-only"),
     ],

@@ -60,7 +60,9 @@ def test_a_disk_that_is_full_at_any_moment(tiny_llama, whole_masks, tmp_path, di
 def test_a_disk_without_room_is_told_before_the_work(tiny_llama, tmp_path, disk, refused, finishes):
     run_dir = disk("size=200k") / "run"
     line = refused(run_dir, f"model={tiny_llama}")
-    assert re.search(r"prune needs about 0\.\d+ MiB more on the disk of .*, where 0\.\d+ MiB are free: make room", line)
+    assert re.search(
+        r"prune needs about 0\.\d+ MiB more on the disk of .*, where 0\.\d+ MiB are free: free some space", line
+    )
     assert not list(run_dir.glob(".prune/model"))
     disk("size=1m")
     finishes(run_dir, f"model={tiny_llama}")

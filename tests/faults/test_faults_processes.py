@@ -69,9 +69,9 @@ def wait_for_the_others(number: int) -> None:
 
 
 GONE = [  # signal, process, exit codes, what the other says
-    ("SIGKILL", 1, [2, -9], "process 1 on .* ended without a word"),
-    ("SIGKILL", 0, [-9, 2], "process 0 on .* ended without a word"),
-    ("SIGSTOP", 1, [2, -9], "process 1 on .* ended without a word"),
+    ("SIGKILL", 1, [2, -9], "process 1 on .* ended without a message"),
+    ("SIGKILL", 0, [-9, 2], "process 0 on .* ended without a message"),
+    ("SIGSTOP", 1, [2, -9], "process 1 on .* ended without a message"),
     ("SIGSTOP", 0, [-9, 2], "has not answered for"),
     ("SIGTERM", 1, [75, 75], "stopped by SIGTERM"),
 ]
@@ -127,7 +127,7 @@ def test_a_process_that_is_gone_does_not_leave_the_others_waiting(tmp_path, monk
 def test_a_barrier_has_a_time_out_of_the_recipe(tmp_path):
     codes, said, seconds = ranks(tmp_path, wait_for_the_others, settings=("timeout_minutes=0.05",))
     assert codes == [2, 2] and seconds < 30
-    assert "process 0 waited 0.05 minutes for one that is still at work: set a longer timeout_minutes" in said[0][0]
+    assert "process 0 waited 0.05 minutes for one that is still working: set a longer timeout_minutes" in said[0][0]
 
 
 def test_processes_of_other_settings_are_refused(tmp_path):
@@ -162,11 +162,11 @@ def test_machines_that_share_the_folder_go_on(tmp_path):
 @pytest.mark.parametrize(
     ("environment", "says"),
     [
-        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks that know nothing of each other: run `srun"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks that are not connected: run `srun"),
         ({"MASTER_ADDR": "a", "ACCELERATE_MIXED_PRECISION": "no"}, "the launcher started one"),
         (
             {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"},
-            "2 machines were asked for and 3 processes, 2 of them here",
+            "2 machines and 3 processes were requested, 2 of them here",
         ),
     ],
 )

@@ -115,7 +115,7 @@ def test_a_signal_elsewhere_stops_at_once_and_a_second_one_always(capsys):
             time.sleep(1)
         signals.defer_signals()
         os.kill(os.getpid(), signal.SIGTERM)  # the launcher's, after the system's own
-        assert signals.asked() == "SIGTERM"
+        assert signals.received() == "SIGTERM"
         with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)

@@ -100,4 +100,4 @@ def test_the_report_shows_that_code_of_a_model_was_trusted_and_escapes_what_it_s
     assert typed(*QUICK, f"model={folder}", f"run_dir={tmp_path}/runs/run", "trust_remote_code=true")[0] == 0
     html = (tmp_path / "runs/run/report/report.html").read_text()
     assert "<script>alert" not in html and "&lt;script&gt;alert" in html
-    assert "trust_remote_code=true: code that came with the model was run" in html
+    assert "trust_remote_code=true: the model's own code was run" in html

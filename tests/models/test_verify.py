@@ -73,7 +73,7 @@ def test_one_flipped_weight_is_named(pruned, tmp_path, typed):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     code, said, (line,) = typed("verify", folder, pruned / "masks.safetensors")
     assert code == 2
-    assert line == f"espalier: {folder} does not keep its masks: {UP} [{row}, {column}] is 0.25 and should be zero"
+    assert line == f"espalier: {folder} does not match its masks: {UP} [{row}, {column}] is 0.25 and should be zero"
     assert [line.split()[-1] for line in said.splitlines() if "weight" in line].count("1") == 1
 
 

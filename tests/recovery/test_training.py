@@ -31,10 +31,9 @@ def schedule(**more) -> Finetune:
     return Finetune(**usual | more)
 
 
-def fit(model, windows_NT, settings, seed, folder, callbacks=()):
-    training.fit(
-        model, windows_NT, settings, seed, folder, [*callbacks, *of_training(folder, settings.checkpoint_every)]
-    )
+def fit(model, windows_NT, settings, seed, folder, callbacks=(), validation=None):
+    callbacks = [*callbacks, *of_training(folder, settings.checkpoint_every, validation)]
+    training.fit(model, windows_NT, settings, seed, folder, callbacks)
 
 
 class Killed(Exception):
@@ -158,7 +157,7 @@ def test_validation_stops_training_at_its_best(tmp_path):
     chosen = schedule(max_steps=60, batch_size=1, accumulate=1, lr=3e-2, warmup=0.0)
     windows = torch.randint(3, 61, (60, 16), generator=torch.Generator().manual_seed(2))
     held_out = HeldOut(text, 2, 3, tmp_path)
-    fit(model, windows, chosen, 0, tmp_path, [Validation(held_out, 2)])
+    fit(model, windows, chosen, 0, tmp_path, validation=Validation(held_out, 2))
     held_out.restore(model)
     rows = [row.split(",") for row in (tmp_path / "metrics.csv").read_text().splitlines()[1:]]
     values = [float(row[-1]) for row in rows if row[-1]]
@@ -175,9 +174,8 @@ def test_the_best_comes_back_to_one_that_was_killed_after_the_last_step(tmp_path
     found = []
     for _ in range(2):  # the second finds the checkpoint of the first one's last step
         model, held_out = small_model("llama"), HeldOut(WINDOWS[:4], 2, patience, tmp_path)
-        validation = Validation(held_out, 2)
-        fit(model, windows, chosen, 0, tmp_path, [validation])
-        found.append((validation.seen, {name: value.clone() for name, value in model.state_dict().items()}))
+        fit(model, windows, chosen, 0, tmp_path, validation=Validation(held_out, 2))
+        found.append((held_out.step, {name: value.clone() for name, value in model.state_dict().items()}))
         held_out.restore(model)
         found[-1] += ({name: value.clone() for name, value in model.state_dict().items()},)
     (step, last, best), (step_again, _, best_again) = found

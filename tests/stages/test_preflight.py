@@ -12,7 +12,7 @@ from pipeline.data import sources, world
 from pipeline.runtime import caches
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
-from pipeline.stages import evaluate, finetune, preflight, reconstruct, runner
+from pipeline.stages import evaluate, finetune, keys, preflight, reconstruct
 from tests.conftest import QUICK
 from tests.data.test_chat import SHORT
 from tests.faults import harm
@@ -44,8 +44,8 @@ LATE = {
     "evaluate.seq_len=129": "set evaluate.seq_len=128",
     "reconstruct.dataset={here}/t.txt": "8 samples of 32 are needed: set a longer text or a shorter reconstruct.seq_len",
     "finetune.batch_size=3 finetune.accumulate=1 evaluate.tasks=[nothing]": "unknown task 'nothing'",
-    "evaluate.prompts=['']": "'' gives no token to go on from",
-    "finetune.loggers=[wandb]": "run pip install wandb",
+    "evaluate.prompts=['']": "'' has no token to continue from",
+    "finetune.loggers=[wandb]": "run `pip install wandb`, or set finetune.loggers=[]",
 }
 
 
@@ -81,7 +81,7 @@ def no_bos(model: Path, folder: Path) -> Path:
     [
         ("pretrain.max_positions=64", "exceeds the model's 64 positions: set pretrain.seq_len=64"),
         ("calibration.seq_len=512", "set calibration.seq_len=256"),
-        ("pretrain.hidden_size=130", "the sizes in the recipe's section pretrain do not go together"),
+        ("pretrain.hidden_size=130", "the sizes in the recipe's section pretrain do not fit together"),
     ],
 )
 def test_a_model_that_is_only_trained_here_is_known_too(tmp_path, typed, setting, says):
@@ -111,7 +111,7 @@ def test_it_takes_less_than_three_seconds(stories, hub, tmp_path):
     more = ["stages=[prune,finetune,evaluate,report]", "evaluate.tasks=[arc_easy,openbookqa]", f"mirror={hub}"]
     recipe = reader.load([f"model={stories}", f"run_dir={tmp_path}/run", *texts, *lengths, *more])
     begun = time.process_time()
-    runner._read_from_outside(recipe)
+    keys.external_inputs(recipe)
     for check in (reconstruct.check, finetune.check, evaluate.check, preflight.check):
         check(recipe)
     assert time.process_time() - begun < 3
@@ -180,10 +180,7 @@ def test_a_task_whose_data_is_nowhere_is_refused_where_the_hub_may_not_be_asked(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     settings = [*QUICK, f"model={tiny_llama}", "evaluate.tasks=[arc_easy,world_tools]"]
     line = refused(tmp_path / "run", *settings)
-    assert (
-        "task 'arc_easy' reads allenai/ai2_arc, which is in no cache here, and HF_HUB_OFFLINE forbids to fetch it"
-        in line
-    )
+    assert "task 'arc_easy' reads allenai/ai2_arc, which is in no cache, and HF_HUB_OFFLINE is set" in line
     (tmp_path / "cache/allenai___ai2_arc").mkdir(parents=True)
     assert not caches.is_missing("allenai/ai2_arc") and caches.is_missing("allenai/other")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)

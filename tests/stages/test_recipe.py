@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from pipeline.runtime.errors import UserError
-from pipeline.settings import reader
+from pipeline.settings import reader, recipe_files
 from pipeline.stages import sweep
 from tests.conftest import ROOT
 
@@ -51,6 +51,9 @@ def test_every_recipe_loads_and_is_short(path):
         ("stages=[prune,report]", "report needs evaluate"),
         ("recipe=lama7b_2of4", "did you mean 'llama7b_2of4'?"),
         ("recipe=llama7b_2of3", "recipe 'llama7b' has no variant '2of3': did you mean '2of4'?"),
+        ("recipe=./none.yaml", "recipe=./none.yaml: no such file"),
+        ("recipe=recipes/tiny", "recipe=recipes/tiny: no such file (the path of a recipe ends with .yaml)"),
+        ("recipe=zzz", "no recipe 'zzz': `espalier recipes` lists all"),
         ("evaluate.tasks=arc_easy", "evaluate.tasks"),
         ("justaword", "key=value"),
     ],
@@ -62,6 +65,7 @@ def test_bad_input_is_one_line(argument, says):
     message = str(raised.value)
     assert says in message
     assert "\n" not in message
+    assert len(message) < 250
 
 
 def test_no_model_says_what_to_type():
@@ -93,7 +97,7 @@ def test_extends_then_file_then_command_line(tmp_path):
 
 
 def test_every_name_that_is_offered_loads():
-    names = reader.available()
+    names = recipe_files.available()
     for model in ("llama7b", "llama2_70b", "llama3_2_1b", "opt_1_3b"):
         assert {model, f"{model}_2of4", f"{model}_4of8", f"{model}_half"} <= set(names)
     for name in names:

@@ -9,7 +9,7 @@ from pipeline.runtime import code
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
 from pipeline.settings.schema import STAGES, Recipe
-from pipeline.stages.runner import own_fingerprint
+from pipeline.stages.keys import stage_code
 from tests.conftest import QUICK, ROOT, typing
 
 ALL = (
@@ -27,7 +27,7 @@ STATEMENT = "\nimport torch\n", "\nimport torch\n\nTHIS = 'is edited'\n"
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     """A copy of the project's code that the fingerprints are taken of; the code that runs is the project's."""
-    for name in code.OWN:
+    for name in code.PACKAGES:
         shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(code, "ROOT", tmp_path / "source")
     return tmp_path / "source"
@@ -56,7 +56,7 @@ def edit(path: Path, before: str, after: str) -> None:
 
 
 def prints(recipe: Recipe = Recipe()) -> dict[str, dict[str, str]]:  # noqa: B008
-    return {stage.name: own_fingerprint(stage, recipe) for stage in STAGES.values()}
+    return {stage.name: stage_code(stage, recipe) for stage in STAGES.values()}
 
 
 def changed(before: dict[str, dict[str, str]]) -> dict[str, set[str]]:

@@ -136,7 +136,7 @@ def test_a_lone_process_of_a_launch_for_two_is_refused(tiny_llama):
     ]
     done = subprocess.run([*line, *QUICK], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
-    assert "espalier: several processes were asked for" in done.stderr
+    assert "espalier: several processes were requested" in done.stderr
     assert "--multi_gpu --num_processes N" in done.stderr
 
 

@@ -96,7 +96,7 @@ def test_killed_and_repeated_it_does_what_is_missing_and_nothing_twice(tiny_llam
 
     said = espalier(*settings)
     assert {path: path.stat().st_mtime_ns for path in stages} == stages
-    assert said.count("prune: taken over from") == 1  # by the second of wanda; magnitude's was before
+    assert said.count("prune: reused from") == 1  # by the second of wanda; magnitude's was before
     assert said.count("prune: done in") == 1
     # of each model one text and its continuations: the dense one, two pruned and four finetuned
     assert len(list(folder.glob(".measured/*.json"))) == 2 * (1 + 2 + 4)

@@ -1,0 +1,99 @@
+"""A stage's key: all that decides its result, and why a finished stage has to run again."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from pipeline import registry
+from pipeline.data import sources
+from pipeline.evaluation import tasks
+from pipeline.models import loading, model_files
+from pipeline.runtime import checksums, code, files
+from pipeline.settings.schema import STAGES, Recipe, Stage, own_code, section
+
+OUTCOME = (".safetensors", "results.json")  # the files that other stages read; tables also hold times
+
+
+def made_from(stage: Stage, recipe: Recipe, outcomes: dict[str, str], external: dict) -> dict[str, Any]:
+    """All that decides a stage's result; its digest is the stage's key. `external`: see `external_inputs`."""
+    read = {"read": read_by(stage, outcomes)}
+    return {name: section(recipe, name) for name in stage.settings} | read | external.get(stage.name, {})
+
+
+def read_by(stage: Stage, outcomes: dict[str, str]) -> dict[str, str]:
+    """The `outcomes` of the earlier stages that a stage reads."""
+    return {name: outcomes[name] for name in (outcomes if stage.reads is None else stage.reads) if name in outcomes}
+
+
+def outcome_of(finished: Path) -> str:
+    """A hash of a finished stage's key and files: a damaged stage that runs again may differ, for instance on another GPU."""
+    content = checksums.read(finished)
+    made = {name: entry["sha256"] for name, entry in content["artefacts"].items() if name.endswith(OUTCOME)}
+    return files.digest({"key": content["key"], "made": made})
+
+
+def reason_to_run(finished: Path, made_from: dict, forced: bool = False) -> str | None:
+    """Why a stage has to run: "" if it never has, else what changed; None if it is finished, whole and unchanged."""
+    before = checksums.read(finished) or {}
+    if before.get("key") != files.digest(made_from):
+        if before:
+            return difference(before["made_from"], made_from)
+        return f"{finished / checksums.STAGE_FILE} is damaged or missing" if finished.exists() else ""
+    if forced:
+        return f"rerun={finished.name}"
+    if damaged := checksums.damaged(finished):
+        return f"{finished / damaged[0]} is damaged or missing ({len(damaged)} in all)"
+    return None
+
+
+def difference(before: dict, now: dict, prefix: str = "") -> str:
+    """The first setting that differs, as `finetune.lr 0.1 -> 0.2`, or else the packages whose code does."""
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key == "code", key)):
+        old, new = before.get(key), now.get(key)
+        if key == "code" and old != new:
+            old = old if isinstance(old, dict) else {}  # written by a version without it
+            return f"the code of {', '.join(sorted(name for name in new if old.get(name) != new[name]))} changed"
+        if isinstance(old, dict) and isinstance(new, dict):
+            if old != new:
+                return difference(old, new, f"{prefix}{key}.")
+        elif old != new:
+            return f"{prefix}{key} {old} -> {new}"
+    return "unfinished"
+
+
+def external_inputs(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Fingerprints by stage of what it reads from outside the run: model, data, tasks, the user's Python files, the
+    project's code. Raises `UserError` if one is missing."""
+    external: dict[str, dict[str, Any]] = defaultdict(dict)
+    for stage in STAGES.values():
+        external[stage.name]["code"] = stage_code(stage, recipe)
+    for name in recipe.stages:
+        if paths := own_code(section(recipe, name) if hasattr(recipe, name) else {}):
+            external[name]["own_code"] = files.fingerprint(paths)
+    if "evaluate" in recipe.stages:
+        settings = recipe.evaluate
+        external["evaluate"]["tasks"] = {
+            name: tasks.identity(name, recipe.mirror, settings.fewshot) for name in settings.tasks
+        }
+    if recipe.model is not None:
+        identity = model_files.identity(loading.locate(recipe.model, recipe.revision))
+        for name in ("prune", "evaluate"):
+            external[name]["model"] = identity
+    for name in ("prune", "reconstruct", "finetune", "evaluate"):
+        if name in recipe.stages:
+            texts = {str(source): sources.identity(source) for source in sources.of_stage(recipe, name)}
+            external[name]["data"] = texts
+    return external
+
+
+def stage_code(stage: Stage, recipe: Recipe) -> dict[str, str]:
+    """Hashes by package of the project's code that decides a stage's result; of the methods only the chosen ones."""
+    modules = []
+    for key in registry.REGISTRIES:
+        if key.partition(".")[0] in stage.settings:
+            implementation = registry.REGISTRIES[key].entry(registry.value_of(recipe, key)).implementation
+            if isinstance(implementation, str):
+                modules.append(implementation.partition(":")[0])
+            else:  # a user's class: the project's classes that it extends
+                modules += [base.__module__ for base in implementation.__mro__]
+    return code.fingerprint(f"pipeline.stages.{stage.name}", *modules, without=stage.display)
