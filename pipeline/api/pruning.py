@@ -31,6 +31,7 @@ def prune(
     samples: int = 128,
     seq_len: int = 2048,
     batch_size: int = 1,
+    activations: str = "pruned",
     column: str | None = None,
     seed: int = 0,
     mirror: str | None = None,
@@ -49,11 +50,12 @@ def prune(
     inputs.check_model(model)
     chosen = {"method": method, "sparsity": sparsity, **settings}
     text = {"samples": samples, "seq_len": seq_len, "batch_size": batch_size, "column": column}
+    text["activations"] = activations
     recipe = inputs.recipe(["prune"], seed, mirror, prune=chosen, calibration=text)
     allocate(find_blocks(model), recipe.prune)  # refuses what cannot hold before any text is read
     windows_NT = _windows(calibration, "calibration", recipe.calibration, "calibration", tokenizer, model, seed, mirror)
     with model_state.kept(model):
-        return prune_stage.in_memory(model, list(windows_NT.split(batch_size)), recipe.prune)
+        return prune_stage.in_memory(model, list(windows_NT.split(batch_size)), recipe)
 
 
 @inputs.in_arguments

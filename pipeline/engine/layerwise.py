@@ -69,7 +69,8 @@ class LayerwiseForwards:
     on `store` (None: where they are). `restore(block)` loads a block's weights. With it, the caller may change weights: every
     block's weights are dropped once it is passed, and the blocks in `dropped` start with dropped weights. Without it,
     the weights stay loaded, and the caller must not change them, unless `keeps`: then changed weights are copied back to
-    where the block came from.
+    where the block came from. `dense_outputs`: the next block gets what the block returned with the weights it came with, not
+    with changed ones; then no block may be reached twice, or share weights with another.
     A context manager: inside, the blocks' `forward` is replaced; at its end, everything that was moved is moved back.
     """
 
@@ -84,15 +85,20 @@ class LayerwiseForwards:
         restore: Callable[[Block], None] | None = None,
         dropped: Iterable[int] = (),
         keeps: bool = False,
+        dense_outputs: bool = False,
     ) -> None:
         self.model, self.blocks, self.call, self.batches = model, blocks, call, list(batches)
-        self.device, self.restore, self.keeps = device, restore, keeps
+        self.device, self.restore, self.keeps, self.dense_outputs = device, restore, keeps, dense_outputs
         self.store = None if store == device else store
         self.current: Block | None = None
         self.forwards: list[PausedForward] = []
         self._offloaded: list[dict[int, TensorWeakRef]] = [{} for _ in self.batches]
         self._shared = shared_parameters(blocks)
         self._dropped = set(dropped)
+        self._dense: list[
+            tuple[Tensor, Tensor]
+        ] = []  # the parameters of the current block, and the data they came with
+        self._reached: set[int] = set()  # with `dense_outputs`
         self._home_data: list[
             tuple[Tensor, Tensor]
         ] = []  # tensors of the current block, and their data where it came from
@@ -160,6 +166,7 @@ class LayerwiseForwards:
 
         Calls `on_output(batch number, hidden states)` for each batch. The iterator must be exhausted.
         """
+        self._exchange_dense()
         for i, forward in enumerate(self.forwards):
             self._load_back(i)
             output = self._original_forwards[self.current.index](*forward.args, **forward.kwargs)
@@ -172,6 +179,7 @@ class LayerwiseForwards:
             if forward.index is None:
                 yield forward.result
                 forward.result = None
+        self._exchange_dense()
         self._leave_block()
         self._enter_block()
 
@@ -193,6 +201,8 @@ class LayerwiseForwards:
         self.current = None if index is None else self.blocks[index]
         if self.current is None:
             return
+        if self.dense_outputs:
+            self._remember_dense()
         if index in self._dropped:
             self.restore(self.current)
             self._dropped.discard(index)
@@ -200,6 +210,23 @@ class LayerwiseForwards:
             if tensor.device != self.device:
                 self._home_data.append((tensor, tensor.data))
                 tensor.data = tensor.data.to(self.device, non_blocking=True)
+
+    def _remember_dense(self) -> None:
+        if self._shared or self.current.index in self._reached:
+            raise UserError(
+                f"{self.current.name} is run twice or shares weights with another layer: set calibration.activations=pruned"
+            )
+        self._reached.add(self.current.index)
+        self._dense = [
+            (it, it.data if self.current.index in self._dropped else it.data.clone())
+            for it in self.current.module.parameters()
+        ]
+
+    def _exchange_dense(self) -> None:
+        """Puts the dense data into the parameters and keeps the changed data, or the reverse."""
+        for i, (parameter, data) in enumerate(self._dense):
+            self._dense[i] = (parameter, parameter.data)
+            parameter.data = data.to(self.device)
 
     def _move_home(self) -> None:
         for tensor, home in self._home_data:
@@ -209,6 +236,7 @@ class LayerwiseForwards:
         self._home_data = []
 
     def _leave_block(self) -> None:
+        self._dense = []
         self._move_home()
         if self.restore:
             self._dropped.add(self.current.index)

@@ -29,7 +29,7 @@ class LayerWalk(LightningModule):
 
     With a `folder`, each block is written when it is done, and blocks that an earlier run finished are restored.
     `in_memory`: nothing is written, and the model ends with the weights that were changed. With neither, the weights must
-    not change.
+    not change. `dense_outputs`: each block sees what the dense blocks before it return, not the changed ones.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class LayerWalk(LightningModule):
         store: torch.device | None,
         folder: Path | None = None,
         in_memory: bool = False,
+        dense_outputs: bool = False,
     ) -> None:
         super().__init__()
         object.__setattr__(self, "model", model)  # not in _modules: Lightning must not move, wrap or save the model
@@ -48,24 +49,26 @@ class LayerWalk(LightningModule):
         self.files: BlockStore | None = None
         if folder or in_memory:
             self.files = BlockFiles(folder, model, self.blocks) if folder else BlocksInMemory(model)
-        self.forwards = self.paused_forwards(model, self.files)
+        self.forwards = self.paused_forwards(model, self.files, dense_outputs)
         self.visit: Visit = lambda walk, block: None
 
     def is_finished(self, block: Block) -> bool:
         """Whether an earlier run finished the block."""
         return self.files is not None and self.files.is_finished(block)
 
-    def paused_forwards(self, model: nn.Module, files: BlockStore | None = None) -> LayerwiseForwards:
+    def paused_forwards(
+        self, model: nn.Module, files: BlockStore | None = None, dense_outputs: bool = False
+    ) -> LayerwiseForwards:
         """Paused forwards of `model` over this rank's batches."""
 
         def call(batch_BT: Tensor) -> None:
             model.base_model(input_ids=batch_BT, use_cache=False)
 
-        known: dict[str, Any] = {}
+        known: dict[str, Any] = {"dense_outputs": dense_outputs}
         if isinstance(files, BlockFiles):
-            known = {"restore": files.restore, "dropped": files.finished_before}
+            known |= {"restore": files.restore, "dropped": files.finished_before}
         elif files:
-            known = {"keeps": True}
+            known |= {"keeps": True}
         return LayerwiseForwards(model, find_blocks(model), call, self.batches, processes.device(), self.store, **known)
 
     def blocks_in_order(self) -> Iterator[Block]:

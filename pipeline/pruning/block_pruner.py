@@ -38,7 +38,7 @@ class BlockPruner:
     def _prune(self, walk: LayerWalk, block: Block) -> tuple[Masks, list[dict]]:
         block_matrices, patterns = matrices(block, walk.blocks), self.method.patterns
         observed = walk.observe(block_matrices, self.method.observe)
-        masks, rows, undersampled = Masks(), [], []
+        masks, rows, undersampled, inputs = Masks(), [], [], []
         for key, members in _by_input(block_matrices, observed, patterns).items():
             weights = {name: matrix.weight_OI for name, matrix in members.items()}
             total, first = observed.totals.pop(key), next(iter(members.values()))
@@ -47,16 +47,21 @@ class BlockPruner:
                 # as if all input features were alike
                 total = self.method.observe(torch.eye(first.weight_OI.shape[1], device=total.device)).double()
             _check_finite(weights, total)
+            inputs.append((weights, total, observed.samples[key]))
+        self.method.compare_layer([(weights, total) for weights, total, _ in inputs])
+        while inputs:  # a sum is dropped as soon as its matrices are pruned
+            weights, total, sample_NI = inputs.pop(0)
             dense_OI = {name: weight.clone() for name, weight in weights.items()}
             masks_OI = self.method.prune(weights, total)
-            for name, matrix in members.items():
-                mask_OI, pattern = masks_OI[name], patterns[name]
+            for name, weight_OI in weights.items():
+                mask_OI, matrix = masks_OI[name], block_matrices[name]
+                pattern = self.method.pattern(name, mask_OI)
                 if problem := pattern.violation(mask_OI):
                     raise UserError(f"{type(self.method).__name__} on {name}: {problem}")
                 masks.add(name, matrix.stored(mask_OI), str(pattern), matrix.transposed)
                 sparsity, error = 1 - mask_OI.count_nonzero().item() / mask_OI.numel(), None
-                if len(observed.samples[key]):  # empty for an expert that no token of this rank reached
-                    error = scores.relative_error(observed.samples[key], dense_OI[name], weights[name])
+                if len(sample_NI):  # empty for an expert that no token of this rank reached
+                    error = scores.relative_error(sample_NI, dense_OI[name], weight_OI)
                 rows.append(
                     {"layer": block.index, "matrix": name, "sparsity": sparsity, "relative_output_error": error}
                 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.pruning.method import PruneMethod
 from pipeline.pruning.refinements import Refinement
-from pipeline.pruning.statistics import GRAM, Sums
+from pipeline.pruning.statistics import GRAM, Statistics, Sums
 from pipeline.pruning.updates import WeightUpdate, refuse_overflow
 from pipeline.registry import NONE, PRUNE_METHODS, REFINEMENTS, UPDATES
 from pipeline.runtime import processes
@@ -35,6 +35,7 @@ def prune_method(settings: Prune, patterns: dict[str, Pattern]) -> PruneMethod:
 class Combination(PruneMethod):
     def __init__(self, method: PruneMethod, refinement: Refinement | None, update: WeightUpdate | None) -> None:
         super().__init__(method.settings, method.patterns)
+        self.group = method.group
         self.method, self.refinement, self.weight_update = method, refinement, update
         self.own = type(method).observe is not PruneMethod.observe  # a sum that only this method knows, put in front
         needs = {*(refinement.needs if refinement else ()), *((GRAM,) if update else ())}
@@ -50,15 +51,10 @@ class Combination(PruneMethod):
         return torch.cat([own.flatten(), sums])
 
     def prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
-        inputs = next(iter(weights.values())).shape[1]
-        own_shape = self.own_shapes[inputs] if self.own else torch.Size([0])
-        own, sums = total.tensor_split([own_shape.numel()])
-        statistics = self.sums.read(sums, inputs)
+        statistics, own = self._read(weights, total)
         dense = {name: weight_OI.float() for name, weight_OI in weights.items()}
         dense = {name: it.clone() if it is weights[name] else it for name, it in dense.items()}
-        if not self.own:
-            own = statistics.raw.get(self.method.statistic, statistics.square_sum_I)
-        chosen = self.method.prune(weights, own.view(own_shape) if self.own else own)
+        chosen = self.method.prune(weights, own)
         if self.refinement:
             for name, weight_OI in weights.items():
                 mine = processes.share_of(len(weight_OI))
@@ -70,6 +66,19 @@ class Combination(PruneMethod):
         if self.weight_update:
             self._update(weights, dense, chosen, statistics.gram_II)
         return chosen
+
+    def compare_layer(self, inputs: list[tuple[dict[str, Tensor], Tensor]]) -> None:
+        self.method.compare_layer([(weights, self._read(weights, total)[1]) for weights, total in inputs])
+
+    def _read(self, weights: dict[str, Tensor], total: Tensor) -> tuple[Statistics, Tensor]:
+        """What was summed over the inputs of `weights`, for the steps after the method and for the method."""
+        inputs = next(iter(weights.values())).shape[1]
+        own_shape = self.own_shapes[inputs] if self.own else torch.Size([0])
+        own, sums = total.tensor_split([own_shape.numel()])
+        statistics = self.sums.read(sums, inputs)
+        if self.own:
+            return statistics, own.view(own_shape)
+        return statistics, statistics.raw.get(self.method.statistic, statistics.square_sum_I)
 
     def _update(
         self, weights: dict[str, Tensor], dense: dict[str, Tensor], chosen: dict[str, Tensor], gram_II: Tensor

@@ -1,5 +1,7 @@
 """The base class of prune methods."""
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from pipeline.pruning import statistics
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Prune
 from pipeline.sparsity import masks
-from pipeline.sparsity.patterns import Pattern
+from pipeline.sparsity.patterns import Pattern, Unstructured
 
 
 class PruneMethod:
@@ -22,6 +24,10 @@ class PruneMethod:
 
     def __init__(self, settings: Prune, patterns: dict[str, Pattern]) -> None:
         self.settings, self.patterns = settings, patterns
+        self.group = "matrix" if self.whole_matrix else "row"
+        if settings.group != "auto":
+            self.group = settings.group
+        self._layer_masks: dict[str, Tensor] = {}
 
     def observe(self, input_NI: Tensor) -> Tensor:
         """The statistic to sum (in float64) over a matrix's inputs. Default: the square sum of each feature, (I,)."""
@@ -33,7 +39,9 @@ class PruneMethod:
 
     def select(self, name: str, score_OI: Tensor) -> Tensor:
         """The mask, (O, I), True = kept. Raises `UserError` if a user's pattern returns something else."""
-        mask_OI = self.patterns[name].select(score_OI, self.whole_matrix)
+        if name in self._layer_masks:
+            return self._layer_masks.pop(name)
+        mask_OI = self.patterns[name].select(score_OI, self.group == "matrix")
         if mask_OI.dtype != torch.bool or mask_OI.shape != score_OI.shape:
             raise UserError(
                 f"{self.patterns[name]}.select returned {mask_OI.dtype} of {tuple(mask_OI.shape)} for {name}: "
@@ -51,6 +59,30 @@ class PruneMethod:
             chosen[name] = self.select(name, score_OI)
             masks.apply_(weight_OI, chosen[name])
         return chosen
+
+    def compare_layer(self, inputs: list[tuple[dict[str, Tensor], Tensor]]) -> None:
+        """With `prune.group=layer`, chooses the masks of all matrices of a layer that have the same ratio together, before
+        `prune` is called for each pair of weights and total."""
+        if self.group != "layer":
+            return
+        scores_by_ratio: dict[float, dict[str, Tensor]] = defaultdict(dict)
+        for weights, total in inputs:
+            for name, weight_OI in weights.items():
+                if isinstance(self.patterns[name], Unstructured):
+                    scores_by_ratio[self.patterns[name].ratio][name] = self.score(weight_OI, total)
+        for ratio, found in scores_by_ratio.items():
+            all_scores = torch.cat([score_OI.flatten() for score_OI in found.values()])[None]
+            kept = Unstructured(ratio).select(all_scores, whole_matrix=True)[0]
+            for (name, score_OI), part in zip(found.items(), kept.split([it.numel() for it in found.values()])):
+                self._layer_masks[name] = part.view_as(score_OI)
+
+    def pattern(self, name: str, mask_OI: Tensor) -> Pattern:
+        """The pattern of a mask: that of `patterns`, or the matrix's own share if the layer's scores were compared."""
+        pattern = self.patterns[name]
+        if self.group == "layer" and isinstance(pattern, Unstructured):
+            pruned = 1 - mask_OI.count_nonzero().item() / mask_OI.numel()
+            return Unstructured(min(max(round(pruned, 4), 1e-4), 1 - 1e-4))  # a mask file names no ratio of 0 or 1
+        return pattern
 
 
 def is_finite(tensor: Tensor) -> bool:

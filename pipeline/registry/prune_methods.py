@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.registry.entry import NONE, Citation, Entry, Registry
+from pipeline.registry.patterns import PATTERNS
 from pipeline.registry.refinements import DSNOT
 from pipeline.registry.updates import SPARSEGPT
 
@@ -26,8 +27,16 @@ SCORES, OBS = "pipeline.pruning.score_methods", "pipeline.pruning.obs_methods"
 class PruneEntry(Entry):
     refine: str | None = None  # the method is a name for a combination with these
     update: str | None = None
+    regroups: bool = True  # its scores can be compared among other weights than in its paper
 
     def problem(self, settings: Any) -> str | None:
+        if settings.group != "auto" and not self.regroups:
+            return f"prune.method={settings.method} compares its scores in its own way: set prune.group=auto"
+        if settings.group != "auto" and not PATTERNS.entry(settings.sparsity).is_ratio:
+            return (
+                f"prune.group={settings.group} says among which weights a ratio is compared, and {settings.sparsity} is no "
+                "ratio: set prune.group=auto"
+            )
         for key, own in (("refine", self.refine), ("update", self.update)):
             if own and (asked := getattr(settings, key)) not in (NONE, own):
                 return (
@@ -47,6 +56,7 @@ PRUNE_METHODS = Registry(
         "Wanda's score; rows lose an equal share of it instead of an equal number of weights",
         f"{SCORES}:WandaVariant",
         WANDA,
+        regroups=False,
     ),
     PruneEntry(
         "magnitude", "magnitude", "The weight alone, compared over the whole matrix", f"{SCORES}:Magnitude", HAN
@@ -58,6 +68,7 @@ PRUNE_METHODS = Registry(
         f"{OBS}:SparseGpt",
         SPARSEGPT,
         ("damp",),
+        regroups=False,
     ),
     PruneEntry("ria", "RIA", "The weight relative to its row and column, times the input norm", f"{SCORES}:Ria", RIA),
     PruneEntry(
@@ -79,6 +90,7 @@ PRUNE_METHODS = Registry(
         f"{OBS}:MagnitudeIter",
         WANDA,
         ("damp",),
+        regroups=False,
     ),
     PruneEntry(
         "wanda_seq",
@@ -96,5 +108,6 @@ PRUNE_METHODS = Registry(
         f"{OBS}:WandaIter",
         WANDA,
         ("damp",),
+        regroups=False,
     ),
 )

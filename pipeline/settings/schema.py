@@ -83,6 +83,11 @@ class Calibration:
     samples: int = setting(128, "windows of text", low=1)
     seq_len: int = setting(2048, "tokens of a window", low=1)
     batch_size: int = setting(1, "windows per forward pass", low=1)
+    activations: str = setting(
+        "pruned",
+        "inputs of a layer: what the layers before it return once pruned, or dense",
+        choices=("pruned", "dense"),
+    )
 
 
 @dataclass
@@ -96,6 +101,11 @@ class Prune:
     update_steps: int = setting(30, "iterations of update=admm, at most of update=least_squares", low=1)
     sparsity: Any = setting(
         "2of4", "share of weights to prune (0.5), N kept of each M (2of4), or a .py file", registry=PATTERNS
+    )
+    group: str = setting(
+        "auto",
+        "weights among which a ratio's scores are compared; auto: as the method's paper",
+        choices=("auto", "row", "matrix", "layer"),
     )
     allocation: str = setting("uniform", "how sparsity is distributed over layers, or a .py file", registry=ALLOCATIONS)
     owl_outliers: float = setting(5.0, "OWL's M: an outlier is above M times its layer's mean score", low=0)

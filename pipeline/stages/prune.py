@@ -42,7 +42,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     batches = calibration.batches(recipe, recipe.calibration, "calibration", origin, model)
     store = calibration.plan_memory(model, batches, settings.hidden_states)
     pruner = block_pruner(blocks, lambda: loading.load(origin, recipe), batches, store, settings, folder)
-    walk = LayerWalk(model, batches, store, folder)
+    walk = LayerWalk(model, batches, store, folder, dense_outputs=recipe.calibration.activations == "dense")
     if done := walk.files.finished_before:
         processes.say(f"  {len(done)} of {len(blocks)} layers are already pruned")
     run_layerwise(walk, pruner, [LayerWriter(), StopAtSignal()])
@@ -51,12 +51,13 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         finish(walk, origin, recipe, coverage)
 
 
-def in_memory(model: nn.Module, batches: list[Tensor], settings: Prune) -> Masks:
+def in_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> Masks:
     """Prunes the model in place, on its device; returns its masks. `batches`: tokens, each (batch_size, seq_len)."""
-    blocks = find_blocks(model)
+    settings, blocks = recipe.prune, find_blocks(model)
     store = calibration.plan_memory(model, batches, settings.hidden_states)
     pruner = block_pruner(blocks, lambda: model, batches, store, settings)
-    walk = LayerWalk(model, batches, store, in_memory=True)
+    dense_outputs = recipe.calibration.activations == "dense"
+    walk = LayerWalk(model, batches, store, in_memory=True, dense_outputs=dense_outputs)
     run_layerwise(walk, pruner, [LayerWriter()])
     if not walk.files.masks:
         raise UserError(NOTHING)

@@ -1,0 +1,128 @@
+"""`prune.group` and `calibration.activations`, against a plain loop over a Llama's layers."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from pipeline import api as espalier
+from pipeline.data import sources, token_windows
+from pipeline.models import loading
+from pipeline.pruning.block_pruner import BlockPruner
+from pipeline.runtime.errors import UserError
+from pipeline.settings import reader
+from tests import textbook
+from tests.pruning.test_prune import Killed, pruned, settings
+
+
+@torch.no_grad()
+def plain(origin, chosen, group: str, activations: str, ratio: float) -> dict[str, torch.Tensor]:
+    """The masks by parameter name, of Wanda's score."""
+    model = AutoModelForCausalLM.from_pretrained(origin)
+    source = sources.source(chosen.calibration.dataset, chosen.mirror, "train")
+    windows = token_windows.calibration(
+        source, loading.tokenizer(origin, chosen), 8, chosen.calibration.seq_len, seed=0
+    )
+    hidden, more, masks = [], {}, {}
+
+    def catch(module, args, kwargs) -> None:
+        hidden.append(args[0] if args else kwargs.pop("hidden_states"))
+        more.update(kwargs)
+        raise textbook.FirstLayerReached
+
+    hook = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+    for window in windows:
+        with contextlib.suppress(textbook.FirstLayerReached):
+            model(window[None], use_cache=False)
+    hook.remove()
+    for number, layer in enumerate(model.model.layers):
+        modules = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        found = {name: textbook.Statistics(module, "wanda") for name, module in modules.items()}
+        hooks = [module.register_forward_hook(found[name].hook()) for name, module in modules.items()]
+        dense = [layer(h, **more) for h in hidden]
+        for hook in hooks:
+            hook.remove()
+        scores = {name: textbook.wanda(module.weight, found[name].norm()) for name, module in modules.items()}
+        everything = torch.cat([score.flatten() for score in scores.values()]).sort().values
+        for name, score in scores.items():
+            if group == "row":
+                kept = torch.ones_like(score, dtype=torch.bool)
+                kept.scatter_(1, score.sort(dim=1, stable=True).indices[:, : int(score.shape[1] * ratio)], False)
+            else:
+                ordered = score.flatten().sort().values if group == "matrix" else everything
+                kept = score > ordered[int(len(ordered) * ratio)]
+            masks[f"model.layers.{number}.{name}.weight"] = kept
+            modules[name].weight.data[~kept] = 0
+        hidden = dense if activations == "dense" else [layer(h, **more) for h in hidden]
+    return masks
+
+
+@pytest.mark.parametrize("activations", ["pruned", "dense"])
+@pytest.mark.parametrize("group", ["row", "matrix", "layer"])
+def test_masks_equal_a_plain_loop(tiny_llama, tmp_path, group, activations):
+    more = (f"prune.group={group}", f"calibration.activations={activations}", "prune.sparsity=0.6")
+    more += ("calibration.batch_size=1",)
+    masks, _ = pruned(tiny_llama, tmp_path / "p", *more)
+    expected = plain(tiny_llama, settings(tiny_llama, *more), group, activations, 0.6)
+    assert set(masks) == set(expected)
+    for name, mask in masks.items():
+        # sums in another order may move a score across a threshold
+        assert (mask != expected[name]).float().mean() < 1e-3, name
+    masks.check_patterns()
+    assert masks.sparsity() == pytest.approx(0.6, abs=0.01)
+
+
+def test_in_memory_as_by_the_command(tiny_llama, tmp_path):
+    more = ("prune.group=layer", "calibration.activations=dense", "prune.sparsity=0.6", "calibration.batch_size=1")
+    masks, weights = pruned(tiny_llama, tmp_path / "p", *more)
+    chosen = settings(tiny_llama, *more)
+    source = sources.source(chosen.calibration.dataset, chosen.mirror, "train")
+    tokenizer = loading.tokenizer(tiny_llama, chosen)
+    windows = token_windows.calibration(source, tokenizer, 8, chosen.calibration.seq_len, seed=0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    mine = espalier.prune(model, sparsity=0.6, group="layer", activations="dense", calibration=windows)
+    assert all(torch.equal(mask, mine[name]) for name, mask in masks.items())
+    state = model.state_dict()
+    assert all(torch.equal(weight, state[name]) for name, weight in weights.items())
+
+
+def test_killed_it_goes_on_with_dense_activations(tiny_llama, tmp_path, monkeypatch):
+    more = ("calibration.activations=dense",)
+    _, whole = pruned(tiny_llama, tmp_path / "whole", *more)
+    visit = BlockPruner.__call__
+
+    def stop(self, walk, block):
+        if block.index == 2:
+            raise Killed
+        return visit(self, walk, block)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(BlockPruner, "__call__", stop)
+        pruned(tiny_llama, tmp_path / "p", *more)
+    _, weights = pruned(tiny_llama, tmp_path / "p", *more)
+    assert all(torch.equal(weights[name], whole[name]) for name in whole)
+    assert (tmp_path / "p/masks.safetensors").read_bytes() == (tmp_path / "whole/masks.safetensors").read_bytes()
+
+
+def test_the_first_layers_do_not_depend_on_what_was_pruned_before(tiny_llama, tmp_path):
+    """With dense activations the masks of a layer are the same whether the layers before it are pruned or not."""
+    more = ("calibration.activations=dense",)
+    every, _ = pruned(tiny_llama, tmp_path / "every", *more)
+    last, _ = pruned(tiny_llama, tmp_path / "last", *more, 'prune.overrides={"*.layers.[01].*": dense}')
+    assert 0 < len(last) < len(every)
+    assert all(torch.equal(mask, every[name]) for name, mask in last.items())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("prune.group=row", "prune.sparsity=2of4"),
+        ("prune.group=layer", "prune.sparsity=0.5", "prune.method=sparsegpt"),
+        ("prune.group=matrix", "prune.sparsity=0.5", "prune.method=wanda_variant"),
+    ],
+)
+def test_a_group_that_means_nothing_is_refused(more):
+    with pytest.raises(UserError, match="set prune.group=auto"):
+        reader.load(["model=m", "stages=[prune]", *more])
