@@ -54,7 +54,7 @@ class Command:
             return "ok", said.getvalue()
         lines = [line for line in error.getvalue().splitlines() if line.startswith("espalier: ")]
         line = " / ".join(lines).replace("espalier: ", "").replace(str(self.work), "WORK")
-        kind = "crash" if "a fault of Espalier" in line else "refused"
+        kind = "crash" if "a bug in Espalier" in line else "refused"
         return f"{kind}: {line}{where(run_dir / 'traceback-0.txt')}", said.getvalue()
 
 

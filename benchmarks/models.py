@@ -149,7 +149,7 @@ def page(results: list[dict[str, Any]], command: str) -> str:
         f"Each as a tiny random model, pruned to 2:4 and trained by the command. `{command}`, {date.today()}, {libraries}, "
         f"Python {platform.python_version()}, {sum(result['seconds'] for result in results):.0f} s of one core.",
         "",
-        "- **right**: every check held. **refused**: one line says why. **wrong**: silently. **crash**: a fault of Espalier.",
+        "- **right**: every check held. **refused**: one line says why. **wrong**: silently. **crash**: a bug in Espalier.",
         "- pruned: the share of the weights in the matrices of the layers; and what the run said stays dense.",
         "- walk: layer by layer is the model's own forward to the bit; masked matrices are exactly 2 of 4, all else unchanged.",
         "- reload: by plain `from_pretrained`, under the names that the input's files had, as the model that pruning saw.",
