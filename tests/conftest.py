@@ -44,21 +44,18 @@ def tiny_llama(tmp_path_factory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
 
 
+def llama_config(vocabulary: int, **changes) -> LlamaConfig:
+    """A tiny Llama with grouped-query attention."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    return LlamaConfig(vocab_size=vocabulary, **sizes | changes)
+
+
 def make_tiny_llama(folder: Path) -> Path:
     """Saves a random Llama of three layers with grouped-query attention, and the world's tokenizer; returns the folder."""
     tokenizer = world.tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = llama_config(len(tokenizer), tie_word_embeddings=True, **ids)
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -7,13 +7,16 @@ import lm_eval
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from pipeline.data import world
 from pipeline.runtime.errors import UserError
+from tests.conftest import llama_config
 
 TRAIN, TEST = world.documents("train"), world.documents("test")
 QUESTIONS = {task: world.questions(task)["test"] for task in world.TASKS}
+IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 3}
+CONFIG = llama_config(len(world.tokenizer()), num_hidden_layers=1, initializer_range=0.1, **IDS)
 CHANCE = {task: 1 / len(rows[0]["choices"]) for task, rows in QUESTIONS.items()}
 
 
@@ -50,7 +53,7 @@ def test_documents_are_separated_by_a_blank_line():
 
 def test_the_tokenizer_can_be_saved_with_a_model_and_loaded(tmp_path):
     tokenizer = world.tokenizer()
-    LlamaForCausalLM(_config()).save_pretrained(tmp_path)  # config.json must not change its class
+    LlamaForCausalLM(CONFIG).save_pretrained(tmp_path)  # config.json must not change its class
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     text = "\n\n".join(TEST)
@@ -90,23 +93,8 @@ def test_trivial_guesses_score_at_chance(task):
 @pytest.mark.slow
 def test_lm_eval_scores_a_random_model_near_chance():
     torch.manual_seed(0)
-    model = HFLM(pretrained=LlamaForCausalLM(_config()), tokenizer=world.tokenizer(), batch_size=200, device="cpu")
+    model = HFLM(pretrained=LlamaForCausalLM(CONFIG), tokenizer=world.tokenizer(), batch_size=200, device="cpu")
     found = lm_eval.simple_evaluate(model=model, tasks=list(world.TASKS.values()), bootstrap_iters=0)["results"]
     for task, chance in CHANCE.items():
         error = (chance * (1 - chance) / len(QUESTIONS[task])) ** 0.5
         assert found[task]["acc,none"] == pytest.approx(chance, abs=4 * error)
-
-
-def _config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(world.tokenizer()),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.1,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=3,
-    )

@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from pipeline.data import sources, token_windows
 from pipeline.evaluation import paired
 from pipeline.evaluation.perplexity import full_logits, perplexity, streamed_logits, window_losses, windows
 from pipeline.runtime.errors import UserError
+from tests.conftest import llama_config
 from tests.engine.test_decoder import FAMILIES, small_model
 
 VOCABULARY = 97
@@ -19,18 +20,9 @@ VOCABULARY = 97
 
 def tiny_llama(vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        initializer_range=0.3,  # far from uniform, so that choices of a question do not tie
-    )
-    return LlamaForCausalLM(config)
+    # initializer_range: far from uniform, so that choices of a question do not tie
+    changes = {"num_hidden_layers": 2, "max_position_embeddings": 512, "initializer_range": 0.3}
+    return LlamaForCausalLM(llama_config(vocabulary, **changes))
 
 
 def random_windows(tokens: int = 300, seq_len: int = 40) -> torch.Tensor:
