@@ -1,9 +1,9 @@
-"""Kills a run, all its processes at once and for good (-9), at random moments in each of its stages, and starts the same
-again: masks, weights and results must be, to the bit, those of a run that nobody killed.
+"""Kills a run (kill -9 of all its processes) at random times in each of its stages, and starts it again: masks, weights and
+results must equal those of an uninterrupted run bit for bit.
 
     python benchmarks/chaos.py --kills 15 --processes 1 2 --work DIR
 
-The runs are forked from this process, which spares each the seconds of imports, in which there is nothing to lose.
+The runs are forked from this process, which saves the seconds of imports.
 """
 
 import argparse
@@ -44,28 +44,28 @@ def main() -> int:
         folder = arguments.work / str(processes)
         whole = folder / "whole" / "run"
         assert end(start(whole, processes)) == [0] * processes
-        landed = []
+        kills = []
         for series in range(-(-arguments.kills // len(STAGES))):
             run_dir = folder / str(series) / "run"
-            left = min(len(STAGES), arguments.kills - len(landed))
-            landed += [kill_in(stage, draw, run_dir, whole, processes) for stage in list(STAGES)[:left]]
+            remaining = min(len(STAGES), arguments.kills - len(kills))
+            kills += [kill_in(stage, draw, run_dir, whole, processes) for stage in list(STAGES)[:remaining]]
             codes = end(start(run_dir, processes))
-            same = codes == [0] * processes and what_matters(run_dir) == what_matters(whole)
+            same = codes == [0] * processes and hashes(run_dir) == hashes(whole)
             differ += not same
             print(
                 f"{processes} processes, run {series}: {'the same' if same else f'DIFFERS (exit {codes})'}", flush=True
             )
-        print(f"{processes} processes: {len(landed)} kills, in " + ", ".join(landed), flush=True)
+        print(f"{processes} processes: {len(kills)} kills, in " + ", ".join(kills), flush=True)
     return differ
 
 
 def start(run_dir: Path, processes: int) -> list[BaseProcess]:
-    """Measurements are kept beside a run, so each run has a folder around it."""
+    """Measurements are cached next to a run, so each run has its own parent folder."""
     return fork((*SHORT, f"run_dir={run_dir}"), run_dir.parent / "log", processes)
 
 
 def kill_in(stage: str, draw: random.Random, run_dir: Path, whole: Path, processes: int) -> str:
-    """Kills a run at a random moment of a stage, from its start to a little after its end; says what it was doing then."""
+    """Kills a run at a random time between the start of a stage and shortly after its end; returns what it was doing."""
     running = start(run_dir, processes)
     while not any((run_dir / name).exists() for name in (f".{stage}", stage)) and running[0].is_alive():
         time.sleep(0.002)
@@ -78,7 +78,7 @@ def kill_in(stage: str, draw: random.Random, run_dir: Path, whole: Path, process
     return now[0] if now else f"after {stage}"
 
 
-def what_matters(run_dir: Path) -> dict[str, str]:
+def hashes(run_dir: Path) -> dict[str, str]:
     """Hashes of masks, weights and results, by their path."""
     paths = [*run_dir.rglob("*.safetensors"), run_dir / "evaluate/results.json"]
     return {str(path.relative_to(run_dir)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}

@@ -1,12 +1,12 @@
-"""Times a fine-tuning step of the masked LoRA, in both its forms, against peft's plain LoRA, in one run, alternating.
+"""Times fine-tuning steps of the masked LoRA, cached and recomputed, and of peft's plain LoRA, alternating in one run.
 
     python benchmarks/finetune.py                        # a Llama of about 170M parameters; 512, 2048 and 8192 tokens
     python benchmarks/finetune.py --shape 7b --dtype bfloat16 --tokens 8192 --seq-len 2048      # on a GPU
 
-A step is forward, backward, AdamW, and for the cached form making the masked weights anew. Prints medians, ratios to plain
-LoRA, and the peak of memory of each way alone: allocated on a GPU, else of a process of its own, as the kernel counts it
-(with its libraries, 0.4 GiB in all of them; samples of a process's memory miss the short peaks of a backward pass). Each
-tensor there has a mapping of its own, so that holes in the heap, up to a GiB and different each time, do not count.
+A step is forward, backward, AdamW, and for the cached form the update of the masked weights. Prints medians, ratios to plain
+LoRA, and the peak memory of each way: allocated on a GPU, or on a CPU the kernel's peak of a separate process, which includes
+0.4 GiB of libraries (sampling would miss the short peaks of a backward pass). There each tensor is mapped separately, because
+holes in the heap, of up to a GiB, would vary from run to run.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py --shape 7b --samples 4 --seq-len 128 --work /tmp/espalier-memory
 
-With `--evaluate whole stream` its perplexity is measured instead, at each of these `evaluate.placement`s. Needs up to
-twice the model's size on disk (7b: 27 GB) and removes it afterwards. Private is what the process itself wrote
-(RssAnon); pages of the model files are shared with the other ranks of the node, and the kernel can drop them.
+With `--evaluate whole stream` it measures the perplexity instead, with each `evaluate.placement`. Needs up to twice the
+model's size on disk (7b: 27 GB), which it removes afterwards. Private memory is RssAnon: pages of the model files are shared
+with the other ranks of the node, and the kernel can drop them.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from pipeline.models import model_files
 
 
 def write_model(folder: Path, shape: str) -> int:
-    """Shard by shard, so that the model is never whole in memory; returns its size in bytes."""
+    """Writes the model shard by shard, so that it is never completely in memory; returns its size in bytes."""
     folder.mkdir(parents=True)
     config = LlamaConfig(vocab_size=32000, tie_word_embeddings=False, dtype="bfloat16", **SHAPES[shape])
     config.architectures = ["LlamaForCausalLM"]
@@ -95,13 +95,13 @@ def main() -> None:
             ]
         }
         for number, (name, settings) in enumerate(stages.items()):
-            run_dir = args.work / str(number) / "run"  # apart, so that nothing measured is shared
+            run_dir = args.work / str(number) / "run"  # in separate folders, so that no measurement is reused
             command = [sys.executable, "launch.py", f"model={args.work}/model", f"run_dir={run_dir}", *settings]
             peak, seconds = peak_private_gib(command)
-            about = json.loads((run_dir / name.split(",")[0] / "stage.json").read_text())
+            record = json.loads((run_dir / name.split(",")[0] / "stage.json").read_text())
             print(
                 f"{args.shape}, {size / 2**30:.1f} GiB of weights, {args.samples} x {args.seq_len} tokens, {name}: "
-                f"peak private memory {peak:.2f} GiB, stage {about['seconds']:.0f} s, whole command {seconds:.0f} s, "
+                f"peak private memory {peak:.2f} GiB, stage {record['seconds']:.0f} s, whole command {seconds:.0f} s, "
                 f"machine with {psutil.virtual_memory().total / 2**30:.0f} GiB"
             )
     finally:

@@ -1,4 +1,4 @@
-"""What `benchmarks/models.py` checks of one family, through the command that a user types."""
+"""The checks of one model family for `benchmarks/models.py`, through the command line."""
 
 import json
 import re
@@ -25,13 +25,13 @@ from tests import families
 from tests.engine import walking
 from tests.family_sizes import WIDTH
 
-CLOSE = 1e-5  # of logits and perplexities, relative
+CLOSE = 1e-5  # relative difference of logits and perplexities
 ROUTER = re.compile(r"(^|[.])(\w*router|gate|wg|\w*gating|shared_expert_gate)[.]", re.IGNORECASE)
-DOWN = re.compile(r"down|w2|output_linear|wo\b|c_proj|dense_4h")  # matrices whose outputs are as wide as the model
+DOWN = re.compile(r"down|w2|output_linear|wo\b|c_proj|dense_4h")  # matrices whose output width is the hidden size
 
 
 def check(name: str, work: Path) -> dict[str, Any]:
-    """The findings about a family by column; a finding begins with ok, refused, crash or WRONG. `work` is a fresh folder."""
+    """The findings by column; each begins with ok, refused, crash or WRONG. `work`: a new folder."""
     found: dict[str, Any] = {"family": name}
     try:
         families.save(name, work / "dense")
@@ -44,13 +44,13 @@ def check(name: str, work: Path) -> dict[str, Any]:
 
 
 class Checks:
-    """The checks of the family whose dense model is in `work`/dense."""
+    """The checks of the model in `work`/dense."""
 
     def __init__(self, work: Path) -> None:
         self.work, self.dense, self.run = work, work / "dense", work / "whole/run"
         self.command = Command(work)
         self.walked: list[LayerWalk] = []
-        self.seen: dict[int, list[list[Tensor]]] = {}  # inputs of each block while it was pruned, by batch
+        self.seen: dict[int, list[list[Tensor]]] = {}  # the inputs of each block during pruning, by batch
         self.trained: list[nn.Module] = []
         self._record_calls()
 
@@ -87,13 +87,13 @@ class Checks:
         return found
 
     def loaded(self, folder: Path) -> dict[str, Tensor]:
-        """All that is saved of a model, each shared weight under the first of its names."""
+        """The saved state of a model, with each shared weight only under its first name."""
         model = loading.load(folder, Recipe())
         once = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
         return {name: tensor for name, tensor in model.state_dict().items() if name in once}
 
     def coverage(self) -> float:
-        """The share of the weights in the matrices of the blocks that is pruned."""
+        """The share of the weights in the blocks' matrices that have a mask."""
         model = loading.load(self.dense, Recipe())
         inside = {
             id(parameter): parameter.numel()
@@ -104,8 +104,8 @@ class Checks:
         return sum(mask.weights for mask in self.masks.packed.values()) / max(1, sum(inside.values()))
 
     def exact(self) -> str:
-        """Each masked matrix is 2 of 4 along its inputs, no router is masked, and nothing else has changed by a bit."""
-        with_experts = any("expert" in name for name in self.before)  # Gemma 3n has a router of another kind
+        """Each masked matrix is 2 of 4 along its inputs, no router is masked, and all other bits are unchanged."""
+        with_experts = any("expert" in name for name in self.before)  # Gemma 3n has another kind of router
         wrong = [f"{name} is a router" for name in self.masks if with_experts and ROUTER.search(name)]
         if self.before.keys() != self.after.keys():
             return f"WRONG: {sorted(self.before.keys() ^ self.after.keys())[0]} is in one model only"
@@ -128,13 +128,13 @@ class Checks:
         return f"WRONG: {wrong[0]} ({len(wrong)} in all)" if wrong else "ok"
 
     def inputs_first(self, name: str, weight: Tensor) -> bool:
-        """Of a Linear and a Conv1D the masks say it; an expert's widths do, independently of them."""
+        """Whether a matrix is stored as (in, out): from the masks, or for experts independently from their widths."""
         if not name.endswith("]") or weight.shape[0] == weight.shape[1]:
             return self.masks.packed[name].transposed
         return weight.shape[1] == WIDTH if DOWN.search(name) else weight.shape[0] == WIDTH
 
     def walk(self) -> str:
-        """Block by block is the whole model, over several batches, one of them of another length."""
+        """Block by block equals the model on several batches, one of them with another length."""
         model = by_class(self.dense)[0]
         together = walking.difference(model, [*self.batches[:3], families.text(1, 24)])
         if not together:
@@ -143,7 +143,7 @@ class Checks:
         return f"WRONG: {together}" + ("" if any(alone) else " (not with one batch at a time)")
 
     def reload(self) -> str:
-        """The folder loads as a plain model, under the names that its input had, and it is the model that the walk saw."""
+        """The folder loads with transformers, has the input's tensor names, and is the model of the walk."""
         model, problem = by_class(self.run / "prune/model")
         if problem := problem or self.other_names(self.run / "prune/model"):
             return f"WRONG: {problem}"
@@ -152,11 +152,13 @@ class Checks:
             for index, by_batch in self.seen.items():
                 pairs = list(zip(by_batch[i], calls.get(index, ())))
                 if len(pairs) != len(by_batch[i]) or len(pairs) != len(calls[index]):
-                    return f"WRONG: block {index} is given {len(calls.get(index, ()))} tensors, {len(by_batch[i])} when pruned"
+                    return (
+                        f"WRONG: block {index} gets {len(calls.get(index, ()))} tensors, {len(by_batch[i])} when pruned"
+                    )
                 for one, other in pairs:
-                    # not to the bit: a product may depend on how the weights are aligned in memory, as in a file's view
+                    # not bitwise: products may depend on the alignment of the weights in memory
                     if not walking.same(one, other) and not walking.relative(one, other) <= CLOSE:
-                        return f"WRONG: block {index} is not given what it was when pruned: {walking.apart(one, other)}"
+                        return f"WRONG: block {index} gets other inputs than when pruned: {walking.apart(one, other)}"
         return "ok"
 
     def other_names(self, folder: Path) -> str:
@@ -181,7 +183,7 @@ class Checks:
 
     @torch.no_grad()
     def finetuned(self, method: str) -> str:
-        """Three steps leave a model that is exactly as sparse and computes what the trained model in memory does."""
+        """After three steps the saved model is exactly as sparse and computes what the trained model in memory does."""
         verdict, _ = self.command.typed(self.run, "stages=[prune,finetune]", f"finetune.method={method}")
         if verdict != "ok":
             return verdict
@@ -194,12 +196,12 @@ class Checks:
             return f"WRONG: {violations[0].name} has {violations[0].count} pruned weights that are not zero"
         logits = [own(input_ids=self.batches[0], use_cache=False).logits for own in (model, memory)]
         if not walking.relative(*logits) <= CLOSE:
-            return f"WRONG: its logits are not those of the trained model: {walking.apart(*logits)}"
+            return f"WRONG: its logits differ from the trained model's: {walking.apart(*logits)}"
         idle = {generic(n) for n in self.masks if torch.equal(matrix(self.after, n), matrix(after, n))}
         return "ok" + (f" (no gradient: {', '.join(sorted(idle))})" if idle else "")
 
     def stream(self) -> str:
-        """Perplexity layer by layer is that of the whole model, dense and pruned."""
+        """The perplexity layer by layer equals that of the whole model, dense and pruned."""
         values = []
         for placement in ("whole", "stream"):
             # measurements are cached next to a run, so each gets its own folder
@@ -218,7 +220,7 @@ class Checks:
 
 
 def by_class(folder: Path) -> tuple[nn.Module, str]:
-    """The model by plain `from_pretrained` of the class in its config, and what its files lack or have too much."""
+    """The model by `from_pretrained` of the class in its config, and the missing and unexpected tensors of its files."""
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
     model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
     wrong = [f"{kind} {sorted(map(str, keys))[0]} ({len(keys)} in all)" for kind, keys in info.items() if keys]
@@ -239,7 +241,7 @@ def matrix(state: dict[str, Tensor], name: str) -> Tensor:
 
 
 def stays_dense(run: Path) -> dict[str, list[str]]:
-    """What the run says stays dense: the names, without numbers, by reason."""
+    """The dense matrices that the run reports: generic names by reason."""
     found: dict[str, list[str]] = {}
     for row in series.read(run / "prune/coverage.csv"):
         if row["reason"] != coverage.PRUNED:
@@ -248,5 +250,5 @@ def stays_dense(run: Path) -> dict[str, list[str]]:
 
 
 def generic(name: str) -> str:
-    """A name of any layer and expert, such as model.layers.*.mlp.experts.down_proj[*]."""
+    """The name without numbers of layers and experts, such as model.layers.*.mlp.experts.down_proj[*]."""
     return re.sub(r"(?<=[.[])\d+(?=[].]|$)", "*", name)

@@ -1,4 +1,4 @@
-"""The command as a user types it, in this process, with what became of it."""
+"""Runs the command in this process and classifies its outcome."""
 
 import contextlib
 import io
@@ -29,7 +29,7 @@ QUICK = (
 
 
 class Command:
-    """Runs of a few seconds on the model in `work`/dense, with random text that it writes there."""
+    """Runs of a few seconds on the model in `work`/dense, with random text, which is written there."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
@@ -46,7 +46,7 @@ class Command:
         ]
 
     def typed(self, run_dir: Path, *settings: str) -> tuple[str, str]:
-        """What became of it (ok; refused or crash, with the line that the user sees), and what it printed."""
+        """The outcome (ok, or refused or crash with the message), and the output."""
         sys.argv = ["launch.py", *self.settings, f"run_dir={run_dir}", *settings]
         with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()) as error:
             code = launch.main()
@@ -54,12 +54,12 @@ class Command:
             return "ok", said.getvalue()
         lines = [line for line in error.getvalue().splitlines() if line.startswith("espalier: ")]
         line = " / ".join(lines).replace("espalier: ", "").replace(str(self.work), "WORK")
-        kind = "crash" if "a fault of Espalier" in line else "refused"
+        kind = "crash" if "a bug in Espalier" in line else "refused"
         return f"{kind}: {line}{where(run_dir / 'traceback-0.txt')}", said.getvalue()
 
 
 def where(trace: Path) -> str:
-    """The place of a fault: the last line of ours, and the last of all. Removes the file."""
+    """The place of a crash: the last line of our code, and the last line of all. Removes the file."""
     if not trace.exists():
         return ""
     found = re.findall(r'File "([^"]+)", line (\d+)', trace.read_text())

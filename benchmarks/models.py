@@ -1,10 +1,10 @@
-"""Tries every family of causal language models that transformers has, as a tiny random model, and writes MODELS.md.
+"""Tests every family of causal language models in transformers as a tiny random model, and writes MODELS.md.
 
     python benchmarks/models.py [--jobs 2] [--json FILE] [FAMILY ...]     # 15 minutes for all of them on two cores
 
-A family is a model type (llama), a variant (gemma4_text:moe) or a whole multimodal checkpoint (gemma3:whole), see
-`tests/families.py`. With families on the command line only those are tried, and MODELS.md stays as it is. What is checked:
-`benchmarks/model_checks.py`. Each family runs in a process forked from this one, which spares it the seconds of imports.
+A family is a model type (llama), a variant (gemma4_text:moe) or a multimodal checkpoint (gemma3:whole), see
+`tests/families.py`. With families on the command line only those are tested, and MODELS.md is not written. The checks are in
+`benchmarks/model_checks.py`. Each family runs in a process forked from this one, which saves the seconds of imports.
 """
 
 import argparse
@@ -38,21 +38,21 @@ from tests.families import FAMILIES
 
 VERDICTS = ("right", "refused", "wrong", "crash", "unbuilt")
 COLUMNS = ("prune", "exact", "walk", "reload", "lora", "full", "stream")
-LITTLE = 0.6  # a family of which less is pruned is marked
+LITTLE = 0.6  # families with a smaller share of pruned weights are marked
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="FAMILY")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="where all that was found goes")
+    parser.add_argument("--json", type=Path, help="file for all findings")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for a family")
     asked = parser.parse_args()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    # the command would take all cores, which is slow for such small models
+    # the command would use all cores, which is slow for such small models
     torch.set_num_threads = lambda count: None
-    gc.freeze()  # the command collects garbage often, and should not look through the imports each time
+    gc.freeze()  # so that the command's garbage collections skip the imported modules
     with tempfile.TemporaryDirectory() as work:
         results = try_all(asked.families or list(FAMILIES), Path(work), asked.jobs, asked.timeout)
     counts = Counter(result["verdict"] for result in results)
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def try_all(names: list[str], work: Path, jobs: int, timeout: float) -> list[dict[str, Any]]:
-    """What was found of each family, in their order; says a line as each is done."""
+    """The findings of each family, in order; prints a line when one is done."""
     found, waiting, running = {}, list(names), {}
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -95,7 +95,7 @@ def try_all(names: list[str], work: Path, jobs: int, timeout: float) -> list[dic
 
 
 def try_one(name: str, folder: Path) -> None:
-    """In a process of its own, what it says goes to a file."""
+    """Checks a family in a forked process, with its output in a file."""
     folder.mkdir()
     with open(folder / "log", "w") as log:
         os.dup2(log.fileno(), 1)
@@ -104,7 +104,7 @@ def try_one(name: str, folder: Path) -> None:
         found = check(name, folder)
     except Exception:
         found = crashed(name, f"of the benchmark itself: {traceback.format_exc()[-800:]}")
-    found["seconds"] = round(time.process_time(), 1)  # of the CPU: other work on the machine does not count
+    found["seconds"] = round(time.process_time(), 1)  # CPU time, so that other work on the machine does not count
     folder.with_suffix(".json").write_text(json.dumps(found))
 
 
@@ -140,27 +140,27 @@ def page(results: list[dict[str, Any]], command: str) -> str:
     libraries = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "peft"))
     built = [result for result in results if result["verdict"] != "unbuilt"]
     lines = [
-        "# Which models it works on",
+        "# Tested models",
         "",
-        f"{len(results)} tried, {len(built)} build: "
+        f"{len(results)} tested, {len(built)} can be built: "
         + ", ".join(f"**{counts[verdict]} {verdict}**" for verdict in VERDICTS if verdict != "unbuilt")
         + ".",
         "",
-        f"Each as a tiny random model, pruned to 2:4 and trained by the command. `{command}`, {date.today()}, {libraries}, "
+        f"Each is a tiny random model, pruned to 2:4 and fine-tuned by the command. `{command}`, {date.today()}, {libraries}, "
         f"Python {platform.python_version()}, {sum(result['seconds'] for result in results):.0f} s of one core.",
         "",
-        "- **right**: every check held. **refused**: one line says why. **wrong**: silently. **crash**: a fault of Espalier.",
-        "- pruned: the share of the weights in the matrices of the layers; and what the run said stays dense.",
-        "- walk: layer by layer is the model's own forward to the bit; masked matrices are exactly 2 of 4, all else unchanged.",
-        "- reload: by plain `from_pretrained`, under the names that the input's files had, as the model that pruning saw.",
-        "- LoRA, full: three steps, exactly sparse, and the files compute what the trained model did.",
-        "- stream: perplexity layer by layer is that of the whole model.",
+        "- **right**: all checks passed. **refused**: with a reason. **wrong**: silently. **crash**: a bug in Espalier.",
+        "- pruned: the share of the weights in the layers' matrices; stays dense: as the run reports it.",
+        "- walk: layer by layer equals the model's own forward bitwise; masked matrices are exactly 2 of 4, others unchanged.",
+        "- reload: with `from_pretrained`, with the input's tensor names, and equal to the model during pruning.",
+        "- LoRA, full: three steps, exactly sparse, and the files compute what the trained model does.",
+        "- stream: the perplexity layer by layer equals that of the whole model.",
         "",
         "| family | verdict | pruned | stays dense | walk | reload | LoRA | full | stream | s |",
         "| --- | --- | ---: | --- | --- | --- | --- | --- | --- | ---: |",
     ]
     lines += [row(result) for result in built]
-    lines += ["", "Not built, as transformers gives them here:", "", "| family | why |", "| --- | --- |"]
+    lines += ["", "Not built, with transformers' error:", "", "| family | why |", "| --- | --- |"]
     lines += [f"| {r['family']} | {escaped(r['builds'])} |" for r in results if r["verdict"] == "unbuilt"]
     return "\n".join(lines) + "\n"
 

@@ -1,5 +1,5 @@
-"""Two machines simulated by two launches on this one: the same masks and numbers as one process gives; and when one of
-them is cut off, the other ends with a message, and the same command goes on.
+"""Simulates two machines by two launches on this one. Masks and numbers must equal those of one process. When one machine is
+cut off, the other must end with a message, and the same command must resume.
 
     python benchmarks/nodes.py --work DIR
 """
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def launch(run_dir: Path, launcher: str, each: int, settings: tuple[str, ...]) -> list[subprocess.Popen]:
-    """Two launches that find each other over loopback, each as on a machine of its own."""
+    """Two launches that connect over loopback, as on two machines."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -78,18 +78,18 @@ def finish(run_dir: Path, launcher: str, each: int, settings: tuple[str, ...]) -
 def cut_off(
     run_dir: Path, launcher: str, each: int, settings: tuple[str, ...], number: signal.Signals, node: int
 ) -> tuple[float, str]:
-    """Sends all processes of a node a signal in the middle of the training: how long the other lives, and what it says."""
+    """Sends a signal to all processes of a node during training; returns the seconds until the other ends, and its message."""
     running = launch(run_dir, launcher, each, settings)
     while not list(run_dir.glob(".finetune/checkpoints/*.ckpt")):
         time.sleep(0.02)
     root = psutil.Process(running[node].pid)
-    gone = [root, *root.children(recursive=True)]
-    for process in gone:
+    tree = [root, *root.children(recursive=True)]
+    for process in tree:
         os.kill(process.pid, number)
     started = time.monotonic()
     running[1 - node].wait()
     seconds = time.monotonic() - started
-    for process in gone:
+    for process in tree:
         if process.is_running():
             process.kill()
     running[node].wait()
@@ -100,7 +100,7 @@ def cut_off(
 def compare(run_dir: Path, alone: Path) -> str:
     mine, theirs = (json.loads((run / "evaluate/results.json").read_text())["models"] for run in (run_dir, alone))
     masks = [(run / "prune/masks.safetensors").read_bytes() for run in (run_dir, alone)]
-    # what was fine-tuned in another order of sums is another model in its last digits
+    # the fine-tuned models differ in their last digits, because sums have another order
     same = {name: mine[name] == theirs[name] for name in ("dense", "pruned")}
     losses = [losses_of(run) for run in (run_dir, alone)]
     apart = max(abs(a - b) for a, b in zip(*losses, strict=True))

@@ -1,10 +1,10 @@
-"""Times the prune stage against the textbook's way of computing, in one run, alternating.
+"""Times the prune stage against the textbook implementation, alternating in one run.
 
     python benchmarks/prune.py                       # a Llama of about 170M parameters, 32 x 512 tokens
     python benchmarks/prune.py --methods wanda --dtypes float32 --repeats 5
     python benchmarks/prune.py --shape 7b --samples 128 --seq-len 2048 --only-ours   # on a GPU
 
-Prints medians, ratios (textbook / ours) and whether the masks are equal. `tests/textbook.py` is the plain version.
+Prints medians and ratios (textbook / ours). The textbook implementation is `tests/textbook.py`.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def build(shape: str, dtype: torch.dtype) -> LlamaForCausalLM:
 
 
 class Clock:
-    """Seconds spent in the parts that are not a forward pass, and in selecting masks."""
+    """Sums the seconds spent in the functions that `around` wraps."""
 
     def __init__(self) -> None:
         self.total = 0.0
@@ -83,8 +83,10 @@ def ours(model, windows, method: str, pattern: str, batch_size: int) -> dict[str
         started = time.perf_counter()
         run_layerwise(walk, ending.around(BlockPruner(chosen)), [writer])
         wait()
-        seconds = time.perf_counter() - started - writing.total  # the textbook writes nothing
-    pruning = ending.total - passing.total + observing.total  # all but the forward passes, in which inputs are observed
+        seconds = time.perf_counter() - started - writing.total  # the textbook implementation writes no files
+    pruning = (
+        ending.total - passing.total + observing.total
+    )  # without the forward passes, but with the observers that run in them
     return {"stage": seconds, "pruning": pruning, "writing": writing.total}
 
 
@@ -108,7 +110,7 @@ def plain(model, windows, method: str, pattern: str) -> dict[str, float]:
 
 
 def selecting(shape: str, pattern: Pattern, repeats: int) -> tuple[float, float]:
-    """Median seconds to select one layer's masks: textbook, ours."""
+    """Median seconds to select one layer's masks: (textbook, ours)."""
     model = build(shape, torch.float32) if shape == "170m" else None
     weights = [matrix.weight_OI for name, matrix in matrices_of(model).items() if ".layers.0." in name]
     scores = [weight.abs() * torch.rand(1, weight.shape[1], device=weight.device) for weight in weights]
@@ -117,15 +119,15 @@ def selecting(shape: str, pattern: Pattern, repeats: int) -> tuple[float, float]
         lambda: [textbook.to_prune("wanda", score, norm, pattern) for score in scores],
         lambda: [pattern.select(score) for score in scores],
     ]
-    assert all(torch.equal(~gone, kept) for gone, kept in zip(ways[0](), ways[1]()))
+    assert all(torch.equal(~pruned, kept) for pruned, kept in zip(ways[0](), ways[1]()))
     times = [[], []]
     for _ in range(repeats):
-        for way, found in zip(ways, times):
+        for way, seconds in zip(ways, times):
             wait()
             started = time.perf_counter()
             way()
             wait()
-            found.append(time.perf_counter() - started)
+            seconds.append(time.perf_counter() - started)
     return statistics.median(times[0]), statistics.median(times[1])
 
 
@@ -164,7 +166,7 @@ def compare(args, method: str, pattern: str, dtype: str) -> None:
     windows = torch.randint(0, 32000, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0))
     windows = windows.to(processes.device())
     new, old = [], []
-    # kernels are chosen at the first call
+    # a first call warms up: it chooses the kernels
     ours(build(args.shape, getattr(torch, dtype)), windows[:1], method, pattern, 1)
     for _ in range(args.repeats):
         new.append(ours(build(args.shape, getattr(torch, dtype)), windows, method, pattern, args.batch_size))

@@ -1,15 +1,15 @@
-"""Prunes a real model of 135M parameters in many ways, recovers it, and prints the tables of RESULTS.md.
+"""Prunes a real model of 135M parameters with many methods, recovers it, and prints the tables of RESULTS.md.
 
     python benchmarks/real.py --model ./smollm2 --mirror ./hub --work ./work              # hours on two cores
     python benchmarks/real.py ... --part methods --only wanda_2of4 wanda_0.5 --samples 32
-    python benchmarks/real.py ... --only none                                             # the tables of what there is
+    python benchmarks/real.py ... --only none                                             # only the tables of finished rows
 
-Each row is an ordinary command in a run folder of its own, `<work>/<row>`, and is printed before it is run; the same command
-again runs only what is missing. A row that begins with another's finished stages has them linked into its folder.
+Each row is an ordinary command in its own run folder, `<work>/<row>`, and is printed before it runs; the same command
+resumes. A row that continues another row's finished stages has them linked into its folder.
 
-The mirror holds WikiText-2: the tokenised validation split, for calibration and training, and the raw test split, of which
-the first 32 windows of 1,024 tokens are measured and nothing is trained. CPU minutes are of all threads, halved: what the
-stage takes on two idle cores.
+The mirror holds WikiText-2: the tokenised validation split for calibration and training, and the raw test split, of which the
+first 32 windows of 1,024 tokens are measured. CPU minutes are the sum over all threads, halved: the time of the stage on two
+idle cores.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VALIDATION = "wikitext2:wikitext-2-v1@validation"
 TASKS = ("arc_easy", "arc_challenge", "openbookqa")
 PATTERNS = ("2of4", "0.5", "4of8")
-SCORED = ("wanda", "sparsegpt", "longer", "recovered")  # whose tasks are measured as well
+SCORED = ("wanda", "sparsegpt", "longer", "recovered")  # rows with zero-shot tasks
 METHODS = {
     "wanda": (),
     "magnitude": ("prune.method=magnitude",),
@@ -43,7 +43,7 @@ SELF = ("calibration.dataset=self",)
 FULL = ("finetune.method=full", "finetune.lr=4e-4")
 DISTILL = ("finetune.distill=0.5",)
 STEPS = ("finetune.max_steps=140",)
-RECONSTRUCT = (  # 56 steps of 512 tokens in an epoch, 8 more batches judge
+RECONSTRUCT = (  # 56 steps of 512 tokens per epoch; 8 more batches are held out
     *("reconstruct.dataset={text}", "reconstruct.samples=128", "reconstruct.seq_len=256", "reconstruct.batch_size=2"),
     *("reconstruct.accumulate=1", "reconstruct.epochs=2", "reconstruct.lr=0.015"),
 )
@@ -60,17 +60,17 @@ RECOVERY = {
 @dataclass(frozen=True)
 class Row:
     part: str
-    name: str  # of its folder
+    name: str  # its folder
     method: str
     pattern: str
     settings: tuple[str, ...]
     stages: str = "prune"
-    after: str | None = None  # the row whose finished stages it takes over
+    after: str | None = None  # the row whose finished stages it continues
     taken: tuple[str, ...] = field(default=())
 
 
 def rows() -> list[Row]:
-    """The most telling first: where time runs out, what is there makes a table."""
+    """All rows, the most important first, so that an interrupted benchmark has a useful table."""
     found = []
     for method, settings in METHODS.items():
         for pattern in PATTERNS:
@@ -117,13 +117,13 @@ def command(row: Row, args: argparse.Namespace) -> list[str]:
         "evaluate.limit": args.limit if scored else "null",
     }
     own = [setting.format(text=text) for setting in row.settings]
-    given = {setting.partition("=")[0] for setting in own}
-    return ["launch.py", *(f"{key}={value}" for key, value in common.items() if key not in given), *own]
+    overridden = {setting.partition("=")[0] for setting in own}
+    return ["launch.py", *(f"{key}={value}" for key, value in common.items() if key not in overridden), *own]
 
 
 def write_text(mirror: Path, path: Path) -> None:
-    """WikiText-2's validation split, an article a row. Without its <unk>, 13% of all tokens here, which the raw test split has
-    not: what they teach is not wanted. Else rows would be single paragraphs, and half of them empty."""
+    """Writes WikiText-2's validation split with one article per row; the original rows are paragraphs, half of them empty.
+    Removes <unk>, which is 13% of the tokens here and does not occur in the raw test split."""
     folder = mirror / "Salesforce" / "wikitext" / "wikitext-2-v1"
     lines = [
         line
@@ -158,14 +158,14 @@ def results(row: Row, args: argparse.Namespace) -> dict | None:
 
 
 def minutes(row: Row, args: argparse.Namespace, stages: str) -> str:
-    about = [
+    records = [
         json.loads((args.work / row.name / stage / "stage.json").read_text()) for stage in stages.split(",") if stage
     ]
-    return " + ".join(f"{stage['cpu_seconds'] / 120:.1f}" for stage in about)
+    return " + ".join(f"{stage['cpu_seconds'] / 120:.1f}" for stage in records)
 
 
 def cells(model: dict, dense: dict, pruned: dict) -> list[str]:
-    """Perplexity, the share of the lost log-perplexity that was recovered, and the tasks."""
+    """Perplexity, the recovered share of the lost log-perplexity, and the tasks."""
     value, error = model["perplexity"]["wikitext2"], model["perplexity_stderr"]["wikitext2"]
     lost = [math.log(it["perplexity"]["wikitext2"]) for it in (pruned, model, dense)]
     share = "" if model in (dense, pruned) else f"{(lost[0] - lost[1]) / (lost[0] - lost[2]):.0%}"
@@ -198,8 +198,8 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--part", nargs="+", default=["methods", "self", "recovery"])
     parser.add_argument("--only", nargs="+", help="names of rows, such as wanda_2of4")
-    parser.add_argument("--samples", type=int, default=128, help="of 1,024 tokens, to calibrate by")
-    parser.add_argument("--limit", type=int, default=0, help="questions of each task; 0: no tasks")
+    parser.add_argument("--samples", type=int, default=128, help="calibration samples of 1,024 tokens")
+    parser.add_argument("--limit", type=int, default=0, help="questions per task; 0: no tasks")
     args = parser.parse_args()
     args.model, args.mirror, args.work = (it.resolve() for it in (args.model, args.mirror, args.work))
     args.work.mkdir(parents=True, exist_ok=True)

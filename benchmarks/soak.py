@@ -1,4 +1,4 @@
-"""Nine runs back to back in one process: neither memory nor open files may grow from run to run.
+"""Nine consecutive runs in one process: memory and open files must not grow from run to run.
 
 python benchmarks/soak.py --work DIR
 """

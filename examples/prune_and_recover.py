@@ -1,13 +1,13 @@
-"""Prunes a language model in memory, trains it back, and measures it before and after. Runs offline on a laptop.
+"""Prunes a language model in memory, fine-tunes it, and measures it before and after. Runs offline on a laptop.
 
-python prune_and_recover.py                        # a tiny Llama, trained here first: about two minutes
-python prune_and_recover.py --model Qwen/Qwen3-0.6B --text wikitext2    # a real one; a GPU helps
+python prune_and_recover.py                        # a tiny Llama, which it first trains: about two minutes
+python prune_and_recover.py --model Qwen/Qwen3-0.6B --text wikitext2    # a real model; a GPU helps
 """
 
 import argparse
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import espalier
 
@@ -15,27 +15,20 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--model", help="hub id or folder; without it, a tiny model is trained")
 parser.add_argument("--text", default="world", help="data set to calibrate, train and measure on, such as wikitext2")
 parser.add_argument(
-    "--steps", type=int, default=200, help="of fine-tuning; the tiny model is trained ten times as long"
+    "--steps", type=int, default=200, help="fine-tuning steps; the tiny model is trained ten times as long"
 )
-chosen = parser.parse_args()
+options = parser.parse_args()
 
 
 def train_tiny_model(steps: int):
-    """A Llama of 0.1 million weights that has learnt the small world of `espalier recipe=tiny`."""
+    """Trains a Llama of 0.1 million weights on the generated world of `espalier recipe=tiny`."""
     from pipeline.data import world
+    from pipeline.settings.schema import Pretrain
+    from pipeline.stages import pretrain
 
     tokenizer = world.tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=48,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        initializer_range=0.1,
-    )
-    model = LlamaForCausalLM(config)
+    sizes = Pretrain(hidden_size=48, intermediate_size=128, layers=2, heads=2, kv_heads=1)
+    model = LlamaForCausalLM(pretrain.configuration(sizes, tokenizer))
     stream = torch.tensor([token for ids in tokenizer(world.documents("train")).input_ids for token in ids])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -50,33 +43,42 @@ def train_tiny_model(steps: int):
 
 
 torch.manual_seed(0)
-if chosen.model:
-    model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(chosen.model)
+if options.model:
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
 else:
-    model, tokenizer = train_tiny_model(10 * chosen.steps)
+    model, tokenizer = train_tiny_model(10 * options.steps)
 
 
 def perplexity() -> float:
-    found = espalier.evaluate(model, tokenizer, perplexity=[chosen.text], seq_len=128)
-    return found["perplexity"][chosen.text]
+    results = espalier.evaluate(model, tokenizer, perplexity=[options.text], seq_len=128)
+    return results["perplexity"][options.text]
 
 
 dense = perplexity()
 
-# in place: `model` is the pruned model now; two of each four weights are zero, chosen by what flows through each layer
+# in place: `model` is now pruned, and two of every four weights are zero
 masks = espalier.prune(
-    model, tokenizer, method="wanda", sparsity="2:4", calibration=chosen.text, samples=64, seq_len=128, batch_size=8
+    model, tokenizer, method="wanda", sparsity="2:4", calibration=options.text, samples=64, seq_len=128, batch_size=8
 )
 pruned = perplexity()
 
-# a LoRA under the masks, merged at the end: as sparse as before, to the weight
+# a LoRA that keeps the masks, merged at the end
 espalier.finetune(
-    model, masks, chosen.text, tokenizer, method="lora", max_steps=chosen.steps, seq_len=128, lr=3e-3, rank=16, alpha=32
+    model,
+    masks,
+    options.text,
+    tokenizer,
+    method="lora",
+    max_steps=options.steps,
+    seq_len=128,
+    lr=3e-3,
+    rank=16,
+    alpha=32,
 )
 recovered = perplexity()
-kept = espalier.verify(model, masks)
+counts = espalier.verify(model, masks)
 
 print(f"\nperplexity: {dense:.2f} dense, {pruned:.2f} pruned, {recovered:.2f} recovered")
-print(f"{kept['sparsity']:.1%} of the weights in {kept['matrices']} matrices are zero, exactly those of the masks")
-# to keep them: masks.save("masks.safetensors"); model.save_pretrained("pruned"); tokenizer.save_pretrained("pruned")
+print(f"{counts['sparsity']:.1%} of the weights in {counts['matrices']} matrices are zero, as in the masks")
+# to save: masks.save("masks.safetensors"); model.save_pretrained("pruned"); tokenizer.save_pretrained("pruned")

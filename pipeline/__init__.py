@@ -1,6 +1,6 @@
-"""The stages of Espalier and what they are made of.
+"""The pipeline of Espalier.
 
-The terminal is left to what the user asked for: here the libraries are told to speak of errors only.
+Silences progress bars, warnings and info messages of the libraries.
 """
 
 import logging
@@ -10,8 +10,8 @@ import warnings
 for variable in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
     os.environ.setdefault(variable, "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at each fork of a data loader
-# lightning sets the level of its own root loggers when it is imported, so the ones below are named
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise a warning at each fork of a data loader
+# by name, because lightning sets the level of its root loggers on import
 for name in (
     "bitsandbytes",
     "datasets",

@@ -1,4 +1,4 @@
-"""No test goes to the hub: what is not here is answered at once, as where there is no network."""
+"""The tests run offline: missing data fails at once instead of waiting for the hub."""
 
 import os
 

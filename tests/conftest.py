@@ -1,12 +1,12 @@
-"""What several tests share: tiny real models, and the command as a user types it."""
+"""Shared fixtures: tiny real models, and the command as a user runs it."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-# for the commands that tests start as well: models this small gain nothing from more threads, and threads that spin while
-# they wait take the cores from the tests beside; before torch is imported
+# Set before torch is imported, also for the processes that tests start: models this small gain nothing from more threads, and
+# waiting threads spin and slow down the other tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -24,7 +24,7 @@ SHARED = ROOT.parent / "shared"
 
 @pytest.fixture(scope="session")
 def stories() -> Path:
-    """A real trained Llama of 260K parameters, where there is one."""
+    """A real trained Llama of 260K parameters; skips the test if it is absent."""
     folder = SHARED / "models" / "stories260k"
     if not folder.is_dir():
         pytest.skip("../shared is absent")
@@ -44,28 +44,25 @@ def tiny_llama(tmp_path_factory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
 
 
+def llama_config(vocabulary: int, **changes) -> LlamaConfig:
+    """A tiny Llama with grouped-query attention."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    return LlamaConfig(vocab_size=vocabulary, **sizes | changes)
+
+
 def make_tiny_llama(folder: Path) -> Path:
-    """The folder of a random Llama of three layers with grouped-query attention, and the world's tokenizer."""
+    """Saves a random Llama of three layers with grouped-query attention, and the world's tokenizer; returns the folder."""
     tokenizer = world.tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = llama_config(len(tokenizer), tie_word_embeddings=True, **ids)
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-# a run of seconds on `tiny_llama`; later settings override
+# a run of a few seconds on `tiny_llama`; later settings override
 QUICK = (
     "stages=[prune,finetune,evaluate,report]",
     "calibration.dataset=world",
@@ -96,7 +93,7 @@ def environment() -> dict[str, str]:
 
 
 def espalier(*settings: object, processes: int = 1, expect: int | None = 0) -> str:
-    """Types the command and returns what the user sees; `expect` is the exit code, None for any failure."""
+    """Runs the command in a subprocess and returns its output. `expect`: the exit code, None for any failure."""
     done = subprocess.run(
         command(*settings, processes=processes),
         cwd=ROOT,
@@ -114,7 +111,7 @@ PRUNE = (*QUICK, "stages=[prune]")
 
 
 def typing(usual, monkeypatch, capsys):
-    """The command in this process: its exit code, what it said on stdout, and its own lines on stderr."""
+    """A function that runs the command in this process: (exit code, stdout, our lines on stderr)."""
 
     def run(*settings) -> tuple[int, str, list[str]]:
         monkeypatch.setattr(sys, "argv", ["launch.py", *usual, *map(str, settings)])
@@ -132,7 +129,7 @@ def typed(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(typed):
-    """Types the command, and returns the one line that says why it failed."""
+    """Runs a command that must fail, and returns its one-line message."""
 
     def run(run_dir: Path, *settings) -> str:
         code, _, lines = typed(f"run_dir={run_dir}", *settings)
@@ -145,7 +142,7 @@ def refused(typed):
 
 @pytest.fixture
 def finishes(typed):
-    """Types the command, and returns the masks' file and what was said."""
+    """Runs a command that must succeed, and returns the content of the mask file and the output."""
 
     def run(run_dir: Path, *settings) -> tuple[bytes, str]:
         code, said, lines = typed(f"run_dir={run_dir}", *settings)
@@ -159,7 +156,7 @@ def finishes(typed):
 
 @pytest.fixture(scope="session")
 def whole_masks(tiny_llama, tmp_path_factory) -> bytes:
-    """Of a run that met no fault."""
+    """The mask file of a run without faults."""
     run_dir = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["launch.py", *PRUNE, f"model={tiny_llama}", f"run_dir={run_dir}"])

@@ -1,7 +1,7 @@
 """A tiny random model of every family of transformers: `tiny("gemma4_text")`.
 
-A family is a model type, such as `llama`; with a variant (`gemma4_text:moe`) where a family has kinds that differ; or with
-`:whole`, a multimodal checkpoint as it lies on the hub. All take text of tokens in `TEXT`, and are 64 wide.
+A family is a model type such as `llama`, with a variant (`gemma4_text:moe`) if its models differ in kind, or with `:whole` for
+a multimodal checkpoint as on the hub. All accept tokens in `TEXT` and have a hidden size of 64.
 """
 
 import re
@@ -22,8 +22,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tests.family_sizes import DEPTH, EXACTLY, LAYERS, SETTINGS, SIZES, TOKEN, VOCABULARY
 
-TEXT = (3, 480)  # below lie the special tokens, above the places of images and sounds
-TOO_LARGE = 60e6  # weights: a size that the rules below do not know
+TEXT = (3, 480)  # special tokens are below, image and audio placeholders above
+TOO_LARGE = 60e6  # weights: more means that the rules in family_sizes.py miss a size
 
 WHOLE = (
     "gemma3",
@@ -45,10 +45,10 @@ FAMILIES = (
 
 
 def tiny(name: str, **more: Any) -> nn.Module:
-    """The model of a family in float32 and evaluation mode, always the same; every parameter matters to what it gives.
-    `more` goes into its configuration.
+    """The model of a family in float32 and evaluation mode, deterministic; every parameter influences the output. `more` is
+    added to its configuration.
 
-    Raises what transformers raises where it cannot build one of these sizes: `gemma3n` needs timm, for example.
+    Raises transformers' error if it cannot build the model: `gemma3n` needs timm, for example.
     """
     auto = AutoModelForImageTextToText if name.endswith(":whole") else AutoModelForCausalLM
     small = configuration(name)
@@ -66,7 +66,7 @@ def tiny(name: str, **more: Any) -> nn.Module:
 
 
 def save(name: str, folder: Path) -> nn.Module:
-    """Writes the model of a family as a folder for `from_pretrained`, with a tokenizer of words "3", "4" and so on."""
+    """Saves the model of a family for `from_pretrained`, with a tokenizer of the words "3", "4" and so on."""
     model = tiny(name)
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({str(token): token for token in range(VOCABULARY)}, unk_token="3"))
@@ -87,19 +87,19 @@ def configuration(name: str) -> PreTrainedConfig:
     for field, value in SETTINGS.get(name, {}).items():
         nested = field.endswith("_config") and isinstance(fields.get(field), dict)
         fields[field] = fields[field] | value if nested else value
-    # what is None was not set, and may be worked out of the rest; without a rank DeepSeek's queries are not factored
+    # None means unset, and may be derived from other fields; without q_lora_rank DeepSeek's queries are not factored
     return kind(**{field: value for field, value in fields.items() if value is not None or field == "q_lora_rank"})
 
 
 def _shrunk(fields: dict[str, Any], layers: int, tokens: dict[str, int]) -> dict[str, Any]:
     depths = [value for field, value in fields.items() if DEPTH.fullmatch(field) and isinstance(value, int)]
-    # per_layer_config is made from the layers' types
+    # per_layer_config is derived from the layers' types
     fields = {field: value for field, value in fields.items() if field != "per_layer_config"}
     return {field: _small(field, value, layers, depths, tokens) for field, value in fields.items()}
 
 
 def _small(field: str, value: Any, layers: int, depths: list[int], tokens: dict[str, int]) -> Any:
-    """A field's value for a model of so many `layers`; `tokens` are the ids given so far to special tokens, by field."""
+    """A field's value for a model with `layers` layers. `tokens`: the ids assigned so far to special tokens, by field."""
     if isinstance(value, dict) and isinstance(value.get("model_type"), str):
         return _shrunk(value, 2 if re.search("vision|audio", field) else layers, tokens)
     if isinstance(value, list) and len(value) in depths:
@@ -117,7 +117,7 @@ def _small(field: str, value: Any, layers: int, depths: list[int], tokens: dict[
 
 
 def _kinds(values: list, layers: int) -> list:
-    """The settings of the first layers, and of the first layer of each kind that comes later."""
+    """The settings of the first layers, including the first layer of each later kind."""
     first = [i for i, value in enumerate(values) if value not in values[:i]]
     rest = [i for i in range(len(values)) if i not in first]
     return [values[i] for i in sorted((first + rest)[:layers])]
@@ -125,14 +125,14 @@ def _kinds(values: list, layers: int) -> list:
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> None:
-    """Gives each parameter, and each buffer that is saved, numbers that matter: a new model's norms, biases and gates are
-    ones and zeros. What a convolution or an embedding has is random as it is, and the decay of a state space is delicate."""
+    """Randomises all parameters and saved buffers, because a new model's norms, biases and gates are ones and zeros. Except
+    convolutions and embeddings, which are random already, and the sensitive decay of state space models."""
     saved = set(model.state_dict(keep_vars=True).values())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor not in saved or re.search(r"A_log|conv|embed|dt_bias", name):
             continue
         if not tensor.is_floating_point():
-            if "tid2eid" in name:  # the expert of each token, which is 0 in a new DeepSeek V4
+            if "tid2eid" in name:  # the expert of each token: all 0 in a new DeepSeek V4
                 tensor.copy_(torch.randint(0, 4, tensor.shape))
         elif tensor.dim() >= 2 and tensor.numel() > 64:
             tensor.copy_(torch.randn(tensor.shape) * 0.8 / tensor.shape[-1] ** 0.5)

@@ -1,11 +1,11 @@
-"""The sizes of tiny models: rules by the names that configurations use, and what single families need beside them."""
+"""The sizes of tiny models: rules by the names of configuration fields, and settings of single families."""
 
 import re
 from typing import Any
 
 VOCABULARY, LAYERS, WIDTH = 512, 4, 64
 
-# Sizes by the names of a configuration's fields, of which the first that matches holds. A size of 0 (off) stays 0.
+# Sizes by the names of configuration fields; the first match counts. A size of 0 (off) stays 0.
 SIZES = {
     r"(unpadded_|decoder_)?vocab_size(_per_layer_input)?": VOCABULARY,
     r"hidden_size|d_model|n_embd|emb_dim|embedding_(dim|size)|(in|out)put_embedding_size|word_embed_proj_dim|lru_width": WIDTH,
@@ -58,7 +58,7 @@ QWEN_4 = {
     "eos_token_id": 2,
 }
 VISION = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
-# What the rules do not know: settings that belong together, and those of a variant.
+# Exceptions to the rules: settings that belong together, and those of variants.
 SETTINGS: dict[str, dict[str, Any]] = {
     "axk1": LATENT,
     "axk2": LATENT | EVERY_HEAD,
@@ -133,7 +133,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": QWEN_4},
     "qwen4_exp_text": QWEN_4,
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "reformer": {  # without a seed it hashes anew in each forward
+    "reformer": {  # without a seed it hashes differently in each forward
         "hash_seed": 0,
         "is_decoder": True,
         "num_hidden_layers": 2,

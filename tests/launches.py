@@ -1,4 +1,4 @@
-"""Starts the command in processes forked from this one: all is real but for the launcher and the seconds of imports."""
+"""Starts the command in forked processes: as with a launcher, without the seconds of imports."""
 
 import multiprocessing
 import os
@@ -21,9 +21,9 @@ FORK = multiprocessing.get_context("fork")
 def fork(
     settings: tuple, log: Path, of: int = 1, nodes: int = 1, work: Callable[[int], None] | None = None
 ) -> list[BaseProcess]:
-    """The ranks of a launch, `nodes` machines of them; each adds what it says to `log/<rank>.txt`.
+    """Starts the ranks of a launch on `nodes` pretended machines; each appends its output to `log/<rank>.txt`.
 
-    `work(rank)`, if given, is done in place of the stages.
+    `work(rank)`, if given, runs instead of the stages.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -36,7 +36,7 @@ def fork(
 
 
 def end(running: list[BaseProcess], timeout: float | None = None) -> list[int]:
-    """Waits for all; their exit codes."""
+    """Waits for all processes; returns their exit codes."""
     for process in running:
         process.join(timeout)
     return [process.exitcode for process in running]

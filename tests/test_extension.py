@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md shows works: an algorithm is one file of the user's, a stage is two files."""
+"""The examples of CONTRIBUTING.md work: an algorithm is one user file, a stage is two files."""
 
 import ast
 import json
@@ -32,7 +32,7 @@ def snippet(says: str) -> str:
 
 
 def own_files(folder: Path, *keys: str) -> list[str]:
-    """The settings of the given keys, each a file of the user's in `folder`."""
+    """Writes a user file for each key to `folder`; returns the settings."""
     for key in keys:
         (folder / f"my_{key}.py").write_text(snippet(f"({BASES[key]})"))
     return [f"{key}={folder}/my_{key}.py" for key in keys]
@@ -40,7 +40,7 @@ def own_files(folder: Path, *keys: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(tiny_llama, tmp_path_factory) -> Path:
-    """Two finished runs by the user's own files, which are gone, and their comparison."""
+    """Two finished runs with user files that have been removed, and their comparison."""
     folder = tmp_path_factory.mktemp("own")
     usual = (*QUICK, f"model={tiny_llama}", "evaluate.continuations=0")
     a = own_files(folder, "prune.method", "prune.sparsity", "finetune.method")
@@ -57,7 +57,7 @@ def runs(tiny_llama, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_method_a_pattern_and_a_finetuning_of_ones_own_are_told_everywhere(runs):
+def test_user_method_pattern_and_finetuning_appear_in_all_reports(runs):
     markdown = (runs / "runs/a/report/report.md").read_text()
     for text in (markdown, Page((runs / "runs/a/report/report.html").read_text()).text):
         assert "pruned with square root to half the columns" in text
@@ -75,7 +75,7 @@ def test_a_method_a_pattern_and_a_finetuning_of_ones_own_are_told_everywhere(run
 
 
 @pytest.mark.slow
-def test_an_allocation_of_ones_own_is_told_everywhere(runs):
+def test_a_user_allocation_appears_in_all_reports(runs):
     masks = Masks.load(runs / "runs/b/prune/masks.safetensors")
     by_layer = []
     for layer in range(3):
@@ -91,7 +91,7 @@ def test_an_allocation_of_ones_own_is_told_everywhere(runs):
 
 
 @pytest.mark.parametrize("key", REGISTRIES)
-def test_an_edited_file_makes_its_stage_anew(tiny_llama, tmp_path, key):
+def test_an_edited_user_file_runs_its_stage_again(tiny_llama, tmp_path, key):
     more = ["prune.sparsity=0.5"] if key == "prune.allocation" else []
     recipe = reader.load([f"model={tiny_llama}", *QUICK, *more, *own_files(tmp_path, key)])
     before = keys.external_inputs(recipe)
@@ -128,7 +128,7 @@ def test_a_bad_file_is_one_line_before_any_work(tmp_path, key, text, says):
     assert "\n" not in str(raised.value) and str(raised.value).startswith(f"{key}={path}")
 
 
-def test_a_subclass_is_what_its_base_is_but_for_what_it_says(tmp_path):
+def test_a_subclass_inherits_its_base_classs_entry(tmp_path):
     (setting,) = own_files(tmp_path, "finetune.method")
     path = setting.partition("=")[2]
     entry, base = FINETUNE_METHODS.entry(path), FINETUNE_METHODS.entry("full")
@@ -141,7 +141,7 @@ def test_a_subclass_is_what_its_base_is_but_for_what_it_says(tmp_path):
     assert (entry.label, entry.trains_weights, entry.citation) == ("my_finetune.method", False, None)
 
 
-def test_an_allocation_needs_a_ratio_and_gives_numbers(tmp_path, tiny_llama, refused):
+def test_an_allocation_needs_a_ratio_and_must_return_numbers(tmp_path, tiny_llama, refused):
     (setting,) = own_files(tmp_path, "prune.allocation")
     with pytest.raises(UserError, match="set prune.sparsity=0.5"):
         reader.load(["model=m", "stages=[prune,finetune]", setting])
@@ -151,7 +151,7 @@ def test_an_allocation_needs_a_ratio_and_gives_numbers(tmp_path, tiny_llama, ref
     assert "ByDepth.ratios returned [0.4]: return 3 numbers" in said
 
 
-def test_a_setting_that_is_not_read_is_named():
+def test_an_unused_setting_is_reported():
     chosen = reader.load(
         ["model=m", "stages=[prune,finetune]", "prune.damp=0.1", "finetune.method=full", "finetune.rank=3"]
     )
@@ -164,7 +164,7 @@ def test_a_setting_that_is_not_read_is_named():
 
 
 @pytest.mark.parametrize("key", REGISTRIES)
-def test_each_entry_is_whole(key):
+def test_every_entry_is_complete(key):
     found, section = REGISTRIES[key], key.partition(".")[0]
     settings = getattr(schema.Recipe(), section)
     for name, entry in found.entries.items():
@@ -176,8 +176,8 @@ def test_each_entry_is_whole(key):
     assert len({entry.label for entry in found.entries.values()}) == len(found.entries)
 
 
-def test_no_name_of_an_entry_stands_outside_the_registries():
-    """But for the defaults in the schema and of the functions of the API."""
+def test_no_entry_is_named_outside_the_registries():
+    """Except for the defaults in the schema and in the API."""
     names = {name for it in REGISTRIES.values() for name in it.entries} - {registry.NONE}
     paths = [ROOT / "launch.py", *ROOT.glob("callbacks/*.py"), *ROOT.glob("pipeline/**/*.py")]
     for path in (path for path in paths if path.parent.name != "registry"):

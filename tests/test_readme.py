@@ -1,4 +1,4 @@
-"""What the README says is so: its commands, its keys, and the methods and patterns that it shows."""
+"""The commands, keys and examples in the README and the docs work."""
 
 import json
 import re
@@ -27,13 +27,13 @@ def snippet(says: str) -> str:
     return found
 
 
-def test_its_two_commands_are_those_that_ci_types():
+def test_the_first_two_commands_are_those_of_ci():
     for ending in ("[^ ]*pytest -n 2", "launch launch.py"):
         assert len(re.findall(rf"^    python3 -m venv .* {ending}$", README, flags=re.M)) == 1
     subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
 
 
-def test_its_keys_and_methods_exist():
+def test_keys_and_methods_exist():
     table = README[README.index("| keys |") : README.index("More: [text")]
     known = schema.plain(reader.load([]))["prune"].keys()
     for key in re.findall(r"`prune\.(\w+)`", table):
@@ -46,8 +46,8 @@ PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((R
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_settings_in_its_commands_and_those_of_the_docs_are_known(page):
-    """Each command is read as the command line reads it, up to the checks that need the model or a network."""
+def test_settings_in_commands_of_readme_and_docs_are_valid(page):
+    """Reads each command as the command line does, without the checks that need the model or a network."""
     for line in re.findall(r"^    .*launch\.py (.*=.*)$", PAGES[page], flags=re.M):
         if " ..." in line or "NAME" in line or "sparcity" in line or "[out=" in line or "./my_" in line:
             continue
@@ -56,14 +56,14 @@ def test_the_settings_in_its_commands_and_those_of_the_docs_are_known(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_links_of_a_page_lead_to_files(page):
+def test_links_lead_to_existing_files(page):
     folder = ROOT if page == "README.md" else ROOT / "docs"
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGES[page]):
         assert (folder / target).exists(), target
 
 
 @pytest.mark.slow
-def test_its_snippets_run_through_the_whole_pipeline(tiny_llama, tmp_path):
+def test_snippets_run_through_the_whole_pipeline(tiny_llama, tmp_path):
     mine = {"prune.method": snippet("PruneMethod"), "prune.sparsity": snippet("(Pattern)")}
     for setting, text in mine.items():
         assert len(text.splitlines()) <= 20
@@ -77,7 +77,7 @@ def test_its_snippets_run_through_the_whole_pipeline(tiny_llama, tmp_path):
     assert (tmp_path / "run/report/report.html").is_file()
 
 
-def test_its_commands_without_a_run_are_answered(tmp_path, monkeypatch, capsys):
+def test_commands_other_than_runs_work(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     section = README[README.index("## Command line") : README.index("## Python API")]
     found = re.findall(r"^    espalier (.*)$", section, flags=re.M)
@@ -88,16 +88,16 @@ def test_its_commands_without_a_run_are_answered(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_its_api_example_runs(tiny_llama, tmp_path, monkeypatch, capsys):
+def test_the_api_example_runs(tiny_llama, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "espalier", api)  # where this checkout is not what is installed
+    monkeypatch.setitem(sys.modules, "espalier", api)  # if another checkout is installed
     exec(snippet("import espalier").replace("runs/tiny/pretrain/model", str(tiny_llama)), {})
     model = AutoModelForCausalLM.from_pretrained("pruned")
     assert api.verify(model, api.Masks.load("masks.safetensors"))["sparsity"] >= 0.5
     assert "world_homes" in capsys.readouterr().out
 
 
-def test_every_folder_it_names_is_there():
+def test_all_named_folders_exist():
     for name in ("pipeline", "callbacks", "recipes", "tests", "benchmarks", "examples"):
         assert (ROOT / name).is_dir()
         assert f"{name}/" in README

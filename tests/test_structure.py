@@ -1,4 +1,4 @@
-"""Laws about the code itself: imports go one way, the mathematics knows no trainer, and callbacks know no other callback."""
+"""Rules of the code: imports go one way, the maths imports no trainer, and callbacks import no other callback."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-# each part imports only those before it; only the stages use the callbacks
+# each package imports only those before it; only the stages use the callbacks
 ORDER = (
     *("runtime", "registry", "sparsity", "settings", "models", "data", "engine", "pruning", "recovery", "evaluation"),
     *("compact", "callbacks", "reporting", "stages", "api", "commands"),
@@ -23,7 +23,7 @@ WIRING = ("lightning", "accelerate", "torch.distributed", "pytorch_lightning")
 
 
 def imports(path: Path) -> set[str]:
-    """The dotted names of all modules, and of what is taken from them, that a file imports wherever in it."""
+    """The dotted names of all modules that a file imports anywhere, and of the names imported from them."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -48,15 +48,15 @@ def test_imports_go_one_way(path):
         assert own in ("callbacks", "stages")
 
 
-def test_every_part_is_in_the_order():
+def test_every_package_has_a_place_in_the_order():
     assert {path.parent.name for path in FILES} == set(ORDER)
 
 
 @pytest.mark.parametrize("name", MATH)
-def test_the_math_knows_no_trainer_and_no_processes(name):
+def test_the_math_imports_no_trainer_and_no_processes(name):
     seen: set[str] = set()
     left = [ROOT / "pipeline" / f"{name}.py"]
-    while left:  # what it imports of ours counts as well
+    while left:  # includes indirect imports
         path = left.pop()
         for module in imports(path):
             assert not module.startswith(WIRING), f"{path.name} imports {module}"
@@ -70,18 +70,18 @@ CALLBACKS = sorted((ROOT / "callbacks").glob("[!_]*.py"))
 
 
 @pytest.mark.parametrize("path", CALLBACKS, ids=lambda path: path.stem)
-def test_a_callback_is_wiring_and_knows_no_other(path):
+def test_a_callback_is_short_and_imports_no_other(path):
     assert not {module for module in imports(path) if module.startswith("callbacks")}
     assert len(path.read_text().splitlines()) <= 65
 
 
-def test_a_method_knows_no_trainer():
+def test_methods_import_no_trainer():
     plain = [*ROOT.glob("pipeline/pruning/*.py"), ROOT / "pipeline/recovery/methods.py"]
     for path in plain:
         assert not any(module.startswith(("lightning", "callbacks")) for module in imports(path)), path.name
 
 
-def test_settings_registries_and_comparison_load_no_torch():
+def test_settings_registries_and_comparison_import_no_torch():
     modules = "pipeline.settings.reader, pipeline.registry, pipeline.reporting.compare"
     code = f"import sys, {modules}; assert not {{'torch', 'lightning', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

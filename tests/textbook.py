@@ -1,7 +1,7 @@
-"""Pruning as the papers write it down, slow and plain: what the engine is held against, in tests and benchmarks.
+"""Pruning as in the papers, slow and plain: the reference for the engine in tests and benchmarks.
 
-Sample by sample, two full passes a layer, a running mean over samples in fp32, a loop over column groups, full stable
-sorts. The methods follow the published algorithms (Sun et al. 2023; Frantar & Alistarh 2023; Zhang et al. 2024).
+Sample by sample, with two full passes per layer, a running mean over samples in fp32, a loop over column groups and full
+stable sorts. Follows the published algorithms (Sun et al. 2023; Frantar & Alistarh 2023; Zhang et al. 2024).
 """
 
 import contextlib
@@ -67,7 +67,7 @@ def prune(model: nn.Module, windows: Tensor, method: str, pattern: Pattern) -> N
 
 
 class Statistics:
-    """Per feature the mean over samples of the squared norm; for the surgeons 2/n X X^T as well."""
+    """The mean over samples of each feature's squared norm, and 2/n X X^T for the OBS methods."""
 
     def __init__(self, module: nn.Linear, method: str) -> None:
         self.samples = 0

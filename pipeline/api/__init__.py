@@ -4,12 +4,12 @@
     espalier.finetune(model, masks, texts, max_steps=200)
     espalier.evaluate(model, tokenizer, perplexity=["wikitext2"])
 
-All functions work in place, in one process, and leave no files; the model keeps its device, dtype, modes and
-`requires_grad`, and the random state stays the caller's. What is wrong is one `UserError`, as a rule before anything is
-changed; an error in the midst of `prune`, `reconstruct` or a full fine-tuning leaves the weights as far as they came.
+All functions work in place, in one process, and write no files. The model keeps its device, dtype, modes and
+`requires_grad`, and the caller's random state is restored. Errors are `UserError`s, usually before anything is changed; an
+error during `prune`, `reconstruct` or full fine-tuning leaves the weights partly changed.
 
-A text is a list of strings, a `datasets.Dataset` (a column `text`, `input_ids` or of conversations), the name of a data set
-as recipes have it ("c4", "wikitext2", a hub id, a path), or a tensor of token ids.
+A text is a list of strings, a `datasets.Dataset` (with a column `text`, `input_ids`, or of conversations), the name of a data
+set as in recipes ("c4", "wikitext2", a hub id, a path), or a tensor of token ids.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -39,5 +39,5 @@ __all__ = [
 
 try:
     __version__ = version("espalier")
-except PackageNotFoundError:  # a checkout that was not installed
+except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "unknown"

@@ -1,4 +1,4 @@
-"""Owns what the functions are given: refused where it is not what they need, else brought into the engine's form.
+"""The arguments of the API: checks them and converts them for the engine.
 
 Shapes: N = windows, T = tokens of a window.
 """
@@ -34,14 +34,14 @@ IN_RECIPES = re.compile(rf"\b({'|'.join(SECTIONS)})\.(\w+)")
 PLAIN = (str, int, float, bool, type(None))
 
 
-def in_arguments(function: Callable) -> Callable:
-    """Its `UserError`s speak of arguments, where the engine's speak of the keys of a recipe; one process is made sure of."""
+def api_function(function: Callable) -> Callable:
+    """Refuses several processes, and turns the recipe keys in the function's `UserError`s into its arguments."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if processes.world_size() > 1:
             raise UserError(
-                f"espalier.{function.__name__} works in one process, this is one of {processes.world_size()}: use "
+                f"espalier.{function.__name__} works in one process, and this is one of {processes.world_size()}: use "
                 "`accelerate launch launch.py` for several"
             )
         try:
@@ -57,9 +57,10 @@ def in_arguments(function: Callable) -> Callable:
 
 
 def recipe(stages: list[str], seed: int, mirror: str | None = None, **sections: dict[str, Any]) -> Recipe:
-    """The recipe that such a run would have, its values checked as those of any."""
+    """The recipe of an equal run, checked."""
     layer: dict[str, Any] = {"model": "in memory", "stages": stages, "seed": seed, "mirror": mirror}
-    layer |= {name: {key: _plain(f"{name}.{key}", it) for key, it in given.items()} for name, given in sections.items()}
+    for name, settings in sections.items():
+        layer[name] = {key: _plain(f"{name}.{key}", value) for key, value in settings.items()}
     return reader.checked([{key: _plain(key, value) for key, value in layer.items()}])
 
 
@@ -71,51 +72,49 @@ def _plain(key: str, value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(key, item) for name, item in value.items()}
     if not isinstance(value, PLAIN):
-        raise UserError(f"{key} is a {type(value).__name__}: a word, a number, or a list or dict of such is needed")
+        raise UserError(f"{key} is a {type(value).__name__}: a string, a number, or a list or dict of these is needed")
     return value
 
 
 def check_model(model: Any, name: str = "model") -> None:
-    """`UserError` where it is not a model of transformers in plain weights, whole on one device."""
+    """Raises `UserError` unless it is a transformers model with plain weights on one device."""
     if not isinstance(model, PreTrainedModel):
         raise UserError(
-            f"{name} is a {type(model).__name__}: what from_pretrained of transformers gives is needed (of a model of peft, "
-            "what merge_and_unload() gives)"
+            f"{name} is a {type(model).__name__}: pass a transformers model, as from_pretrained returns it (of a peft model, "
+            "the result of merge_and_unload())"
         )
     if any(isinstance(module, BaseTunerLayer | MaskedParameter) for module in model.modules()):
-        raise UserError(f"{name} has an adapter: merge it first, or take the model without it")
+        raise UserError(f"{name} has an adapter: merge it first, or pass the model without it")
     if getattr(model, "hf_quantizer", None) is not None or any(not p.is_floating_point() for p in model.parameters()):
-        raise UserError(f"{name} is quantised: load it in plain weights, or use the command, which dequantises it")
+        raise UserError(f"{name} is quantised: load it unquantised, or use the command, which dequantises it")
     devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
     if torch.device("meta") in devices:
-        raise UserError(f"{name} has weights on the meta device: load it whole, without offloading")
+        raise UserError(f"{name} has weights on the meta device: load it without offloading")
     if len(devices) > 1:
-        raise UserError(f"{name} is spread over {', '.join(sorted(map(str, devices)))}: load it on one device")
+        raise UserError(f"{name} is on several devices ({', '.join(sorted(map(str, devices)))}): load it on one")
 
 
 def check_tokenizer(tokenizer: Any, model: PreTrainedModel) -> PreTrainedTokenizerBase:
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise UserError(
-            f"tokenizer is a {type(tokenizer).__name__}: what AutoTokenizer.from_pretrained gives is needed"
-        )
+        raise UserError(f"tokenizer is a {type(tokenizer).__name__}: pass a tokenizer of AutoTokenizer.from_pretrained")
     special_tokens.check(tokenizer, model.config, tokenizer.name_or_path or "this call")
     return tokenizer
 
 
 def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """That beside the model where it was loaded from."""
+    """The tokenizer in the folder or hub repository that the model was loaded from."""
     try:
         return AutoTokenizer.from_pretrained(model.name_or_path)
-    except Exception as error:  # of whatever is at that place
+    except Exception as error:  # depends on the files there
         raise UserError(
-            f"no tokenizer was given, and none is found where the model is from ('{model.name_or_path}'): pass tokenizer=..."
+            f"there is no tokenizer where the model was loaded from ('{model.name_or_path}'): pass tokenizer=..."
         ) from error
 
 
 def check_masks(masks: Any, model: nn.Module | None = None) -> None:
-    """`UserError` where they are no masks, or another model's."""
+    """Raises `UserError` unless these are masks, and the model's if one is passed."""
     if not isinstance(masks, Masks):
-        raise UserError(f"masks is a {type(masks).__name__}: what prune or Masks.load gives is needed")
+        raise UserError(f"masks is a {type(masks).__name__}: pass the result of prune or Masks.load")
     if not len(masks):
         raise UserError("masks holds no mask")
     if model is not None:
@@ -124,23 +123,23 @@ def check_masks(masks: Any, model: nn.Module | None = None) -> None:
 
 
 def source(data: Texts, section: str, name: str, column: str | None, mirror: str | None, split: str) -> Source:
-    """A text as the engine takes it; `name` is that of the argument. Not for tensors."""
+    """A text, other than a tensor, as a `Source`. `name`: the argument's."""
     if isinstance(data, str | Path):
         if str(data) == sources.SELF:
-            raise UserError(f"{name}='self', text that the model writes itself, is for the command: pass texts")
+            raise UserError(f"{name}='self' (text generated by the model) works only in the command: pass texts")
         return sources.source(str(data), mirror, split, None, column, section)
     if isinstance(data, list | tuple):
-        if strange := [item for item in data if not isinstance(item, str)]:
-            raise UserError(f"{name} holds a {type(strange[0]).__name__}: a list of strings is needed")
+        if not_text := [item for item in data if not isinstance(item, str)]:
+            raise UserError(f"{name} holds a {type(not_text[0]).__name__}: a list of strings is needed")
         if not any(text.strip() for text in data):
             raise UserError(f"{name} holds no text")
         data = Dataset.from_dict({"text": list(data)})
     if isinstance(data, dict):  # a DatasetDict
-        raise UserError(f"{name} is a dict of splits: choose one, such as dataset['{next(iter(data), 'train')}']")
+        raise UserError(f"{name} is a dict of splits: pass one, such as dataset['{next(iter(data), 'train')}']")
     if not isinstance(data, Dataset):
         raise UserError(
-            f"{name} is a {type(data).__name__}: a list of strings, a datasets.Dataset, the name of a data set, or a tensor of "
-            "token ids is needed"
+            f"{name} is a {type(data).__name__}: pass a list of strings, a datasets.Dataset, the name of a data set, or a "
+            "tensor of token ids"
         )
     if len(data) == 0:
         raise UserError(f"{name} holds no text")
@@ -149,16 +148,16 @@ def source(data: Texts, section: str, name: str, column: str | None, mirror: str
 
 
 def token_windows(ids_NT: Tensor, name: str, model: PreTrainedModel) -> Tensor:
-    """Windows that are given as such, (N, T) int64 on the CPU."""
-    found = token_ids(ids_NT, name, dims=2)
-    check_ids(found, name, model)
-    return found
+    """Checked windows of token ids, (N, T) int64 on the CPU."""
+    windows_NT = token_ids(ids_NT, name, dims=2)
+    check_ids(windows_NT, name, model)
+    return windows_NT
 
 
 def token_ids(ids: Tensor, name: str, dims: int) -> Tensor:
     if ids.dim() != dims or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
-        wanted = "(windows, tokens)" if dims == 2 else "(tokens,)"
-        raise UserError(f"{name} is a {ids.dtype} tensor of {tuple(ids.shape)}: token ids of {wanted} are needed")
+        shape = "(windows, tokens)" if dims == 2 else "(tokens,)"
+        raise UserError(f"{name} is a {ids.dtype} tensor of {tuple(ids.shape)}: token ids of {shape} are needed")
     return ids.detach().cpu().long()
 
 

@@ -1,4 +1,4 @@
-"""Masks put on a model in memory, and checked on it."""
+"""`apply` and `verify`: the masks of a model in memory."""
 
 import torch
 from transformers import PreTrainedModel
@@ -9,11 +9,11 @@ from pipeline.sparsity.masks import Masks, apply_, violation_of
 from . import inputs
 
 
-@inputs.in_arguments
+@inputs.api_function
 def apply(model: PreTrainedModel, masks: Masks) -> None:
     """Sets the pruned weights of `model` to zero, in place.
 
-    Raises `UserError`, before anything is changed, where a masked matrix is missing or of another shape.
+    Raises `UserError`, before anything is changed, if a masked matrix is missing or has another shape.
     """
     inputs.check_model(model)
     inputs.check_masks(masks, model)
@@ -22,12 +22,12 @@ def apply(model: PreTrainedModel, masks: Masks) -> None:
             apply_(weight, masks[name].to(weight.device))
 
 
-@inputs.in_arguments
+@inputs.api_function
 def verify(model: PreTrainedModel, masks: Masks) -> dict[str, int | float]:
-    """What the masked matrices of `model` hold: "matrices", "weights", "zeros", and "sparsity", the share of zeros.
+    """Counts over the masked matrices of `model`: "matrices", "weights", "zeros", and "sparsity", the share of zeros.
 
-    Raises `UserError` where a pruned weight is not zero, where a mask does not hold the pattern that it claims, and where a
-    masked matrix is missing or of another shape.
+    Raises `UserError` if a pruned weight is not zero, if a mask breaks its recorded pattern, or if a masked matrix is missing
+    or has another shape.
     """
     inputs.check_model(model)
     inputs.check_masks(masks, model)

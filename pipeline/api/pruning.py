@@ -20,7 +20,7 @@ from . import inputs, model_state
 from .inputs import Texts
 
 
-@inputs.in_arguments
+@inputs.api_function
 def prune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -39,26 +39,26 @@ def prune(
 ) -> Masks:
     """Prunes the matrices in the decoder layers of `model`, in place; returns their masks (True = kept).
 
-    `method` is one of those of recipes ("wanda", "sparsegpt", "magnitude", ...) or a .py file; `sparsity` a share of the
-    weights (0.5), N kept of each M ("2:4", "2of4"), or a .py file. From `calibration`, `samples` windows of `seq_len` tokens
-    are drawn as the command draws them, by `seed`; a tensor (N, T) of token ids is taken as it is, and needs no tokenizer.
-    `batch_size` windows go through a layer at a time. `column` is that with the text, `mirror` a folder laid out as the hub.
-    `settings`: any other key of the recipe's section `prune` (`espalier keys prune`), such as `overrides` or `damp`.
+    `method`: a name as in recipes ("wanda", "sparsegpt", "magnitude", ...) or a .py file. `sparsity`: a share of the weights
+    (0.5), N kept of each M ("2:4", "2of4"), or a .py file. `samples` windows of `seq_len` tokens are drawn from `calibration`
+    with `seed`, as the command does; a tensor (N, T) of token ids is used unchanged, and needs no tokenizer. `batch_size`:
+    windows per forward. `column`: the column with the text. `mirror`: a folder laid out as the hub. `settings`: any other key
+    of the recipe's section `prune` (`espalier keys prune`), such as `overrides` or `damp`.
 
-    Layers go through the GPU one at a time where there is one, wherever the model is. Raises `UserError`.
+    If there is a GPU, it is used, one layer at a time, wherever the model is. Raises `UserError`.
     """
     inputs.check_model(model)
     chosen = {"method": method, "sparsity": sparsity, **settings}
     text = {"samples": samples, "seq_len": seq_len, "batch_size": batch_size, "column": column}
     text["activations"] = activations
     recipe = inputs.recipe(["prune"], seed, mirror, prune=chosen, calibration=text)
-    allocate(find_blocks(model), recipe.prune)  # refuses what cannot hold before any text is read
+    allocate(find_blocks(model), recipe.prune)  # raises before any text is read
     windows_NT = _windows(calibration, "calibration", recipe.calibration, "calibration", tokenizer, model, seed, mirror)
-    with model_state.kept(model):
+    with model_state.preserved(model):
         return prune_stage.in_memory(model, list(windows_NT.split(batch_size)), recipe)
 
 
-@inputs.in_arguments
+@inputs.api_function
 def reconstruct(
     model: PreTrainedModel,
     masks: Masks,
@@ -74,21 +74,21 @@ def reconstruct(
     mirror: str | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
-    """Trains the kept weights of each layer of a pruned `model`, in place, to give the hidden states of the `dense` one.
+    """Trains the kept weights of each layer of a pruned `model`, in place, towards the hidden states of the `dense` model.
 
-    The text as in `prune`. `settings`: any other key of the recipe's section `reconstruct` (`espalier keys reconstruct`), such
-    as `epochs`, `lr` or `accumulate`. Returns a row for each layer, with "error_before" and "error_after": the held-out
-    error of its hidden states, relative to the dense ones'. A layer that gets no closer stays as it was.
+    The text is as in `prune`. `settings`: any other key of the recipe's section `reconstruct` (`espalier keys reconstruct`),
+    such as `epochs`, `lr` or `accumulate`. Returns a row per layer, with "error_before" and "error_after": the held-out error
+    of its hidden states relative to the dense ones. A layer that does not improve is left unchanged.
 
-    Raises `UserError`, also where the pruned weights of `model` are not zero.
+    Raises `UserError`, also if a pruned weight of `model` is not zero.
     """
     inputs.check_model(model)
     inputs.check_model(dense, "dense")
     if dense is model or any(p is q for p, q in zip(model.parameters(), dense.parameters())):
-        raise UserError("dense is the pruned model itself, or shares its weights: load the dense model once more")
+        raise UserError("dense is the pruned model itself, or shares its weights: load the dense model again")
     inputs.check_masks(masks, model)
     refuse_violations(model, masks)
-    _refuse_another(model, dense)
+    _check_dense(model, dense)
     text = {"samples": samples, "seq_len": seq_len, "batch_size": batch_size, "column": column}
     if isinstance(calibration, Tensor):
         text |= dict(zip(("samples", "seq_len"), inputs.token_windows(calibration, "calibration", model).shape))
@@ -96,7 +96,7 @@ def reconstruct(
     recipe = inputs.recipe(["prune", "reconstruct"], seed, mirror, calibration=text, reconstruct=chosen)
     steps = reconstruct_stage.plan_steps(reconstruction_text(recipe), recipe.reconstruct.accumulate, 1)
     windows_NT = _windows(calibration, "reconstruct", recipe.calibration, "calibration", tokenizer, model, seed, mirror)
-    with model_state.kept(model, dense):
+    with model_state.preserved(model, dense):
         batches = list(windows_NT.split(batch_size))
         return reconstruct_stage.in_memory(model, dense, masks, batches, recipe, steps)
 
@@ -106,11 +106,11 @@ def refuse_violations(model: PreTrainedModel, masks: Masks) -> None:
         raise UserError(f"the model does not match its masks: {violations[0]}: call espalier.apply(model, masks) first")
 
 
-def _refuse_another(model: PreTrainedModel, dense: PreTrainedModel) -> None:
-    """`UserError` where the models differ in more than their weights."""
-    shapes = [{name: tuple(p.shape) for name, p in it.named_parameters()} for it in (model, dense)]
-    if differ := set(shapes[0].items()) ^ set(shapes[1].items()):
-        raise UserError(f"dense is another model than model: {min(differ)[0]} is not the same in both")
+def _check_dense(model: PreTrainedModel, dense: PreTrainedModel) -> None:
+    """Raises `UserError` if the models have different parameters."""
+    shapes = [{(name, tuple(p.shape)) for name, p in it.named_parameters()} for it in (model, dense)]
+    if different := shapes[0] ^ shapes[1]:
+        raise UserError(f"dense is another model than model: they differ in {min(different)[0]}")
 
 
 def _windows(
@@ -123,7 +123,7 @@ def _windows(
     seed: int,
     mirror: str | None,
 ) -> Tensor:
-    """The windows (N, T) that calibrate, drawn as the command draws them."""
+    """The calibration windows, (N, T), drawn as the command does."""
     if isinstance(data, Tensor):
         return inputs.token_windows(data, name, model)
     loading.check_length(model.config, "seq_len", text.seq_len)

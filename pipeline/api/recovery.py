@@ -1,4 +1,4 @@
-"""`finetune`: a pruned model in memory is trained back to health, with its masks kept."""
+"""`finetune`: trains a pruned model in memory with its masks kept."""
 
 import csv
 import tempfile
@@ -22,18 +22,18 @@ from . import inputs, model_state
 from .inputs import Texts
 from .pruning import refuse_violations
 
-NOT_HERE = {  # keys of the recipe's section that are the command's alone
-    "quantize": "a model in memory is trained in its own weights",
-    "strategy": "one process has nothing to share out",
+COMMAND_ONLY = {  # keys of the recipe's section that are not arguments, and why
+    "quantize": "a model in memory is trained with its own weights",
+    "strategy": "there is one process",
     "loggers": "the steps are returned",
     "checkpoint_every": "no checkpoint is written",
-    "dataset": "the text is the argument texts",
+    "dataset": "set texts=...",
     "config": "name a configuration as in texts='wikitext2:wikitext-2-v1'",
     "split": "name a split as in texts='c4@validation'",
 }
 
 
-@inputs.in_arguments
+@inputs.api_function
 def finetune(
     model: PreTrainedModel,
     masks: Masks,
@@ -52,67 +52,56 @@ def finetune(
     mirror: str | None = None,
     **settings: Any,
 ) -> list[dict[str, float]]:
-    """Trains a pruned `model`, in place: at the end it holds the merged weights, exactly as sparse as `masks`.
+    """Trains a pruned `model` in place. At the end it holds the merged weights, exactly as sparse as `masks`.
 
-    `method` is "lora" (a masked LoRA, merged at the end) or "full" (every kept weight). `max_steps` optimizer steps of
-    `batch_size` windows of `seq_len` tokens; `texts` are shuffled by `seed` and packed end to end, as the command does; a
-    tensor (N, T) of token ids is taken in its order, again from the start when it is used up. Without `tokenizer`, that
-    beside the model is taken, where the model was loaded from. `validation` is held-out text, measured every
-    `validate_every` steps. With `distill`, the dense `teacher` is distilled from. `settings`: any other key of the recipe's
-    section `finetune` (`espalier keys finetune`), such as `rank`, `targets`, `accumulate` or `precision`.
+    `method`: "lora" (a masked LoRA, merged at the end), "full" (every kept weight), or a .py file. `max_steps` optimizer steps
+    of `batch_size` windows of `seq_len` tokens. `texts` are shuffled with `seed` and packed, as the command does; a tensor
+    (N, T) of token ids is used in its order, repeatedly if it is too short. `tokenizer`: by default that of the folder or
+    repository the model was loaded from. `validation`: held-out text, measured every `validate_every` steps. `teacher`: the
+    dense model, for `distill`. `settings`: any other key of the recipe's section `finetune` (`espalier keys finetune`), such
+    as `rank`, `targets`, `accumulate` or `precision`.
 
-    Trains on the GPU where there is one, wherever the model is. Returns a row for each step ("step", "loss", "lr",
-    "tokens_per_second", "memory_gib", and "val_perplexity" where it was measured). Raises `UserError`, also where the pruned
-    weights of `model` are not zero.
+    If there is a GPU, it is used, wherever the model is. Returns a row per step: "step", "loss", "lr", "tokens_per_second",
+    "memory_gib", and "val_perplexity" if it was measured. Raises `UserError`, also if a pruned weight of `model` is not zero.
     """
     inputs.check_model(model)
     inputs.check_masks(masks, model)
-    for key in settings.keys() & NOT_HERE.keys():
-        raise UserError(f"{key} is not for finetune in memory: {NOT_HERE[key]}")
-    chosen = {
-        "method": method,
-        "max_steps": max_steps,
-        "seq_len": seq_len,
-        "batch_size": batch_size,
-        "lr": lr,
-        **settings,
-    }
-    # a name, so that what needs a validation set is not refused
-    chosen |= {"column": column, "validation": None if validation is None else "given"}
-    recipe = inputs.recipe(["prune", "finetune"], seed, mirror, finetune=chosen)
-    wanted = recipe.finetune
-    if not FINETUNE_METHODS.entry(wanted.method).leaves_model:
-        merging = ", ".join(name for name, entry in FINETUNE_METHODS.entries.items() if entry.leaves_model)
-        raise UserError(
-            f"method={wanted.method} stays apart from the weights, which the command can do: set one of {merging}"
-        )
-    finetune_stage.check_bias(wanted, str(model.dtype))
-    _check_teacher(model, teacher, wanted)
+    for key in settings.keys() & COMMAND_ONLY.keys():
+        raise UserError(f"{key} is not an argument of finetune: {COMMAND_ONLY[key]}")
+    section = {"method": method, "max_steps": max_steps, "seq_len": seq_len, "batch_size": batch_size, "lr": lr}
+    # any name, so that the checks know of a validation set
+    section |= {"column": column, "validation": None if validation is None else "validation", **settings}
+    finetune = inputs.recipe(["prune", "finetune"], seed, mirror, finetune=section).finetune
+    if not FINETUNE_METHODS.entry(finetune.method).leaves_model:
+        merging = " or ".join(name for name, entry in FINETUNE_METHODS.entries.items() if entry.leaves_model)
+        raise UserError(f"method={finetune.method} is not merged into the weights: set method={merging}")
+    finetune_stage.check_bias(finetune, str(model.dtype))
+    _check_teacher(model, teacher, finetune)
     refuse_violations(model, masks)
-    count = wanted.max_steps * sequences_per_step(wanted)
-    windows_NT = _windows(texts, "texts", count, wanted, tokenizer, model, seed, mirror, "train")
+    count = finetune.max_steps * sequences_per_step(finetune)
+    windows_NT = _windows(texts, "texts", count, finetune, tokenizer, model, seed, mirror, "train")
     held_out_NT = None
     if validation is not None:
-        count = wanted.validation_samples
-        held_out_NT = _windows(validation, "validation", count, wanted, tokenizer, model, 0, mirror, "validation")
+        count = finetune.validation_samples
+        held_out_NT = _windows(validation, "validation", count, finetune, tokenizer, model, 0, mirror, "validation")
 
     models = [model] if teacher is None else [model, teacher]
-    with tempfile.TemporaryDirectory(prefix="espalier-") as folder, model_state.kept(*models):
-        homes = {name: (p, p.data) for name, p in model.named_parameters(remove_duplicate=False)}
-        trained = model_state.with_same_weights(model)
-        if finetune_stage.trains_in_float32(wanted):
+    with tempfile.TemporaryDirectory(prefix="espalier-") as folder, model_state.preserved(*models):
+        originals = {name: (p, p.data) for name, p in model.named_parameters(remove_duplicate=False)}
+        trained = model_state.copy_sharing_weights(model)
+        if finetune_stage.trains_in_float32(finetune):
             trained.float()
         recovery = finetune_stage.train(
-            trained, masks, windows_NT, held_out_NT, wanted, seed, Path(folder), teacher, checkpoints=False
+            trained, masks, windows_NT, held_out_NT, finetune, seed, Path(folder), teacher, checkpoints=False
         )
         with torch.no_grad():
-            done: set[int] = set()
-            for name, (parameter, home) in homes.items():
-                if id(parameter) in done:
+            merged: set[int] = set()
+            for name, (parameter, original) in originals.items():
+                if id(parameter) in merged:
                     continue
-                if (weight := recovery.merged(name, home)) is not None:
-                    home.copy_(weight)
-                    done.add(id(parameter))
+                if (weight := recovery.merged(name, original)) is not None:
+                    original.copy_(weight)
+                    merged.add(id(parameter))
         rows = _rows(Path(folder, "metrics.csv"))
     assert not masks.violations(model.named_parameters(remove_duplicate=False))
     return rows
@@ -125,9 +114,9 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None, sett
         return
     inputs.check_model(teacher, "teacher")
     if not settings.distill:
-        raise UserError("teacher is given and distill is 0, so nothing is learnt from it: set distill=0.5")
+        raise UserError("teacher is unused because distill is 0: set distill=0.5")
     if teacher is model:
-        raise UserError("teacher is the pruned model itself: load the dense model once more")
+        raise UserError("teacher is the pruned model itself: load the dense model again")
 
 
 def _windows(
@@ -141,10 +130,10 @@ def _windows(
     mirror: str | None,
     split: str,
 ) -> Tensor:
-    """(count, T) windows; a token without loss is stored as its complement, see `pipeline.data.token_windows`."""
+    """(count, T) windows; tokens without loss are stored as their complement, see `pipeline.data.token_windows`."""
     if isinstance(data, Tensor):
-        found = inputs.token_windows(data, name, model)
-        return found[torch.arange(count) % len(found)]
+        windows_NT = inputs.token_windows(data, name, model)
+        return windows_NT[torch.arange(count) % len(windows_NT)]
     loading.check_length(model.config, "seq_len", settings.seq_len)
     tokenizer = inputs.tokenizer_of(model) if tokenizer is None else tokenizer
     inputs.check_tokenizer(tokenizer, model)

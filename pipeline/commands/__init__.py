@@ -1,1 +1,1 @@
-"""The command line: `main`, and one module a command, each with main(arguments)."""
+"""The command line: `main`, and one module per command, each with main(arguments)."""

@@ -1,7 +1,7 @@
 """`python launch.py apply MODEL_FOLDER MASKS_FILE TARGET_FOLDER`: writes a model with its pruned weights at zero.
 
-From the dense model this gives what the prune stage wrote, tensor by tensor to the bit, where the method only scores
-weights; one that also updates them (sparsegpt, the seq and iter methods) kept other weights than the dense model's.
+From the dense model this reproduces the prune stage's model bit for bit, unless the method also updated the kept weights
+(sparsegpt, the seq and iter methods).
 """
 
 import shutil
@@ -18,14 +18,14 @@ USAGE = "run `python launch.py apply MODEL_FOLDER MASKS_FILE TARGET_FOLDER`"
 
 
 def main(arguments: list[str]) -> None:
-    """Writes TARGET_FOLDER, which must not be there: whole or not at all."""
+    """Writes TARGET_FOLDER, which must not exist, atomically."""
     folder, path, target = paths(arguments, 3, USAGE)
     if target.exists():
-        raise UserError(f"{target} is there already: choose another TARGET_FOLDER, or remove it")
+        raise UserError(f"{target} exists already: choose another TARGET_FOLDER, or remove it")
     masks = Masks.load(path)
     model, _ = layers(folder, Recipe())
     for _ in masks.matched(model.named_parameters()):
-        pass  # refuses another model's masks before anything is written
+        pass  # raises for another model's masks, before anything is written
     tmp = target.with_name(f".{target.name}.part")
     shutil.rmtree(tmp, ignore_errors=True)
     rewrite(folder, tmp, Recipe(), lambda name, weight: _masked(name, weight, masks))
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _masked(name: str, weight: Tensor, masks: Masks) -> Tensor | None:
-    """A copy where something is pruned: the weights may be a view of the files."""
+    """The masked weight, or None if nothing of it is pruned. A copy, because the weight may be mapped from a file."""
     matrices = [matrix for matrix, _ in by_matrix([(name, weight)])]
     if not any(matrix in masks for matrix in matrices):
         return None

@@ -1,4 +1,4 @@
-"""`espalier keys [SECTION]`: all settings of recipes, with default, range and meaning. Imports no torch."""
+"""`espalier keys [SECTION]`: all settings of recipes with default, range and meaning. Imports no torch."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from pipeline.settings.schema import Recipe
 def main(arguments: list[str]) -> None:
     sections = {f.name: f.type for f in dataclasses.fields(Recipe) if dataclasses.is_dataclass(f.type)}
     if len(arguments) > 1:
-        raise UserError(f"keys takes one section, {len(arguments)} were given: {', '.join(sections)}")
+        raise UserError(f"keys takes one section, not {len(arguments)}: choose one of {', '.join(sections)}")
     if arguments and arguments[0] not in sections:
         raise UserError(f"no section '{arguments[0]}'{did_you_mean(arguments[0], list(sections))}")
     rows = [("key", "default", "range", "meaning")]
@@ -33,17 +33,15 @@ def _rows(section: type, prefix: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 def as_typed(value: Any) -> str:
-    """As it is written on a command line."""
+    """The value as written on a command line."""
     if isinstance(value, list):
         return f"[{','.join(map(as_typed, value))}]"
     return str(value) if isinstance(value, str) else json.dumps(value)
 
 
-def _range(about: Any) -> str:
-    named = about["registry"].entries if about["registry"] else about["choices"] or ()
-    parts = [*named, *about["words"]]
-    if about["low"] is not None:
-        parts.append(
-            f"{about['low']:g} to {about['high']:g}" if about["high"] is not None else f"{about['low']:g} or more"
-        )
+def _range(metadata: Any) -> str:
+    names = metadata["registry"].entries if metadata["registry"] else metadata["choices"] or ()
+    parts, low, high = [*names, *metadata["words"]], metadata["low"], metadata["high"]
+    if low is not None:
+        parts.append(f"{low:g} or more" if high is None else f"{low:g} to {high:g}")
     return ", ".join(parts)

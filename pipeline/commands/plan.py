@@ -1,9 +1,10 @@
 """`espalier plan [recipe=NAME] [key=value ...]`: what a run would do, and what it needs. Writes nothing.
 
-Makes the checks of a run, so it reads the texts of stages that are not done (from the hub, into the caches of Hugging Face);
-a model that would have to be fetched is not, and then only the recipe itself is checked.
+Makes all checks of a run, so it loads the texts of stages that are not done (from the hub, into the Hugging Face caches). A
+model is not downloaded: if it is not on this machine, only the recipe is checked.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -32,52 +33,47 @@ def main(arguments: list[str]) -> None:
 
 def _plan(recipe: Recipe) -> None:
     print(f"run_dir: {recipe.run_dir}")
-    here = recipe.model is None or loading.is_here(recipe.model, recipe.revision)
-    outside = runner.check(recipe) if here else None
-    for line in _stages(recipe, outside):
+    is_local = recipe.model is None or loading.is_here(recipe.model, recipe.revision)
+    external = runner.check(recipe) if is_local else None
+    for line in _stages(recipe, external):
         print(f"  {line}")
-    if here:
-        model = _skeleton(recipe)
-        _model(recipe, model)
+    if is_local:
+        _print_model(recipe, _skeleton(recipe))
     else:
         print(
-            f"model: {recipe.model} is not on this machine: a run fetches it first. What depends on it was not checked"
+            f"model: {recipe.model} is not on this machine: a run downloads it first, and plan checks only the recipe"
         )
     for line in _texts(recipe):
         print(line)
-    if here and recipe.model is not None:
-        stages, more, free = space.estimate(space.RUN, recipe, {}, Path(recipe.run_dir))
-        print(
-            f"disk: about {space.text(max(0, more))} more for {', '.join(stages) or 'nothing'}; {space.text(free)} free"
-        )
+    if is_local and recipe.model is not None:
+        stages, needed, free = space.estimate(space.RUN, recipe, {}, Path(recipe.run_dir))
+        needed_for = f"{space.text(max(0, needed))} more for {', '.join(stages) or 'nothing'}"
+        print(f"disk: about {needed_for}; {space.text(free)} free")
         space.check(space.RUN, recipe, {}, Path(recipe.run_dir))
 
 
-def _stages(recipe: Recipe, outside: dict | None):
-    """A line for each stage. What comes after one that is to run depends on what comes out of that."""
-    run_dir, done, first = Path(recipe.run_dir), {}, None
+def _stages(recipe: Recipe, external: dict | None) -> Iterator[str]:
+    """A line for each stage. Stages after the first one to run depend on its outcome, which is unknown."""
+    run_dir, outcomes, first = Path(recipe.run_dir), {}, None
     for stage in runner.chosen(recipe):
         finished = run_dir / stage.name
-        if outside is None:
-            yield f"{stage.name}: {'there' if finished.exists() else 'runs'}"
+        if external is None:
+            yield f"{stage.name}: {'finished' if finished.exists() else 'runs'}"
         elif first and finished.exists():
-            yield f"{stage.name}: runs again, unless {first} comes out as before and no setting has changed"
+            yield f"{stage.name}: runs again, unless {first} has the same outcome and no setting has changed"
         elif first:
             yield f"{stage.name}: runs"
-        elif (
-            why := keys.reason_to_run(
-                finished, keys.made_from(stage, recipe, done, outside), stage.name in recipe.rerun
-            )
-        ) is None:
-            about = checksums.read(finished)
-            yield f"{stage.name}: done before ({about['finished']}, in {about['seconds']:.0f} s)"
-            done[stage.name] = keys.outcome_of(finished)
         else:
+            made_from = keys.made_from(stage, recipe, outcomes, external)
+            reason = keys.reason_to_run(finished, made_from, stage.name in recipe.rerun)
+            if reason is None:
+                content = checksums.read(finished)
+                yield f"{stage.name}: done before ({content['finished']}, in {content['seconds']:.0f} s)"
+                outcomes[stage.name] = keys.outcome_of(finished)
+                continue
             first = stage.name
-            begun = (
-                " from where it was stopped, if nothing has changed" if (run_dir / f".{stage.name}").exists() else ""
-            )
-            yield f"{stage.name}: {f'runs again: {why}' if why else f'runs{begun}'}"
+            resumed = ", resuming if nothing has changed" if (run_dir / f".{stage.name}").exists() else ""
+            yield f"{stage.name}: {f'runs again: {reason}' if reason else f'runs{resumed}'}"
 
 
 def _skeleton(recipe: Recipe) -> nn.Module:
@@ -88,22 +84,22 @@ def _skeleton(recipe: Recipe) -> nn.Module:
     return loading.skeleton(loading.locate(recipe.model, recipe.revision), recipe, dtype)
 
 
-def _model(recipe: Recipe, model: nn.Module) -> None:
+def _print_model(recipe: Recipe, model: nn.Module) -> None:
     blocks, weights = find_blocks(model), sum(parameter.numel() for parameter in model.parameters())
     dtype = str(model.dtype).removeprefix("torch.")
     print(f"model: {recipe.model or 'a small Llama'}: {weights:,} weights, {len(blocks)} layers, {dtype}")
     if "prune" not in recipe.stages:
         return
-    settings, text = recipe.prune, recipe.calibration
+    settings, calibrated = recipe.prune, recipe.calibration
     patterns = allocate(blocks, settings)
     print(f"prune: {settings.method}, {settings.sparsity}, {len(patterns)} matrices")
-    for what, how in Coverage(coverage_entries(model, blocks), patterns.keys()).describe(patterns):
-        print(f"  {what}: {how}")
-    windows = torch.empty(text.samples, text.seq_len, dtype=torch.int32, device="meta")
-    calibration.plan_memory(model, list(windows.split(text.batch_size)), settings.hidden_states)
+    for name, text in Coverage(coverage_entries(model, blocks), patterns.keys()).describe(patterns):
+        print(f"  {name}: {text}")
+    windows = torch.empty(calibrated.samples, calibrated.seq_len, dtype=torch.int32, device="meta")
+    calibration.plan_memory(model, list(windows.split(calibrated.batch_size)), settings.hidden_states)
 
 
-def _texts(recipe: Recipe):
+def _texts(recipe: Recipe) -> Iterator[str]:
     text, tune = reconstruction_text(recipe), recipe.finetune
     steps = f"{tune.max_steps} steps of {tune.batch_size * tune.accumulate} windows of {tune.seq_len} tokens"
     amount = {
@@ -117,4 +113,4 @@ def _texts(recipe: Recipe):
             for source in sources.of_stage(recipe, stage):
                 yield f"{stage} reads {source}: {amount[stage]}"
     if "evaluate" in recipe.stages and recipe.evaluate.tasks:
-        yield f"evaluate asks {', '.join(recipe.evaluate.tasks)}"
+        yield f"evaluate runs the tasks {', '.join(recipe.evaluate.tasks)}"

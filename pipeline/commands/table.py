@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 
 def lines(rows: Iterable[Sequence[str]], limit: int = 32) -> Iterator[str]:
-    """Columns two spaces apart, the first row being the heads; what is wider than `limit` makes its own line wider only."""
+    """Aligned columns, two spaces apart. Cells wider than `limit` do not widen their column."""
     rows = list(rows)
     widths = [max((len(row[i]) for row in rows if len(row[i]) <= limit), default=0) for i in range(len(rows[0]))]
     for row in rows:

@@ -13,7 +13,7 @@ USAGE = "run `python launch.py verify MODEL_FOLDER MASKS_FILE`"
 
 
 def main(arguments: list[str]) -> None:
-    """Prints what every masked matrix holds; `UserError` where a pruned weight is not zero or a mask breaks its pattern."""
+    """Prints the masked matrices. Raises `UserError` if a pruned weight is not zero or a mask breaks its pattern."""
     folder, path = paths(arguments, 2, USAGE)
     masks = Masks.load(path)
     widths = [max((len(name) for name in masks), default=6), 16, max(map(len, [*masks.patterns.values(), "pattern"]))]
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
         print(row.format(matrix.name, " x ".join(map(str, entry.shape)), entry.pattern, *shares, count), flush=True)
         zeros, weights = zeros + matrix.zeros, weights + matrix.weights
         if problem := entry.problem():
-            problems.append(f"{matrix.name}: in its mask {problem}")
+            problems.append(f"the mask of {matrix.name}: {problem}")
         if violation:
             problems.append(str(violation))
     print(f"model {folder}: {model_files.identity(folder)}")
@@ -39,11 +39,11 @@ def main(arguments: list[str]) -> None:
 
 
 def paths(arguments: list[str], count: int, usage: str) -> list[Path]:
-    """`count` paths, the first a model folder, the second a mask file; all else is a `UserError`."""
-    given = [argument for argument in arguments if argument != "debug=true"]
-    if len(given) != count:
-        raise UserError(f"{count} paths are needed, {len(given)} given: {usage}")
-    folder, masks, *rest = (Path(argument).expanduser() for argument in given)
+    """`count` paths, the first of a model folder, the second of a mask file; raises `UserError` otherwise."""
+    arguments = [argument for argument in arguments if argument != "debug=true"]
+    if len(arguments) != count:
+        raise UserError(f"{count} paths are needed, {len(arguments)} given: {usage}")
+    folder, masks, *rest = (Path(argument).expanduser() for argument in arguments)
     if not folder.is_dir():
         raise UserError(f"no model folder {folder}: {usage}")
     if not masks.is_file():

@@ -250,7 +250,7 @@ def _loggers(names: list[str], folder: Path) -> list:
                 made.append(loggers.WandbLogger(project="espalier", save_dir=folder))
         return made
     except ModuleNotFoundError as error:
-        raise UserError(f"finetune.loggers=[{name}] needs a package: run pip install {name}") from error
+        raise UserError(f"finetune.loggers=[{name}] needs a package: run `pip install {name}`") from error
 
 
 def precision(setting: str) -> str:

@@ -5,17 +5,15 @@ from typing import Any, NamedTuple
 
 from pipeline import registry
 from pipeline.reporting import summary
-from pipeline.reporting.summary import MODELS
+from pipeline.reporting.summary import MODEL_STAGES, MODELS
 from pipeline.runtime import checksums, files
 from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import MODEL as MODEL_KEYS
 
 # the sections of the recipe that decide each model of a run, together with those of the models before it
-SECTIONS = {
-    "dense": ("model", "revision", "dtype", "attn_implementation", "pretrain"),
-    "pruned": ("calibration", "prune", "seed"),
-    "reconstructed": ("reconstruct",),
-    "finetuned": ("finetune",),
-}
+SECTIONS: dict[str, tuple[str, ...]] = {"dense": ("model", "revision", *MODEL_KEYS, "pretrain")}
+for stage in MODEL_STAGES.values():
+    SECTIONS[stage.model] = tuple(key for key in stage.settings if all(key not in keys for keys in SECTIONS.values()))
 IN_NAMES = ("model", *registry.PRUNING, "prune.sparsity", "finetune.method")  # shown by the names of rows and columns
 PROTOCOL = ("seq_len", "limit", "fewshot", "windows", "bos")
 
@@ -88,8 +86,9 @@ def row_of(run: Run, state: str, runs: list[Run]) -> Row:
     if state == "dense":
         return Row(model, state, f"dense{_in_brackets(named['dense'])}")
     recovery = ""
-    for recovered, name in (("reconstructed", "reconstruction"), ("finetuned", run.label("finetune.method"))):
-        if recovered in run.results["models"] and MODELS.index(recovered) <= MODELS.index(state):
+    for recovered in MODELS[MODELS.index("pruned") + 1 : MODELS.index(state) + 1]:
+        if recovered in run.results["models"]:
+            name = summary.stage_label(MODEL_STAGES[recovered], run.label)
             recovery += f" + {name}{_in_brackets(named[recovered])}"
     return Row(model, state, f"{run.pruned_with}{_in_brackets(named['dense'] + named['pruned'])}", recovery)
 

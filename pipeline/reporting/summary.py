@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from pipeline import registry
-from pipeline.settings.schema import STAGES, Recipe
+from pipeline.settings.schema import STAGES, Recipe, Stage
 
-MODELS = ("dense", *(stage.model for stage in STAGES.values() if stage.model))  # in the order of the work
+MODEL_STAGES = {stage.model: stage for stage in STAGES.values() if stage.model}  # the stage that writes each model
+MODELS = ("dense", *MODEL_STAGES)
 SHARES = ("acc", "exact_match", "zero_shot_mean")  # metrics in 0..1, by their beginnings
 MARK = "*"
 
@@ -185,13 +186,28 @@ def headline(recipe: Recipe, results: dict) -> str:
     values = {name: value for name, value in values.items() if value is not None}
     if not values:
         return f"{sentence} was evaluated."
-    tuning = f"after {label_of(recipe, 'finetune.method', results)} for {recipe.finetune.max_steps} steps"
-    words = {"dense": "dense", "pruned": "pruned", "reconstructed": "after reconstruction", "finetuned": tuning}
-    sentence += f": {measure} {' → '.join(f'{form(value)} {words[name]}' for name, value in values.items())}."
+    parts = [f"{form(value)} {_state(recipe, results, name)}" for name, value in values.items()]
+    sentence += f": {measure} {' → '.join(parts)}."
     share = _recovered(models, list(values)[-1], dataset)
     if share is None:
         return sentence
     return f"{sentence} {f'{share:.0%} of the lost log-perplexity' if share > 0 else 'Nothing'} was recovered."
+
+
+def stage_label(stage: Stage, label: Callable[[str], str]) -> str:
+    """What reports call a stage that recovers a model; `label` gives the label of a setting that a registry lists."""
+    key = f"{stage.name}.method"
+    return label(key) if key in registry.REGISTRIES else stage.label or stage.name
+
+
+def _state(recipe: Recipe, results: dict, model: str) -> str:
+    """A model in the headline: `pruned`, `after LoRA for 300 steps`."""
+    if model in ("dense", "pruned"):
+        return model
+    stage = MODEL_STAGES[model]
+    steps = getattr(getattr(recipe, stage.name, None), "max_steps", None)
+    text = f"after {stage_label(stage, lambda key: label_of(recipe, key, results))}"
+    return f"{text} for {steps} steps" if steps else text
 
 
 def model_name(recipe: Recipe) -> str:

@@ -39,6 +39,7 @@ class Stage:
     reads: tuple[str, ...] | None  # earlier stages whose folders it reads; None: all
     settings: tuple[str, ...]  # the recipe's keys that decide its result
     model: str | None = None  # the name of the model that it writes
+    label: str = ""  # what reports call it, unless it is its `method` setting, such as LoRA
     # packages that decide only how the result looks (a model card): editing them re-runs no long stage
     display: tuple[str, ...] = ("pipeline/reporting",)
 
@@ -48,7 +49,13 @@ BEFORE = ("pretrain", "prune", "reconstruct", "finetune")
 TABLE = (
     Stage("pretrain", (), ("pretrain", "seed")),
     Stage("prune", BEFORE[:1], (*MODEL, "calibration", "prune", "seed"), "pruned"),
-    Stage("reconstruct", BEFORE[:2], (*MODEL, "calibration", "reconstruct", "seed"), "reconstructed"),
+    Stage(
+        "reconstruct",
+        BEFORE[:2],
+        (*MODEL, "calibration", "reconstruct", "seed"),
+        "reconstructed",
+        "reconstruction",
+    ),
     Stage("finetune", BEFORE[:3], (*MODEL, "finetune", "seed"), "finetuned"),
     Stage("evaluate", BEFORE, (*MODEL, "evaluate", "seed")),
     Stage("report", None, ("model", "stages"), display=()),

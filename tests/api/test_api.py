@@ -1,4 +1,4 @@
-"""The Python API does in memory what the command does on disk, to the bit, and leaves the rest as it was."""
+"""The Python API computes in memory exactly what the command does on disk, and changes nothing else."""
 
 import copy
 import dataclasses
@@ -47,7 +47,7 @@ def run(tiny_llama, tmp_path_factory):
     chosen += ["stages=[prune,reconstruct,finetune,evaluate]", "reconstruct.accumulate=1", "reconstruct.epochs=2"]
     chosen += ["reconstruct.batch_size=2"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "cpu_count", lambda: 1)  # so it keeps to one thread, which a busy machine is faster with
+        patch.setattr(os, "cpu_count", lambda: 1)  # one thread is faster on a busy machine
         patch.setattr(sys, "argv", ["launch.py", *QUICK, *chosen, f"model={tiny_llama}", f"run_dir={folder}/run"])
         assert launch.main() == 0
     return folder / "run"
@@ -119,7 +119,7 @@ def test_text_in_any_form_gives_the_same_masks(tiny_llama, run, tmp_path):
         assert same_masks(espalier.prune(model, tokenizer, **(CALIBRATION | given)), expected), form
 
 
-def test_tokens_need_no_tokenizer_and_are_taken_as_they_are():
+def test_token_ids_need_no_tokenizer_and_are_used_unchanged():
     ids = families.text(6, 16)
     masks = [espalier.prune(families.tiny("llama"), calibration=ids.to(kind)) for kind in (torch.int32, torch.int64)]
     assert same_masks(*masks)
@@ -134,7 +134,7 @@ def test_tokens_need_no_tokenizer_and_are_taken_as_they_are():
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt2", "zamba2"])
 def test_other_forms_of_model(family):
-    """Fused experts, matrices that are stored transposed, layers that share weights."""
+    """Fused experts, transposed matrices, shared layers."""
     model, ids = families.tiny(family), families.text(4, 16)
     masks = espalier.prune(model, calibration=ids)
     before = espalier.verify(model, masks)
@@ -156,7 +156,7 @@ def state_of(model) -> tuple:
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.slow
-def test_all_but_the_weights_stays_as_it_was(tiny_llama, dtype, method):
+def test_only_the_weights_change(tiny_llama, dtype, method):
     model, tokenizer = loaded(tiny_llama)
     model.to(dtype).train()
     model.model.layers[1].eval()
@@ -174,14 +174,14 @@ def test_all_but_the_weights_stays_as_it_was(tiny_llama, dtype, method):
     assert torch.is_grad_enabled()
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == numbers
     ids = families.text(1, 8)
-    model(input_ids=ids, labels=ids).loss.backward()  # it can be trained on, by anybody
+    model(input_ids=ids, labels=ids).loss.backward()  # it can still be trained
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
 
 
 @pytest.mark.parametrize("family", ["llama", "zamba2"])
 @pytest.mark.slow
-def test_layers_that_visit_another_device_come_home_changed(family, monkeypatch):
-    """A CPU with a number stands for a GPU: torch takes it for another device, and copies each layer to it."""
+def test_layers_are_pruned_on_another_device_and_copied_back(family, monkeypatch):
+    """`cpu:1` stands for a GPU: torch treats it as another device, and copies each layer to it."""
     models, found = [], []
     for device in (torch.device("cpu"), torch.device("cpu", 0)):
         monkeypatch.setattr("pipeline.runtime.processes.device", lambda device=device: device)
@@ -196,7 +196,7 @@ def test_layers_that_visit_another_device_come_home_changed(family, monkeypatch)
     assert all(torch.equal(weight, models[1][name]) for name, weight in models[0].items())
 
 
-def test_it_works_twice_in_a_process_and_on_two_models(tiny_llama):
+def test_repeated_calls_and_two_models_in_one_process(tiny_llama):
     found = []
     for _ in range(2):
         model, tokenizer = loaded(tiny_llama)
@@ -249,7 +249,7 @@ def test_verify_names_a_single_flipped_weight(tiny_llama):
             changes(model, masks, *([TEXTS] if changes is espalier.finetune else [copy.deepcopy(model)]))
 
 
-def test_the_tokenizer_beside_the_model_is_taken(tiny_llama):
+def test_the_models_own_tokenizer_is_the_default(tiny_llama):
     model, tokenizer = loaded(tiny_llama)
     masks = espalier.prune(model, **CALIBRATION)
     assert same_masks(masks, espalier.prune(loaded(tiny_llama)[0], tokenizer, **CALIBRATION))
@@ -258,9 +258,9 @@ def test_the_tokenizer_beside_the_model_is_taken(tiny_llama):
         espalier.finetune(model, masks, TEXTS, **TUNING)
 
 
-# function, what is wrong with its arguments, what the one line says
+# function, bad arguments, part of the message
 BAD = [
-    ("prune", {"model": torch.nn.Linear(4, 4)}, "model is a Linear: what from_pretrained of transformers gives"),
+    ("prune", {"model": torch.nn.Linear(4, 4)}, "model is a Linear: pass a transformers model"),
     ("prune", {"model": "meta-llama/Llama-2-7b"}, "model is a str"),
     ("prune", {"tokenizer": "gpt2"}, "tokenizer is a str"),
     ("prune", {"method": "wandda"}, "method=wandda is neither known nor a .py file: did you mean 'wanda'?"),
@@ -285,9 +285,9 @@ BAD = [
     ("prune", {"calibration": ["", "  "]}, "calibration holds no text"),
     ("prune", {"calibration": ["a", 3]}, "calibration holds a int: a list of strings is needed"),
     ("prune", {"calibration": 5}, "calibration is a int"),
-    ("prune", {"calibration": "self"}, "is for the command"),
+    ("prune", {"calibration": "self"}, "works only in the command"),
     ("prune", {"calibration": "./nothing.jsonl"}, "nothing.jsonl"),
-    ("prune", {"calibration": {"train": TEXTS}}, "choose one, such as dataset['train']"),
+    ("prune", {"calibration": {"train": TEXTS}}, "pass one, such as dataset['train']"),
     ("prune", {"calibration": Dataset.from_dict({"body": TEXTS})}, "it has body; set column to the one with the text"),
     ("prune", {"calibration": torch.zeros(4)}, "token ids of (windows, tokens) are needed"),
     ("prune", {"calibration": torch.full((2, 8), 10**6)}, "holds token 1000000, but the model knows"),
@@ -296,13 +296,13 @@ BAD = [
     ("finetune", {"masks": espalier.Masks()}, "masks holds no mask"),
     ("finetune", {"masks": "another"}, "another model's mask file?"),
     ("finetune", {"method": "lorra"}, "method=lorra is neither known nor a .py file: did you mean 'lora'?"),
-    ("finetune", {"method": "plain_lora"}, "method=plain_lora stays apart from the weights"),
+    ("finetune", {"method": "plain_lora"}, "method=plain_lora is not merged into the weights: set method=lora or full"),
     ("finetune", {"texts": []}, "texts holds no text"),
     ("finetune", {"max_steps": 0}, "max_steps=0 is out of range"),
     ("finetune", {"seq_len": 4096}, "seq_len=4096 exceeds"),
     ("finetune", {"targets": ["nothing"]}, "targets: no pruned matrix is called 'nothing'"),
-    ("finetune", {"quantize": "nf4"}, "quantize is not for finetune in memory"),
-    ("finetune", {"dataset": "c4"}, "the text is the argument texts"),
+    ("finetune", {"quantize": "nf4"}, "quantize is not an argument of finetune"),
+    ("finetune", {"dataset": "c4"}, "set texts="),
     ("finetune", {"distill": 0.5}, "pass teacher="),
     ("finetune", {"patience": 2}, "patience counts validations"),
     ("reconstruct", {"dense": None}, "dense is a NoneType"),
@@ -362,21 +362,21 @@ def test_a_tokenizer_of_a_larger_vocabulary_is_refused(tiny_llama):
         espalier.prune(small, AutoTokenizer.from_pretrained(tiny_llama), **CALIBRATION)
 
 
-def test_models_that_are_not_whole_and_plain_are_refused(tiny_llama):
+def test_offloaded_and_quantised_models_are_refused(tiny_llama):
     model, _ = loaded(tiny_llama)
     model.model.layers[0].to("meta")
     with pytest.raises(espalier.UserError, match="meta device"):
         espalier.prune(model, calibration=families.text(2, 8))
 
 
-def test_several_processes_are_sent_to_the_command(tiny_llama, monkeypatch):
+def test_several_processes_are_refused(tiny_llama, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(espalier.UserError, match="espalier.verify works in one process"):
         espalier.verify(None, None)
 
 
 @pytest.mark.parametrize("name", ["prune", "reconstruct", "finetune", "evaluate"])
-def test_defaults_are_those_of_recipes_and_all_is_documented(name):
+def test_defaults_equal_the_recipes_and_all_arguments_are_documented(name):
     function = getattr(espalier, name)
     sections = [schema.Calibration, getattr(schema, name.capitalize())]
     fields = [f for section in sections for f in dataclasses.fields(section)]

@@ -1,4 +1,4 @@
-"""The command line answers what people ask of one: help, version, lists, a plan; at once, and without a trace."""
+"""Commands of the command line other than runs: help, version, lists, plan; they are fast and write nothing."""
 
 import dataclasses
 import os
@@ -43,7 +43,7 @@ def test_version(asked):
     assert re.match(r"espalier \S+ \(Python 3\.\S+, torch \S+, transformers \S+,", asked("--version"))
 
 
-def test_recipes_are_a_table_of_all(asked):
+def test_recipes_lists_all_recipes(asked):
     lines = asked("recipes").splitlines()
     assert lines[0].split() == ["recipe", "model", "sparsity", "stages"]
     assert [line.split()[0] for line in lines[1:]] == recipe_files.available()
@@ -51,7 +51,7 @@ def test_recipes_are_a_table_of_all(asked):
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_keys_tell_default_range_and_meaning(asked, section):
+def test_keys_shows_default_range_and_meaning(asked, section):
     said = asked("keys", section)
     for f in dataclasses.fields(getattr(schema, section.capitalize())):
         (line,) = re.findall(rf"^{section}\.{f.name} .*$", said, flags=re.M)
@@ -87,7 +87,7 @@ def test_mistakes_are_one_line(asked, arguments, says):
     assert says in said and said.startswith("espalier: ") and len(said.splitlines()) == 1
 
 
-def test_lists_are_answered_without_torch():
+def test_lists_do_not_import_torch():
     code = (
         "import sys; from pipeline.commands.main import main\n"
         "for words in (['--help'], ['verify', '-h'], ['--version'], ['recipes'], ['keys'], ['recipies']): main(words)\n"
@@ -97,7 +97,7 @@ def test_lists_are_answered_without_torch():
     assert done.stdout.splitlines()[-1] == "False"
 
 
-def test_output_may_end_early():
+def test_the_reader_of_the_output_may_end_early():
     code = "from pipeline.commands.main import main; raise SystemExit(main(['keys']))"
     done = subprocess.run(
         f'{sys.executable} -c "{code}" | head -1', shell=True, cwd=ROOT, capture_output=True, text=True
@@ -106,9 +106,9 @@ def test_output_may_end_early():
 
 
 @pytest.mark.slow
-def test_a_plan_follows_a_run_and_writes_nothing(asked, tiny_llama, tmp_path, monkeypatch):
+def test_plan_predicts_what_a_run_does_and_writes_nothing(asked, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # so it keeps to one thread, which a busy machine is faster with
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one thread is faster on a busy machine
     chosen = [*QUICK, f"model={tiny_llama}", "run_dir=run", "stages=[prune,evaluate]", "evaluate.continuations=0"]
     said = asked("plan", *chosen)
     assert "  prune: runs\n  evaluate: runs\n" in said
@@ -123,13 +123,13 @@ def test_a_plan_follows_a_run_and_writes_nothing(asked, tiny_llama, tmp_path, mo
     assert re.search(r"prune: done before \(20.*s\)\n  evaluate: done before", said)
     said = asked("plan", *chosen, "prune.sparsity=0.5")
     assert "prune: runs again: prune.sparsity 2of4 -> 0.5" in said
-    assert "evaluate: runs again, unless prune comes out as before and no setting has changed" in said
+    assert "evaluate: runs again, unless prune has the same outcome and no setting has changed" in said
     said = asked("plan", *chosen, "evaluate.windows=2")
     assert "prune: done before" in said and "evaluate: runs again: evaluate.windows None -> 2" in said
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_a_plan_makes_the_checks_of_a_run(asked, tiny_llama, tmp_path, monkeypatch):
+def test_plan_makes_the_checks_of_a_run(asked, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     usual = ["plan", *QUICK, f"model={tiny_llama}"]
     for wrong, says in {
@@ -143,7 +143,7 @@ def test_a_plan_makes_the_checks_of_a_run(asked, tiny_llama, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plan_of_a_sweep_has_each_cell_and_of_a_toy_its_model(asked, tmp_path, monkeypatch):
+def test_plan_of_a_sweep_and_of_a_pretrain_recipe(asked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = asked("plan", "recipe=tiny", "prune.method=wanda,magnitude")
     assert "wanda:\n" in said and "magnitude:\n" in said and said.count("  pretrain: runs\n") == 2
@@ -151,7 +151,7 @@ def test_a_plan_of_a_sweep_has_each_cell_and_of_a_toy_its_model(asked, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plan_does_not_fetch_a_model(asked, tmp_path, monkeypatch):
+def test_plan_does_not_download_a_model(asked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -1,4 +1,4 @@
-"""What is installed is all of the project, and the example runs with it from an empty folder."""
+"""The installed package is complete, and the example runs with it from an empty folder."""
 
 import configparser
 import os
@@ -23,7 +23,7 @@ def test_every_package_is_listed_and_nothing_else():
     assert len(listed) == len(set(listed))
 
 
-def test_every_file_beside_the_code_is_package_data():
+def test_all_non_python_files_are_package_data():
     patterns = OPTIONS["options.package_data"]["*"].split(", ")
     for path in ROOT.glob("pipeline/**/*"):
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".py":

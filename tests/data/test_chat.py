@@ -1,4 +1,4 @@
-"""Conversations in every usual form become the tokens of the chat template, and only what was asked for bears loss."""
+"""Conversations in all common formats are tokenised by the chat template, and only the chosen tokens have loss."""
 
 import json
 import math
@@ -28,7 +28,7 @@ MARKED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
     "{{ m['content'] }}<|im_end|>\n{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
 )
-# shows what the assistant thought only in the last turn, as Qwen3 does
+# shows the assistant's reasoning only in the last turn, as Qwen3 does
 FORGETFUL = (
     "{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' and loop.last %}<think>{% endif %}"
     "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -49,7 +49,7 @@ SHAREGPT = [
 
 
 def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """A token is a byte, or one of the marks."""
+    """One token per byte, and one per special marker."""
     marks = ["<|im_end|>", "<|im_start|>"]
     alphabet = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
@@ -84,7 +84,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize(("row", "turns"), FORMS.values(), ids=FORMS)
-def test_every_form_goes_through_the_template(tmp_path, row, turns):
+def test_every_format_is_rendered_by_the_chat_template(tmp_path, row, turns):
     source, tokenizer = written(tmp_path, row), byte_tokenizer()
     expected = tokenizer(text(turns), add_special_tokens=False).input_ids
     assert token_windows.joined(source, tokenizer).tolist() == expected
@@ -100,7 +100,7 @@ def test_a_chosen_column_may_hold_a_conversation(tmp_path):
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED], ids=["by prefixes", "by marks"])
-def test_only_the_assistants_tokens_bear_loss(template):
+def test_only_assistant_tokens_have_loss(template):
     tokenizer = byte_tokenizer(template)
     marked = torch.tensor(chat.tokens({"messages": TURNS}, tokenizer, "assistant"))
     ids, labels = token_windows.ids_and_labels(marked)
@@ -109,7 +109,7 @@ def test_only_the_assistants_tokens_bear_loss(template):
     assert torch.equal(labels[labels != -100], ids[labels != -100])
 
 
-def test_a_conversation_that_the_assistant_begins():
+def test_a_conversation_that_starts_with_the_assistant():
     tokenizer = byte_tokenizer()
     _, labels = token_windows.ids_and_labels(
         torch.tensor(chat.tokens({"messages": TURNS[2:4]}, tokenizer, "assistant"))
@@ -117,7 +117,7 @@ def test_a_conversation_that_the_assistant_begins():
     assert tokenizer.decode(labels[labels != -100]) == "I.<|im_end|>\n"
 
 
-def test_an_end_is_added_where_the_template_gives_none():
+def test_eos_is_added_if_the_template_adds_none():
     tokenizer = byte_tokenizer("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
                                "{% if add_generation_prompt %}[assistant]{% endif %}")  # fmt: skip
     ids, labels = token_windows.ids_and_labels(torch.tensor(chat.tokens({"messages": SHORT}, tokenizer, "assistant")))
@@ -142,13 +142,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("template", "row", "says"), REFUSED.values(), ids=REFUSED)
-def test_what_is_no_chat_is_refused(tmp_path, template, row, says):
+def test_malformed_conversations_are_refused(tmp_path, template, row, says):
     with pytest.raises(UserError, match=says) as refusal:
         token_windows.packed(written(tmp_path, row), byte_tokenizer(template), 8, 1, 0, loss="assistant")
     assert "chat.jsonl" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_packing_keeps_what_bears_loss(tmp_path):
+def test_packing_keeps_the_tokens_with_loss(tmp_path):
     source, tokenizer = written(tmp_path, *({"messages": TURNS[: 3 + 2 * (i % 2)]} for i in range(6))), byte_tokenizer()
     plain = token_windows.packed(source, tokenizer, 16, 20, 0)
     ids, labels = token_windows.ids_and_labels(token_windows.packed(source, tokenizer, 16, 20, 0, loss="assistant"))
@@ -158,14 +158,14 @@ def test_packing_keeps_what_bears_loss(tmp_path):
     assert token_windows.ids_and_labels(plain)[1] is plain
 
 
-# windows of 4 sequences a step, of which some have no token with loss, and one step none at all
+# 4 windows per step, some without tokens with loss; one step has none at all
 MARKS = torch.rand(8 * 4, 12, generator=torch.Generator().manual_seed(2))
 WINDOWS = torch.randint(3, 61, (8 * 4, 12), generator=torch.Generator().manual_seed(1))
 WINDOWS = torch.where(torch.linspace(0, 1, 32)[:, None] > MARKS, ~WINDOWS, WINDOWS)
 WINDOWS[4:8] = torch.where(WINDOWS[4:8] >= 0, ~WINDOWS[4:8], WINDOWS[4:8])
 
 
-def other_model():
+def different_model():
     model = small_model("llama")
     draw = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
@@ -178,14 +178,14 @@ def trained(folder, windows, batch_size: int, accumulate: int, **more):
     settings = Finetune(
         max_steps=len(windows) // 4, batch_size=batch_size, accumulate=accumulate, lr=1e-2, warmup=0, **more
     )
-    teacher = other_model() if settings.distill else None
+    teacher = different_model() if settings.distill else None
     fit(model, windows, settings, 0, folder, teacher=teacher)
     return dict(model.named_parameters())
 
 
-def by_hand(windows, share: float):
-    """The same by one plain loop: cross-entropy (and divergence) of the labelled tokens over their number, in each step."""
-    model, teacher = small_model("llama"), other_model()
+def reference_training(windows, share: float):
+    """The same as one plain loop: per step, cross-entropy (and divergence) of the labelled tokens divided by their number."""
+    model, teacher = small_model("llama"), different_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
     steps = len(windows) // 4
     for step, batch in enumerate(windows.split(4)):
@@ -206,8 +206,8 @@ def by_hand(windows, share: float):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_each_token_counts_the_same_however_a_step_is_cut(tmp_path, share):
-    expected = by_hand(WINDOWS, share)
+def test_every_token_counts_equally_for_any_split_of_a_step(tmp_path, share):
+    expected = reference_training(WINDOWS, share)
     for batch_size, accumulate in ((4, 1), (2, 2), (1, 4)):
         found = trained(tmp_path / str(batch_size), WINDOWS, batch_size, accumulate, distill=share)
         for name, value in expected.items():
@@ -223,7 +223,7 @@ def test_validation_is_the_mean_over_the_assistants_tokens(tmp_path):
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_without_a_teacher_it_is_the_models_own_loss():
+def test_without_a_teacher_the_loss_is_the_models_own():
     model, ids = small_model("llama"), WINDOWS[:4].where(WINDOWS[:4] >= 0, ~WINDOWS[:4])
     expected = model(ids, labels=ids).loss
     torch.testing.assert_close(distillation.loss(model(ids).logits, None, ids, 0.0, 1.0), expected)

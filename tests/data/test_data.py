@@ -1,4 +1,4 @@
-"""Text is found where its name says, and windows are cut from it as the papers cut them, the same for the same seed."""
+"""Data sets are found by name, and windows are cut as in the papers and reproducibly."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ def tokenizer():
 
 @pytest.fixture
 def mirror(tmp_path):
-    """A folder laid out as the hub: a data set of ours, the papers' shard of C4, and WikiText-2 in its tokenised form."""
+    """A folder laid out as the hub: a data set of ours, the papers' shard of C4, and the tokenised WikiText-2."""
     for name, config, split in [("mine/stories", "default", "train"), ("Salesforce/wikitext", "wikitext-2-v1", "test")]:
         folder = tmp_path / name / config
         folder.mkdir(parents=True)
@@ -34,7 +34,7 @@ def mirror(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["parquet", "json", "jsonl", "jsonl.gz", "txt", "folder"])
-def test_local_files_of_every_form(tmp_path, form):
+def test_local_files_of_every_format(tmp_path, form):
     path = tmp_path / f"text.{form}"
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
     if form == "parquet":
@@ -50,14 +50,14 @@ def test_local_files_of_every_form(tmp_path, form):
     assert sources.documents(sources.source(str(path)))["text"] == TEXTS
 
 
-def test_input_ids_are_taken_as_they_stand(tmp_path, tokenizer):
+def test_input_ids_are_used_unchanged(tmp_path, tokenizer):
     ids = [[5, 6, 7, 8], [9, 10, 11, 12]]
     Dataset.from_dict({"input_ids": ids}).to_parquet(tmp_path / "ids.parquet")
     found = token_windows.calibration(sources.source(str(tmp_path / "ids.parquet")), tokenizer, 2, 4, seed=0)
     assert sorted(found.tolist()) == ids
 
 
-def test_names_in_a_mirror(mirror):
+def test_dataset_names_in_a_mirror(mirror):
     assert sources.documents(sources.source("mine/stories", mirror))["text"] == TEXTS
     assert sources.documents(sources.source("c4", mirror))["text"] == TEXTS
     chosen = sources.source("wikitext2:wikitext-2-v1@test", mirror)
@@ -76,7 +76,7 @@ def test_names_in_a_mirror(mirror):
         ("./nowhere.txt", "no dataset at"),
     ],
 )
-def test_what_is_missing_is_named(mirror, spec, says):
+def test_missing_data_is_named(mirror, spec, says):
     with pytest.raises(UserError, match=says):
         sources.source(spec, mirror)
 
@@ -87,7 +87,7 @@ def test_without_a_text_column_the_columns_are_named(tmp_path):
         sources.documents(sources.source(str(tmp_path / "x.parquet")))
 
 
-def test_c4_is_measured_on_the_papers_excerpt(mirror, tokenizer):
+def test_c4_perplexity_uses_the_papers_excerpt(mirror, tokenizer):
     """256 windows of the first 1100 documents of the validation split, joined by spaces."""
     texts = [TEXTS[i % 60] for i in range(1200)]
     path = f"{mirror}/allenai/c4/en/c4-validation.00000-of-00008.json.gz"
@@ -100,7 +100,7 @@ def test_c4_is_measured_on_the_papers_excerpt(mirror, tokenizer):
 
 
 def test_c4_windows_are_drawn_as_in_the_papers(mirror, tokenizer):
-    """Documents at random until one is longer than the window, then a random window, with the same draws."""
+    """Draws documents until one is longer than the window, then a random window, in the same order of draws."""
     found = token_windows.calibration(sources.source("c4", mirror), tokenizer, 6, 40, seed=3)
     draw, expected = random.Random(3), []
     for _ in range(6):
@@ -113,7 +113,7 @@ def test_c4_windows_are_drawn_as_in_the_papers(mirror, tokenizer):
     assert found.tolist() == expected
 
 
-def test_packed_windows_hold_each_document_once_and_whole(mirror, tokenizer):
+def test_packed_windows_hold_each_document_exactly_once(mirror, tokenizer):
     source = sources.source("mine/stories", mirror)
     total = sum(len(tokenizer(text).input_ids) + 1 for text in TEXTS)
     windows = token_windows.packed(source, tokenizer, 16, total // 16, seed=0)
@@ -130,13 +130,13 @@ def again(tokenizer):
     return lambda text: tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def test_too_little_text_says_what_to_type(mirror, tokenizer):
+def test_too_little_text_says_what_to_set(mirror, tokenizer):
     with pytest.raises(UserError, match=r"set calibration\.samples="):
         token_windows.calibration(sources.source("mine/stories", mirror), tokenizer, 1000, 64, seed=0)
     with pytest.raises(UserError, match=r"a shorter calibration\.seq_len"):
         token_windows.calibration(sources.source("c4", mirror), tokenizer, 4, 4000, seed=0)
 
 
-def test_joined_text_is_that_of_the_papers(mirror, tokenizer):
+def test_joined_text_is_as_in_the_papers(mirror, tokenizer):
     ids = token_windows.joined(sources.source("wikitext2", mirror, split="test"), tokenizer)
     assert ids.tolist() == tokenizer("\n\n".join(TEXTS)).input_ids

@@ -1,4 +1,4 @@
-"""`dataset=self`: what the dense model writes, the same for the same seed on any number of processes, and kept."""
+"""`dataset=self`: text sampled from the dense model, reproducible on any number of processes, and cached."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.conftest import PRUNE, espalier
 SELF = ("calibration.dataset=self", "calibration.samples=20", "calibration.seq_len=24", "calibration.batch_size=4")
 
 
-def asked(model, run_dir, *more):
+def self_text_recipe(model, run_dir, *more):
     return reader.load([f"model={model}", f"run_dir={run_dir}", "stages=[prune]", *more])
 
 
@@ -23,8 +23,8 @@ def files(runs) -> dict:
 
 
 @pytest.mark.slow
-def test_it_is_drawn_from_the_models_own_distribution(tiny_llama):
-    """The second token's frequencies are the model's probabilities, whatever generation_config.json asks for."""
+def test_samples_follow_the_models_distribution(tiny_llama):
+    """The second token's frequencies equal the model's probabilities, whatever generation_config.json says."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     for parameter in model.parameters():
         parameter.data *= 4  # far from uniform
@@ -39,7 +39,7 @@ def test_it_is_drawn_from_the_models_own_distribution(tiny_llama):
     assert error[often].max() < 4.5
 
 
-def test_after_an_end_a_new_document_begins(tiny_llama):
+def test_a_new_document_begins_after_eos(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     with torch.no_grad():
         model.get_output_embeddings().weight[1] += 2 * model.model.norm.weight.mean()  # <eos> comes often
@@ -49,21 +49,21 @@ def test_after_an_end_a_new_document_begins(tiny_llama):
     assert ids.shape == (4 * sampled.BATCH, 60)
 
 
-def test_the_seed_decides_and_randomness_elsewhere_is_left_alone(tiny_llama, tmp_path):
-    recipe = asked(tiny_llama, tmp_path / "a/run")
+def test_samples_depend_on_the_seed_and_leave_the_random_state(tiny_llama, tmp_path):
+    recipe = self_text_recipe(tiny_llama, tmp_path / "a/run")
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
     first = sampled.samples(recipe, tiny_llama, 20, 24)
     assert torch.equal(torch.rand(3), expected)
     torch.manual_seed(8)
-    assert torch.equal(first, sampled.samples(asked(tiny_llama, tmp_path / "b/run"), tiny_llama, 20, 24))
-    other = sampled.samples(asked(tiny_llama, tmp_path / "a/run", "seed=1"), tiny_llama, 20, 24)
+    assert torch.equal(first, sampled.samples(self_text_recipe(tiny_llama, tmp_path / "b/run"), tiny_llama, 20, 24))
+    other = sampled.samples(self_text_recipe(tiny_llama, tmp_path / "a/run", "seed=1"), tiny_llama, 20, 24)
     assert not (first == other).all(1).any()
 
 
-def test_it_is_kept_beside_the_runs_and_goes_on_where_it_was_killed(tiny_llama, tmp_path, monkeypatch):
-    recipe = asked(tiny_llama, tmp_path / "runs/one")
+def test_samples_are_cached_and_a_killed_sampling_resumes(tiny_llama, tmp_path, monkeypatch):
+    recipe = self_text_recipe(tiny_llama, tmp_path / "runs/one")
     whole = sampled.samples(recipe, tiny_llama, 40, 16)
     before = files(tmp_path / "runs")
     assert len(before) == 3
@@ -75,13 +75,13 @@ def test_it_is_kept_beside_the_runs_and_goes_on_where_it_was_killed(tiny_llama, 
     assert {path for path, time in files(tmp_path / "runs").items() if before[path] != time} == {lost}
     lost.write_bytes(b"x")
     assert torch.equal(sampled.samples(recipe, tiny_llama, 40, 16), whole)
-    other = asked(tiny_llama, tmp_path / "runs/one", "dtype=bfloat16")
+    other = self_text_recipe(tiny_llama, tmp_path / "runs/one", "dtype=bfloat16")
     sampled.samples(other, tiny_llama, 1, 16)
     assert len(files(tmp_path / "runs")) == 4  # another dtype is another model
 
 
 @pytest.mark.slow
-def test_a_run_calibrates_by_it_on_any_number_of_processes(tiny_llama, tmp_path, finishes):
+def test_calibration_with_samples_on_any_number_of_processes(tiny_llama, tmp_path, finishes):
     settings = [f"model={tiny_llama}", *SELF]
     one, said = finishes(tmp_path / "one/run", *settings)
     assert "self: the dense model writes 20 samples of 24 tokens" in said
@@ -93,7 +93,7 @@ def test_a_run_calibrates_by_it_on_any_number_of_processes(tiny_llama, tmp_path,
 
 
 @pytest.mark.slow
-def test_reconstruction_reads_the_dense_models_text_too(tiny_llama, tmp_path, typed):
+def test_reconstruction_uses_the_dense_models_samples(tiny_llama, tmp_path, typed):
     settings = [
         *SELF,
         "calibration.samples=8",
@@ -109,15 +109,15 @@ def test_reconstruction_reads_the_dense_models_text_too(tiny_llama, tmp_path, ty
 
 
 @pytest.mark.parametrize("key", ["finetune.dataset", "finetune.validation", "evaluate.perplexity"])
-def test_it_is_for_calibration_only(key):
+def test_samples_are_for_calibration_only(key):
     value = "[self]" if "perplexity" in key else "self"
     with pytest.raises(UserError, match=f"{key}=self: text that the model writes is for calibration only"):
         reader.load(["model=m", "stages=[prune,finetune,evaluate]", f"{key}={value}"])
 
 
-def test_a_tokenizer_without_a_token_to_begin_with(tiny_llama):
-    tokenizer = loading.tokenizer(tiny_llama, asked(tiny_llama, "x"))
-    config = loading.config(tiny_llama, asked(tiny_llama, "x"))
+def test_a_tokenizer_without_a_first_token_is_refused(tiny_llama):
+    tokenizer = loading.tokenizer(tiny_llama, self_text_recipe(tiny_llama, "x"))
+    config = loading.config(tiny_llama, self_text_recipe(tiny_llama, "x"))
     assert sampled.first_token(tokenizer, config) == 0
     tokenizer.bos_token = None
     assert sampled.first_token(tokenizer, config) == tokenizer.eos_token_id == 1

@@ -1,7 +1,5 @@
-"""The table of texts: what lies in a folder and what is typed, and the text that is read or the line that is said.
-
-Never a wrong text: what is missing or ambiguous is refused, by one line that says what there is.
-"""
+"""For each layout of files and setting, the text that is read or the error. Missing and ambiguous data is refused, and the
+message says which data exists."""
 
 import bz2
 import gzip
@@ -33,7 +31,7 @@ def saved(**splits: str) -> Callable[[Path], object]:
     return lambda path: (DatasetDict(found) if list(found) != ["only"] else found["only"]).save_to_disk(path)
 
 
-def lay(folder: Path, files: dict) -> None:
+def write_layout(folder: Path, files: dict) -> None:
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,8 +124,8 @@ READ = {
 
 
 @pytest.mark.parametrize(("files", "spec", "texts"), READ.values(), ids=READ)
-def test_what_is_read(tmp_path, files, spec, texts):
-    lay(tmp_path / "here", files)
+def test_datasets_that_are_read(tmp_path, files, spec, texts):
+    write_layout(tmp_path / "here", files)
     source = sources.source(spec.format(here=tmp_path / "here"))
     assert sources.documents(source)["text"] == texts
     assert [row["text"] for row in sources.first_rows(source)] == texts
@@ -190,18 +188,20 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("files", "spec", "says"), REFUSED.values(), ids=REFUSED)
-def test_what_is_refused(tmp_path, files, spec, says):
+def test_datasets_that_are_refused(tmp_path, files, spec, says):
     here = tmp_path / "here"
     here.mkdir()
-    lay(here, files)
+    write_layout(here, files)
     with pytest.raises(UserError) as refusal:
         sources.source(spec.format(here=here))
     assert says.format(here=here) in str(refusal.value)
 
 
-def test_home(tmp_path, monkeypatch):
+def test_home_folder_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    lay(tmp_path, {"c/test.txt": "one", "c/train.txt": "x", "mirror/a/b/default/test-0.parquet": parquet("two")})
+    write_layout(
+        tmp_path, {"c/test.txt": "one", "c/train.txt": "x", "mirror/a/b/default/test-0.parquet": parquet("two")}
+    )
     assert sources.documents(sources.source("~/c@test"))["text"] == ["one"]
     assert sources.documents(sources.source("a/b", "~/mirror", "test"))["text"] == ["two"]
     with pytest.raises(UserError, match="no dataset at ~nobody-here/x"):
@@ -213,17 +213,17 @@ NESTED = json.dumps({"id": 1, "data": {"body": {"text": "one"}, "n": 2}}) + "\n"
 
 @pytest.mark.parametrize("column", ["body", "data.body.text", "a.b"])
 def test_a_column_is_chosen_by_name(tmp_path, column):
-    """Nested ones with dots, and those whose own name has one."""
+    """Nested columns with dots, and columns whose name contains a dot."""
     name, content = ("a.jsonl", NESTED) if column.startswith("data") else ("a.parquet", parquet("one", column=column))
-    lay(tmp_path, {name: content})
+    write_layout(tmp_path, {name: content})
     source = sources.source(str(tmp_path / name), column=column)
     assert sources.documents(source)["text"] == ["one"]
     assert list(sources.first_rows(source)) == [{"text": "one"}]
 
 
 @pytest.mark.parametrize("read", [sources.documents, lambda source: list(sources.first_rows(source))])
-def test_a_missing_column_names_those_there_are_and_the_key(tmp_path, read):
-    lay(tmp_path, {"a.jsonl": NESTED})
+def test_a_missing_column_error_lists_the_columns_and_the_key(tmp_path, read):
+    write_layout(tmp_path, {"a.jsonl": NESTED})
     for section in ("calibration", "finetune", "evaluate"):
         with pytest.raises(UserError) as refusal:
             read(sources.source(str(tmp_path / "a.jsonl"), section=section))
@@ -235,19 +235,19 @@ def test_a_missing_column_names_those_there_are_and_the_key(tmp_path, read):
         read(sources.source(str(tmp_path / "a.jsonl"), column="id"))
 
 
-def test_rows_without_text_are_passed_over_when_looking(tmp_path):
-    lay(tmp_path, {"a.jsonl": '{"text": null}\n{"text": "a"}\n'})
+def test_rows_without_text_are_skipped(tmp_path):
+    write_layout(tmp_path, {"a.jsonl": '{"text": null}\n{"text": "a"}\n'})
     assert list(sources.first_rows(sources.source(str(tmp_path / "a.jsonl")))) == [{"text": "a"}]
 
 
 def test_files_are_read_in_the_order_of_their_names(tmp_path):
     names = [f"{i}.txt" for i in range(12)]
-    lay(tmp_path, {name: name for name in names})
+    write_layout(tmp_path, {name: name for name in names})
     assert sources.documents(sources.source(str(tmp_path)))["text"] == sorted(names)
 
 
-def test_a_relative_folder_is_found_from_elsewhere(tmp_path, monkeypatch):
-    lay(tmp_path, {"c/a.txt": "one"})
+def test_a_relative_folder_works_after_a_change_of_directory(tmp_path, monkeypatch):
+    write_layout(tmp_path, {"c/a.txt": "one"})
     monkeypatch.chdir(tmp_path)
     source = sources.source("c")
     os.chdir("/")

@@ -1,4 +1,4 @@
-"""A tokenizer against its model: what no model can read is refused before any work, what can be mended is, and is said."""
+"""Tokenizers that do not fit their model: some are refused before any work, others are fixed with a message."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from pipeline.data import special_tokens, world
 from pipeline.evaluation.zero_shot import zero_shot
 from pipeline.runtime.errors import UserError
 from tests.conftest import QUICK
-from tests.evaluation.test_zero_shot import byte_tokenizer, mirror, own_cache  # noqa: F401
+from tests.evaluation.test_zero_shot import byte_tokenizer, mirror, private_cache  # noqa: F401
 from tests.evaluation.test_zero_shot import tiny_llama as random_llama
 
 WORDS = len(world.tokenizer())
@@ -39,7 +39,7 @@ def tokenizer(single: str = "<bos> $A", **tokens):
     ("single", "before", "after"),
     [("$A", [], []), ("<bos> $A", [0], []), ("<bos> $A <eos>", [0], [1]), ("$A <eos>", [], [1])],
 )
-def test_what_is_put_around_a_text(single, before, after):
+def test_special_tokens_around_a_text(single, before, after):
     assert special_tokens.added_tokens(tokenizer(single)) == (before, after)
 
 
@@ -66,7 +66,7 @@ MENDED = {
 
 
 @pytest.mark.parametrize(("tokens", "config", "says", "has"), MENDED.values(), ids=MENDED)
-def test_what_is_mended_for_questions(tokens, config, says, has):
+def test_fixes_for_questions(tokens, config, says, has):
     ours = tokenizer(**tokens)
     special_tokens.check(ours, config, "here")
     ids = ours("the cat").input_ids
@@ -76,7 +76,7 @@ def test_what_is_mended_for_questions(tokens, config, says, has):
     assert fixed.pad_token_id < WORDS
     appended = ids[-1:] == [1]
     assert fixed("the cat").input_ids == fixed.encode("the cat") == (ids[:-1] if appended else ids)
-    assert ours("the cat").input_ids == ids  # the texts' own tokenizer stays as it was
+    assert ours("the cat").input_ids == ids  # the original tokenizer is unchanged
 
 
 REFUSED = {
@@ -91,19 +91,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("tokens", "config", "says"), REFUSED.values(), ids=REFUSED)
-def test_what_is_refused(tokens, config, says):
+def test_tokenizers_that_are_refused(tokens, config, says):
     with pytest.raises(UserError, match=says):
         special_tokens.check(tokenizer(**tokens), config, "here")
 
 
-def test_a_prepended_token_without_a_row_is_refused():
+def test_a_prepended_token_without_an_embedding_is_refused():
     ours = tokenizer(bos="[BOS]")
     ours.backend_tokenizer.post_processor = TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", WORDS)])
     with pytest.raises(UserError, match=r"bos token '\[BOS\]' with id"):
         special_tokens.check(ours, CONFIG, "here")
 
 
-def test_no_token_to_mend_with_is_refused():
+def test_a_tokenizer_without_usable_special_tokens_is_refused():
     ours = tokenizer(single="$A", bos=None, eos=None)
     with pytest.raises(UserError, match="neither an end-of-sequence nor a begin-of-sequence token"):
         special_tokens.for_questions(ours, NO_EOS)
@@ -111,8 +111,8 @@ def test_no_token_to_mend_with_is_refused():
 
 @pytest.mark.parametrize("change", ["an end is appended", "no end", "no padding"])
 @pytest.mark.slow
-def test_scores_do_not_suffer(mirror, change):  # noqa: F811
-    """What a tokenizer appends or lacks changes no score."""
+def test_scores_do_not_depend_on_the_defect(mirror, change):  # noqa: F811
+    """Scores do not depend on the special tokens that a tokenizer appends or lacks."""
     model = random_llama()
     expected = zero_shot(model, byte_tokenizer(), ["arc_easy"], mirror)
     ours = byte_tokenizer()
@@ -149,8 +149,8 @@ def outcome(run_dir: Path) -> tuple:
 
 
 @pytest.fixture(scope="module")
-def sound(tiny_llama, tmp_path_factory) -> tuple:
-    run_dir = tmp_path_factory.mktemp("sound") / "run"
+def reference_run(tiny_llama, tmp_path_factory) -> tuple:
+    run_dir = tmp_path_factory.mktemp("reference_run") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["launch.py", *RUN, f"model={tiny_llama}", f"run_dir={run_dir}"])
         assert launch.main() == 0
@@ -159,8 +159,8 @@ def sound(tiny_llama, tmp_path_factory) -> tuple:
 
 @pytest.mark.parametrize("change", ["[PAD]", "no end", "appends"])
 @pytest.mark.slow
-def test_a_whole_run_with_each(tiny_llama, sound, tmp_path, typed, change):
-    """All that it finds is as with a sound tokenizer, and what was mended is said."""
+def test_a_run_with_each_defect(tiny_llama, reference_run, tmp_path, typed, change):
+    """The results equal those with a correct tokenizer, and the fixes are reported."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_llama, folder)
     ours = AutoTokenizer.from_pretrained(folder)
@@ -176,11 +176,11 @@ def test_a_whole_run_with_each(tiny_llama, sound, tmp_path, typed, change):
     assert code == 0, lines
     assert f"the tokenizer of {folder}: " in said
     masks, models = outcome(tmp_path / "runs/run")
-    if change == "no end":  # packed documents then follow each other without one, and other weights are pruned
-        assert models[0] == sound[1][0]
-    elif change == "appends":  # the joined text of the perplexity ends in one, which may make a window more
-        assert masks == sound[0]
-        assert [it["zero_shot"] for it in models] == [it["zero_shot"] for it in sound[1]]
-        assert [it["continuations"] for it in models] == [it["continuations"] for it in sound[1]]
+    if change == "no end":  # packed documents are then not separated by one, so other weights are pruned
+        assert models[0] == reference_run[1][0]
+    elif change == "appends":  # the joined perplexity text ends with one, which may add a window
+        assert masks == reference_run[0]
+        assert [it["zero_shot"] for it in models] == [it["zero_shot"] for it in reference_run[1]]
+        assert [it["continuations"] for it in models] == [it["continuations"] for it in reference_run[1]]
     else:
-        assert (masks, models) == sound
+        assert (masks, models) == reference_run

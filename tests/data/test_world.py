@@ -1,4 +1,4 @@
-"""The generated world: the same for everyone, split cleanly, in its own words, and asked about without hints."""
+"""The generated world: deterministic, with disjoint splits, a closed vocabulary, and questions without hints."""
 
 import itertools
 from collections import Counter
@@ -7,13 +7,16 @@ import lm_eval
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from pipeline.data import world
 from pipeline.runtime.errors import UserError
+from tests.conftest import llama_config
 
 TRAIN, TEST = world.documents("train"), world.documents("test")
 QUESTIONS = {task: world.questions(task)["test"] for task in world.TASKS}
+IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 3}
+CONFIG = llama_config(len(world.tokenizer()), num_hidden_layers=1, initializer_range=0.1, **IDS)
 CHANCE = {task: 1 / len(rows[0]["choices"]) for task, rows in QUESTIONS.items()}
 
 
@@ -27,7 +30,7 @@ def test_train_and_test_share_no_document_at_any_seed():
     assert not set(TRAIN) & set(world.documents("test", seed=3))
 
 
-def test_an_unknown_split_says_what_to_type():
+def test_an_unknown_split_says_what_to_set():
     with pytest.raises(UserError, match="world@train or world@test"):
         world.documents("validation")
 
@@ -41,16 +44,16 @@ def test_every_word_has_a_token_and_decoding_gives_the_text_back():
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_a_blank_line_is_where_documents_meet():
+def test_documents_are_separated_by_a_blank_line():
     tokenizer = world.tokenizer()
     ids = [tokenizer(text).input_ids for text in TEST[:3]]
     ends = itertools.chain(*[[*document, tokenizer.eos_token_id] for document in ids])
     assert tokenizer("\n\n".join(TEST[:3])).input_ids == list(ends)[:-1]
 
 
-def test_the_tokenizer_survives_saving_beside_a_model(tmp_path):
+def test_the_tokenizer_can_be_saved_with_a_model_and_loaded(tmp_path):
     tokenizer = world.tokenizer()
-    LlamaForCausalLM(_config()).save_pretrained(tmp_path)  # its config.json must not turn it into another class
+    LlamaForCausalLM(CONFIG).save_pretrained(tmp_path)  # config.json must not change its class
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     text = "\n\n".join(TEST)
@@ -58,7 +61,7 @@ def test_the_tokenizer_survives_saving_beside_a_model(tmp_path):
     assert loaded.special_tokens_map == tokenizer.special_tokens_map
 
 
-def test_the_asked_facts_are_in_the_training_text_but_not_as_questions():
+def test_facts_of_the_questions_are_in_the_training_text_but_no_question_is():
     text = "\n".join(TRAIN)
     for task in ("world_homes", "world_trees", "world_tools"):
         assert not [row["question"] for row in QUESTIONS[task] if row["question"] in text]
@@ -72,8 +75,8 @@ def test_the_asked_facts_are_in_the_training_text_but_not_as_questions():
 
 
 @pytest.mark.parametrize("task", world.TASKS)
-def test_no_answer_is_given_away(task):
-    """By its place, its length, or being common: each such guess stays within three standard errors of chance."""
+def test_trivial_guesses_score_at_chance(task):
+    """Guessing by position, length or frequency scores within three standard errors of chance."""
     rows, chance = QUESTIONS[task], CHANCE[task]
     assert len(rows) >= 200 and chance <= 0.5
     places = Counter(row["answer"] for row in rows)
@@ -88,25 +91,10 @@ def test_no_answer_is_given_away(task):
 
 
 @pytest.mark.slow
-def test_lm_eval_finds_a_random_model_near_chance():
+def test_lm_eval_scores_a_random_model_near_chance():
     torch.manual_seed(0)
-    model = HFLM(pretrained=LlamaForCausalLM(_config()), tokenizer=world.tokenizer(), batch_size=200, device="cpu")
+    model = HFLM(pretrained=LlamaForCausalLM(CONFIG), tokenizer=world.tokenizer(), batch_size=200, device="cpu")
     found = lm_eval.simple_evaluate(model=model, tasks=list(world.TASKS.values()), bootstrap_iters=0)["results"]
     for task, chance in CHANCE.items():
         error = (chance * (1 - chance) / len(QUESTIONS[task])) ** 0.5
         assert found[task]["acc,none"] == pytest.approx(chance, abs=4 * error)
-
-
-def _config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(world.tokenizer()),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.1,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=3,
-    )

@@ -1,4 +1,4 @@
-"""Layer by layer is the whole model, for every family; nothing is known by model name."""
+"""Running layer by layer equals running the model, for every family, without rules by model name."""
 
 import weakref
 
@@ -54,7 +54,7 @@ def small_model(family: str, attention: str | None = None, **more) -> torch.nn.M
 @pytest.mark.parametrize("attention", [None, "eager"], ids=["default", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_block_by_block_is_the_whole_model_to_the_bit(family, attention):
+def test_block_by_block_equals_the_model_exactly(family, attention):
     model, generator = small_model(family, attention), torch.Generator().manual_seed(1)
     batches = [torch.randint(3, 61, shape, generator=generator) for shape in ((2, 24), (2, 24), (1, 17))]
     expected = [model(input_ids=batch, use_cache=False).logits for batch in batches]
@@ -73,11 +73,11 @@ def test_block_by_block_is_the_whole_model_to_the_bit(family, attention):
         found = list(forwards.results(reached))
     assert order == [block.name for block in blocks] and len(order) == 3
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    assert torch.equal(call(batches[0]), expected[0])  # the blocks are their own again
+    assert torch.equal(call(batches[0]), expected[0])  # the blocks are restored
     assert len(matrices(blocks[0], blocks)) >= 4
 
 
-def test_a_forward_that_is_left_paused_lets_go_of_its_tensors():
+def test_an_abandoned_paused_forward_frees_its_tensors():
     model = small_model("llama")
     call, batch = (lambda ids: model(input_ids=ids, use_cache=False)), torch.randint(3, 61, (2, 24))
     with LayerwiseForwards(model, find_blocks(model), call, [batch], torch.device("cpu")) as forwards:
@@ -103,7 +103,7 @@ def test_the_models_own_grad_mode_stays_inside_its_forward():
         assert torch.is_grad_enabled() and logits.requires_grad
 
 
-def test_batches_that_take_different_ways_are_refused():
+def test_batches_that_call_different_blocks_are_refused():
     model = small_model("llama")
 
     def call(ids):
@@ -119,7 +119,7 @@ def test_batches_that_take_different_ways_are_refused():
 
 
 @torch.no_grad()
-def test_a_block_that_changes_its_inputs_is_not_tried():
+def test_a_block_that_changes_its_inputs_in_place_is_not_run_twice():
     model = small_model("llama")
     layer = model.model.layers[1]
     forward = layer.forward
@@ -134,7 +134,7 @@ def test_a_block_that_changes_its_inputs_is_not_tried():
     assert layer.forward.__name__ == "<lambda>"
 
 
-def test_a_model_that_is_not_understood_says_what_was_looked_for():
+def test_a_model_without_blocks_is_refused_with_a_reason():
     with pytest.raises(UserError, match="Sequential is not supported: .* found no list of layers"):
         find_blocks(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 

@@ -1,4 +1,4 @@
-"""Models that differ in kind: walked block by block they are themselves, and what pruning sees of experts is what is routed."""
+"""Other kinds of models: block by block equals the model, and the observed inputs of experts are the routed tokens."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -33,13 +33,13 @@ BATCHES = [families.text(2, 20, seed) for seed in range(3)] + [families.text(1, 
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_block_by_block_is_the_model_over_batches_that_differ(name):
+def test_block_by_block_equals_the_model_on_different_batches(name):
     assert walking.difference(families.tiny(name), BATCHES) is None
 
 
 class Experts(NamedTuple):
-    """How a family computes: `path` of the module that holds router and experts, and the names of their weights. Fused
-    weights are (E, O, I) once transposed; `inner` makes the inputs of the last projection from what the first one gives."""
+    """How a family computes its experts: `path` of the module with router and experts, and the names of their weights. Fused
+    weights are (E, O, I) after `transposed`; `inner` computes the last projection's inputs from the first one's outputs."""
 
     path: str
     router: str
@@ -47,7 +47,7 @@ class Experts(NamedTuple):
     down: str
     inner: Callable[[Tensor], Tensor]
     transposed: bool = False
-    scaled_inputs: bool = False  # a token is weighed before its expert, not after
+    scaled_inputs: bool = False  # the router weight is applied before the expert, not after it
 
 
 def gated(up_N2F: Tensor) -> Tensor:
@@ -55,15 +55,17 @@ def gated(up_N2F: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def gated_in_turn(up_N2F: Tensor) -> Tensor:
-    """gpt-oss: gate and up take turns, and are clamped."""
+def gated_interleaved(up_N2F: Tensor) -> Tensor:
+    """gpt-oss: gate and up are interleaved and clamped."""
     gate, up = up_N2F[:, ::2].clamp(max=7.0), up_N2F[:, 1::2].clamp(-7.0, 7.0)
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
 FUSED = {
     "mixtral": Experts("mlp", "gate", "experts.gate_up_proj", "experts.down_proj", gated),
-    "gpt_oss": Experts("mlp", "router", "experts.gate_up_proj", "experts.down_proj", gated_in_turn, transposed=True),
+    "gpt_oss": Experts(
+        "mlp", "router", "experts.gate_up_proj", "experts.down_proj", gated_interleaved, transposed=True
+    ),
     "llama4_text": Experts(
         "feed_forward",
         "router",
@@ -79,7 +81,7 @@ FUSED = {
 
 @pytest.mark.parametrize("name", FUSED)
 @torch.no_grad()
-def test_the_inputs_of_fused_experts_are_those_of_a_plain_loop(name):
+def test_inputs_of_fused_experts_equal_a_plain_loop(name):
     model, about = families.tiny(name), FUSED[name]
     blocks = find_blocks(model)
     found = matrices(blocks[0], blocks)

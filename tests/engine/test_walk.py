@@ -1,4 +1,4 @@
-"""The walk on models that call their layers in ways of their own: what it prunes, by what statistics, and that it resumes."""
+"""The walk over models that call their layers in unusual ways: what it prunes, with which statistics, and resuming."""
 
 import datasets
 import pytest
@@ -43,7 +43,7 @@ def origin(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> str:
-    """The setting of a calibration text that these models know."""
+    """The setting of a calibration text within these models' vocabulary."""
     path = tmp_path_factory.mktemp("text") / "tokens.parquet"
     datasets.Dataset.from_dict({"input_ids": text(32, 48).tolist()}).to_parquet(path)
     return f"calibration.dataset={path}"
@@ -64,7 +64,7 @@ KINDS = (
 
 @pytest.mark.parametrize("family", KINDS)
 @pytest.mark.slow
-def test_pruned_exactly_and_nothing_else_changed_and_resumed_to_the_bit(origin, tokens, tmp_path, monkeypatch, family):
+def test_pruning_is_exact_changes_nothing_else_and_resumes_bit_for_bit(origin, tokens, tmp_path, monkeypatch, family):
     folder = origin(family)
     masks, _ = pruned(folder, tmp_path / "whole", tokens)
     masks.check_patterns()
@@ -96,7 +96,7 @@ def test_pruned_exactly_and_nothing_else_changed_and_resumed_to_the_bit(origin, 
 @pytest.mark.parametrize(
     ("family", "kind"), [("falcon_mamba", "mixer.dt_proj.weight"), ("bart", "encoder_attn.k_proj.weight")]
 )
-def test_a_matrix_that_the_model_never_calls_stays_dense_and_is_named(origin, tokens, tmp_path, capsys, family, kind):
+def test_an_uncalled_matrix_stays_dense_and_is_reported(origin, tokens, tmp_path, capsys, family, kind):
     masks, _ = pruned(origin(family), tmp_path / "p", tokens)
     assert masks and not any(name.endswith(kind) for name in masks)
     assert f"0.{kind}" in capsys.readouterr().out
@@ -105,14 +105,14 @@ def test_a_matrix_that_the_model_never_calls_stays_dense_and_is_named(origin, to
 
 
 @torch.no_grad()
-def test_a_looped_block_is_pruned_once_by_what_it_sees_at_its_first_call(origin, tokens, tmp_path):
-    """Its later calls already run on pruned blocks, and what they will see is not known before it is pruned."""
+def test_a_repeated_block_is_pruned_once_with_the_inputs_of_its_first_call(origin, tokens, tmp_path):
+    """Its later calls run after it is pruned, so their inputs are unknown at that time."""
     folder = origin("hrm_text")
     masks, _ = pruned(folder, tmp_path / "p", tokens)
     model = AutoModelForCausalLM.from_pretrained(folder)
     source = sources.source(tokens.partition("=")[2])
     windows = token_windows.calibration(source, loading.tokenizer(folder, settings(folder)), 8, 32, seed=0)
-    seen = []  # (matrix, its input); gate and up before it are still dense when it is judged
+    seen = []  # (matrix, its input); gate and up are still dense when it is scored
     for name in (name for name in masks if name.endswith("down_proj.weight")):
         module = model.get_submodule(name.removesuffix(".weight"))
         module.register_forward_pre_hook(lambda module, args, name=name: seen.append((name, args[0])))
@@ -138,8 +138,8 @@ def test_shared_weights_are_pruned_and_written_once(origin, tokens, tmp_path):
 
 
 @pytest.mark.slow
-def test_experts_that_a_process_never_reaches_count_with_what_others_saw(origin, tokens, tmp_path, capsys):
-    """Two processes see 16 tokens each; of 2 x 4 x 4 experts, some are reached on one of them alone."""
+def test_experts_that_a_process_never_reaches_use_the_statistics_of_others(origin, tokens, tmp_path, capsys):
+    """Two processes have 16 tokens each; some of the 2 x 4 x 4 experts are reached on only one of them."""
     folder, few = (
         origin("mixtral"),
         (tokens, "calibration.samples=4", "calibration.seq_len=8", "calibration.batch_size=2"),
@@ -153,15 +153,15 @@ def test_experts_that_a_process_never_reaches_count_with_what_others_saw(origin,
     assert one == two
 
 
-class PastTheEnd(nn.Module):
+class RaisesStopIteration(nn.Module):
     def forward(self, *args, **kwargs):
         return next(iter(()))
 
 
-def test_a_layer_that_raises_stop_iteration_is_refused_and_does_not_end_the_walk(origin, tokens, tmp_path, monkeypatch):
-    """Lightning takes a StopIteration for the end of the data: the layers from there on would stay dense, in silence."""
+def test_stop_iteration_in_a_layer_is_an_error(origin, tokens, tmp_path, monkeypatch):
+    """Lightning would take StopIteration for the end of the data, and the remaining layers would silently stay dense."""
     model = tiny("llama")
-    model.model.layers[1].input_layernorm = PastTheEnd()
+    model.model.layers[1].input_layernorm = RaisesStopIteration()
     monkeypatch.setattr(loading, "load", lambda *args: model)
     with pytest.raises(UserError, match="model.layers.1 raises StopIteration"):
         pruned(origin("llama"), tmp_path / "p", tokens)
@@ -173,8 +173,8 @@ def test_a_layer_that_returns_no_tensor_is_refused():
 
 
 @pytest.mark.slow
-def test_reconstruction_of_shared_blocks_writes_the_model_that_it_walked(origin, tokens, tmp_path, monkeypatch):
-    """What blocks share is trained with the first of them: its shard has been written when the others are trained."""
+def test_reconstruction_of_blocks_with_shared_weights(origin, tokens, tmp_path, monkeypatch):
+    """Shared weights are trained with the first block: its shard is already written when the others are trained."""
     folder, reached = origin("zamba2"), []
     pruned(folder, tmp_path / "prune", tokens)
     (tmp_path / "reconstruct").mkdir()
@@ -198,7 +198,7 @@ def test_reconstruction_of_shared_blocks_writes_the_model_that_it_walked(origin,
 
 
 class Layer(nn.Module):
-    """q sees the input twice, or k sees it changed in place; both products are of one width."""
+    """q is called twice with the input, or k gets it changed in place; both products have the same width."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class Layer(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["twice", "in place"])
-def test_every_input_of_a_matrix_counts(kind):
+def test_all_inputs_of_a_matrix_are_observed(kind):
     layer, batches = Layer(kind), [torch.randn(3, 8) for _ in range(3)]
     block = Block(0, "layers.0", layer)
     found, seen = matrices(block, [block]), {"layers.0.q.weight": [], "layers.0.k.weight": []}
@@ -235,13 +235,13 @@ def test_every_input_of_a_matrix_counts(kind):
         torch.testing.assert_close(observer.observed.totals[name], total, rtol=1e-6, atol=0)
 
 
-def test_lists_of_lists_are_flattened_and_a_layer_that_is_listed_twice_is_one_block():
+def test_nested_lists_are_flattened_and_a_layer_listed_twice_is_one_block():
     model, layer = nn.Module(), Layer("twice")
     model.layers = nn.ModuleList([nn.ModuleList([layer, Layer("twice")]), nn.ModuleList([layer])])
     assert [block.name for block in find_blocks(model)] == ["layers.0.0", "layers.0.1"]
 
 
-def test_layers_in_containers_that_are_not_lists_are_refused_or_told():
+def test_layers_in_other_containers_are_refused_or_reported():
     model = nn.Module()
     model.layers = nn.Sequential(*(nn.Sequential(nn.ModuleList([Layer("twice")])) for _ in range(2)))
     with pytest.raises(UserError, match="found lists inside of layers"):

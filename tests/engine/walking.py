@@ -1,4 +1,4 @@
-"""What it means that a walk over the blocks is the model's own forward; for the suite and for `benchmarks/models.py`."""
+"""Comparisons of a walk with the model's own forward, for the tests and for `benchmarks/models.py`."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from pipeline.engine.layerwise import LayerwiseForwards
 
 @torch.no_grad()
 def difference(model: nn.Module, batches: list[Tensor]) -> str | None:
-    """Where a walk differs from the model's own forward by a bit, all batches at once and each block tried before it is run."""
+    """Where a walk differs from the model's own forward in any bit; each block runs once extra before it is advanced."""
     expected = [model(input_ids=batch, use_cache=False).logits for batch in batches]
     found: list[str] = []
     results: list[Tensor] = []
@@ -40,13 +40,13 @@ def difference(model: nn.Module, batches: list[Tensor]) -> str | None:
 
 
 def given(args: Any, kwargs: Any) -> list[Tensor]:
-    """A copy of the tensors in the arguments of a call."""
+    """A copy of the tensors in a call's arguments."""
     return [leaf.detach().clone() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
 
 @torch.no_grad()
 def own_calls(model: nn.Module, batch: Tensor) -> dict[int, list[Tensor]]:
-    """What the model's own forward gives each block at its first call, by the block's index."""
+    """The arguments of each block's first call in the model's own forward, by the block's index."""
     calls: dict[int, list[Tensor]] = {}
     hooks = []
     for block in find_blocks(model):
@@ -63,7 +63,7 @@ def own_calls(model: nn.Module, batch: Tensor) -> dict[int, list[Tensor]]:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """To the bit, but that NaN equals itself."""
+    """Bitwise equality, with NaN equal to NaN."""
     return (
         one.shape == other.shape
         and one.dtype == other.dtype
@@ -72,7 +72,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def apart(one: Tensor, other: Tensor) -> str:
-    """The largest difference of two tensors, relative to the largest number."""
+    """The largest difference of two tensors, relative to the largest value."""
     if one.shape != other.shape:
         return f"shape {tuple(one.shape)}, not {tuple(other.shape)}"
     return f"{relative(one, other):.0e}"

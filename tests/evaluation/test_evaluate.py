@@ -1,4 +1,4 @@
-"""The evaluate stage: what it tells of each model, what it keeps, where the model is computed, what it refuses."""
+"""The evaluate stage: results, cache, placement, errors."""
 
 import hashlib
 import json
@@ -35,8 +35,8 @@ def results(run_dir: Path) -> dict:
     return json.loads((run_dir / "evaluate/results.json").read_text())
 
 
-def kept(runs: Path) -> dict[Path, int]:
-    """The files of what was measured, and when each was written."""
+def cached_measurements(runs: Path) -> dict[Path, int]:
+    """The files of the cache, and when each was written."""
     return {path: path.stat().st_mtime_ns for path in (runs / ".measured").iterdir()}
 
 
@@ -51,7 +51,7 @@ def finished(tiny_llama, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_dir(finished, tmp_path) -> Path:
-    """A copy of the finished run, with all that was measured."""
+    """A copy of the finished run with its cache."""
     shutil.copytree(finished.parent, tmp_path / "runs")
     return tmp_path / "runs/one"
 
@@ -81,7 +81,7 @@ def test_errors_differences_continuations_and_hashes(finished, tiny_llama):
 
 @pytest.mark.parametrize("elsewhere", ["placement=stream", "placement=device_map", "batch_size=auto"])
 @pytest.mark.slow
-def test_where_it_is_computed_does_not_change_a_bit(finished, tiny_llama, tmp_path, typed, elsewhere):
+def test_placement_does_not_change_results(finished, tiny_llama, tmp_path, typed, elsewhere):
     for stage in ("prune", "evaluate"):
         shutil.copytree(finished / stage, tmp_path / "run" / stage)
     code, said, lines = typed(f"model={tiny_llama}", f"run_dir={tmp_path}/run", f"evaluate.{elsewhere}")
@@ -90,8 +90,8 @@ def test_where_it_is_computed_does_not_change_a_bit(finished, tiny_llama, tmp_pa
     assert results(tmp_path / "run") == results(finished)
 
 
-def test_a_model_that_spills_onto_the_disk_answers_the_same(tiny_llama):
-    """What accelerate does where GPU and host are too small together."""
+def test_disk_offload_does_not_change_results(tiny_llama):
+    """As accelerate does if GPU and host memory together are too small."""
     recipe = Recipe(model=str(tiny_llama))
     ids = torch.arange(24)[None]
     spilled = loading.load(tiny_llama, recipe, device_map="auto", max_memory={"cpu": 60_000})
@@ -100,16 +100,18 @@ def test_a_model_that_spills_onto_the_disk_answers_the_same(tiny_llama):
 
 
 @pytest.mark.slow
-def test_a_new_task_and_a_new_run_measure_only_what_is_new(run_dir, tiny_llama, typed):
-    before = kept(run_dir.parent)
-    assert len(before) == 2 * 3  # a text, a task and the continuations of two models
+def test_a_new_task_and_a_new_run_reuse_the_cache(run_dir, tiny_llama, typed):
+    before = cached_measurements(run_dir.parent)
+    assert len(before) == 2 * 3  # a text, a task and the continuations, of two models
     model = f"model={tiny_llama}"
     assert typed(model, f"run_dir={run_dir}", "evaluate.tasks=[world_tools,world_homes]")[0] == 0
-    after = kept(run_dir.parent)
+    after = cached_measurements(run_dir.parent)
     assert before.items() <= after.items() and len(after) == 8
     assert typed(model, f"run_dir={run_dir.parent}/two", "prune.sparsity=0.3")[0] == 0
-    last = kept(run_dir.parent)
-    assert after.items() <= last.items() and len(last) == 8 + 3  # of the new pruned model; the dense one's are shared
+    last = cached_measurements(run_dir.parent)
+    assert (
+        after.items() <= last.items() and len(last) == 8 + 3
+    )  # of the new pruned model; those of the dense one are shared
     assert results(run_dir.parent / "two")["models"]["dense"] == results(run_dir)["models"]["dense"] | {
         "zero_shot": results(run_dir.parent / "two")["models"]["dense"]["zero_shot"],
         "zero_shot_mean": results(run_dir.parent / "two")["models"]["dense"]["zero_shot_mean"],
@@ -117,8 +119,8 @@ def test_a_new_task_and_a_new_run_measure_only_what_is_new(run_dir, tiny_llama, 
 
 
 @pytest.mark.slow
-def test_what_was_measured_before_a_fault_is_kept(tiny_llama, tmp_path, typed):
-    """Of a text that begins well and is another model's further on, which no look before the work finds."""
+def test_measurements_before_an_error_are_kept(tiny_llama, tmp_path, typed):
+    """The text's first rows are valid, so the checks before the run pass, and later ones are not."""
     text = tmp_path / "ids.jsonl"
     rows = [json.dumps({"input_ids": [5, 6, 7, 8] * 20})] * 9
     text.write_text("\n".join([*rows, json.dumps({"input_ids": [10**6] * 64})]))
@@ -126,14 +128,14 @@ def test_what_was_measured_before_a_fault_is_kept(tiny_llama, tmp_path, typed):
     settings += (f"evaluate.perplexity=[world,{text}]",)
     code, _, (line,) = typed(*settings)
     assert code == 2 and "holds token 1000000, but the model knows" in line
-    before = kept(tmp_path / "runs")
+    before = cached_measurements(tmp_path / "runs")
     assert len(before) == 1 and not (tmp_path / "runs/one/evaluate").exists()
     text.write_text("\n".join(rows))
     assert typed(*settings)[0] == 0
-    assert before.items() <= kept(tmp_path / "runs").items()
+    assert before.items() <= cached_measurements(tmp_path / "runs").items()
 
 
-def test_what_cannot_be_measured_is_refused_before_any_work(tiny_llama, tmp_path, typed):
+def test_bad_settings_are_refused_before_any_work(tiny_llama, tmp_path, typed):
     bare = tmp_path / "bare"
     shutil.copytree(tiny_llama, bare, ignore=shutil.ignore_patterns("*token*"))
     run_dir = tmp_path / "runs/one"
@@ -150,7 +152,7 @@ def test_what_cannot_be_measured_is_refused_before_any_work(tiny_llama, tmp_path
         assert not run_dir.exists() or not any(run_dir.glob("[!.]*"))
 
 
-def test_a_model_that_breaks_its_masks_fails_the_run(run_dir, tiny_llama, typed):
+def test_a_violation_fails_the_run(run_dir, tiny_llama, typed):
     path = run_dir / "prune/masks.safetensors"
     masks, name = Masks(), "model.layers.0.mlp.up_proj.weight"
     masks.packed |= Masks.load(path).packed
@@ -159,7 +161,7 @@ def test_a_model_that_breaks_its_masks_fails_the_run(run_dir, tiny_llama, typed)
     mask[kept_one] = False
     masks.add(name, mask, "2of4")
     masks.save(path)
-    checksums.record(run_dir / "prune", path)  # else the damage is seen, and the stage made again
+    checksums.record(run_dir / "prune", path)  # otherwise the damage is noticed and the stage runs again
     code, _, (line,) = typed(f"model={tiny_llama}", f"run_dir={run_dir}", "evaluate.continuation_tokens=5")
     assert code == 2 and f"1 pruned weights of {name} are not zero, the first at {list(kept_one)}" in line
 
@@ -176,7 +178,7 @@ def test_prompts_are_beginnings_of_long_texts_that_fit():
     ]
 
 
-def test_continuations_are_the_likeliest_tokens_one_by_one():
+def test_continuations_are_greedy():
     tokenizer = world.tokenizer()
     model = random_llama(len(tokenizer)).eval()
     prompts = [text[:40] for text in world.documents("test")[:2]]
@@ -193,7 +195,7 @@ def test_continuations_are_the_likeliest_tokens_one_by_one():
 
 
 @pytest.mark.slow
-def test_prompts_of_ones_own_and_none(tiny_llama, tmp_path, typed):
+def test_own_prompts_and_no_prompts(tiny_llama, tmp_path, typed):
     settings = ("stages=[evaluate]", f"model={tiny_llama}", "evaluate.tasks=[]", f"run_dir={tmp_path}/runs/one")
     settings += ("evaluate.perplexity=[]", "evaluate.prompts=['Where does Ivy live?']")
     assert typed(*settings)[0] == 0
@@ -214,13 +216,13 @@ def test_the_batch_size_is_a_number_or_auto():
 @pytest.mark.slow
 def test_an_adapter_kept_apart_is_evaluated_on_the_pruned_model(run_dir, tiny_llama, typed):
     settings = (f"model={tiny_llama}", f"run_dir={run_dir}", "stages=[prune,finetune,evaluate]")
-    before, found = kept(run_dir.parent), {}
+    before, found = cached_measurements(run_dir.parent), {}
     for placed in ("whole", "stream"):
         more = ("finetune.method=plain_lora", "evaluate.tasks=[]", f"evaluate.placement={placed}")
         code, _, lines = typed(*settings, *more)
         assert code == 0, lines
         found[placed] = results(run_dir)
-        for path in kept(run_dir.parent).keys() - before.keys():
+        for path in cached_measurements(run_dir.parent).keys() - before.keys():
             path.unlink()
     assert found["whole"] == found["stream"]
     model, pruned = (found["whole"]["models"][name] for name in ("finetuned", "pruned"))
@@ -231,7 +233,7 @@ def test_an_adapter_kept_apart_is_evaluated_on_the_pruned_model(run_dir, tiny_ll
 
 
 @pytest.mark.slow
-def test_a_quick_look_is_marked_and_its_windows_are_the_first(finished, tiny_llama, run_dir, typed):
+def test_limited_windows_are_marked_and_are_the_first(finished, tiny_llama, run_dir, typed):
     whole = results(finished)
     (text,) = whole["protocol"]["datasets"].values()
     code, said, lines = typed(
@@ -250,19 +252,21 @@ def test_a_quick_look_is_marked_and_its_windows_are_the_first(finished, tiny_lla
 
 
 @pytest.mark.slow
-def test_windows_begin_with_bos_where_asked_and_a_note_says_where_not(finished, tiny_llama, run_dir, typed):
+def test_windows_begin_with_bos_if_set_and_a_note_says_if_not(finished, tiny_llama, run_dir, typed):
     assert any("evaluate.bos=true" in note for note in results(finished)["protocol"]["notes"])
-    before = len(kept(run_dir.parent))
+    before = len(cached_measurements(run_dir.parent))
     code, _, lines = typed(f"model={tiny_llama}", f"run_dir={run_dir}", "evaluate.bos=true")
     assert code == 0, lines
     found = results(run_dir)
     assert found["protocol"]["bos"] and not any("evaluate.bos" in note for note in found["protocol"]["notes"])
     assert found["models"]["dense"]["perplexity"] != results(finished)["models"]["dense"]["perplexity"]
-    assert len(kept(run_dir.parent)) == before + 2  # the perplexity of both models, and nothing else, was measured anew
+    assert (
+        len(cached_measurements(run_dir.parent)) == before + 2
+    )  # only the perplexity of both models was measured again
 
 
 @pytest.mark.slow
-def test_a_column_tells_which_text_is_measured(tiny_llama, tmp_path, typed):
+def test_the_column_chooses_the_text(tiny_llama, tmp_path, typed):
     rows = {"text": ["the cat sat on the mat ."] * 40, "other": ["the dove sings to the mason ."] * 40}
     Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
     found = []

@@ -1,4 +1,4 @@
-"""Laws of the perplexity: the papers' loop, whatever the batch size and the number of processes."""
+"""The perplexity equals the papers' loop, for any batch size and number of processes."""
 
 import math
 
@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from pipeline.data import sources, token_windows
 from pipeline.evaluation import paired
 from pipeline.evaluation.perplexity import full_logits, perplexity, streamed_logits, window_losses, windows
 from pipeline.runtime.errors import UserError
+from tests.conftest import llama_config
 from tests.engine.test_decoder import FAMILIES, small_model
 
 VOCABULARY = 97
@@ -19,18 +20,9 @@ VOCABULARY = 97
 
 def tiny_llama(vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        initializer_range=0.3,  # far from uniform, so that no two choices of a question tie
-    )
-    return LlamaForCausalLM(config)
+    # initializer_range: far from uniform, so that choices of a question do not tie
+    changes = {"num_hidden_layers": 2, "max_position_embeddings": 512, "initializer_range": 0.3}
+    return LlamaForCausalLM(llama_config(vocabulary, **changes))
 
 
 def random_windows(tokens: int = 300, seq_len: int = 40) -> torch.Tensor:
@@ -42,7 +34,7 @@ def measured(model, windows_NT: torch.Tensor, batch_size: int, *shared) -> float
 
 
 def papers_loop(model, ids: torch.Tensor, seq_len: int) -> float:
-    """One window at a time; the total of mean loss * seq_len, over the number of tokens."""
+    """One window at a time: the sum of mean loss * seq_len, divided by the number of tokens."""
     count = len(ids) // seq_len
     total = 0.0
     for i in range(count):
@@ -54,10 +46,10 @@ def papers_loop(model, ids: torch.Tensor, seq_len: int) -> float:
 
 @torch.no_grad()
 def test_windows_that_begin_with_bos_predict_each_token_once():
-    """Each is BOS and seq_len - 1 tokens of the text: all of them are predicted, and none is lost between two windows."""
+    """A window is BOS and seq_len - 1 tokens of the text; all of these are predicted, and none is lost between windows."""
     model, bos = tiny_llama().eval(), 5
     ids = torch.randint(6, VOCABULARY, (41,), generator=torch.Generator().manual_seed(2))
-    for text in (ids, torch.cat([torch.tensor([bos]), ids])):  # a tokenizer may have put one at the beginning itself
+    for text in (ids, torch.cat([torch.tensor([bos]), ids])):  # the tokenizer may already have added one
         found = windows(text, 11, bos=bos)
         assert found.shape == (4, 11) and (found[:, 0] == bos).all()
         assert torch.equal(found[:, 1:].flatten(), ids[:40])
@@ -69,20 +61,20 @@ def test_windows_that_begin_with_bos_predict_each_token_once():
         windows(ids[:5], 11, bos=bos)
 
 
-@pytest.mark.parametrize("seq_len", [2, 40, 300])  # 300: more positions than are held in float32 at a time
-def test_is_the_papers_loop(seq_len):
+@pytest.mark.parametrize("seq_len", [2, 40, 300])  # 300: more positions than are converted to float32 at a time
+def test_equals_the_papers_loop(seq_len):
     model = tiny_llama().eval()
     ids = torch.randint(VOCABULARY, (627,), generator=torch.Generator().manual_seed(2))
     found = measured(model, windows(ids, seq_len), 3)
     assert found == pytest.approx(papers_loop(model, ids, seq_len), rel=1e-6)
 
 
-def test_windows_are_cut_end_to_end_and_the_rest_is_dropped():
+def test_windows_are_consecutive_and_the_rest_is_dropped():
     assert windows(torch.arange(11), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 15])
-def test_a_text_shorter_than_a_window_says_what_to_type(tokens):
+def test_a_text_shorter_than_a_window_says_what_to_set(tokens):
     remedy = "set evaluate.seq_len=15" if tokens > 1 else "set another text"
     with pytest.raises(UserError, match=f"gives {tokens} tokens, too few for one window of 16: {remedy}"):
         windows(torch.zeros(tokens, dtype=torch.long), 16)
@@ -95,7 +87,7 @@ def test_batch_size_does_not_change_it(batch_size):
     assert measured(model, random_windows(), batch_size) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 9])  # of 7 windows: some ranks have none
+@pytest.mark.parametrize("world_size", [2, 3, 9])  # of 7 windows; some ranks have none
 def test_ranks_sum_to_the_same_bits(world_size):
     logits = full_logits(tiny_llama().eval())
     alone, shares = window_losses(logits, random_windows(), 2), []
@@ -119,13 +111,13 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_same(tmp_path):
+def test_two_processes_compute_the_same(tmp_path):
     mp.spawn(_rank, (2, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first == second == measured(tiny_llama(), random_windows(), 2)
 
 
-def test_a_broken_model_is_refused_by_the_window():
+def test_a_nan_loss_names_its_window():
     model = tiny_llama()
     rows = torch.arange(12).view(3, 4)
     with torch.no_grad():
@@ -136,12 +128,12 @@ def test_a_broken_model_is_refused_by_the_window():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_gpu_finds_what_the_cpu_does():
+def test_a_gpu_computes_what_the_cpu_does():
     on_cpu = measured(tiny_llama(), random_windows(), 2)
     assert measured(tiny_llama().cuda(), random_windows(), 2) == pytest.approx(on_cpu, rel=1e-4)
 
 
-def test_leaves_the_model_as_it_was_and_tells_its_progress():
+def test_leaves_the_model_unchanged_and_reports_progress():
     model, told = tiny_llama(), []
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     window_losses(full_logits(model), random_windows(), 3, report=told.append)
@@ -151,8 +143,8 @@ def test_leaves_the_model_as_it_was_and_tells_its_progress():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layer_by_layer_is_the_whole_model_to_the_bit(family):
-    """Final norms, heads and what is done to logits too; the last batch is smaller than the others."""
+def test_layer_by_layer_equals_the_model_exactly(family):
+    """Also final norms, heads and changes to logits; the last batch is smaller than the others."""
     ids_NT = torch.randint(3, 61, (5, 24), generator=torch.Generator().manual_seed(3))
     expected = window_losses(full_logits(small_model(family)), ids_NT, 2)
     told = []
@@ -162,15 +154,15 @@ def test_layer_by_layer_is_the_whole_model_to_the_bit(family):
 
 
 @pytest.mark.slow
-def test_is_the_papers_loop_on_a_real_model_and_text(stories, hub):
+def test_equals_the_papers_loop_on_a_real_model_and_text(stories, hub):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
     for spec in ("wikitext2", "local/stories"):
         ids = token_windows.joined(sources.source(spec, str(hub), "test"), tokenizer)[: 20 * 256 + 100]
         assert measured(model, windows(ids, 256), 8) == pytest.approx(papers_loop(model, ids, 256), rel=1e-6)
 
 
-def test_the_paired_error_is_that_of_the_differences():
-    """Of windows that are hard for both models alike, it is far below the two models' own errors."""
+def test_the_paired_error_is_the_error_of_the_differences():
+    """If windows are equally hard for both models, it is far below the models' own errors."""
     hard_N = torch.rand(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
     noise_N = torch.randn(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.01
     ours = {
@@ -184,4 +176,4 @@ def test_the_paired_error_is_that_of_the_differences():
     assert change["stderr"] == pytest.approx(noise_N.std().item() / 20)
     assert change["stderr"] < 0.01 * paired.standard_error(theirs["losses"]["a"])
     assert found["zero_shot"] == {"t": {"acc": 0.5, "stderr": pytest.approx((1 / 3) ** 0.5 / 2)}}
-    assert found["perplexity"].keys() == {"a"}  # a single window has no error
+    assert found["perplexity"].keys() == {"a"}  # one window has no standard error

@@ -1,4 +1,4 @@
-"""Laws of the zero-shot scores: lm-eval's own numbers, from a mirror, whatever the number of processes."""
+"""Zero-shot scores equal lm-eval's own, from a mirror, on any number of processes."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ METRICS = {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token is a byte."""
+    """One token per byte."""
     alphabet = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -43,7 +43,7 @@ def tiny_llama(vocabulary: int = 257) -> LlamaForCausalLM:
 
 
 def arc_rows(count: int, salt: str) -> list[dict]:
-    """Questions in the form of ARC, each choice of another length."""
+    """Questions in ARC's format, with choices of different lengths."""
     words = ["ant", "bumblebee", "cat", "dragonfly", "elephant", "fox", "giraffe"]
     rows = []
     for i in range(count):
@@ -61,7 +61,7 @@ def write(mirror: Path, dataset: str, config: str, split: str, rows: list[dict])
     Dataset.from_list(rows).to_parquet(folder / f"{split}-00000-of-00001.parquet")
 
 
-# a row for each other task that a recipe names by default: all ways in which lm-eval's definitions find and shape data
+# rows for the other default tasks: they cover all ways in which lm-eval's definitions load and transform data
 OTHER_ROWS = {
     "aps/super_glue boolq validation": {"question": "is ice hot", "passage": "Ice is cold.", "label": 0},
     "nyu-mll/glue rte validation": {"sentence1": "Cats sleep.", "sentence2": "Cats rest.", "label": 1},
@@ -96,15 +96,15 @@ def mirror(tmp_path_factory) -> str:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    """The temporary data leaves nothing in the user's cache."""
+def private_cache(tmp_path_factory):
+    """Keeps the temporary data out of the user's cache."""
     before = datasets.config.HF_DATASETS_CACHE
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
     yield
     datasets.config.HF_DATASETS_CACHE = before
 
 
-def test_is_the_plain_loop(mirror):
+def test_equals_a_plain_loop(mirror):
     model, tokenizer = tiny_llama(), byte_tokenizer()
     correct, correct_by_length = [], []
     for row in arc_rows(11, "the row"):
@@ -128,7 +128,7 @@ def test_is_the_plain_loop(mirror):
     assert found["acc_stderr"] == pytest.approx(torch.tensor(correct).std().item() / 11**0.5)
 
 
-def test_scores_do_not_depend_on_the_other_names(mirror):
+def test_scores_do_not_depend_on_the_other_tasks(mirror):
     arguments = (tiny_llama(), byte_tokenizer())
     both, correct = zero_shot(*arguments, ["arc_easy", "arc_challenge", "arc_easy"], mirror, fewshot=1)
     assert list(both) == list(correct) == ["arc_easy", "arc_challenge"]
@@ -136,7 +136,7 @@ def test_scores_do_not_depend_on_the_other_names(mirror):
     assert (both["arc_challenge"], correct["arc_challenge"]) == tuple(found["arc_challenge"] for found in alone)
 
 
-def test_a_mirror_may_be_called_anything(tmp_path):
+def test_a_mirror_may_have_any_name(tmp_path):
     folder = tmp_path / "a [0-9], *@ü"
     write(folder, "allenai/ai2_arc", "ARC-Easy", "test", arc_rows(3, "all"))
     assert len(load_tasks(["arc_easy"], str(folder))["tasks"]["arc_easy"].eval_docs) == 3
@@ -164,7 +164,7 @@ def test_the_default_tasks_run_from_a_mirror(mirror, tmp_path):
         assert all(0 <= score <= 1 for score in scores.values())
 
 
-def test_the_generated_worlds_tasks_are_known_by_name():
+def test_the_tasks_of_the_world_are_known_by_name():
     check_tasks(list(world.TASKS), mirror="no/such/folder")
     found, _ = zero_shot(tiny_llama(len(world.tokenizer())), world.tokenizer(), list(world.TASKS), limit=8)
     assert found.keys() == world.TASKS.keys()
@@ -188,8 +188,8 @@ def _loaded(case: tuple) -> tuple:
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_does(mirror, tmp_path):
-    """Few-shot examples too, and fewer questions than processes."""
+def test_two_processes_compute_the_same(mirror, tmp_path):
+    """Also with few-shot examples, and with fewer questions than processes."""
     cases = [(None, ["arc_easy"], mirror, 3, None, 2), (None, ["arc_challenge"], mirror, 3, 1, 0)]
     if STORIES.is_dir() and HUB.is_dir():
         cases.append((str(STORIES), ["arc_easy", "openbookqa"], str(HUB), 8, 25, 0))
@@ -200,7 +200,7 @@ def test_two_processes_find_what_one_does(mirror, tmp_path):
 
 @with_shared
 @pytest.mark.slow
-def test_is_what_lm_evals_command_line_finds(tmp_path):
+def test_equals_lm_evals_command_line(tmp_path):
     names, limit = ["arc_easy", "arc_challenge", "openbookqa"], 30
     for name in names:
         packaged = tasks._definitions()[name]
@@ -221,7 +221,7 @@ def test_is_what_lm_evals_command_line_finds(tmp_path):
         assert found[name] == pytest.approx({metric: expected[f"local_{name}"][f"{metric},none"] for metric in METRICS})
 
 
-def test_the_fast_search_finds_what_lm_eval_indexes():
+def test_the_fast_task_search_equals_lm_evals_index():
     index = {name: entry.yaml_path for name, entry in tasks._index().items() if entry.yaml_path}
     found = tasks._definitions()
     assert {name: found.get(name) for name in index} == index
@@ -249,13 +249,13 @@ def test_known_names_are_accepted_without_a_mirror():
         ("mmlu", 0, "cais/mmlu/abstract_algebra/test-*.parquet"),
     ],
 )
-def test_missing_data_is_refused_by_its_file(mirror, name, fewshot, file):
+def test_missing_data_names_its_file(mirror, name, fewshot, file):
     with pytest.raises(UserError) as refusal:
         check_tasks(["arc_easy", name], mirror, fewshot)
     assert f"{mirror}/{file}" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_examples_need_their_split(tmp_path):
+def test_fewshot_examples_need_their_split(tmp_path):
     write(tmp_path, "allenai/ai2_arc", "ARC-Easy", "test", arc_rows(3, "all"))
     check_tasks(["arc_easy"], str(tmp_path))
     with pytest.raises(UserError, match="ARC-Easy/train-"):
@@ -268,7 +268,7 @@ def test_tasks_that_a_mirror_cannot_serve_are_refused(mirror, name):
         check_tasks([name], mirror)
 
 
-def test_a_task_that_cannot_be_loaded_is_one_line(tmp_path):
+def test_a_task_that_cannot_be_loaded_is_a_one_line_error(tmp_path):
     broken = {"include": str(tasks._definitions()["arc_easy"]), "task": "mine", "dataset_path": "parquet"}
     broken |= {"dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(tmp_path / "none.parquet")}}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(broken))
@@ -278,8 +278,8 @@ def test_a_task_that_cannot_be_loaded_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("config", ["default", "anything"])
-def test_a_task_without_a_configuration_takes_the_default_or_the_only_one(tmp_path, config):
-    """And a user's own task files: one, a folder, and a group with an aggregate."""
+def test_a_task_without_a_configuration_uses_the_default_or_only_one(tmp_path, config):
+    """Also user task files: a single one, a folder, and a group with an aggregate."""
     write(tmp_path, "us/quiz", config, "test", arc_rows(5, "all"))
     if config == "default":
         write(tmp_path, "us/quiz", "another", "test", arc_rows(9, "others"))
@@ -296,7 +296,7 @@ def test_a_task_without_a_configuration_takes_the_default_or_the_only_one(tmp_pa
     assert found["one"] == zero_shot(model, tokenizer, [str(folder / "one.yaml")], str(tmp_path))[0]["one"]
     assert len(load_tasks([str(folder / "one.yaml")], str(tmp_path))["tasks"]["one"].eval_docs) == 5
     pair, correct = zero_shot(model, tokenizer, [str(folder / "pair.yaml")], str(tmp_path))
-    assert not correct  # of a group nobody knows single answers
+    assert not correct  # groups have no single answers
     assert pair.keys() == {"pair"} and pair["pair"]["acc"] == pytest.approx(found["one"]["acc"])
     asked = tasks.identity(str(folder / "one.yaml"), str(tmp_path))
     write(tmp_path, "us/quiz", config, "test", arc_rows(6, "all"))

@@ -1,4 +1,4 @@
-"""The bad inputs of test_bad_inputs.py: what is typed, what is damaged before, and what the answer says."""
+"""The cases of test_bad_inputs.py: the command line, the damage done before it, and part of the expected message."""
 
 import json
 import shutil
@@ -26,12 +26,12 @@ class Half(Pattern):
 
 
 class Case(NamedTuple):
-    """What is typed in a folder that holds `model/` and a finished `run/` of it, after `harm`, and what the answer says."""
+    """A command line for a folder with `model/` and a finished `run/`, after `harm`, and part of the expected message."""
 
     typed: str
     says: str
     harm: Harm | None = None
-    harmed: str = ""  # in words
+    harmed: str = ""  # `harm` in words
 
 
 def text(name: str, content: str | bytes, says: str) -> Case:
@@ -69,7 +69,7 @@ def one_weight_not_zero(folder: Path) -> None:
 
 
 def tokenizer_with(**tokens: str) -> Harm:
-    """Special tokens that the model has no embedding for."""
+    """Special tokens without an embedding in the model."""
 
     def harm(folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -525,7 +525,7 @@ CASES: dict[str, list[Case]] = {
             "a mask of another shape",
         ),
         Case(f"apply {{here}}/model {MASKS}", "run `python launch.py apply MODEL_FOLDER MASKS_FILE TARGET_FOLDER`"),
-        Case(f"apply {{here}}/model {MASKS} {{here}}/run", "is there already"),
+        Case(f"apply {{here}}/model {MASKS} {{here}}/run", "exists already"),
         Case(f"apply {{here}}/model {MASKS} {{here}}/model/config.json/new", "cannot write"),
         Case(
             "apply {here}/model {here}/masks.safetensors {here}/new",
@@ -550,8 +550,8 @@ CASES: dict[str, list[Case]] = {
     ],
 }
 
-# a byte of a finished stage is another, and what is said before the stage is made again
-DAMAGED = {  # the report is made anew wherever the run is moved to, as it is here
+# files of finished stages in which one byte is changed; the stage then runs again
+DAMAGED = {  # not the report: it runs again because the run folder has moved
     "prune": [
         *("masks.safetensors", "model/config.json", "model/tokenizer.json", "model/model.safetensors.index.json"),
         *("model/model-00002-of-00004.safetensors", "layers.csv", "matrices.csv", "model/README.md"),

@@ -1,4 +1,4 @@
-"""Ways to damage a folder: each returns what does it."""
+"""Ways to damage a folder; each returns a function that does it."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ def remove(name: str) -> Harm:
 
 
 def disk(options: str) -> Harm:
-    """A small disk of its own at `disk`, with the options of a tmpfs, until `undo`; an OSError where that is not permitted."""
+    """Mounts a small tmpfs with these options at `disk`, until `undo`; an OSError if that is not permitted."""
 
     def harm(folder: Path) -> None:
         (folder / "disk").mkdir(exist_ok=True)
@@ -59,7 +59,7 @@ def change_weights(change: Callable[[dict], object], name: str = "model.safetens
 
 
 def flip(path: Path, where: float | bytes = 0.5) -> None:
-    """One byte, at a share of the file or at a word in it, without a trace in size or time."""
+    """Changes one byte, at a share of the file or at a word in it, and keeps size and time."""
     before, content = path.stat(), bytearray(path.read_bytes())
     content[content.index(where) if isinstance(where, bytes) else int(len(content) * where)] ^= 1
     path.write_bytes(content)

@@ -1,10 +1,9 @@
-"""The table of bad inputs: each gets one line, a failing exit code and no traceback, and a finished run beside it is as it was.
+"""Every bad input gives a one-line message, a failing exit code and no traceback, and leaves a finished run unchanged.
 
     python -m tests.faults.test_bad_inputs > benchmarks/BAD_INPUTS.md
 
-The cases are in bad_inputs.py. What needs more than a command typed at a finished run stands elsewhere: disks that fill on
-the way in test_faults_disk.py, processes in test_faults_processes.py, forms of model folders in test_faults_model.py, signals
-in test_resume.py.
+The cases are in bad_inputs.py. Disks that fill up are in test_faults_disk.py, processes in test_faults_processes.py, formats
+of model folders in test_faults_model.py, signals in test_resume.py.
 """
 
 import contextlib
@@ -23,13 +22,13 @@ from pipeline.runtime import checksums, heartbeat
 from tests.conftest import QUICK, make_tiny_llama
 from tests.faults.bad_inputs import CASES, DAMAGED_FILES, Case
 from tests.faults.harm import flip, undo
-from tests.faults.test_faults_processes import GONE, gone
+from tests.faults.test_faults_processes import LOST, lose_process
 
 pytestmark = pytest.mark.slow
 
 
 def typed(*words: str) -> tuple[int, str, list[str]]:
-    """The exit code, all that was said, and the lines of ours on stderr."""
+    """The exit code, the whole output, and our lines on stderr."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["launch.py", *words])
@@ -43,13 +42,13 @@ def settings(here: Path) -> list[str]:
 
 
 def make(here: Path) -> None:
-    """A model and a finished run of it."""
+    """Writes a model and a finished run of it."""
     make_tiny_llama(here / "model")
     assert typed(*settings(here))[0] == 0
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Of all files that finished stages wrote."""
+    """The content of all files of finished stages."""
     paths = (
         path for path in folder.rglob("*") if path.is_file() and not path.relative_to(folder).parts[0].startswith(".")
     )
@@ -80,7 +79,7 @@ ROWS = [(f"{part}: {case.typed or case.harmed}", case) for part, cases in CASES.
 
 
 @pytest.mark.parametrize("case", [case for _, case in ROWS], ids=[name for name, _ in ROWS])
-def test_the_answer_is_one_line_and_nothing_is_lost(case, here, capfd):
+def test_bad_input_is_a_one_line_error_and_changes_nothing(case, here, capfd):
     try:
         if case.harm:
             case.harm(here)
@@ -91,7 +90,7 @@ def test_the_answer_is_one_line_and_nothing_is_lost(case, here, capfd):
     assert code == 2 and len(lines) == 1, said[-3000:]
     assert case.says.replace("{here}", str(here)) in lines[0], lines[0]
     seen = said + "".join(capfd.readouterr())
-    assert "Traceback" not in seen and "fault of Espalier" not in seen
+    assert "Traceback" not in seen and "bug in Espalier" not in seen
     assert content(here / "run") == before
     assert not list(here.glob("new*")) and not list(here.rglob("traceback*"))
 
@@ -104,7 +103,7 @@ def after_damage(stage: str, file: str, here: Path) -> tuple[int, str, list[str]
 
 
 @pytest.mark.parametrize(("stage", "file"), DAMAGED_FILES)
-def test_a_byte_that_changed_is_named_and_its_stage_alone_made_again(stage, file, finished):
+def test_a_changed_byte_is_named_and_only_its_stage_runs_again(stage, file, finished):
     here, before = finished, content(finished / "run")
     code, said, named = after_damage(stage, file, here)
     assert code == 0 and len(named) == 1, said
@@ -114,7 +113,7 @@ def test_a_byte_that_changed_is_named_and_its_stage_alone_made_again(stage, file
     assert all(name.startswith(f"{stage}/") and not name.endswith(".safetensors") for name in made_again), made_again
 
 
-def test_no_byte_of_stage_json_changes_unseen(finished, tmp_path):
+def test_every_changed_byte_of_stage_json_is_detected(finished, tmp_path):
     about = checksums.read(finished / "run/prune")
     content = (finished / "run/prune/stage.json").read_bytes()
     for place in range(len(content)):
@@ -154,9 +153,9 @@ def main() -> None:
         print("\n## A process that is gone, of two on two machines\n\n| signal, process | exit codes | answer |")
         print("| --- | --- | --- |")
         heartbeat.BEAT, heartbeat.MISSED = 0.4, 5
-        for name, number, *_ in GONE:
+        for name, number, *_ in LOST:
             there = Path(tempfile.mkdtemp(dir=folder))
-            codes, said, _ = gone(there, name, number)
+            codes, said, _ = lose_process(there, name, number)
             _row(
                 there, f"{name}, {number}", ", ".join(map(str, codes)), *[line for lines in said for line in lines][:1]
             )

@@ -1,4 +1,4 @@
-"""A disk that is full, damaged or not ours is said in one line; nothing half-written counts as done."""
+"""Full, damaged and read-only disks give one-line messages, and nothing half-written counts as done."""
 
 import os
 import re
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def disk(tmp_path):
-    """A small disk of its own; `disk("size=1m")` mounts it anew with other options."""
+    """A small tmpfs; `disk("size=1m")` remounts it with other options."""
     try:
         harm.disk("size=8k")(tmp_path)
     except PermissionError as error:
@@ -33,10 +33,10 @@ def disk(tmp_path):
     harm.undo(tmp_path)
 
 
-def test_a_disk_that_is_full_at_any_moment(tiny_llama, whole_masks, tmp_path, disk, typed, monkeypatch):
-    """It grows by 16 KiB a try: the run goes on from layer to layer, and fails in one line until there is room for all.
+def test_a_disk_that_fills_up_at_any_time(tiny_llama, whole_masks, tmp_path, disk, typed, monkeypatch):
+    """The disk grows by 16 KiB per try: the run resumes each time, and fails with one line until there is enough room.
 
-    What is free is not known beforehand here, as where there are quotas.
+    The free space is hidden from the check before the run, as with quotas.
     """
     monkeypatch.setattr(space, "check", lambda *arguments: None)
     settings = (f"model={tiny_llama}", f"run_dir={tmp_path}/disk/run")
@@ -57,7 +57,7 @@ def test_a_disk_that_is_full_at_any_moment(tiny_llama, whole_masks, tmp_path, di
     assert not [name for name in files if name.endswith(".part")]
 
 
-def test_a_disk_without_room_is_told_before_the_work(tiny_llama, tmp_path, disk, refused, finishes):
+def test_too_little_disk_space_is_reported_before_any_work(tiny_llama, tmp_path, disk, refused, finishes):
     run_dir = disk("size=200k") / "run"
     line = refused(run_dir, f"model={tiny_llama}")
     assert re.search(

@@ -1,5 +1,4 @@
-"""Whatever is wrong with a model folder is said in one line, and once it is mended the same command ends as if nothing had
-been."""
+"""Faults of a model folder give one-line messages, and after a repair the same command has the same result as without."""
 
 import json
 import re
@@ -21,7 +20,7 @@ NORM = "model.layers.1.post_attention_layernorm.weight"
 
 @pytest.fixture(scope="module")
 def forms(tiny_llama, tmp_path_factory) -> dict[str, Path]:
-    """The same model as one file, as shards with an index, and both with files of torch.save."""
+    """The same model as one file and as shards with an index, each in safetensors and torch.save files."""
     folder = tmp_path_factory.mktemp("forms")
     found = {"one": tiny_llama}
     for form in ("shards", "bin", "bin shards"):
@@ -118,7 +117,7 @@ def test_a_damaged_model_folder(forms, whole_masks, tmp_path, refused, finishes,
 
 
 @pytest.mark.parametrize("form", ["shards", "bin", "bin shards"])
-def test_the_same_model_in_another_form_is_pruned_the_same(forms, whole_masks, tmp_path, finishes, form):
+def test_file_formats_do_not_change_the_masks(forms, whole_masks, tmp_path, finishes, form):
     assert finishes(tmp_path, f"model={forms[form]}")[0] == whole_masks
     assert not list((tmp_path / "prune/model").glob("*.bin*"))
     dense = dict(model_files.tensors(forms["one"]))
@@ -142,7 +141,9 @@ def test_the_same_model_in_another_form_is_pruned_the_same(forms, whole_masks, t
         ("wanda", "model.embed_tokens.weight", torch.inf, "the inputs of model.layers.0.self_attn.q_proj.weight"),
     ],
 )
-def test_what_is_not_finite_is_named(tiny_llama, tmp_path, refused, finishes, method, name, value, says):
+def test_non_finite_weights_and_activations_are_named(
+    tiny_llama, tmp_path, refused, finishes, method, name, value, says
+):
     folder = tmp_path / "model"
     shutil.copytree(tiny_llama, folder)
     change_weights(lambda weights: weights[name].fill_(value))(folder)
@@ -153,7 +154,7 @@ def test_what_is_not_finite_is_named(tiny_llama, tmp_path, refused, finishes, me
     finishes(tmp_path / "run", *settings)
 
 
-def test_a_model_that_overflows_in_half_precision_is_told_of_a_wider_one(tiny_llama, tmp_path, refused, finishes):
+def test_overflow_in_float16_suggests_another_dtype(tiny_llama, tmp_path, refused, finishes):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16)
     model.model.layers[1].mlp.up_proj.weight.data.fill_(3e4)
     model.save_pretrained(tmp_path / "model")
@@ -165,7 +166,7 @@ def test_a_model_that_overflows_in_half_precision_is_told_of_a_wider_one(tiny_ll
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda_seq"])
-def test_a_singular_hessian_is_damped_until_it_is_not(tiny_llama, tmp_path, finishes, method):
+def test_a_singular_hessian_is_damped_further(tiny_llama, tmp_path, finishes, method):
     few = ("calibration.samples=1", "calibration.seq_len=8", "prune.damp=0", f"prune.method={method}")
     _, said = finishes(tmp_path, f"model={tiny_llama}", *few)
     assert "model.layers.0.mlp.down_proj.weight: the Hessian is singular at damping 0: trying 0.0001" in said

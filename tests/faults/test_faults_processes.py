@@ -1,4 +1,4 @@
-"""One process that fails ends all, and only its own message is said; two runs do not share a folder."""
+"""A process that fails ends all others, and only its message is printed; two runs cannot use the same folder."""
 
 import json
 import os
@@ -23,12 +23,12 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
-def quick_hearts(monkeypatch):
+def fast_heartbeat(monkeypatch):
     monkeypatch.setattr(heartbeat, "BEAT", 0.4)
 
 
 def ranks(folder: Path, work, of: int = 2, nodes: int = 1, harm=None, settings=()) -> tuple[list[int], list, float]:
-    """Exit codes, what each process said in lines of ours, and the seconds from `harm(processes)` to the last one's end."""
+    """Exit codes, our lines of each process, and the seconds from `harm(processes)` to the end of the last process."""
     running = fork(settings, folder / "log", of, nodes, work)
     if harm:
         until = time.monotonic() + 60
@@ -36,7 +36,7 @@ def ranks(folder: Path, work, of: int = 2, nodes: int = 1, harm=None, settings=(
             assert time.monotonic() < until
             time.sleep(0.05)
         harm(running)
-        time.sleep(0.5)  # a process does not stop at once
+        time.sleep(0.5)  # SIGSTOP takes a moment
     started = time.monotonic()
     end([process for process in running if not is_stopped(process)], 100)
     seconds = time.monotonic() - started
@@ -64,11 +64,11 @@ def ready_and(folder: Path, then):
     return work
 
 
-def wait_for_the_others(number: int) -> None:
+def wait_in_barrier(number: int) -> None:
     processes.barrier() if number == 0 else time.sleep(100)
 
 
-GONE = [  # signal, process, exit codes, what the other says
+LOST = [  # signal, process, exit codes, message of the other process
     ("SIGKILL", 1, [2, -9], "process 1 on .* ended without a message"),
     ("SIGKILL", 0, [-9, 2], "process 0 on .* ended without a message"),
     ("SIGSTOP", 1, [2, -9], "process 1 on .* ended without a message"),
@@ -77,13 +77,13 @@ GONE = [  # signal, process, exit codes, what the other says
 ]
 
 
-def gone(folder: Path, name: str, number: int) -> tuple[list[int], list, float]:
-    """As `ranks`. A machine each: where the main process stands still, the other machine has to say so."""
-    work = ready_and(folder, wait_for_the_others)
+def lose_process(folder: Path, name: str, number: int) -> tuple[list[int], list, float]:
+    """As `ranks`, with one process per machine: if the main process is frozen, the other machine has to report it."""
+    work = ready_and(folder, wait_in_barrier)
     return ranks(folder, work, nodes=2, harm=lambda running: os.kill(running[number].pid, getattr(signal, name)))
 
 
-def test_the_message_of_the_one_that_fails_is_said_once_and_ends_all(tmp_path):
+def test_one_failure_ends_all_and_is_reported_once(tmp_path):
     def work(number: int) -> None:
         if number == 1:
             raise UserError("this text is empty")
@@ -94,7 +94,7 @@ def test_the_message_of_the_one_that_fails_is_said_once_and_ends_all(tmp_path):
     assert said == [[], ["espalier: this text is empty"], []]
 
 
-def test_what_all_meet_is_said_once(tmp_path):
+def test_a_common_failure_is_reported_once(tmp_path):
     def work(number: int) -> None:
         raise OSError("no such file")
 
@@ -102,7 +102,7 @@ def test_what_all_meet_is_said_once(tmp_path):
     assert codes == [2, 2] and sorted(said) == [[], ["espalier: no such file"]]
 
 
-def test_a_failure_is_said_once_on_each_machine(tmp_path):
+def test_a_failure_is_reported_once_per_machine(tmp_path):
     def work(number: int) -> None:
         if number == 3:
             raise KeyError("oops")
@@ -112,25 +112,25 @@ def test_a_failure_is_said_once_on_each_machine(tmp_path):
     assert codes == [2] * 4
     assert [len(lines) for lines in said] == [1, 0, 0, 1]
     assert f"process 3 on {socket.gethostname()}: 'oops'" in said[0][0]
-    assert "KeyError: 'oops' (a fault of Espalier" in said[3][0]
+    assert "KeyError: 'oops' (a bug in Espalier" in said[3][0]
 
 
-@pytest.mark.parametrize(("name", "number", "codes", "says"), GONE)
-def test_a_process_that_is_gone_does_not_leave_the_others_waiting(tmp_path, monkeypatch, name, number, codes, says):
+@pytest.mark.parametrize(("name", "number", "codes", "says"), LOST)
+def test_a_lost_process_ends_the_others(tmp_path, monkeypatch, name, number, codes, says):
     monkeypatch.setattr(heartbeat, "MISSED", 5)
-    found, said, seconds = gone(tmp_path, name, number)
+    found, said, seconds = lose_process(tmp_path, name, number)
     assert found == codes and seconds < 30
     lines = [line for lines in said for line in lines]
     assert lines and all(re.search(says, line.split(": ", 1)[1]) for line in lines), said
 
 
-def test_a_barrier_has_a_time_out_of_the_recipe(tmp_path):
-    codes, said, seconds = ranks(tmp_path, wait_for_the_others, settings=("timeout_minutes=0.05",))
+def test_collectives_time_out_after_timeout_minutes(tmp_path):
+    codes, said, seconds = ranks(tmp_path, wait_in_barrier, settings=("timeout_minutes=0.05",))
     assert codes == [2, 2] and seconds < 30
     assert "process 0 waited 0.05 minutes for one that is still working: set a longer timeout_minutes" in said[0][0]
 
 
-def test_processes_of_other_settings_are_refused(tmp_path):
+def test_processes_with_different_settings_are_refused(tmp_path):
     def work(number: int) -> None:
         runner._refuse_other_settings(reader.load([f"prune.sparsity=0.{5 + number}"]))
 
@@ -139,7 +139,7 @@ def test_processes_of_other_settings_are_refused(tmp_path):
     assert codes == [2, 2] and "was started with other settings" in line and "prune.sparsity 0." in line
 
 
-def test_machines_that_do_not_share_the_folder_are_told_at_once(tmp_path, monkeypatch):
+def test_machines_without_a_shared_run_folder_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "PATIENCE", 1.0)
 
     def work(number: int) -> None:
@@ -151,7 +151,7 @@ def test_machines_that_do_not_share_the_folder_are_told_at_once(tmp_path, monkey
     assert not list(tmp_path.glob("disk*/.lock"))
 
 
-def test_machines_that_share_the_folder_go_on(tmp_path):
+def test_machines_with_a_shared_run_folder_run(tmp_path):
     def work(number: int) -> None:
         with runner._locked(tmp_path / "disk"):
             processes.barrier()
@@ -170,15 +170,15 @@ def test_machines_that_share_the_folder_go_on(tmp_path):
         ),
     ],
 )
-def test_a_launch_that_is_not_what_was_asked_for(monkeypatch, environment, says):
+def test_wrong_launches_are_refused(monkeypatch, environment, says):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=says):
         processes.start()
 
 
-def left(run_dir: Path, **changed) -> Path:
-    """A lock that a process left behind."""
+def leave_lock(run_dir: Path, **changed) -> Path:
+    """A lock that that an ended process left."""
     with lock.held(run_dir):
         holder = json.loads((run_dir / ".lock").read_text())
     (run_dir / ".lock").write_text(json.dumps(holder | changed))
@@ -195,16 +195,18 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("changed", [{"process": 2**22 + 1}, {"started": 0.0}], ids=["gone", "number used again"])
+@pytest.mark.parametrize(
+    "changed", [{"process": 2**22 + 1}, {"started": 0.0}], ids=["process ended", "process id reused"]
+)
 def test_a_stale_lock_is_recognised(tmp_path, changed):
-    left(tmp_path, **changed)
+    leave_lock(tmp_path, **changed)
     with lock.held(tmp_path):
         pass
 
 
-def test_a_lock_of_another_machine_is_stale_once_nobody_touches_it(tmp_path, monkeypatch):
+def test_a_lock_of_another_machine_is_stale_if_not_touched(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "SILENCE", 3.0)
-    path, over = left(tmp_path, machine="another"), threading.Event()
+    path, over = leave_lock(tmp_path, machine="another"), threading.Event()
     alive = threading.Thread(target=lambda: [os.utime(path) for _ in iter(lambda: over.wait(0.2), True)])
     alive.start()
     try:
@@ -215,13 +217,13 @@ def test_a_lock_of_another_machine_is_stale_once_nobody_touches_it(tmp_path, mon
         alive.join()
     with lock.held(tmp_path):
         pass
-    path.write_text("")  # its maker died before it wrote
+    path.write_text("")  # the process ended before it wrote the lock
     with lock.held(tmp_path):
         pass
 
 
-def test_of_many_that_find_a_stale_lock_one_has_it(tmp_path):
-    left(tmp_path, started=0.0)
+def test_only_one_process_takes_over_a_stale_lock(tmp_path):
+    leave_lock(tmp_path, started=0.0)
     held, refused, all_there = [], [], threading.Barrier(8)
 
     def contend() -> None:
@@ -244,7 +246,7 @@ def test_of_many_that_find_a_stale_lock_one_has_it(tmp_path):
 
 @pytest.mark.parametrize("launched, threads", [({}, 1), ({"ACCELERATE_MIXED_PRECISION": "no"}, os.cpu_count())])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU's threads")
-def test_omp_num_threads_is_a_launchers_default_or_the_users_word(monkeypatch, launched, threads):
+def test_omp_num_threads_of_the_launcher_is_replaced_and_of_the_user_kept(monkeypatch, launched, threads):
     for name in ("RANK", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"OMP_NUM_THREADS": "1", **launched}.items():

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a text is said in one line, and what is said to type helps."""
+"""Faults of a text give one-line messages, and the settings that they suggest work."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from tests.conftest import PRUNE, espalier
 
 
 @pytest.mark.slow
-def test_too_short_a_text_and_what_is_said_to_type(tiny_llama, tmp_path, refused, finishes):
+def test_a_short_text_error_suggests_settings_that_work(tiny_llama, tmp_path, refused, finishes):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat .\n" * 20)
     settings = (f"model={tiny_llama}", f"calibration.dataset={text}")
@@ -37,13 +37,13 @@ def test_too_short_a_text_and_what_is_said_to_type(tiny_llama, tmp_path, refused
         ("ids.jsonl", '{"input_ids": [0.5]}', "should hold token ids"),
     ],
 )
-def test_text_that_is_none(tmp_path, name, content, says):
+def test_files_without_text_are_refused(tmp_path, name, content, says):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=says):
         sources.documents(sources.source(str(tmp_path / name)))
 
 
-def test_rows_without_text_are_passed_over(tmp_path):
+def test_rows_without_text_are_skipped(tmp_path):
     (tmp_path / "text.jsonl").write_text('{"text": null}\n{"text": "a"}\n')
     assert sources.documents(sources.source(str(tmp_path / "text.jsonl")))["text"] == ["a"]
 

@@ -1,4 +1,4 @@
-"""Whatever is typed, and however a file's header is damaged, the answer is a message and no crash."""
+"""Random settings and random damage of file headers give a message and no crash."""
 
 import shutil
 
@@ -27,7 +27,7 @@ QUICKLY = settings(max_examples=150, deadline=None, suppress_health_check=list(H
     ),
     VALUES,
 )
-def test_recipes(key, value):
+def test_random_settings(key, value):
     try:
         reader.load([f"{key}={value}"])
     except UserError as error:
@@ -43,7 +43,7 @@ def mine(tiny_llama, tmp_path_factory):
 
 @settings(QUICKLY, max_examples=40)
 @given(some.integers(0, 3000), some.integers(0, 255))
-def test_headers(mine, where, byte):
+def test_random_damage_of_file_headers(mine, where, byte):
     folder, whole = mine
     content = bytearray(whole)
     content[where] = byte

@@ -1,5 +1,5 @@
-"""A signal ends a run after the layer or the step at hand; what was damaged on disk is named and made again; and the end is
-the same as if nothing had been."""
+"""A signal stops a run after the current layer or step; damaged files are named and made again; the result of the resumed
+run equals that of an uninterrupted one."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ def weights(run_dir: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def trained(tiny_llama, tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
-    """An uninterrupted run, and its settings."""
+    """An uninterrupted run and its settings."""
     run_dir = tmp_path_factory.mktemp("trained")
     settings = (f"model={tiny_llama}", *TRAIN)
     with pytest.MonkeyPatch.context() as patch:
@@ -51,14 +51,14 @@ def trained(tiny_llama, tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
 
 @pytest.mark.parametrize("damaged", [None, "model/model-00001-of-00004.safetensors", "masks/00001.safetensors"])
 @pytest.mark.slow
-def test_a_signal_in_a_layer_and_a_file_damaged_since(tiny_llama, whole_masks, tmp_path, typed, monkeypatch, damaged):
+def test_a_signal_during_a_layer_then_a_damaged_file(tiny_llama, whole_masks, tmp_path, typed, monkeypatch, damaged):
     (tmp_path / "mine.py").write_text(MINE)
     settings = (f"model={tiny_llama}", f"run_dir={tmp_path}/run", f"prune.method={tmp_path}/mine.py")
     monkeypatch.setenv("STOP_IN_LAYER", "1")
     handler = signal.getsignal(signal.SIGTERM)
     code, said, lines = typed(*settings)
     assert code == signals.EXIT_CODE
-    assert lines == ["espalier: stopped by SIGTERM after layer 2: the same command goes on here"]
+    assert lines == ["espalier: stopped by SIGTERM after layer 2: run the same command again to resume"]
     assert "layer 2/3" in said and "layer 3/3" not in said
     if damaged:
         flip(tmp_path / "run/.prune" / damaged)
@@ -72,7 +72,7 @@ def test_a_signal_in_a_layer_and_a_file_damaged_since(tiny_llama, whole_masks, t
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.slow
-def test_a_signal_in_a_training_and_a_checkpoint_damaged_since(trained, tmp_path, typed, number):
+def test_a_signal_during_training_then_a_damaged_checkpoint(trained, tmp_path, typed, number):
     whole, settings = trained
     metrics = tmp_path / "run/.finetune/metrics.csv"
 
@@ -97,7 +97,7 @@ def test_a_signal_in_a_training_and_a_checkpoint_damaged_since(trained, tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_folder_may_be_relative_or_reached_by_a_link(tiny_llama, tmp_path, monkeypatch, typed):
+def test_a_run_folder_may_be_relative_or_a_symlink(tiny_llama, tmp_path, monkeypatch, typed):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to("elsewhere")
@@ -114,12 +114,12 @@ def test_a_signal_elsewhere_stops_at_once_and_a_second_one_always(capsys):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
         signals.defer_signals()
-        os.kill(os.getpid(), signal.SIGTERM)  # the launcher's, after the system's own
+        os.kill(os.getpid(), signal.SIGTERM)  # the launcher forwards it after the system's signal
         assert signals.received() == "SIGTERM"
         with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
-        with pytest.raises(Stopped, match="stopped by SIGINT"):  # kept since the last step
+        with pytest.raises(Stopped, match="stopped by SIGINT"):  # deferred since the last step
             StopAtSignal().on_train_end(None, None)
     assert signal.getsignal(signal.SIGINT) == handler
 
@@ -128,7 +128,7 @@ def test_a_signal_elsewhere_stops_at_once_and_a_second_one_always(capsys):
     "file", ["prune/masks.safetensors", "prune/model/config.json", "finetune/model/model-00001-of-00001.safetensors"]
 )
 @pytest.mark.slow
-def test_a_finished_stage_that_is_damaged_is_made_again_and_no_other(trained, typed, file):
+def test_only_a_damaged_stage_runs_again(trained, typed, file):
     run_dir, settings = trained
     before = weights(run_dir)
     stage, _, rest = file.partition("/")
@@ -141,8 +141,8 @@ def test_a_finished_stage_that_is_damaged_is_made_again_and_no_other(trained, ty
 
 
 @pytest.mark.slow
-def test_stages_made_from_other_weights_than_are_there_now_are_made_again(trained, typed, tmp_path):
-    """As where a damaged prune stage comes out otherwise on another GPU."""
+def test_stages_run_again_if_the_weights_they_read_changed(trained, typed, tmp_path):
+    """For instance if a damaged prune stage gives another result on another GPU."""
     run_dir, settings = shutil.copytree(trained[0], tmp_path / "run"), trained[1]
     change_weights(lambda weights: next(iter(weights.values())).mul_(2), f"prune/model/{SECOND}")(run_dir)
     checksums.record(run_dir / "prune", run_dir / "prune/model" / SECOND)
@@ -151,14 +151,14 @@ def test_stages_made_from_other_weights_than_are_there_now_are_made_again(traine
 
 
 @pytest.mark.slow
-def test_what_decides_nothing_does_not_run_a_stage_again(trained, typed):
+def test_settings_without_influence_do_not_run_a_stage_again(trained, typed):
     run_dir, settings = trained
     changed = ("finetune.checkpoint_every=7", "finetune.effective=cached", "prune.hidden_states=cpu")
     code, said, _ = typed(*settings, f"run_dir={run_dir}", *changed)
     assert code == 0 and said.count("done before") == 2, said
 
 
-def test_a_method_of_ones_own_that_changed_prunes_again(tiny_llama, tmp_path, typed):
+def test_an_edited_user_method_prunes_again(tiny_llama, tmp_path, typed):
     path = tmp_path / "mine.py"
     settings = (f"model={tiny_llama}", f"run_dir={tmp_path}/run", f"prune.method={path}")
     for text, says in ((MINE, "prune: running"), (MINE, "prune: done before"), (MINE + "# another", "running again")):
@@ -168,12 +168,12 @@ def test_a_method_of_ones_own_that_changed_prunes_again(tiny_llama, tmp_path, ty
 
 
 @pytest.mark.slow
-def test_what_a_stage_goes_on_from_stays_until_it_is_known_to_be_finished(trained, tmp_path, typed, monkeypatch):
+def test_scratch_files_stay_until_the_stage_is_recorded_as_finished(trained, tmp_path, typed, monkeypatch):
     whole, settings = trained
 
     fates = iter(["dies", "lives", "dies", "lives"])
 
-    def machine() -> str:  # asked between the end of a stage's work and its record
+    def machine() -> str:  # called between the end of a stage's work and its record
         if next(fates) == "dies":
             raise OSError("died")
         return "a machine"
@@ -187,7 +187,7 @@ def test_what_a_stage_goes_on_from_stays_until_it_is_known_to_be_finished(traine
 
 
 @pytest.mark.slow
-def test_a_kill_between_the_end_of_a_stage_and_its_renaming(trained, typed):
+def test_a_kill_just_before_a_stage_is_renamed(trained, typed):
     run_dir, settings = trained
     (run_dir / "prune").rename(run_dir / ".prune")
     code, said, _ = typed(*settings, f"run_dir={run_dir}")

@@ -1,4 +1,4 @@
-"""What others wrote is data: it is not run, reads no other files, and what is secret here reaches no file of ours."""
+"""Files of others are not executed and read no other files, and secrets are written to no file."""
 
 import json
 import os
@@ -25,7 +25,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("dump", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
-def test_a_pickle_of_others_does_not_run(tiny_llama, tmp_path, refused, dump):
+def test_a_pickle_is_not_executed(tiny_llama, tmp_path, refused, dump):
     folder = tmp_path / "model"
     shutil.copytree(tiny_llama, folder)
     weights = load_file(folder / "model.safetensors")
@@ -49,7 +49,7 @@ def test_a_shard_outside_the_folder_is_refused(tiny_llama, tmp_path, refused, sh
     )
 
 
-def test_code_of_a_model_is_not_run_unless_the_recipe_says_so(tiny_llama, tmp_path, refused):
+def test_model_code_runs_only_with_trust_remote_code(tiny_llama, tmp_path, refused):
     folder = tmp_path / "model"
     shutil.copytree(tiny_llama, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -64,7 +64,7 @@ def test_code_of_a_model_is_not_run_unless_the_recipe_says_so(tiny_llama, tmp_pa
 
 
 @pytest.mark.parametrize("value", ["${oc.env:HF_TOKEN}", "${seed}", "${", "a${b"])
-def test_a_recipe_cannot_ask_for_the_environment(tmp_path, monkeypatch, value):
+def test_a_recipe_cannot_read_the_environment(tmp_path, monkeypatch, value):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijkl")
     (tmp_path / "mine.yaml").write_text(f'model: "{value}"\n')
     for arguments in ([f"recipe={tmp_path}/mine.yaml"], [f"model={value}"], [f"prune.overrides={{a: '{value}'}}"]):
@@ -74,7 +74,7 @@ def test_a_recipe_cannot_ask_for_the_environment(tmp_path, monkeypatch, value):
 
 
 @pytest.mark.slow
-def test_no_secret_of_the_environment_is_in_any_file_or_line(tiny_llama, tmp_path, typed, monkeypatch):
+def test_no_secret_is_written_or_printed(tiny_llama, tmp_path, typed, monkeypatch):
     secrets = {
         "HF_TOKEN": "hf_abcdefghijkl",
         "WANDB_API_KEY": "0123456789abcdef",
@@ -94,7 +94,7 @@ def test_no_secret_of_the_environment_is_in_any_file_or_line(tiny_llama, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_report_shows_that_code_of_a_model_was_trusted_and_escapes_what_it_shows(tiny_llama, tmp_path, typed):
+def test_the_report_notes_trusted_code_and_escapes_text(tiny_llama, tmp_path, typed):
     folder = tmp_path / "a<script>alert(1)<b>"
     shutil.copytree(tiny_llama, folder)
     assert typed(*QUICK, f"model={folder}", f"run_dir={tmp_path}/runs/run", "trust_remote_code=true")[0] == 0

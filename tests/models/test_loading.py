@@ -1,4 +1,4 @@
-"""A model folder is loaded whole and exactly, or refused in a line; what is written has the names that its input had."""
+"""A model folder is loaded completely and exactly or refused with one line; written models keep their input's names."""
 
 import json
 import shutil
@@ -52,8 +52,8 @@ def family(request, tmp_path_factory) -> tuple[str, Path]:
     return request.param, folder
 
 
-def by_its_class(name: str, folder: Path) -> nn.Module:
-    """As anybody loads it, with no key missing and none left over."""
+def load_with_transformers(name: str, folder: Path) -> nn.Module:
+    """Loads with transformers' own class, without missing or unexpected keys."""
     chosen = AutoModelForImageTextToText if name in WHOLE else AutoModelForCausalLM
     model, info = chosen.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
@@ -67,17 +67,17 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.slow
-def test_a_family_is_loaded_whole(family):
+def test_every_family_loads_completely(family):
     name, folder = family
-    theirs, ours = by_its_class(name, folder), loading.load(folder, Recipe())
+    theirs, ours = load_with_transformers(name, folder), loading.load(folder, Recipe())
     assert type(ours) is type(theirs) is type(loading.skeleton(folder, Recipe()))
     same(ours.state_dict(), theirs.state_dict())
     assert torch.equal(ours(input_ids=IDS).logits, theirs(input_ids=IDS, use_cache=False).logits)
 
 
 @pytest.mark.slow
-def test_a_family_is_written_under_the_names_it_had(family, tmp_path, monkeypatch):
-    """Bit for bit, but for what is changed, which is named as in memory; layer by layer, and all at once."""
+def test_every_family_is_written_with_its_input_names(family, tmp_path, monkeypatch):
+    """Bit for bit except for the changed weights, layer by layer and all at once."""
     name, folder = family
     monkeypatch.setattr("pipeline.models.rewrite.SHARD", 20_000)
     before, model = load_file(folder / "model.safetensors"), loading.load(folder, Recipe())
@@ -89,7 +89,7 @@ def test_a_family_is_written_under_the_names_it_had(family, tmp_path, monkeypatc
     rewrite(folder, tmp_path / "same", Recipe(), lambda name, weight: None)
     assert len(list((tmp_path / "same").glob("*.safetensors"))) > 1
     same(dict(model_files.tensors(tmp_path / "same")), before)
-    same(by_its_class(name, tmp_path / "same").state_dict(), model.state_dict())
+    same(load_with_transformers(name, tmp_path / "same").state_dict(), model.state_dict())
 
     seen = set()
 
@@ -99,13 +99,13 @@ def test_a_family_is_written_under_the_names_it_had(family, tmp_path, monkeypatc
 
     rewrite(folder, tmp_path / "zeroed", Recipe(), zeroed)
     assert seen == {name for name, _ in model.named_parameters()}
-    after = by_its_class(name, tmp_path / "zeroed").state_dict()
+    after = load_with_transformers(name, tmp_path / "zeroed").state_dict()
     expected = {k: v if zeroed(k, v) is None else torch.zeros_like(v) for k, v in model.state_dict().items()}
     same(after, expected)
 
 
 @pytest.mark.slow
-def test_a_familys_parameters_are_streamed_as_they_are_in_memory(family):
+def test_streamed_parameters_equal_those_in_memory(family):
     name, folder = family
     model = loading.load(folder, Recipe())
     streamed = list(parameters(folder, Recipe()))
@@ -126,7 +126,7 @@ def test_masks_of_fused_experts_are_checked_against_their_files(tmp_path):
     assert not any("gate_up" in name for name in load_file(tmp_path / "model.safetensors"))
     assert masks.violations(parameters(tmp_path, Recipe())) == []
 
-    row, column = (~masks[f"{name}[2]"])[48:].nonzero()[3].tolist()  # of its up_proj, below the gate's 48 rows
+    row, column = (~masks[f"{name}[2]"])[48:].nonzero()[3].tolist()  # in its up_proj, after the gate's 48 rows
     files_of = load_file(tmp_path / "model.safetensors")
     (stray,) = (
         n for n in files_of if ("layers.1." in n and "experts.2." in n and ".w3." in n) or "experts.2.up_proj" in n
@@ -145,7 +145,7 @@ def changed(origin: Path, folder: Path, change) -> Path:
 
 
 def refused(folder: Path) -> str:
-    """The same line, however the folder is read."""
+    """The message, which is the same for every way of reading the folder."""
     said = []
     for read in (loading.load, lambda *of: list(parameters(*of))):
         with pytest.raises(UserError) as raised:
@@ -156,7 +156,7 @@ def refused(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_weights_that_are_not_the_models_are_refused(family, tmp_path):
+def test_weights_that_do_not_match_the_model_are_refused(family, tmp_path):
     small_model(family).save_pretrained(tmp_path / "model")
     bias = "model.layers.1.self_attn.q_proj.bias"
     more = changed(tmp_path / "model", tmp_path / "more", lambda w: w | {bias: torch.ones(32), "x.y": torch.ones(1)})
@@ -168,7 +168,7 @@ def test_weights_that_are_not_the_models_are_refused(family, tmp_path):
     assert f"{norm} is (7,) in the files, but (32,) by config.json" in refused(other)
 
 
-def test_a_shard_that_is_missing_or_damaged_is_named(tmp_path):
+def test_a_missing_or_damaged_shard_is_named(tmp_path):
     small_model("mixtral").save_pretrained(tmp_path, max_shard_size="40KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:100])
@@ -177,7 +177,7 @@ def test_a_shard_that_is_missing_or_damaged_is_named(tmp_path):
     assert f"No such file or directory: {shard}" in refused(tmp_path).replace('"', "")
 
 
-def test_an_expert_that_is_missing_is_refused(tmp_path):
+def test_a_missing_expert_is_refused(tmp_path):
     small_model("mixtral").save_pretrained(tmp_path / "model")
     less = changed(
         tmp_path / "model",
@@ -200,8 +200,8 @@ OLD = {
 
 
 @pytest.mark.parametrize("family", OLD)
-def test_old_forms_of_a_checkpoint_are_loaded(family, tmp_path):
-    """Buffers that are computed today, no prefix, a tied weight twice or under its other name."""
+def test_old_checkpoint_formats_are_loaded(family, tmp_path):
+    """Buffers that are now computed, names without prefix, a tied weight twice or under its other name."""
     model = small_model(family, tie_word_embeddings=family != "llama")
     model.save_pretrained(tmp_path / "new")
     old = changed(tmp_path / "new", tmp_path / "old", OLD[family])
@@ -209,7 +209,7 @@ def test_old_forms_of_a_checkpoint_are_loaded(family, tmp_path):
     same(file_names.saved_state(loading.load(old, Recipe())), expected)
     same(dict(parameters(old, Recipe())), expected)
     rewrite(old, tmp_path / "written", Recipe(), lambda name, weight: None)
-    same(by_its_class(family, tmp_path / "written").state_dict(), model.state_dict())
+    same(load_with_transformers(family, tmp_path / "written").state_dict(), model.state_dict())
 
 
 def test_tied_weights_that_differ_in_the_files_are_not_tied(tmp_path):
@@ -220,7 +220,7 @@ def test_tied_weights_that_differ_in_the_files_are_not_tied(tmp_path):
     loaded = loading.load(folder, Recipe())
     same(dict(parameters(folder, Recipe())), file_names.saved_state(loaded))
     rewrite(folder, tmp_path / "written", Recipe(), lambda name, weight: None)
-    same(by_its_class("qwen2", tmp_path / "written").state_dict(), loaded.state_dict())
+    same(load_with_transformers("qwen2", tmp_path / "written").state_dict(), loaded.state_dict())
     assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
 
 
@@ -234,7 +234,7 @@ def test_files_of_torch_save_are_streamed(tmp_path, zipped):
     same(dict(parameters(tmp_path, Recipe())), file_names.saved_state(model))
 
 
-def test_weights_beside_those_that_transformers_loads_are_left_alone(tiny_llama, tmp_path):
+def test_weight_files_that_transformers_does_not_load_are_ignored(tiny_llama, tmp_path):
     shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
     save_file({"tok_embeddings.weight": torch.ones(2)}, tmp_path / "consolidated.safetensors")
     assert "tok_embeddings.weight" not in set(Tensors(tmp_path))
@@ -247,14 +247,14 @@ def adapted(model: nn.Module) -> peft.PeftModel:
     )
 
 
-def test_an_adapter_beside_a_model_is_refused(tiny_llama, tmp_path):
+def test_an_adapter_in_a_model_folder_is_refused(tiny_llama, tmp_path):
     shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
     adapted(small_model("llama")).save_pretrained(tmp_path)
     line = refused(tmp_path)
     assert f"{tmp_path / 'adapter_config.json'} makes transformers load an adapter" in line and "adapter_*" in line
 
 
-def test_the_folder_of_an_adapter_is_told_its_base(tmp_path):
+def test_an_adapter_folder_error_names_the_base_model(tmp_path):
     adapter = adapted(small_model("llama"))
     adapter.peft_config["default"].base_model_name_or_path = "some/base"
     adapter.save_pretrained(tmp_path)
@@ -300,7 +300,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_is_no_causal_language_model_is_refused(name, tmp_path):
+def test_other_models_than_causal_language_models_are_refused(name, tmp_path):
     OTHERS[name]().save_pretrained(tmp_path)
     assert f"{tmp_path} holds a {name} (config.json), which is " in refused(tmp_path)
     with pytest.raises(UserError, match="holds a"):
@@ -315,7 +315,7 @@ def test_other_names_of_a_causal_language_model_are_loaded(tiny_llama, tmp_path,
     assert type(loading.load(tmp_path, Recipe())).__name__ == "LlamaForCausalLM"
 
 
-def test_what_is_downloaded_of_a_hub_model():
+def test_download_patterns_of_hub_models():
     there = [
         "config.json",
         "tokenizer.json",
@@ -341,7 +341,7 @@ def test_what_is_downloaded_of_a_hub_model():
     assert list(found) == there
 
 
-def test_all_that_lies_beside_the_weights_is_copied(tiny_llama, tmp_path):
+def test_all_other_files_are_copied(tiny_llama, tmp_path):
     origin = tmp_path / "origin"
     shutil.copytree(tiny_llama, origin)
     (origin / "additional_chat_templates").mkdir()

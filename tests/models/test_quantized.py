@@ -1,4 +1,4 @@
-"""A quantised checkpoint is read as what its weights stand for, or it is refused."""
+"""Quantised checkpoints are dequantised exactly or refused."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def perplexity(model) -> float:
 
 
 def saved(family: str, folder: Path, **more) -> Path:
-    """Of weights so large that what rounds them is felt."""
+    """With weights so large that rounding them matters."""
     model = small_model(family, **more)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -47,7 +47,7 @@ def name_in_config(folder: Path, about: dict) -> None:
 
 
 def check_plain(model, folder: Path, target: Path) -> None:
-    """No trace of a quantisation is left, in memory or in a folder that is written from it."""
+    """Checks that neither the model in memory nor a folder written from it is quantised."""
     before = loading.skeleton(folder, Recipe())
     assert file_names.saved_state(before).keys() == file_names.saved_state(model).keys()
     assert {n: type(m) for n, m in model.named_modules()} == {n: type(m) for n, m in before.named_modules()}
@@ -71,7 +71,7 @@ def check_plain(model, folder: Path, target: Path) -> None:
 @pytest.mark.slow
 def test_bitsandbytes(tmp_path, family, kind, capsys):
     size = {"n_inner": 128} if family == "gpt2" else {"intermediate_size": 128, "head_dim": 16}
-    saved(family, tmp_path / "dense", hidden_size=64, **size)  # what bitsandbytes' kernels for a CPU take
+    saved(family, tmp_path / "dense", hidden_size=64, **size)  # required by bitsandbytes' CPU kernels
     asked = BitsAndBytesConfig(**BITSANDBYTES[kind])
     AutoModelForCausalLM.from_pretrained(
         tmp_path / "dense", quantization_config=asked, device_map={"": "cpu"}
@@ -90,7 +90,7 @@ def test_bitsandbytes(tmp_path, family, kind, capsys):
 
 
 def in_float8(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """A matrix in 8-bit floats, the scale of each block, and what they stand for."""
+    """A matrix in 8-bit floats, the scale of each block, and the dequantised matrix."""
     rows, columns = weight.shape
     scale = torch.empty(-(-rows // block[0]), -(-columns // block[1]))
     whole = torch.empty_like(weight)
@@ -109,7 +109,7 @@ def in_float8(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor, T
 )
 @pytest.mark.slow
 def test_float8(tmp_path, family, block):
-    """Also where the last block of a matrix is cut off."""
+    """Also if the last block of a matrix is cut off."""
     weights = load_file(saved(family, tmp_path / "dense") / "model.safetensors")
     exact = dict(weights)
     for name in [name for name in weights if "_proj" in name or "experts" in name]:
@@ -191,7 +191,7 @@ def test_mxfp4(tmp_path):
         {"bits": 4},
     ],
 )
-def test_what_cannot_be_dequantised_is_refused(tiny_llama, tmp_path, about):
+def test_formats_that_cannot_be_dequantised_are_refused(tiny_llama, tmp_path, about):
     for path in tiny_llama.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     name_in_config(tmp_path, about)
@@ -201,14 +201,14 @@ def test_what_cannot_be_dequantised_is_refused(tiny_llama, tmp_path, about):
             read(tmp_path, Recipe())
 
 
-def test_a_quantisation_that_only_the_language_model_of_a_checkpoint_names(tmp_path):
+def test_quantisation_in_the_text_config_only(tmp_path):
     config = {"text_config": {"quantization_config": {"quant_method": "gptq"}}, "vision_config": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert loading.quantization(tmp_path) == "gptq"
 
 
 @pytest.mark.slow
-def test_a_quantised_model_is_pruned_into_a_plain_one(tiny_llama, tmp_path, finishes):
+def test_pruning_a_quantised_model_writes_an_unquantised_one(tiny_llama, tmp_path, finishes):
     folder, exact = tmp_path / "model", load_file(tiny_llama / "model.safetensors")
     shutil.copytree(tiny_llama, folder)
     weights = dict(exact)

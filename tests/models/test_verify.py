@@ -1,4 +1,4 @@
-"""`verify` finds what a model folder does to its masks, `apply` makes the pruned model from the dense one."""
+"""`verify` finds violations in a model folder; `apply` makes the pruned model from the dense one."""
 
 import json
 import re
@@ -22,7 +22,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 @pytest.fixture
 def typed(monkeypatch, capsys):
-    """The command in this process: its exit code, what it said on stdout, and its own lines on stderr."""
+    """Runs the command in this process: (exit code, stdout, our lines on stderr)."""
 
     def run(*words) -> tuple[int, str, list[str]]:
         monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, words)])
@@ -55,7 +55,7 @@ def in_another_form(origin: Path, folder: Path, form: str) -> Path:
 
 
 @pytest.mark.parametrize("form", ["one file", "shards", "bin"])
-def test_a_clean_model_in_any_form(pruned, tmp_path, typed, form):
+def test_verify_accepts_a_pruned_model_in_any_format(pruned, tmp_path, typed, form):
     code, said, lines = typed("verify", in_another_form(pruned / "model", tmp_path, form), pruned / "masks.safetensors")
     assert (code, lines) == (0, [])
     (row,) = (line.split() for line in said.splitlines() if UP in line)
@@ -65,7 +65,7 @@ def test_a_clean_model_in_any_form(pruned, tmp_path, typed, form):
     assert model_files.identity(tmp_path) in said
 
 
-def test_one_flipped_weight_is_named(pruned, tmp_path, typed):
+def test_a_changed_weight_is_named(pruned, tmp_path, typed):
     folder = in_another_form(pruned / "model", tmp_path, "one file")
     weights = load_file(folder / "model.safetensors")
     row, column = (~Masks.load(pruned / "masks.safetensors")[UP]).nonzero()[7].tolist()
@@ -77,7 +77,7 @@ def test_one_flipped_weight_is_named(pruned, tmp_path, typed):
     assert [line.split()[-1] for line in said.splitlines() if "weight" in line].count("1") == 1
 
 
-def test_the_dense_model_keeps_no_mask(tiny_llama, pruned, typed):
+def test_verify_refuses_the_dense_model(tiny_llama, pruned, typed):
     code, said, (line,) = typed("verify", tiny_llama, pruned / "masks.safetensors")
     assert code == 2 and "20 more matrices have problems" in line
     assert re.search(r"q_proj.weight \[\d+, \d+\] is \S+ and should be zero, and \d+ more of this matrix", line)
@@ -88,11 +88,11 @@ def test_a_mask_that_breaks_its_pattern(tiny_llama, tmp_path, typed):
     masks.add(UP, torch.ones(48, 32, dtype=torch.bool), "2of4")
     masks.save(tmp_path / "masks.safetensors")
     code, _, (line,) = typed("verify", tiny_llama, tmp_path / "masks.safetensors")
-    assert code == 2 and f"{UP}: in its mask" in line and "2of4" in line
+    assert code == 2 and f"the mask of {UP}: " in line and "2of4" in line
 
 
 @pytest.mark.parametrize("form", ["one file", "shards", "bin"])
-def test_apply_makes_the_pruned_model_from_the_dense_one(tiny_llama, pruned, tmp_path, typed, form):
+def test_apply_reproduces_the_pruned_model(tiny_llama, pruned, tmp_path, typed, form):
     dense = in_another_form(tiny_llama, tmp_path / "dense", form)
     code, said, lines = typed("apply", dense, pruned / "masks.safetensors", tmp_path / "target")
     assert (code, lines) == (0, []) and "21 matrices masked" in said
@@ -108,8 +108,8 @@ def test_apply_makes_the_pruned_model_from_the_dense_one(tiny_llama, pruned, tmp
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 @pytest.mark.slow
-def test_matrices_that_are_stored_otherwise(tmp_path, typed, family):
-    """Transposed ones, and experts, which old checkpoints keep one by one."""
+def test_transposed_matrices_and_experts(tmp_path, typed, family):
+    """Transposed matrices, and experts, which old checkpoints store separately."""
     model, masks = small_model(family), Masks()
     model.save_pretrained(tmp_path / "dense")
     for name, matrix in matrices_of(model).items():
@@ -122,7 +122,7 @@ def test_matrices_that_are_stored_otherwise(tmp_path, typed, family):
     assert typed("verify", tmp_path / "target", tmp_path / "masks.safetensors")[0] == 0
 
 
-def test_what_is_typed_wrong_is_one_line(tiny_llama, pruned, tmp_path, typed):
+def test_wrong_arguments_are_one_line_errors(tiny_llama, pruned, tmp_path, typed):
     masks = pruned / "masks.safetensors"
     small_model("gpt2").save_pretrained(tmp_path / "other")
     (tmp_path / "there").mkdir()
@@ -135,7 +135,7 @@ def test_what_is_typed_wrong_is_one_line(tiny_llama, pruned, tmp_path, typed):
         (["verify", tiny_llama, tiny_llama / "config.json"], "is not a mask file of this project"),
         (["verify", tmp_path / "other", masks], "another model's mask file?"),
         (["apply", tmp_path / "other", masks, tmp_path / "new"], "another model's mask file?"),
-        (["apply", tiny_llama, masks, tmp_path / "there"], "is there already"),
+        (["apply", tiny_llama, masks, tmp_path / "there"], "exists already"),
     ]:
         code, _, lines = typed(*words)
         assert code == 2 and len(lines) == 1 and says in lines[0], (words, lines)

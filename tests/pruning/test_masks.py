@@ -1,4 +1,4 @@
-"""A mask is kept, packed and checked without losing a bit."""
+"""Masks are packed, saved and checked without losing a bit."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def some_masks() -> Masks:
     return masks
 
 
-def test_a_file_gives_back_every_bit_at_one_bit_a_weight(tmp_path):
+def test_a_mask_file_keeps_every_bit_at_one_bit_per_weight(tmp_path):
     masks = some_masks()
     masks.save(tmp_path / "masks.safetensors", {"seconds": 1.5})
     loaded = Masks.load(tmp_path / "masks.safetensors")
@@ -41,7 +41,7 @@ def test_equal_masks_are_equal_files(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_pruned_weights_become_plus_zero_and_the_rest_stays(dtype):
+def test_pruned_weights_become_plus_zero_and_others_are_unchanged(dtype):
     weight, mask = torch.randn(32, 32).to(dtype), torch.rand(32, 32) < 0.5
     pruned = apply_(weight.clone(), mask)
     assert torch.equal(pruned[mask], weight[mask])
@@ -49,7 +49,7 @@ def test_pruned_weights_become_plus_zero_and_the_rest_stays(dtype):
     assert not torch.signbit(pruned[~mask]).any()
 
 
-def test_a_single_stray_weight_is_found_with_its_place():
+def test_a_single_violation_is_found_with_its_index():
     masks = some_masks()
     weights = {name: apply_(torch.randn(mask.shape), mask) for name, mask in masks.items()}
     assert masks.violations(iter(weights.items())) == []
@@ -70,7 +70,7 @@ def test_masks_of_another_model_are_refused():
         masks.violations(iter({}.items()))
 
 
-def test_a_file_that_is_no_mask_file_is_refused(tmp_path):
+def test_other_files_are_refused(tmp_path):
     path = tmp_path / "masks.safetensors"
     some_masks().save(path)
     path.write_bytes(path.read_bytes()[:100])
@@ -85,7 +85,7 @@ def test_a_mask_that_breaks_its_pattern_is_found():
         masks.check_patterns()
 
 
-def test_a_pattern_that_a_file_names_is_not_run(tmp_path):
+def test_a_pattern_file_named_in_a_mask_file_is_not_executed(tmp_path):
     code = tmp_path / "pattern.py"
     code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     masks = Masks()

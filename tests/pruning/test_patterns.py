@@ -1,4 +1,4 @@
-"""Exactly what a pattern says is kept, the least scores go, and ties fall as in the published code."""
+"""Patterns keep exactly as many weights as they say, prune the lowest scores, and break ties as the published code does."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from pipeline.sparsity import patterns
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4), (3, 4), (1, 2)])
-def test_n_of_each_m_are_kept_and_they_are_the_largest(n, m):
+def test_the_n_largest_of_each_m_are_kept(n, m):
     score = torch.rand(12, 5 * m)
     mask = patterns.NofM(n, m).select(score)
     kept = mask.unflatten(1, (-1, m))
@@ -20,7 +20,7 @@ def test_n_of_each_m_are_kept_and_they_are_the_largest(n, m):
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.7, 0.99])
-def test_each_row_loses_exactly_its_share_of_the_lowest(ratio):
+def test_each_row_loses_exactly_the_ratio_of_its_lowest_scores(ratio):
     score = torch.rand(9, 37)
     mask = patterns.Unstructured(ratio).select(score)
     assert (~mask).sum(1).tolist() == [int(37 * ratio)] * 9
@@ -30,8 +30,8 @@ def test_each_row_loses_exactly_its_share_of_the_lowest(ratio):
     )
 
 
-def test_ties_of_n_of_m_fall_as_in_the_published_loop():
-    """SparseGPT's and Wanda's loop: topk of each group of M columns over all rows, largest=False, scatter."""
+def test_ties_of_n_of_m_are_broken_as_in_the_published_loop():
+    """SparseGPT's and Wanda's loop: topk(largest=False) of each group of M columns over all rows, then scatter."""
     score = torch.randint(0, 3, (64, 32)).float()
     published = torch.zeros_like(score, dtype=torch.bool)
     for start in range(0, 32, 4):
@@ -40,24 +40,24 @@ def test_ties_of_n_of_m_fall_as_in_the_published_loop():
     assert torch.equal(patterns.NofM(2, 4).select(score), ~published)
 
 
-def test_ties_of_a_row_fall_in_column_order():
+def test_ties_in_a_row_are_broken_by_column_order():
     mask = patterns.Unstructured(0.5).select(torch.ones(3, 8))
     assert mask.tolist() == [[False] * 4 + [True] * 4] * 3
 
 
 @pytest.mark.parametrize("text", ["2of4", "2:4", " 2 of 4 "])
-def test_names_of_a_pattern(text):
+def test_notations_of_a_pattern(text):
     assert patterns.parse(text) == patterns.NofM(2, 4)
     assert patterns.parse(str(patterns.parse(text))) == patterns.NofM(2, 4)
 
 
 @pytest.mark.parametrize("value", [124, 248, 64, "124", 1.0, 0, -0.5, "4of4", "0of4", "x", None, float("nan")])
-def test_what_is_no_pattern_is_refused(value):
+def test_invalid_patterns_are_refused(value):
     with pytest.raises(UserError, match=r"prune\.sparsity"):
         patterns.parse(value)
 
 
-def test_inputs_that_m_does_not_divide_are_refused_not_bent():
+def test_inputs_that_m_does_not_divide_are_refused():
     assert "not divisible by 8" in patterns.NofM(4, 8).misfit(172)
     assert patterns.NofM(2, 4).misfit(172) is None
 

@@ -1,4 +1,4 @@
-"""The walk prunes as the published code does, on any number of processes, and goes on where it was killed."""
+"""The walk prunes as the published code does, on any number of processes, and resumes after a kill."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def pruned(model, folder, *more):
 
 @pytest.mark.parametrize("sparsity", ["2of4", "4of8", "0.5", "0.7"])
 @pytest.mark.parametrize("method", [*textbook.SCORES, "sparsegpt"])
-def test_equal_to_the_textbook(tiny_llama, tmp_path, method, sparsity):
+def test_equals_the_textbook(tiny_llama, tmp_path, method, sparsity):
     more = (f"prune.sparsity={sparsity}", f"prune.method={method}", "calibration.batch_size=1")
     masks, weights = pruned(tiny_llama, tmp_path / "p", *more)
     check_against_textbook(tiny_llama, settings(tiny_llama, *more), masks, weights)
@@ -55,7 +55,7 @@ def test_equal_to_the_textbook(tiny_llama, tmp_path, method, sparsity):
 @pytest.mark.parametrize("sparsity", ["2of4", "0.5"])
 @pytest.mark.parametrize("method", [*textbook.SCORES, "sparsegpt", *textbook.ABLATIONS])
 @pytest.mark.slow
-def test_equal_to_the_textbook_on_a_trained_model(stories, hub, tmp_path, method, sparsity):
+def test_equals_the_textbook_on_a_trained_model(stories, hub, tmp_path, method, sparsity):
     more = (f"prune.sparsity={sparsity}", f"prune.method={method}", "calibration.batch_size=1", f"mirror={hub}")
     more += ("calibration.dataset=local/stories", "calibration.seq_len=128")
     masks, weights = pruned(stories, tmp_path / "p", *more)
@@ -76,7 +76,7 @@ def check_against_textbook(origin, chosen, masks, weights):
             assert torch.equal(weights[name], expected), name
         else:
             changed = (weights[name] != 0) != (expected != 0)
-            # near ties, after sums in another order: of 1536 weights six have been seen to fall otherwise
+            # sums in another order decide near ties differently: six of 1536 weights were observed
             assert changed.float().mean() < 1e-2, name
             difference = (weights[name] - expected).masked_fill(changed, 0).norm() / expected.norm()
             assert difference < (1e-4 if not changed.any() else 2e-2), name
@@ -124,7 +124,7 @@ class Killed(Exception):
 
 @pytest.fixture(scope="module")
 def families(tiny_llama, tmp_path_factory):
-    """One small model of every family, saved with the world's tokenizer."""
+    """A small model of every family, saved with the world's tokenizer."""
     where = tmp_path_factory.mktemp("families")
     vocabulary = AutoModelForCausalLM.from_pretrained(tiny_llama).config.vocab_size
 
@@ -151,7 +151,7 @@ def test_every_family_is_pruned_saved_and_loaded(families, tmp_path, family, met
     dense = dict(by_matrix(AutoModelForCausalLM.from_pretrained(origin).named_parameters()))
     now = dict(by_matrix(loaded.named_parameters()))
     assert set(now) == set(dense)
-    for name in now:  # what has no mask is untouched
+    for name in now:  # parameters without a mask are unchanged
         assert torch.equal(now[name], dense[name]) == (name not in masks), name
     if method == "wanda":
         for name, mask in masks.items():
@@ -159,7 +159,7 @@ def test_every_family_is_pruned_saved_and_loaded(families, tmp_path, family, met
 
 
 @torch.no_grad()
-def test_an_expert_is_judged_by_the_tokens_it_saw_and_a_starved_one_by_its_weights(families, tmp_path, capsys):
+def test_experts_are_scored_with_their_own_tokens_and_undersampled_ones_by_weight(families, tmp_path, capsys):
     origin = families("mixtral")
     masks, _ = pruned(origin, tmp_path / "p")
     assert "pruned by weight alone" not in capsys.readouterr().out
@@ -185,7 +185,7 @@ def test_an_expert_is_judged_by_the_tokens_it_saw_and_a_starved_one_by_its_weigh
     assert torch.equal(masks["model.layers.0.mlp.experts.gate_up_proj[0]"], expected)
 
 
-def test_owl_prunes_less_where_outliers_are_and_as_much_on_the_whole(tiny_llama, tmp_path):
+def test_owl_prunes_layers_with_outliers_less_and_keeps_the_mean(tiny_llama, tmp_path):
     more = ("prune.allocation=owl", "prune.sparsity=0.6", "prune.owl_outliers=3", "prune.owl_spread=0.1")
     masks, _ = pruned(tiny_llama, tmp_path / "p", *more)
     shares = json.loads((tmp_path / "p/allocation.json").read_text())["measured"]
@@ -214,7 +214,7 @@ def test_overrides_by_name(tiny_llama, tmp_path):
         pruned(tiny_llama, tmp_path / "q", 'prune.overrides={"*query*": dense}')
 
 
-def test_killed_at_a_layer_it_goes_on_there(tiny_llama, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_at_its_layer(tiny_llama, tmp_path, monkeypatch):
     whole_masks, whole = pruned(tiny_llama, tmp_path / "whole")
     begun = []
 
@@ -236,8 +236,8 @@ def test_killed_at_a_layer_it_goes_on_there(tiny_llama, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_prune_as_one_by_every_method(tiny_llama, tmp_path):
-    """One launch prunes by all methods, so that two processes need not start for each."""
+def test_two_processes_prune_as_one_with_every_method(tiny_llama, tmp_path):
+    """One launch prunes with all methods, because starting two processes takes seconds."""
     script = tmp_path / "all_methods.py"
     script.write_text(ALL_METHODS)
     for processes in (1, 2):
@@ -275,7 +275,7 @@ processes.stop()
 """
 
 
-def test_bad_input_says_what_to_type(tiny_llama, tmp_path):
+def test_bad_input_says_what_to_set(tiny_llama, tmp_path):
     for more, says in [
         (["prune.sparsity=1of5"], "not divisible by 5"),
         (["calibration.seq_len=4096"], "calibration.seq_len=128"),

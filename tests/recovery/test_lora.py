@@ -1,4 +1,4 @@
-"""A masked LoRA trains A and B as if the mask stood in the forward, and merges into exactly what forward computed."""
+"""A masked LoRA has the mask in its forward and gradients, and its merged weights compute exactly the same."""
 
 import copy
 
@@ -19,7 +19,7 @@ from tests.engine.test_decoder import small_model
 
 
 def with_masks(model) -> tuple[nn.Module, Masks]:
-    """The model with 2 of 4 pruned of every matrix of its layers, fused experts too, along their inputs."""
+    """Prunes 2 of 4 along the inputs of every matrix in the model's layers, fused experts included."""
     masks = Masks()
     for name, matrix in matrices_of(model).items():
         mask_OI = NofM(2, 4).select(torch.rand(matrix.weight_OI.shape))
@@ -29,7 +29,7 @@ def with_masks(model) -> tuple[nn.Module, Masks]:
 
 
 def trained(model: nn.Module, steps: int = 3) -> nn.Module:
-    """Some real optimizer steps, refreshed after each as MaskKeeper does."""
+    """Takes some optimizer steps, with `reapply` after each as MaskKeeper does."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
     for step in range(steps):
@@ -59,7 +59,7 @@ def test_at_the_start_nothing_changes(family, cached):
 
 @pytest.mark.parametrize(("dropout", "cached"), [(0.0, True), (0.0, False), (0.3, False)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merge_is_forward_and_exactly_sparse(family, dropout, cached):
+def test_the_merged_model_equals_forward_and_is_exactly_sparse(family, dropout, cached):
     model, masks = with_masks(small_model(family))
     plain = copy.deepcopy(model)
     settings = Finetune(rank=4, alpha=8.0, dropout=dropout)
@@ -76,7 +76,7 @@ def test_merge_is_forward_and_exactly_sparse(family, dropout, cached):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_forms_are_the_same_to_the_bit_in_mixed_precision(dtype):
+def test_cached_and_recomputed_weights_are_equal_in_mixed_precision(dtype):
     settings = Finetune(rank=4, alpha=8.0, bias="lora_only")
     found = []
     for cached in (True, False):
@@ -99,7 +99,7 @@ def test_both_forms_are_the_same_to_the_bit_in_mixed_precision(dtype):
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-def test_merge_is_forward_in_bfloat16():
+def test_the_merged_model_equals_forward_in_bfloat16():
     model, masks = with_masks(small_model("llama").bfloat16())
     plain = copy.deepcopy(model)
     adapted = trained(lora.attach(model, masks, SETTINGS))
@@ -111,7 +111,7 @@ def test_merge_is_forward_in_bfloat16():
     assert masks.violations(iter(merged.items())) == []
 
 
-def test_gradients_are_those_of_the_mask_inside_forward():
+def test_gradients_include_the_mask():
     base = nn.Linear(24, 16)
     mask = NofM(2, 4).select(torch.rand(16, 24))
     apply_(base.weight.data, mask)
@@ -130,7 +130,7 @@ def test_gradients_are_those_of_the_mask_inside_forward():
         torch.testing.assert_close(mine, theirs)
 
 
-def test_the_adapter_folder_gives_the_same_model_again(tmp_path):
+def test_the_saved_adapter_restores_the_model(tmp_path):
     model, masks = with_masks(small_model("llama"))
     pruned = copy.deepcopy(model)
     adapted = trained(lora.attach(model, masks, SETTINGS))
@@ -144,7 +144,7 @@ def test_the_adapter_folder_gives_the_same_model_again(tmp_path):
         PeftModel.from_pretrained(pruned, tmp_path / "adapter")
 
 
-def test_bad_input_says_what_to_type(tmp_path):
+def test_bad_input_says_what_to_set(tmp_path):
     model, masks = with_masks(small_model("llama"))
     with pytest.raises(
         UserError, match=r"no pruned matrix is called 'query': set some of down_proj, gate_proj.*or all"
@@ -166,7 +166,7 @@ def test_targets_choose_by_the_end_of_the_name():
     assert len(chosen) == 2 * 3
 
 
-def test_stories_merge_in_the_file_is_forward(stories):
+def test_the_merged_file_equals_forward_on_a_real_model(stories):
     model = AutoModelForCausalLM.from_pretrained(stories)
     model, masks = with_masks(model)
     adapted = trained_on(lora.attach(model, masks, SETTINGS), vocabulary=500)

@@ -1,4 +1,4 @@
-"""Fused experts, and weights that no Linear's forward uses, recover under the laws of a masked Linear, in every family."""
+"""Fused experts, and weights used outside of a Linear's forward, train like a masked Linear, in every family."""
 
 import copy
 import subprocess
@@ -68,7 +68,7 @@ def merged_into(plain: nn.Module, recovery) -> nn.Module:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.slow
-def test_merge_is_forward_and_exactly_sparse_and_the_folder_gives_it_again(family, tmp_path):
+def test_the_merged_model_equals_forward_is_exactly_sparse_and_reloads(family, tmp_path):
     model, masks = with_masks(tiny(family))
     pruned, again, before = copy.deepcopy(model), copy.deepcopy(model), logits(model)
     recovery = MaskedLora(model, masks, SETTINGS)
@@ -77,7 +77,7 @@ def test_merge_is_forward_and_exactly_sparse_and_the_folder_gives_it_again(famil
     layers = lora.masked_layers(model)
     assert layers.keys() == {lora.parameter_of(name) for name in masks}
     idle = {name for name, layer in layers.items() if not layer.b.any()}
-    # text does not reach an image encoder, nor so short a text what compresses a long one
+    # text does not reach an image encoder, and a short text does not reach modules that compress long ones
     assert all("image_encoder" in name or "compressor" in name for name in idle), idle
     plain = merged_into(copy.deepcopy(pruned), recovery)
     torch.testing.assert_close(logits(plain), after, atol=1e-5, rtol=1e-5)
@@ -90,7 +90,7 @@ def test_merge_is_forward_and_exactly_sparse_and_the_folder_gives_it_again(famil
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_full_training_ends_sparse_and_leaves_buffers_alone(family):
+def test_full_training_keeps_masks_and_buffers(family):
     model, masks = with_masks(tiny(family))
     plain, recovery = copy.deepcopy(model), SparseFull(model, masks, Finetune(method="full"))
     after = logits(train(recovery, 1))
@@ -101,7 +101,7 @@ def test_full_training_ends_sparse_and_leaves_buffers_alone(family):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(16, 24), (3, 16, 24)])
-def test_gradients_are_those_of_the_mask_inside_forward(shape, transposed):
+def test_gradients_include_the_mask(shape, transposed):
     module = nn.Module()
     module.weight = nn.Parameter(torch.randn(shape), requires_grad=False)
     mask = torch.rand(shape) < 0.5
@@ -124,7 +124,7 @@ def test_gradients_are_those_of_the_mask_inside_forward(shape, transposed):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "jetmoe", "falcon_mamba"])
-def test_effective_weights_are_made_once_a_call_and_once_in_backward(family, monkeypatch):
+def test_effective_weights_are_computed_once_per_forward_and_backward(family, monkeypatch):
     made = []
     for kind in (MaskedParameter, MaskedLinear):
         effective = kind.effective_weight
@@ -138,7 +138,7 @@ def test_effective_weights_are_made_once_a_call_and_once_in_backward(family, mon
     once = len(made)
     assert once == len(set(made)) > 0
     loss.backward()
-    # fewer where backward needs no weight, as in the first block
+    # fewer if backward needs no weight, as in the first block
     assert max(made.count(masked) for masked in made) == 2
 
 
@@ -178,7 +178,7 @@ def test_experts_that_no_token_reaches_get_no_gradient():
             assert layer.b[0].any() and not layer.b[2:].any(), name
 
 
-def test_experts_without_a_mask_stay_to_the_bit():
+def test_experts_without_a_mask_do_not_change():
     model, masks = with_masks(tiny("mixtral"))
     some = Masks()
     some.packed = {name: mask for name, mask in masks.packed.items() if not name.endswith("[2]")}
@@ -191,7 +191,7 @@ def test_experts_without_a_mask_stay_to_the_bit():
             assert not torch.equal(layer.merged_weight()[1], plain.get_parameter(name)[1])
 
 
-def test_mixed_precision_and_bfloat16_compute_with_what_is_merged():
+def test_mixed_precision_and_bfloat16_use_the_merged_weights():
     model, masks = with_masks(tiny("mixtral"))
     recovery = MaskedLora(model, masks, SETTINGS)
     with torch.autocast("cpu", torch.bfloat16):
@@ -237,13 +237,13 @@ def test_a_plain_lora_refuses_what_peft_would_not_adapt(family, wanted):
     PlainLora(*with_masks(tiny("mixtral")), Finetune(method="plain_lora", targets=["q_proj"]))
 
 
-def test_layers_that_hold_the_same_weights_are_not_shared_out():
+def test_layers_with_shared_weights_are_not_sharded():
     with pytest.raises(UserError, match="set finetune.strategy=ddp"):
         sharding.shard_(tiny("zamba2"), mesh=None)
 
 
-def test_what_is_adapted_is_what_was_asked_where_names_end_alike():
-    """peft would match `layers.0.0` to `deep.layers.0.0` too."""
+def test_only_the_target_is_adapted_if_names_have_the_same_suffix():
+    """peft would also match `deep.layers.0.0` for `layers.0.0`."""
 
     def layers() -> nn.ModuleList:
         return nn.ModuleList([nn.Sequential(nn.Linear(8, 8))])
@@ -259,18 +259,18 @@ def test_what_is_adapted_is_what_was_asked_where_names_end_alike():
 SCRIPT = """
 import sys
 from pipeline.runtime import processes
-from tests.recovery.test_masked_parameter import LAUNCHED, launched
+from tests.recovery.test_masked_parameter import LAUNCHED, launched_training
 processes.start()
 for family in LAUNCHED:
     for strategy in ("ddp", "fsdp"):
-        launched(sys.argv[1], family, strategy)
+        launched_training(sys.argv[1], family, strategy)
 processes.stop()
 """
 LAUNCHED = ("gpt_oss", "git")  # text does not reach GIT's image encoder, which gets no gradient
 
 
-def launched(folder: str, family: str, strategy: str) -> None:
-    """Trains on the processes that are here, and saves what the model becomes."""
+def launched_training(folder: str, family: str, strategy: str) -> None:
+    """Trains on the launched processes, and saves the model."""
     target = Path(folder) / f"{family}-{strategy}-{processes.world_size()}"
     target.mkdir(parents=True, exist_ok=True)
     usual = {"rank": 4, "max_steps": 3, "batch_size": 4, "precision": "32-true"}
@@ -295,7 +295,7 @@ def test_two_processes_train_experts_as_one_by_ddp_and_by_fsdp(tmp_path):
     done = subprocess.run(list(map(str, line)), env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     for family in LAUNCHED:
-        launched(str(tmp_path), family, "ddp")
+        launched_training(str(tmp_path), family, "ddp")
         one, *two = (torch.load(tmp_path / f"{family}-{run}/merged.pt") for run in ("ddp-1", "ddp-2", "fsdp-2"))
         for name, weight in one.items():
             for other in two if not name.endswith("key.bias") else ():  # its gradient is nothing but rounding

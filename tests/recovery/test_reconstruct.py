@@ -1,4 +1,5 @@
-"""A reconstructed layer keeps its mask, never ends worse than pruned, and is the same after a kill and on any processes."""
+"""A reconstructed layer keeps its mask and is never worse than the pruned one; a resume and any number of processes give
+the same result."""
 
 import csv
 import json
@@ -23,7 +24,7 @@ from tests.pruning.test_prune import Killed, families, pruned  # noqa: F401  (a 
 
 STEPS = ("reconstruct.samples=32", "reconstruct.batch_size=2", "reconstruct.accumulate=2", "reconstruct.epochs=3")
 SETTINGS = [*(s for s in QUICK if not s.startswith("stages")), *STEPS, "reconstruct.lr=0.03"]
-ALIKE = ("mistral", "qwen2", "qwen3", "gemma3_text")  # to the llama and gemma2, as far as training goes
+ALIKE = ("mistral", "qwen2", "qwen3", "gemma3_text")  # train as llama and gemma2 do
 
 
 def settings(model, *more):
@@ -31,7 +32,7 @@ def settings(model, *more):
 
 
 def reconstructed(model, where, *more):
-    """Runs the stage after a prune stage in `where`; its weights by name, and the rows of its table."""
+    """Runs the stage after a prune stage in `where`; returns the weights by name and the rows of the table."""
     folder = where / "reconstruct"
     folder.mkdir(exist_ok=True)
     reconstruct.run(settings(model, *more), folder, {"prune": where / "prune"})
@@ -42,7 +43,7 @@ def reconstructed(model, where, *more):
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ALIKE])
 @pytest.mark.slow
-def test_every_family_comes_closer_to_its_dense_layers_and_keeps_its_masks(families, tmp_path, family):  # noqa: F811
+def test_every_family_improves_and_keeps_its_masks(families, tmp_path, family):  # noqa: F811
     origin = families(family)
     masks, before = pruned(origin, tmp_path / "prune", "prune.sparsity=2of4")
     weights, rows = reconstructed(origin, tmp_path)
@@ -64,7 +65,7 @@ def test_every_family_comes_closer_to_its_dense_layers_and_keeps_its_masks(famil
 
 
 @torch.no_grad()
-def test_the_errors_of_the_table_are_those_of_the_whole_model(tiny_llama, tmp_path):
+def test_the_errors_in_the_table_equal_those_of_the_whole_model(tiny_llama, tmp_path):
     pruned(tiny_llama, tmp_path / "prune")
     _, rows = reconstructed(tiny_llama, tmp_path)
     chosen = settings(tiny_llama)
@@ -84,7 +85,7 @@ def test_the_errors_of_the_table_are_those_of_the_whole_model(tiny_llama, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_trained_model_gets_most_of_its_perplexity_back(stories, hub, tmp_path):
+def test_a_trained_model_recovers_most_of_its_perplexity(stories, hub, tmp_path):
     more = (f"mirror={hub}", "calibration.dataset=local/stories", "calibration.seq_len=128", "calibration.samples=64")
     more += ("reconstruct.samples=64", "reconstruct.batch_size=8", "reconstruct.accumulate=1", "reconstruct.lr=0.05")
     pruned(stories, tmp_path / "prune", *more)
@@ -98,7 +99,7 @@ def test_a_trained_model_gets_most_of_its_perplexity_back(stories, hub, tmp_path
     assert before - after > 0.6 * (before - dense)
 
 
-def test_bf16_weights_learn_in_steps_finer_than_bf16(tiny_llama, tmp_path):
+def test_bfloat16_weights_are_trained_in_float32(tiny_llama, tmp_path):
     more = ("dtype=bfloat16", "prune.sparsity=0.5", "reconstruct.lr=0.01")
     masks, _ = pruned(tiny_llama, tmp_path / "prune", *more)
     weights, rows = reconstructed(tiny_llama, tmp_path, *more)
@@ -114,11 +115,11 @@ def test_the_masks_are_checked_after_every_step(tiny_llama, tmp_path, monkeypatc
         layer_fit, "violation_of", lambda name, weight, mask: checked.append(bool(weight[~mask].any())) or None
     )
     reconstructed(tiny_llama, tmp_path)
-    assert len(checked) == len(masks) * 3 * 7  # epochs, and steps: one of eight judges
+    assert len(checked) == len(masks) * 3 * 7  # epochs and steps; one of eight steps is held out
     assert not any(checked)
 
 
-def test_a_layer_that_gets_no_better_stays_as_it_was(tiny_llama, tmp_path, capsys):
+def test_a_layer_that_does_not_improve_is_unchanged(tiny_llama, tmp_path, capsys):
     _, before = pruned(tiny_llama, tmp_path / "prune")
     weights, rows = reconstructed(tiny_llama, tmp_path, "reconstruct.lr=0")
     assert all(weights[name].equal(before[name]) for name in before)
@@ -126,7 +127,7 @@ def test_a_layer_that_gets_no_better_stays_as_it_was(tiny_llama, tmp_path, capsy
     assert capsys.readouterr().out.count("no better") == 3
 
 
-def test_the_best_epoch_stays():
+def test_the_best_epoch_is_kept():
     layer = torch.nn.Linear(4, 4)
     judged = iter([1.0, 0.5, 0.9, 0.7])
     seen = []
@@ -151,7 +152,7 @@ def test_the_best_epoch_stays():
 
 
 @pytest.mark.slow
-def test_killed_at_a_layer_it_goes_on_there(tiny_llama, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_at_its_layer(tiny_llama, tmp_path, monkeypatch):
     pruned(tiny_llama, tmp_path / "prune")
     expected, _ = reconstructed(tiny_llama, tmp_path)
     (tmp_path / "reconstruct").rename(tmp_path / "whole")
@@ -175,7 +176,7 @@ def test_killed_at_a_layer_it_goes_on_there(tiny_llama, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_command_with_two_processes_ends_as_one_and_tells_of_each_model(tiny_llama, tmp_path):
+def test_two_processes_reconstruct_as_one_and_all_models_are_reported(tiny_llama, tmp_path):
     chosen = "stages=[prune,reconstruct,finetune,evaluate]"
     espalier(f"model={tiny_llama}", *QUICK, *SETTINGS, chosen, f"run_dir={tmp_path}/two", processes=2)
     masks, _ = pruned(tiny_llama, tmp_path / "prune")
@@ -186,12 +187,14 @@ def test_the_command_with_two_processes_ends_as_one_and_tells_of_each_model(tiny
     assert list(results) == ["dense", "pruned", "reconstructed", "finetuned"]
     assert results["reconstructed"]["mask_violations"] == results["finetuned"]["mask_violations"] == 0
     merged = dict(model_files.tensors(tmp_path / "two/finetune/model"))
-    untrained = [name for name in one if name not in masks]  # norms: the LoRA started from the reconstructed model
+    untrained = [
+        name for name in one if name not in masks
+    ]  # norms differ only if the LoRA started from the reconstructed model
     assert all(torch.allclose(merged[name], one[name], rtol=1e-4, atol=1e-4) for name in untrained)
     assert any(not merged[name].equal(dict(model_files.tensors(tiny_llama))[name]) for name in untrained)
 
 
-def test_bad_input_says_what_to_type(tiny_llama, tmp_path):
+def test_bad_input_says_what_to_set(tiny_llama, tmp_path):
     pruned(tiny_llama, tmp_path / "prune")
     for more, says in [
         (["reconstruct.samples=7"], "set reconstruct.samples=32"),
@@ -211,7 +214,7 @@ def test_bad_input_says_what_to_type(tiny_llama, tmp_path):
         reconstruct.plan_steps(text, 2, world_size=3)
 
 
-def test_its_text_is_the_calibrations_unless_it_has_its_own(tiny_llama):
+def test_the_calibration_text_is_the_default(tiny_llama):
     text = schema.reconstruction_text(settings(tiny_llama, "calibration.split=other"))
     assert (text.dataset, text.split, text.samples, text.seq_len, text.batch_size) == ("world", "other", 32, 32, 2)
     text = schema.reconstruction_text(settings(tiny_llama, "reconstruct.dataset=c4", "calibration.split=other"))
@@ -219,7 +222,7 @@ def test_its_text_is_the_calibrations_unless_it_has_its_own(tiny_llama):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_a_step_takes_the_same_samples_on_any_number_of_processes(ranks):
+def test_a_step_has_the_same_samples_on_any_number_of_processes(ranks):
     text = schema.Calibration(samples=70, seq_len=8, batch_size=2)
     batches = list(range(35))
     by_rank = [batches[rank::ranks] for rank in range(ranks)]

@@ -1,4 +1,4 @@
-"""Whatever trains, by whatever means and on however many processes: the model ends exactly as sparse as its masks."""
+"""With every method, optimizer and number of processes, the model ends exactly as sparse as its masks."""
 
 import copy
 import shutil
@@ -46,7 +46,7 @@ def pruned(request, tiny_llama, tmp_path_factory):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.slow
-def test_every_way_ends_exactly_sparse_and_has_learnt(pruned, tiny_llama, tmp_path, way):
+def test_every_method_learns_and_ends_exactly_sparse(pruned, tiny_llama, tmp_path, way):
     finetune.run(settings(tiny_llama, *WAYS[way]), tmp_path, {"prune": pruned})
     masks = Masks.load(pruned / "masks.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -65,7 +65,7 @@ def test_every_way_ends_exactly_sparse_and_has_learnt(pruned, tiny_llama, tmp_pa
     assert (tmp_path / "adapter").exists() != way.startswith("full")
 
 
-def test_a_plain_lora_stays_apart(pruned, tiny_llama, tmp_path):
+def test_a_plain_lora_is_not_merged(pruned, tiny_llama, tmp_path):
     finetune.run(settings(tiny_llama, "finetune.method=plain_lora"), tmp_path, {"prune": pruned})
     assert not (tmp_path / "model").exists()
     model = AutoModelForCausalLM.from_pretrained(pruned / "model")
@@ -78,7 +78,7 @@ def test_a_plain_lora_stays_apart(pruned, tiny_llama, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("bias", ["none", "all"])
-def test_recomputed_weights_give_the_gradients_of_the_cached(family, bias):
+def test_recomputed_and_cached_weights_have_the_same_gradients(family, bias):
     found = []
     for cached in (True, False):
         model, masks = with_masks(small_model(family))
@@ -98,7 +98,7 @@ def test_recomputed_weights_give_the_gradients_of_the_cached(family, bias):
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_biases_that_trained_are_merged_too_of_norms_as_well(family, bias):
+def test_trained_biases_are_merged_also_of_norms(family, bias):
     model, masks = with_masks(small_model(family))
     plain = copy.deepcopy(model)
     recovery = MaskedLora(model, masks, Finetune(rank=4, bias=bias))
@@ -115,8 +115,8 @@ def test_biases_that_trained_are_merged_too_of_norms_as_well(family, bias):
         torch.testing.assert_close(plain(input_ids=ids).logits, forward, atol=1e-5, rtol=1e-5)
 
 
-def test_dropout_acts_on_the_branch_alone():
-    """The gradients of the two-branch form are those that autograd finds for W x + M * sBA dropout(x)."""
+def test_dropout_acts_only_on_the_lora_branch():
+    """The gradients equal autograd's for W x + M * sBA dropout(x)."""
     model, masks = with_masks(small_model("llama"))
     adapted = lora.attach(model, masks, Finetune(rank=4, dropout=0.5)).train()
     layer = next(iter(lora.masked_layers(adapted).values()))
@@ -137,7 +137,7 @@ def test_dropout_acts_on_the_branch_alone():
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.slow
-def test_quantised_weights_keep_their_zeros_and_nearly_all_else(stories, tmp_path, kind):
+def test_quantised_weights_keep_zeros_and_nearly_all_other_weights(stories, tmp_path, kind):
     model, masks = with_masks(AutoModelForCausalLM.from_pretrained(stories))
     model.save_pretrained(tmp_path)
     small = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization.configuration(kind))
@@ -148,7 +148,7 @@ def test_quantised_weights_keep_their_zeros_and_nearly_all_else(stories, tmp_pat
         assert (weight - exact).norm() < {"nf4": 0.15, "int8": 0.02}[kind] * exact.norm()
 
 
-def test_packed_masks_are_the_masks():
+def test_packed_masks_unpack_to_the_masks():
     for shape in ((3, 5), (8, 16), (1, 1)):
         mask = torch.rand(shape) < 0.5
         assert len(pack(mask)) == -(-mask.numel() // 8)
@@ -163,13 +163,13 @@ def test_full_training_masks_fused_experts_and_keeps_targets():
     recovery.mask_gradients()
     assert any(part is not None and part.dim() == 3 for part in recovery.parts.values())
     torch.optim.SGD(model.parameters(), 0.1).step()
-    assert masks.violations(model.named_parameters()) == []  # even before the masks are applied again
+    assert masks.violations(model.named_parameters()) == []  # even before the masks are re-applied
     some = SparseFull(*with_masks(small_model("llama")), Finetune(method="full", targets=["up_proj"]))
     assert {n.split(".")[-2] for n, p in some.model.named_parameters() if p.requires_grad} == {"up_proj"}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_distillation_is_the_formula(temperature):
+def test_distillation_loss_equals_the_formula(temperature):
     student, teacher = torch.randn(2, 9, 31, requires_grad=True), torch.randn(2, 9, 31)
     ids = torch.randint(0, 31, (2, 9))
     hard = torch.nn.functional.cross_entropy(student[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -192,7 +192,7 @@ def test_distillation_is_the_formula(temperature):
         (["finetune.loggers=[tensorbord]"], "did you mean 'tensorboard'?"),
     ],
 )
-def test_bad_input_says_what_to_type(tiny_llama, more, says):
+def test_bad_input_says_what_to_set(tiny_llama, more, says):
     with pytest.raises(UserError) as raised:
         settings(tiny_llama, *more)
     assert says in str(raised.value)
@@ -254,7 +254,7 @@ processes.stop()
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_by_ddp_and_by_fsdp_and_resume_to_the_bit(tiny_llama, tmp_path):
+def test_two_processes_train_as_one_with_ddp_and_fsdp_and_resume_exactly(tiny_llama, tmp_path):
     pruned = tmp_path / "pruned"
     pruned.mkdir()
     prune.run(settings(tiny_llama), pruned, {})
@@ -290,8 +290,8 @@ def column(path, index: int) -> list[float]:
 
 
 @pytest.mark.slow
-def test_stories_lora_and_full_give_bits_of_bfloat16_models(stories, tmp_path):
-    """A bfloat16 model ends in bfloat16, as sparse, whichever precision trained it."""
+def test_a_bfloat16_model_stays_bfloat16_and_sparse(stories, tmp_path):
+    """With every training precision, the saved model is bfloat16 and as sparse as before."""
     model, masks = with_masks(AutoModelForCausalLM.from_pretrained(stories, dtype=torch.bfloat16))
     for name, mask in masks.items():
         apply_(model.get_parameter(name).data, mask)

@@ -1,4 +1,4 @@
-"""A killed training resumed is the uninterrupted one, to the bit; a step is the same on any number of processes."""
+"""A resumed training equals an uninterrupted one bit for bit; a step is the same on any number of processes."""
 
 import random
 
@@ -52,13 +52,13 @@ class KillAt(Callback):
 def with_dropout() -> nn.Module:
     model = small_model("llama")
     for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.2  # random numbers in forward must be the same after a resume
+        layer.self_attn.attention_dropout = 0.2  # a resume must reproduce the random numbers in forward
     return model
 
 
 @pytest.mark.parametrize("batch", sorted(random.Random(0).sample(range(20), 10)))
 @pytest.mark.slow
-def test_killed_and_resumed_is_uninterrupted(tmp_path, batch):
+def test_a_killed_and_resumed_training_equals_an_uninterrupted_one(tmp_path, batch):
     whole, broken = with_dropout(), with_dropout()
     fit(whole, WINDOWS, schedule(), 0, tmp_path / "whole")
     with pytest.raises(Killed):
@@ -75,7 +75,7 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path, batch):
     assert len(one) == 1 + 10
 
 
-def test_checkpoints_hold_only_what_trains(tmp_path):
+def test_checkpoints_hold_only_trained_parameters(tmp_path):
     model = small_model("llama")
     model.requires_grad_(False)
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
@@ -89,7 +89,7 @@ def test_checkpoints_hold_only_what_trains(tmp_path):
 
 
 class Counted(SparseFull):
-    """Counts how often its mask is re-applied, and how many gradients off the mask clipping would see."""
+    """Counts the calls of `reapply`, and the gradients of pruned weights that reach the clipping."""
 
     def __init__(self, model: nn.Module, masks: Masks) -> None:
         super().__init__(model, masks, Finetune(method="full"))
@@ -137,7 +137,7 @@ def test_a_step_the_scaler_skips_is_not_counted():
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
 @pytest.mark.slow
-def test_optimizers_of_bitsandbytes_keep_masks_and_resume_to_the_bit(tmp_path, optimizer):
+def test_bitsandbytes_optimizers_keep_masks_and_resume_exactly(tmp_path, optimizer):
     chosen = schedule(optimizer=optimizer)
     wide = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes keeps tensors below 4096 weights in float32
     whole, broken, resumed = (SparseFull(*with_masks(small_model("llama", **wide)), chosen) for _ in range(3))
@@ -152,7 +152,7 @@ def test_optimizers_of_bitsandbytes_keep_masks_and_resume_to_the_bit(tmp_path, o
 
 
 def test_validation_stops_training_at_its_best(tmp_path):
-    text = WINDOWS[:4]  # not what is trained on: its perplexity falls, then rises
+    text = WINDOWS[:4]  # not the training text, so its perplexity falls and then rises
     model = small_model("llama")
     chosen = schedule(max_steps=60, batch_size=1, accumulate=1, lr=3e-2, warmup=0.0)
     windows = torch.randint(3, 61, (60, 16), generator=torch.Generator().manual_seed(2))
@@ -168,11 +168,11 @@ def test_validation_stops_training_at_its_best(tmp_path):
 
 
 @pytest.mark.parametrize("patience", [2, 100])
-def test_the_best_comes_back_to_one_that_was_killed_after_the_last_step(tmp_path, patience):
+def test_best_weights_are_restored_after_a_kill_at_the_last_step(tmp_path, patience):
     windows = torch.randint(3, 61, (60, 16), generator=torch.Generator().manual_seed(2))
     chosen = schedule(max_steps=60, batch_size=1, accumulate=1, lr=3e-2, warmup=0.0, checkpoint_every=1)
     found = []
-    for _ in range(2):  # the second finds the checkpoint of the first one's last step
+    for _ in range(2):  # the second resumes from the checkpoint of the first one's last step
         model, held_out = small_model("llama"), HeldOut(WINDOWS[:4], 2, patience, tmp_path)
         fit(model, windows, chosen, 0, tmp_path, validation=Validation(held_out, 2))
         found.append((held_out.step, {name: value.clone() for name, value in model.state_dict().items()}))
@@ -184,7 +184,7 @@ def test_the_best_comes_back_to_one_that_was_killed_after_the_last_step(tmp_path
     assert all(torch.equal(best[name], best_again[name]) for name in best)
 
 
-def test_a_checkpoint_that_is_not_whole_is_written_anew(tmp_path):
+def test_an_incomplete_checkpoint_is_replaced(tmp_path):
     whole = with_dropout()
     fit(whole, WINDOWS, schedule(), 0, tmp_path / "whole")
     (tmp_path / "broken/checkpoints").mkdir(parents=True)
@@ -199,7 +199,7 @@ def test_a_checkpoint_that_is_not_whole_is_written_anew(tmp_path):
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_does_not_go_on_and_says_so(tmp_path):
+def test_resuming_with_another_number_of_processes_is_refused(tmp_path):
     fit(small_model("llama"), WINDOWS, schedule(max_steps=10), 0, tmp_path)
     (path,) = (tmp_path / "checkpoints").glob("*.ckpt")
     torch.save(torch.load(path, weights_only=True) | {"processes": 4}, path)
@@ -238,14 +238,14 @@ def test_activation_checkpointing_trains_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_the_effective_batch_does_not_depend_on_the_processes(world_size):
+def test_the_effective_batch_does_not_depend_on_the_number_of_processes(world_size):
     for batch_size, accumulate in [(8, 1), (4, 2), (2, 4), (1, 8)]:
         size, times = batch_per_process(schedule(batch_size=batch_size, accumulate=accumulate), world_size)
         assert size * times * world_size == 8
         assert size <= batch_size
 
 
-def test_what_cannot_be_shared_evenly_is_refused():
+def test_uneven_batches_are_refused():
     with pytest.raises(UserError, match="do not divide among 3 processes"):
         batch_per_process(schedule(), 3)
     with pytest.raises(UserError, match="do not divide among"):

@@ -1,4 +1,4 @@
-"""Laws of the comparison: each number stands in its row and column, and what does not compare is said or refused."""
+"""`compare`: each number is in its row and column, and runs that cannot be compared are marked or refused."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from tests.reporting.test_report import HOSTILE, PLAIN, Page, make_results
 
 
 def write_run(folder: Path, *settings: str, results: dict | None = None, model: str = "some/model") -> dict:
-    """A run as far as it is compared, with numbers of its own; returns its results."""
+    """Writes the parts of a run that `compare` reads, with distinct numbers; returns its results."""
     told = reader.load(["recipe=tiny", "stages=[prune,finetune,evaluate,report]", "model=some/model", *settings])
     told.model = model
     evaluate = folder / "evaluate"
@@ -32,7 +32,7 @@ def write_run(folder: Path, *settings: str, results: dict | None = None, model: 
 
 
 def rows(out: Path) -> list[list[str]]:
-    """The lines of the Markdown table, cell by cell."""
+    """The cells of the Markdown table by row."""
     lines = (out / "compare.md").read_text().splitlines()
     return [[cell.strip(" *") for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| ")]
 
@@ -42,7 +42,7 @@ def compared(*folders: Path) -> list[list[str]]:
     return rows(folders[0].parent / "out")
 
 
-def test_each_number_stands_in_its_row_and_column(tmp_path, capsys):
+def test_each_number_is_in_its_row_and_column(tmp_path, capsys):
     methods, patterns = ("magnitude", "wanda"), ("0.5", "2of4", "4:8")
     told = {
         (method, pattern): write_run(
@@ -73,7 +73,7 @@ def test_each_number_stands_in_its_row_and_column(tmp_path, capsys):
     Page((tmp_path / "compare.svg").read_text())
 
 
-def test_settings_that_differ_tell_rows_apart(tmp_path):
+def test_rows_show_the_settings_that_differ(tmp_path):
     write_run(tmp_path / "a", "finetune.lr=0.001")
     write_run(tmp_path / "b", "finetune.lr=0.002")
     labels = [row[0] for row in compared(tmp_path / "a", tmp_path / "b")]
@@ -82,7 +82,7 @@ def test_settings_that_differ_tell_rows_apart(tmp_path):
     assert "Wanda + LoRA (finetune.lr=0.001)" in labels and "Wanda + LoRA (finetune.lr=0.002)" in labels
 
 
-def test_models_have_rows_of_their_own(tmp_path):
+def test_each_model_has_its_own_rows(tmp_path):
     write_run(tmp_path / "a", model="./models/small")
     write_run(tmp_path / "b", model="org/large")
     labels = [row[0] for row in compared(tmp_path / "a", tmp_path / "b")]
@@ -115,14 +115,14 @@ def test_another_text_of_the_same_name_is_refused(tmp_path):
 
 def test_equal_settings_with_other_numbers_are_noted(tmp_path):
     write_run(tmp_path / "a")
-    write_run(tmp_path / "b")  # whose pruned and finetuned perplexities are others
+    write_run(tmp_path / "b")  # with other pruned and finetuned perplexities
     assert len([row for row in compared(tmp_path / "a", tmp_path / "b") if row[0] == "Wanda"]) == 3
     text = (tmp_path / "out/compare.md").read_text()
     assert "Wanda: runs of equal settings differ in wikitext2 perplexity; the first is shown" in text
     assert "dense: runs of equal settings differ" not in text
 
 
-def test_the_mean_is_over_the_tasks_of_all(tmp_path):
+def test_the_mean_is_over_the_tasks_that_all_runs_have(tmp_path):
     write_run(tmp_path / "a")
     fewer = make_results(*PLAIN)
     for model in fewer["models"].values():
@@ -134,7 +134,7 @@ def test_the_mean_is_over_the_tasks_of_all(tmp_path):
     assert "not in the mean accuracy, as not all runs have them: boolq" in (tmp_path / "out/compare.md").read_text()
 
 
-def test_what_is_not_finished_is_said_and_nothing_is_refused(tmp_path, capsys):
+def test_unfinished_runs_are_reported_and_no_run_is_an_error(tmp_path, capsys):
     write_run(tmp_path / "runs" / "a")
     (tmp_path / "runs" / "b" / "prune").mkdir(parents=True)
     (tmp_path / "runs" / "b" / "prune" / "stage.json").write_text("{}")
@@ -152,7 +152,7 @@ def test_what_is_not_finished_is_said_and_nothing_is_refused(tmp_path, capsys):
         compare.main([str(tmp_path / "c")])
 
 
-def test_names_from_outside_stay_text(tmp_path):
+def test_names_are_escaped(tmp_path):
     results = make_results(*PLAIN)
     results["protocol"]["notes"] = [HOSTILE]
     for model in results["models"].values():
@@ -165,7 +165,7 @@ def test_names_from_outside_stay_text(tmp_path):
     assert "<script" not in (tmp_path / "compare.md").read_text() + (tmp_path / "compare.svg").read_text()
 
 
-def test_a_method_that_diverged_is_told_and_the_others_drawn(tmp_path):
+def test_a_diverged_method_is_reported_and_the_others_are_drawn(tmp_path):
     results = make_results(*PLAIN)
     for name, value in zip(PLAIN, (5.0, 123456.0, math.inf)):
         results["models"][name]["perplexity"] = {"wikitext2": value}
@@ -175,7 +175,7 @@ def test_a_method_that_diverged_is_told_and_the_others_drawn(tmp_path):
     assert "nan" not in (tmp_path / "out/compare.svg").read_text()
 
 
-def test_experts_are_drawn_as_one_and_equal_series_together():
+def test_experts_are_averaged_and_equal_series_share_a_line():
     rows = [
         {"layer": str(layer), "matrix": f"model.layers.{layer}.{name}", "sparsity": str(share)}
         for layer in range(2)
@@ -187,7 +187,7 @@ def test_experts_are_drawn_as_one_and_equal_series_together():
     assert list(series.merge_equal(pd.DataFrame({name: found["q"] for name in "abc"}))) == ["all 3 matrices"]
 
 
-def test_a_stage_of_an_equal_key_is_linked(tmp_path):
+def test_a_stage_with_the_same_key_is_linked(tmp_path):
     for name, key in (("a", "other"), ("b", "same")):
         (tmp_path / name / "prune/model").mkdir(parents=True)
         checksums.write(tmp_path / name / "prune", {"key": key})

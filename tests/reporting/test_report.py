@@ -1,4 +1,4 @@
-"""Laws of the report: every number is shown, whatever is missing, whoever wrote the names."""
+"""The report shows every number, with missing parts and with any names."""
 
 import base64
 import csv
@@ -51,7 +51,7 @@ def write_csv(path: Path, header: str, rows: list) -> None:
 
 
 def write_run(root: Path, results: dict) -> dict[str, Path]:
-    """A finished run with as many stages as `results` has models."""
+    """Writes a finished run with the stages of the models in `results`."""
     inputs = {}
     if "pruned" in results["models"]:
         inputs["prune"] = write_stage(root, "prune", 3725)
@@ -78,7 +78,7 @@ def write_run(root: Path, results: dict) -> dict[str, Path]:
 
 
 def make_results(*names: str) -> dict:
-    """Each model with numbers of its own, so that one told for another is seen."""
+    """Results with distinct numbers for each model, so that a mix-up shows."""
     models = {}
     for place, name in enumerate(names):
         models[name] = {
@@ -159,7 +159,7 @@ class Page(html.parser.HTMLParser):
 
 
 @pytest.mark.parametrize("names", [summary.MODELS, summary.MODELS[:2], summary.MODELS[:1], ("pruned",)])
-def test_every_number_is_told_everywhere(tmp_path: Path, names: tuple) -> None:
+def test_every_number_is_in_every_format(tmp_path: Path, names: tuple) -> None:
     results = make_results(*names)
     page, card = write_report(tmp_path, results)
     for text in (Page(page).text, card, shown(tmp_path)):
@@ -188,7 +188,7 @@ def test_every_number_is_told_everywhere(tmp_path: Path, names: tuple) -> None:
 
 
 @pytest.mark.parametrize("missing", ["perplexity", "zero_shot", "sparsity", "mask_violations"])
-def test_what_was_not_measured_is_left_out(tmp_path: Path, missing: str) -> None:
+def test_missing_measurements_are_left_out(tmp_path: Path, missing: str) -> None:
     results = make_results(*summary.MODELS)
     for model in results["models"].values():
         del model[missing]
@@ -198,7 +198,7 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path, missing: str) -> None
     label = {"perplexity": "Perplexity (", "zero_shot": "Zero-shot, %", "sparsity": "sparsity, %"}
     label["mask_violations"] = "violations"
     for text in (Page(page).text, card, shown(tmp_path)):
-        text = " ".join(text.split())  # on the terminal, four models leave titles little room
+        text = " ".join(text.split())  # with four models the terminal cuts titles
         assert {key for key, words in label.items() if words not in text} == {missing}
         assert "None" not in text
 
@@ -208,7 +208,7 @@ def test_the_smallest_results_make_a_report(tmp_path: Path) -> None:
     assert "was evaluated" in page and "was evaluated" in card and "dense" in shown(tmp_path)
 
 
-def test_names_from_outside_stay_text(tmp_path: Path) -> None:
+def test_names_are_escaped_in_html(tmp_path: Path) -> None:
     results = make_results(*summary.MODELS)
     for model in results["models"].values():
         model["perplexity"][HOSTILE] = 7.0
@@ -229,7 +229,7 @@ def test_names_from_outside_stay_text(tmp_path: Path) -> None:
         assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {bars}, "a name broke out of its cell"
 
 
-def test_markdown_in_names_stays_text(tmp_path: Path) -> None:
+def test_names_are_escaped_in_markdown(tmp_path: Path) -> None:
     names = [
         "_a_ *b* **c** ~~d~~ __e__",
         "# f",
@@ -252,16 +252,16 @@ def test_markdown_in_names_stays_text(tmp_path: Path) -> None:
     assert page.tags.count("h1") == 1 and "# t *u*" in page.text and "a" not in page.tags
 
 
-def test_the_terminal_takes_names_for_text(tmp_path: Path) -> None:
+def test_names_are_escaped_on_the_terminal(tmp_path: Path) -> None:
     results = make_results(*summary.MODELS)
-    name = "[red]x[/nothing]"  # rich would read this as its markup
+    name = "[red]x[/nothing]"  # markup of rich
     results["models"]["dense"]["perplexity"][name] = 1.0
     results["protocol"]["notes"] = [f"of {name}"]
     write_run(tmp_path, results)
     assert shown(tmp_path, width=200).count(name) == 2
 
 
-def test_html_stands_alone(tmp_path: Path) -> None:
+def test_html_is_self_contained(tmp_path: Path) -> None:
     page, _ = write_report(tmp_path, make_results(*summary.MODELS))
     pictures = [base64.b64decode(found) for found in re.findall(r'src="data:image/svg\+xml;base64,(.*?)"', page)]
     text = re.sub(r'src="data:image/svg\+xml;base64,.*?"', "", page)
@@ -283,14 +283,14 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
     assert write_report(tmp_path / "a", results) == write_report(tmp_path / "b", results)
 
 
-def test_a_broken_mask_is_said(tmp_path: Path) -> None:
+def test_a_violation_is_reported(tmp_path: Path) -> None:
     results = make_results(*summary.MODELS)
     results["models"]["finetuned"]["mask_violations"] = 4321
     for text in (*write_report(tmp_path, results), shown(tmp_path)):
         assert "finetuned: 4321 pruned weights are not zero" in text
 
 
-def test_the_recipe_in_the_report_is_a_recipe(tmp_path: Path) -> None:
+def test_the_recipe_in_the_report_can_be_loaded(tmp_path: Path) -> None:
     # unquoted, YAML would read 2:4 as 124
     changed = ["finetune.lr=0.00003", 'prune.sparsity="2:4"', "evaluate.tasks=[boolq]"]
     _, card = write_report(tmp_path, make_results(*summary.MODELS), *changed)
@@ -298,7 +298,7 @@ def test_the_recipe_in_the_report_is_a_recipe(tmp_path: Path) -> None:
     again.write_text(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])
     stages = "stages=[prune,reconstruct,finetune,evaluate,report]"
     first = reader.load(["recipe=tiny", stages, "model=some/model", *changed])
-    first.pretrain = schema.Pretrain()  # settings of a stage that the run does not have are not told
+    first.pretrain = schema.Pretrain()  # settings of absent stages are left out
     assert reader.load([f"recipe={again}"]) == first
 
 
@@ -316,13 +316,13 @@ def test_the_recipe_in_the_report_is_a_recipe(tmp_path: Path) -> None:
         (["recipe=opt_125m_half"], 2048, RAW, ()),
     ],
 )
-def test_published_numbers_are_of_the_same_setting(settings: list, seq_len: int, dataset: str, told: tuple) -> None:
+def test_published_numbers_match_the_setting(settings: list, seq_len: int, dataset: str, told: tuple) -> None:
     protocol = {"seq_len": seq_len, "datasets": {"wikitext2": f"{dataset}, 9 windows"}}
     found, source = published.find(reader.load(settings), protocol)
     assert found == dict(zip(PLAIN, told)) and bool(source) == bool(told)
 
 
-def test_published_numbers_stand_below_ours(tmp_path: Path) -> None:
+def test_published_numbers_are_below_ours(tmp_path: Path) -> None:
     results = make_results(*PLAIN)
     results["protocol"] |= {
         "seq_len": 2048,
@@ -352,7 +352,7 @@ def test_headline_says_what_was_recovered(finetuned: float, words: str) -> None:
 
 
 @pytest.mark.parametrize("seconds, text", [(0.14, "0.1 s"), (42.2, "42 s"), (59.7, "1 min 0 s"), (3599.6, "1 h 0 min")])
-def test_duration_carries(seconds: float, text: str) -> None:
+def test_durations(seconds: float, text: str) -> None:
     assert summary.duration(seconds) == text
 
 
@@ -379,7 +379,7 @@ def test_one_point_or_many_can_be_drawn() -> None:
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
 
 
-def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_main_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(FileNotFoundError):
         write_report(tmp_path, make_results(*summary.MODELS))

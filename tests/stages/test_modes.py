@@ -1,5 +1,4 @@
-"""Every file and folder that we write has the mode that the user's umask gives: colleagues can read them, or cannot, as the
-user has chosen."""
+"""All written files and folders have the mode of the user's umask."""
 
 import os
 import stat
@@ -56,7 +55,7 @@ def typed(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_finished_run_and_what_commands_make_of_it(umask, typed, tmp_path):
+def test_files_of_a_run_and_of_commands_follow_the_umask(umask, typed, tmp_path):
     folder = tmp_path / "all"
     folder.mkdir()
     stages = ALL if umask == 0o027 else "stages=[pretrain,prune]"
@@ -71,7 +70,7 @@ def test_a_finished_run_and_what_commands_make_of_it(umask, typed, tmp_path):
     check(folder, umask)
 
 
-def test_the_umask_is_the_users_and_reading_it_changes_nothing(tmp_path):
+def test_reading_the_umask_does_not_change_it(tmp_path):
     code = (
         "import os, sys; from pathlib import Path; from safetensors.numpy import save_file; import numpy\n"
         "from pipeline.runtime import files\n"
@@ -86,12 +85,12 @@ def test_the_umask_is_the_users_and_reading_it_changes_nothing(tmp_path):
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_a_lock(umask, tmp_path):
+def test_the_lock_follows_the_umask(umask, tmp_path):
     with lock.held(tmp_path):
         assert stat.S_IMODE((tmp_path / ".lock").stat().st_mode) == 0o666 & ~umask
 
 
-def test_a_folder_that_belongs_to_a_group_stays_so(umask, tmp_path):
+def test_a_set_group_id_folder_keeps_its_bit(umask, tmp_path):
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o2775)
     (tmp_path / "shared/file").write_text("")

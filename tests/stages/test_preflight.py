@@ -1,4 +1,4 @@
-"""What can be known to fail in any stage is said before the first one begins, and soon."""
+"""Errors of all stages that can be foreseen are reported before the first stage, within seconds."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def chats(folder: Path) -> Path:
     return path
 
 
-# each would come to light only in a late stage
+# without the checks, each would fail in a late stage
 LATE = {
     "finetune.dataset={here}/x.jsonl": "has no column 'text' or 'input_ids': it has body; set finetune.column",
     "finetune.dataset={here}/x.jsonl finetune.column=bodi": "has no column 'bodi': it has body",
@@ -50,7 +50,7 @@ LATE = {
 
 
 @pytest.mark.parametrize("asked", LATE)
-def test_before_the_first_stage(tiny_llama, tmp_path, refused, asked):
+def test_late_errors_are_reported_before_the_first_stage(tiny_llama, tmp_path, refused, asked):
     if "wandb" in asked and shutil.which("wandb"):
         pytest.skip("wandb is here")
     chats(tmp_path)
@@ -84,13 +84,13 @@ def no_bos(model: Path, folder: Path) -> Path:
         ("pretrain.hidden_size=130", "the sizes in the recipe's section pretrain do not fit together"),
     ],
 )
-def test_a_model_that_is_only_trained_here_is_known_too(tmp_path, typed, setting, says):
+def test_checks_know_the_model_of_a_pretrain_stage(tmp_path, typed, setting, says):
     code, _, (line,) = typed("recipe=tiny", "stages=[pretrain,prune]", f"run_dir={tmp_path}/run", setting)
     assert code == 2 and says in line
     assert not list((tmp_path / "run").glob("*pretrain*"))
 
 
-def test_the_disk_must_hold_all_stages(tiny_llama, tmp_path, refused, typed):
+def test_the_disk_must_have_room_for_all_stages(tiny_llama, tmp_path, refused, typed):
     try:
         harm.disk("size=600k")(tmp_path)
     except PermissionError as error:
@@ -98,14 +98,14 @@ def test_the_disk_must_hold_all_stages(tiny_llama, tmp_path, refused, typed):
     try:
         settings = [*QUICK, f"model={tiny_llama}", "finetune.method=full", f"run_dir={tmp_path}/disk/run"]
         assert "prune, finetune, evaluate, report need about" in refused(tmp_path / "disk/run", *settings)
-        assert typed(*settings, "stages=[prune]")[0] == 0  # alone, it has room
+        assert typed(*settings, "stages=[prune]")[0] == 0  # there is room for one stage alone
     finally:
         harm.undo(tmp_path)
 
 
 @pytest.mark.slow
-def test_it_takes_less_than_three_seconds(stories, hub, tmp_path):
-    """Of 1.5 s measured on a busy machine with two cores, 1.1 s are lm-eval's import."""
+def test_all_checks_take_less_than_three_seconds(stories, hub, tmp_path):
+    """1.5 s measured on a busy machine with two cores, of which lm-eval's import takes 1.1 s."""
     texts = ["calibration.dataset=local/stories", "finetune.dataset=local/stories", "evaluate.perplexity=[wikitext2]"]
     lengths = [f"{section}.seq_len=256" for section in ("calibration", "finetune", "evaluate")]
     more = ["stages=[prune,finetune,evaluate,report]", "evaluate.tasks=[arc_easy,openbookqa]", f"mirror={hub}"]
@@ -117,8 +117,8 @@ def test_it_takes_less_than_three_seconds(stories, hub, tmp_path):
     assert time.process_time() - begun < 3
 
 
-def test_of_a_large_text_only_the_beginning_is_read(tiny_llama, tmp_path):
-    """A row may be a book, and there may be many."""
+def test_only_the_beginning_of_a_large_text_is_read(tiny_llama, tmp_path):
+    """There may be many rows, each as long as a book."""
     path = tmp_path / "books.jsonl"
     with open(path, "w") as file:
         for _ in range(200):
@@ -153,7 +153,7 @@ def test_a_cache_that_cannot_be_written_names_the_variable(tiny_llama, tmp_path,
     assert "set HF_DATASETS_CACHE=FOLDER, or HF_HOME=FOLDER" in line and "text.txt" not in line
 
 
-def test_a_cache_that_becomes_full_while_it_is_written(tmp_path, monkeypatch):
+def test_a_cache_that_fills_up_names_the_variable(tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"the cat sat on the mat {i}\n" for i in range(50_000)))
     try:
@@ -168,14 +168,12 @@ def test_a_cache_that_becomes_full_while_it_is_written(tmp_path, monkeypatch):
         harm.undo(tmp_path)
 
 
-def test_other_faults_are_no_matter_of_the_cache(tmp_path):
+def test_other_errors_are_not_blamed_on_the_cache(tmp_path):
     assert caches.problem(PermissionError(13, "no", str(tmp_path / "elsewhere"))) is None
     assert caches.problem(ValueError("a")) is None
 
 
-def test_a_task_whose_data_is_nowhere_is_refused_where_the_hub_may_not_be_asked(
-    tiny_llama, tmp_path, monkeypatch, refused
-):
+def test_a_task_without_cached_data_is_refused_offline(tiny_llama, tmp_path, monkeypatch, refused):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     settings = [*QUICK, f"model={tiny_llama}", "evaluate.tasks=[arc_easy,world_tools]"]

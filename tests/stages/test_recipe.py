@@ -1,4 +1,4 @@
-"""A recipe is data; a mistake in it is one clear line before anything loads."""
+"""Recipes and settings are read, and mistakes in them give one-line messages before anything is loaded."""
 
 import re
 import subprocess
@@ -68,12 +68,12 @@ def test_bad_input_is_one_line(argument, says):
     assert len(message) < 250
 
 
-def test_no_model_says_what_to_type():
+def test_no_model_says_what_to_set():
     with pytest.raises(UserError, match="model=<hub id or folder>"):
         reader.load(["stages=[prune]"])
 
 
-def test_a_colon_is_read_where_it_is_known(tmp_path):
+def test_2_4_with_a_colon_is_read_on_the_command_line(tmp_path):
     """In a file, YAML reads 2:4 without quotes as 124."""
     path = tmp_path / "mine.yaml"
     path.write_text('model: m\nprune: {sparsity: "2:4"}\n')
@@ -96,7 +96,7 @@ def test_extends_then_file_then_command_line(tmp_path):
     assert (loaded.seed, loaded.finetune.rank, loaded.finetune.alpha) == (1, 5, 6)
 
 
-def test_every_name_that_is_offered_loads():
+def test_every_available_recipe_loads():
     names = recipe_files.available()
     for model in ("llama7b", "llama2_70b", "llama3_2_1b", "opt_1_3b"):
         assert {model, f"{model}_2of4", f"{model}_4of8", f"{model}_half"} <= set(names)
@@ -106,7 +106,7 @@ def test_every_name_that_is_offered_loads():
     assert str(reader.load(["recipe=opt_6_7b_half"]).prune.sparsity) == "0.5"
 
 
-def test_a_variant_goes_over_its_recipe_and_what_extends_it_has_it_too(tmp_path):
+def test_variants_override_their_recipe_and_are_inherited(tmp_path):
     (tmp_path / "base.yaml").write_text("model: m\nvariants: {a: {seed: 1}, b_c: {seed: 2, dtype: float32}}\n")
     (tmp_path / "mine.yaml").write_text("extends: base\nseed: 3\nvariants: {a: {seed: 4}}\n")
     (tmp_path / "chosen.yaml").write_text("extends: base_b_c\nseed: 5\n")
@@ -135,15 +135,14 @@ def test_a_recipe_that_extends_itself_is_refused(tmp_path):
         reader.load([f"recipe={tmp_path / 'a.yaml'}"])
 
 
-def test_the_paper_settings_of_the_papers_models():
+def test_recipes_have_the_papers_settings():
     loaded = reader.load(["recipe=llama2_7b_4of8"])
     assert loaded.calibration.samples == 128
     assert loaded.calibration.seq_len == loaded.evaluate.seq_len == 4096
     assert reader.load(["recipe=llama7b_half"]).calibration.seq_len == 2048
 
 
-def test_answered_before_anything_heavy_loads():
-    """The message of a bad key comes without torch being imported."""
+def test_a_bad_key_is_reported_without_importing_torch():
     code = (
         "import sys; sys.argv = ['launch.py', 'finetune.rnak=1']\n"
         "import launch; code = launch.main(); print(code, 'torch' in sys.modules)"
@@ -170,7 +169,7 @@ def test_answered_before_anything_heavy_loads():
         "a=b",
     ],
 )
-def test_a_path_is_taken_as_it_stands(path):
+def test_paths_are_taken_verbatim(path):
     """YAML would read some of these as a comment, a number, a list or a mapping."""
     quoted = f'"{path}"'
     for typed in (quoted, *([path] if "," not in path else [])):  # a comma without quotes makes a sweep
@@ -188,7 +187,7 @@ def test_a_sweep_in_a_folder_with_a_comma():
             assert reader.load(again).run_dir == f"{folder.removeprefix('./')}/{name}"
 
 
-def test_home_is_known_in_every_path(tmp_path, monkeypatch):
+def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     method = "from pipeline.pruning.method import PruneMethod\nclass Own(PruneMethod): ...\n"
     (tmp_path / "own.py").write_text(method)
@@ -202,5 +201,5 @@ def test_home_is_known_in_every_path(tmp_path, monkeypatch):
         reader.load(["recipe=~/r.yaml", "run_dir=~nobody-here/x"])
 
 
-def test_null_is_still_nothing():
+def test_null_is_none():
     assert reader.load(["model=m", "stages=[prune]", "revision=null"]).revision is None

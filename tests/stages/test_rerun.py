@@ -1,4 +1,4 @@
-"""An edited score prunes again, an edited comment does not; `rerun=` makes any stage run again."""
+"""An edited score prunes again and an edited comment does not; `rerun=` runs any stage again."""
 
 import shutil
 from pathlib import Path
@@ -26,7 +26,7 @@ STATEMENT = "\nimport torch\n", "\nimport torch\n\nTHIS = 'is edited'\n"
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """A copy of the project's code that the fingerprints are taken of; the code that runs is the project's."""
+    """A copy of the project's code for the fingerprints; the code that runs is the project's."""
     for name in code.PACKAGES:
         shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(code, "ROOT", tmp_path / "source")
@@ -35,7 +35,7 @@ def source(tmp_path, monkeypatch):
 
 @pytest.fixture
 def again(tiny_llama, tmp_path, monkeypatch, capsys):
-    """Types the command of a finished run once more, and returns what it says of each stage."""
+    """Repeats the command of a finished run, and returns the message of each stage."""
     run = typing((*ALL, f"model={tiny_llama}", f"run_dir={tmp_path}/run"), monkeypatch, capsys)
 
     def type_again(*settings) -> dict[str, str]:
@@ -55,19 +55,19 @@ def edit(path: Path, before: str, after: str) -> None:
     path.write_text(text.replace(before, after, 1))
 
 
-def prints(recipe: Recipe = Recipe()) -> dict[str, dict[str, str]]:  # noqa: B008
+def stage_fingerprints(recipe: Recipe = Recipe()) -> dict[str, dict[str, str]]:  # noqa: B008
     return {stage.name: stage_code(stage, recipe) for stage in STAGES.values()}
 
 
 def changed(before: dict[str, dict[str, str]]) -> dict[str, set[str]]:
-    """The packages of each stage whose code is another than before."""
-    now = prints()
+    """The packages by stage whose code has changed."""
+    now = stage_fingerprints()
     found = {name: {it for it in now[name] if now[name][it] != before[name].get(it)} for name in now}
     return {name: packages for name, packages in found.items() if packages}
 
 
-def test_comments_docstrings_layout_and_what_a_stage_does_not_use_decide_nothing(source):
-    before = prints()
+def test_comments_layout_and_unused_code_do_not_change_a_key(source):
+    before = stage_fingerprints()
     edit(source / SCORES, '"""', '"""Another docstring. ')
     edit(source / SCORES, "import torch", "import torch  # of Meta\n\n\n")
     edit(source / "pipeline/runtime/processes.py", "import os", "import os, re")
@@ -85,28 +85,28 @@ def test_comments_docstrings_layout_and_what_a_stage_does_not_use_decide_nothing
         (TEMPLATE, ("<", "<!-- edited --><"), {"report"}, {"prune", "finetune", "evaluate"}),
     ],
 )
-def test_edited_code_decides_for_the_stages_that_use_it(source, path, edits, again, done):
-    before = prints()
+def test_edited_code_changes_the_keys_of_stages_that_use_it(source, path, edits, again, done):
+    before = stage_fingerprints()
     edit(source / path, *edits)
     found = changed(before)
     assert again <= found.keys() and not done & found.keys()
     assert all(packages == {str(Path(path).parent)} for packages in found.values())
 
 
-def test_an_edited_method_decides_where_it_is_chosen(source, tmp_path):
-    """What a registry names is loaded by its name, so no import shows it; a user's class builds on one of the project."""
+def test_an_edited_method_changes_a_key_if_it_is_chosen(source, tmp_path):
+    """Registries load by name, so no import shows the method's code; a user's class extends one of the project's."""
     own = tmp_path / "mine.py"
     own.write_text("from pipeline.pruning.obs_methods import SparseGpt\n\n\nclass Mine(SparseGpt):\n    pass\n")
     wanda, sparsegpt, mine = Recipe(), Recipe(), Recipe()
     sparsegpt.prune.method, mine.prune.method = "sparsegpt", str(own)
-    before = [prints(recipe)["prune"] for recipe in (wanda, sparsegpt, mine)]
+    before = [stage_fingerprints(recipe)["prune"] for recipe in (wanda, sparsegpt, mine)]
     edit(source / "pipeline/pruning/obs.py", *STATEMENT)
-    now = [prints(recipe)["prune"] for recipe in (wanda, sparsegpt, mine)]
+    now = [stage_fingerprints(recipe)["prune"] for recipe in (wanda, sparsegpt, mine)]
     assert [old == new for old, new in zip(before, now)] == [True, False, False]
 
 
 @pytest.mark.slow
-def test_a_run_sees_edited_code_and_measures_again_by_it(source, again, tmp_path):
+def test_a_run_after_an_edit_runs_and_measures_again(source, again, tmp_path):
     edit(source / SCORES, *STATEMENT)
     said = again()
     assert said["prune"] == "the code of pipeline/pruning changed: running again"
@@ -125,33 +125,33 @@ def test_a_run_sees_edited_code_and_measures_again_by_it(source, again, tmp_path
 
 
 @pytest.mark.slow
-def test_a_stage_named_by_rerun_runs_again_and_no_other(again, tmp_path):
+def test_rerun_runs_only_the_named_stage_again(again, tmp_path):
     measured = {path: path.stat().st_mtime_ns for path in tmp_path.glob(".measured/*.json")}
     for rerun, stages in (("prune", {"prune"}), ("[evaluate,report]", {"evaluate", "report"})):
         said = again(f"rerun={rerun}")
         assert {name for name, text in said.items() if text == f"rerun={name}: running again"} == stages
         assert {name for name, text in said.items() if text == "done before"} == set(said) - stages
         assert all((path.stat().st_mtime_ns != measured[path]) == ("evaluate" in stages) for path in measured)
-    assert set(again().values()) == {"done before"}  # it is in no key
+    assert set(again().values()) == {"done before"}  # `rerun` is in no stage's key
 
 
 @pytest.mark.parametrize(
     ("rerun", "says"), [("prun", "did you mean 'prune'?"), ("pretrain", r"rerun=pretrain: it is not in stages=\[prune")]
 )
-def test_rerun_of_what_is_no_stage_is_refused(rerun, says):
+def test_rerun_of_an_unknown_stage_is_refused(rerun, says):
     with pytest.raises(UserError, match=says):
         reader.load(["model=m", "stages=[prune]", f"rerun={rerun}"])
 
 
-def test_every_import_is_one_that_the_fingerprint_follows():
-    """What is imported by a name put together at run time would be missed."""
+def test_the_fingerprint_follows_every_import():
+    """The fingerprint would miss modules whose names are computed at run time."""
     for name in STAGES:
         for path, text in code.used(f"pipeline.stages.{name}").items():
             assert "import_module" not in text and "__import__" not in text, path
 
 
 def test_the_packages_that_each_stage_uses():
-    used = {name: {it.removeprefix("pipeline/") for it in packages} for name, packages in prints().items()}
+    used = {name: {it.removeprefix("pipeline/") for it in packages} for name, packages in stage_fingerprints().items()}
     assert {"pruning", "engine", "sparsity", "models", "data", "callbacks"} <= used["prune"]
     assert "recovery" in used["finetune"] and "evaluation" in used["evaluate"] and "reporting" in used["report"]
     assert not used["prune"] & {"recovery", "evaluation", "reporting", "runtime", "settings"}

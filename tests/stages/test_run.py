@@ -1,4 +1,4 @@
-"""The command as a user types it: what is done stays done, what was killed goes on, what is wrong is one line."""
+"""Runs as a user starts them: finished stages are skipped, killed runs resume, mistakes give one-line messages."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def finished(tiny_llama, tmp_path_factory) -> tuple[Path, list[str], str]:
-    """An uninterrupted run: its folder, its settings, what was seen."""
+    """An uninterrupted run: its folder, settings and output."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     settings = [f"model={tiny_llama}", *QUICK]
     return run_dir, settings, espalier(*settings, f"run_dir={run_dir}")
@@ -57,7 +57,7 @@ def test_a_run_ends_with_an_exactly_sparse_model_and_the_table(finished):
         assert not (run_dir / f".{stage}").exists()
 
 
-def test_the_adapter_on_the_pruned_model_is_the_merged_model(finished):
+def test_the_adapter_on_the_pruned_model_equals_the_merged_model(finished):
     run_dir, _, _ = finished
     pruned = AutoModelForCausalLM.from_pretrained(run_dir / "prune/model")
     adapted = lora.load_adapter(pruned, run_dir / "finetune/adapter")
@@ -87,7 +87,7 @@ def test_a_changed_limit_runs_evaluate_and_report_only(finished, typed, tmp_path
 
 
 @pytest.mark.parametrize("moment", ["prune/model/model-00001", "finetune/checkpoints/step=4"])
-def test_kill_9_and_the_same_command_end_in_the_same_weights(finished, tmp_path, moment):
+def test_a_killed_and_repeated_run_has_the_same_weights(finished, tmp_path, moment):
     whole, settings, _ = finished
     run_dir = tmp_path / "killed"
     line, nowhere = command(*settings, f"run_dir={run_dir}"), subprocess.DEVNULL
@@ -123,7 +123,7 @@ def test_two_processes_give_the_same_masks_and_numbers(finished, tmp_path):
         assert values[1][name]["perplexity"]["world"] == pytest.approx(values[0][name]["perplexity"]["world"], rel=1e-9)
 
 
-def test_a_lone_process_of_a_launch_for_two_is_refused(tiny_llama):
+def test_a_single_process_launched_for_two_is_refused(tiny_llama):
     line = [
         sys.executable,
         "-m",

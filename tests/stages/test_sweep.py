@@ -1,4 +1,4 @@
-"""Laws of a sweep: every cell is an ordinary run, what cells have in common is done once, and one that fails is alone."""
+"""Sweeps: every cell is an ordinary run, common stages run once, and a failing cell does not stop the others."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_cells_are_the_product_of_all_values():
     assert list(sweep.cells(["model=m", "stages=[prune]", "prune.sparsity=0.5,2:4"])) == ["0.5", "2of4"]
 
 
-def test_values_of_one_end_keep_their_whole_path():
+def test_paths_with_the_same_last_part_keep_their_whole_path():
     assert list(sweep.cells(["model=./a/x,./b/x", "stages=[prune]", "run_dir=r"])) == [".-a-x", ".-b-x"]
     assert list(sweep.cells(["model=./a/x,./b/y", "stages=[prune]", "run_dir=r"])) == ["x", "y"]
 
@@ -63,12 +63,12 @@ def test_recipes_can_be_swept():
         ("evaluate.tasks=boolq,rte", r"evaluate.tasks is a list: set 'evaluate.tasks=\[boolq,rte\]'"),
     ],
 )
-def test_what_cannot_be_swept_is_refused(setting, says):
+def test_bad_sweeps_are_refused(setting, says):
     with pytest.raises(UserError, match=says):
         sweep.cells([setting])
 
 
-def test_a_mistake_in_any_cell_is_said_before_all_work(tmp_path, monkeypatch, capsys):
+def test_a_mistake_in_any_cell_is_reported_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["launch.py", "prune.method=wanda,wnada", f"run_dir={tmp_path}/s"])
     assert launch.main() == 2
     assert "prune.method=wnada is neither known nor a .py file: did you mean" in capsys.readouterr().err
@@ -76,7 +76,7 @@ def test_a_mistake_in_any_cell_is_said_before_all_work(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.slow
-def test_killed_and_repeated_it_does_what_is_missing_and_nothing_twice(tiny_llama, tmp_path, monkeypatch):
+def test_a_killed_sweep_resumes_and_runs_nothing_twice(tiny_llama, tmp_path, monkeypatch):
     folder = tmp_path / "sweep"
     own = [f"model={tiny_llama}", *QUICK]
     settings = [*own, f"run_dir={folder}", "prune.method=magnitude,wanda", "finetune.lr=1e-2,2e-2"]
@@ -96,9 +96,9 @@ def test_killed_and_repeated_it_does_what_is_missing_and_nothing_twice(tiny_llam
 
     said = espalier(*settings)
     assert {path: path.stat().st_mtime_ns for path in stages} == stages
-    assert said.count("prune: reused from") == 1  # by the second of wanda; magnitude's was before
+    assert said.count("prune: reused from") == 1  # by wanda's second cell; magnitude's ran before the kill
     assert said.count("prune: done in") == 1
-    # of each model one text and its continuations: the dense one, two pruned and four finetuned
+    # a text and the continuations of each model: dense, two pruned, four finetuned
     assert len(list(folder.glob(".measured/*.json"))) == 2 * (1 + 2 + 4)
     table = (folder / "compare.md").read_text()
     for label in ("dense", "magnitude", "Wanda", "Wanda + LoRA (finetune.lr=0.02)"):
@@ -110,11 +110,11 @@ def test_killed_and_repeated_it_does_what_is_missing_and_nothing_twice(tiny_llam
     for stage in ("prune", "finetune"):
         cell, alone = folder / f"wanda_lr=2e-2/{stage}", folder / f"alone/{stage}"
         assert weights(cell / "model") == weights(alone / "model")
-        assert not (cell / "stage.json").samefile(alone / "stage.json")  # a run on its own takes over nothing
+        assert not (cell / "stage.json").samefile(alone / "stage.json")  # an ordinary run reuses nothing
 
 
 @pytest.mark.slow
-def test_a_cell_that_fails_leaves_the_others_alone_on_two_processes_too(tiny_llama, tmp_path):
+def test_a_failed_cell_does_not_stop_the_others_also_with_two_processes(tiny_llama, tmp_path):
     settings = [f"model={tiny_llama}", *QUICK, "stages=[prune,evaluate,report]", f"run_dir={tmp_path}/sweep"]
     said = espalier(
         *settings, f"calibration.dataset=world,{tmp_path}/nowhere.txt", "seed=0,1", processes=2, expect=None
