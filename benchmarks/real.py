@@ -13,6 +13,7 @@ idle cores.
 """
 
 import argparse
+import csv
 import json
 import math
 import os
@@ -28,8 +29,10 @@ import pyarrow.parquet as parquet
 
 ROOT = Path(__file__).resolve().parent.parent
 VALIDATION = "wikitext2:wikitext-2-v1@validation"
+PARTS = ("methods", "self", "groups", "recovery", "combinations")
 TASKS = ("arc_easy", "arc_challenge", "openbookqa")
 PATTERNS = ("2of4", "0.5", "4of8")
+SPARSE = "0.7"  # of the combinations
 SCORED = ("wanda", "sparsegpt", "longer", "recovered")  # rows with zero-shot tasks
 METHODS = {
     "wanda": (),
@@ -39,6 +42,12 @@ METHODS = {
     "dsnot": ("prune.method=dsnot",),
     "owl": ("prune.allocation=owl",),
 }
+GROUPS = {
+    "matrix": ("prune.group=matrix",),
+    "layer": ("prune.group=layer",),
+    "dense activations": ("calibration.activations=dense",),
+}
+REFINEMENTS, UPDATES = ("none", "swaps"), ("none", "obs", "admm", "least_squares")
 SELF = ("calibration.dataset=self",)
 FULL = ("finetune.method=full", "finetune.lr=4e-4")
 DISTILL = ("finetune.distill=0.5",)
@@ -76,6 +85,27 @@ def rows() -> list[Row]:
         for pattern in PATTERNS:
             if method != "owl" or pattern == "0.5":
                 found.append(Row("methods", f"{method}_{pattern}", method, pattern, settings))
+    for group, settings in GROUPS.items():
+        for pattern in ("0.5", "2of4")[: 2 if "dense" in group else 1]:
+            found.append(
+                Row("groups", f"wanda_{group.replace(' ', '_')}_{pattern}", f"wanda, {group}", pattern, settings)
+            )
+    for pattern in (*PATTERNS, SPARSE):
+        for method in ("wanda", "sparsegpt", "ria", "magnitude"):
+            for refine in REFINEMENTS:
+                for update in UPDATES:
+                    name = "+".join((method, *(it for it in (refine, update) if it != "none")))
+                    chosen = {"refine": refine, "update": update}
+                    settings = [f"prune.{key}={value}" for key, value in chosen.items() if value != "none"]
+                    found.append(
+                        Row(
+                            "combinations",
+                            f"{name}_{pattern}",
+                            name.replace("+", " + "),
+                            pattern,
+                            (*METHODS[method], *settings),
+                        )
+                    )
     for method in ("wanda", "sparsegpt"):
         for pattern in PATTERNS[:2]:
             found.append(Row("self", f"{method}_{pattern}_self", method, pattern, (*METHODS[method], *SELF)))
@@ -164,6 +194,13 @@ def minutes(row: Row, args: argparse.Namespace, stages: str) -> str:
     return " + ".join(f"{stage['cpu_seconds'] / 120:.1f}" for stage in records)
 
 
+def layer_error(row: Row, args: argparse.Namespace) -> str:
+    """The mean over layers of the relative output error of their matrices, as pruned."""
+    with open(args.work / row.name / "prune" / "layers.csv", newline="") as file:
+        errors = [float(layer["relative_output_error"]) for layer in csv.DictReader(file)]
+    return f"{sum(errors) / len(errors):.3f}"
+
+
 def cells(model: dict, dense: dict, pruned: dict) -> list[str]:
     """Perplexity, the recovered share of the lost log-perplexity, and the tasks."""
     value, error = model["perplexity"]["wikitext2"], model["perplexity_stderr"]["wikitext2"]
@@ -178,17 +215,19 @@ def table(part: str, args: argparse.Namespace) -> None:
     found = [(row, it) for row in rows() if row.part == part and (it := results(row, args))]
     if not found:
         return
-    print(f"\n{part}\n\n| | pattern | perplexity | recovered | {' | '.join(TASKS)} | CPU minutes / 2 | violations |")
-    print("| --- " * (len(TASKS) + 6) + "|")
+    columns = ("", "pattern", "perplexity", "recovered", *TASKS, "output error", "CPU minutes / 2", "violations")
+    print(f"\n{part}\n\n| {' | '.join(columns)} |")
+    print("| --- " * len(columns) + "|")
     dense = next((it["models"]["dense"] for _, it in found if it["models"]["dense"]["zero_shot"]), None)
     dense = dense or found[0][1]["models"]["dense"]
-    print("|", " | ".join(["dense", "", *cells(dense, dense, dense), "", ""]), "|")
+    print("|", " | ".join(["dense", "", *cells(dense, dense, dense), "", "", ""]), "|")
     for row, it in found:
         models = it["models"]
         last = models[list(models)[-1]]
         spent = minutes(row, args, row.stages.removeprefix("prune,") if part == "recovery" else row.stages)
         shown = cells(last, models["dense"], models["pruned"])
-        print("|", " | ".join([row.method, row.pattern, *shown, spent, str(last["mask_violations"])]), "|")
+        error = "" if part == "recovery" else layer_error(row, args)
+        print("|", " | ".join([row.method, row.pattern, *shown, error, spent, str(last["mask_violations"])]), "|")
 
 
 def main() -> int:
@@ -196,7 +235,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--mirror", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--part", nargs="+", default=["methods", "self", "recovery"])
+    parser.add_argument("--part", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--only", nargs="+", help="names of rows, such as wanda_2of4")
     parser.add_argument("--samples", type=int, default=128, help="calibration samples of 1,024 tokens")
     parser.add_argument("--limit", type=int, default=0, help="questions per task; 0: no tasks")
