@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -90,22 +91,13 @@ def rows() -> list[Row]:
             found.append(
                 Row("groups", f"wanda_{group.replace(' ', '_')}_{pattern}", f"wanda, {group}", pattern, settings)
             )
-    for pattern in (*PATTERNS, SPARSE):
-        for method in ("wanda", "sparsegpt", "ria", "magnitude"):
-            for refine in REFINEMENTS:
-                for update in UPDATES:
-                    name = "+".join((method, *(it for it in (refine, update) if it != "none")))
-                    chosen = {"refine": refine, "update": update}
-                    settings = [f"prune.{key}={value}" for key, value in chosen.items() if value != "none"]
-                    found.append(
-                        Row(
-                            "combinations",
-                            f"{name}_{pattern}",
-                            name.replace("+", " + "),
-                            pattern,
-                            (*METHODS[method], *settings),
-                        )
-                    )
+    for pattern, method, refine, update in product(
+        (*PATTERNS, SPARSE), ("wanda", "sparsegpt", "ria", "magnitude"), REFINEMENTS, UPDATES
+    ):
+        steps = {key: value for key, value in (("refine", refine), ("update", update)) if value != "none"}
+        settings = (*METHODS[method], *(f"prune.{key}={value}" for key, value in steps.items()))
+        label = " + ".join((method, *steps.values()))
+        found.append(Row("combinations", f"{label.replace(' ', '')}_{pattern}", label, pattern, settings))
     for method in ("wanda", "sparsegpt"):
         for pattern in PATTERNS[:2]:
             found.append(Row("self", f"{method}_{pattern}_self", method, pattern, (*METHODS[method], *SELF)))
