@@ -178,7 +178,7 @@ def test_wrong_launches_are_refused(monkeypatch, environment, says):
 
 
 def leave_lock(run_dir: Path, **changed) -> Path:
-    """A lock that that an ended process left."""
+    """A lock that an ended process left."""
     with lock.held(run_dir):
         holder = json.loads((run_dir / ".lock").read_text())
     (run_dir / ".lock").write_text(json.dumps(holder | changed))
