@@ -48,14 +48,14 @@ class Command:
     def typed(self, run_dir: Path, *settings: str) -> tuple[str, str]:
         """The outcome (ok, or refused or crash with the message), and the output."""
         sys.argv = ["launch.py", *self.settings, f"run_dir={run_dir}", *settings]
-        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()) as error:
+        with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as error:
             code = launch.main()
         if code == 0:
-            return "ok", said.getvalue()
+            return "ok", output.getvalue()
         lines = [line for line in error.getvalue().splitlines() if line.startswith("espalier: ")]
         line = " / ".join(lines).replace("espalier: ", "").replace(str(self.work), "WORK")
         kind = "crash" if "a bug in Espalier" in line else "refused"
-        return f"{kind}: {line}{where(run_dir / 'traceback-0.txt')}", said.getvalue()
+        return f"{kind}: {line}{where(run_dir / 'traceback-0.txt')}", output.getvalue()
 
 
 def where(trace: Path) -> str:

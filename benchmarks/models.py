@@ -123,10 +123,10 @@ def verdict(found: dict[str, Any]) -> str:
 
 
 def line(found: dict[str, Any]) -> str:
-    said = [f"{column} {found[column]}" for column in COLUMNS if column in found and found[column] != "ok"]
+    findings = [f"{column} {found[column]}" for column in COLUMNS if column in found and found[column] != "ok"]
     if found["builds"] != "ok":
-        said = [found["builds"]]
-    return f"{found['family']}: {found['verdict']}, {covered(found)} {found['seconds']} s  " + " | ".join(said)
+        findings = [found["builds"]]
+    return f"{found['family']}: {found['verdict']}, {covered(found)} {found['seconds']} s  " + " | ".join(findings)
 
 
 def covered(found: dict[str, Any]) -> str:

@@ -43,8 +43,8 @@ def main() -> int:
         ("torchrun", 2, signal.SIGSTOP, 0),
     ):
         run_dir = work / f"{number.name}{node}" / "run"
-        seconds, said = cut_off(run_dir, launcher, each, settings, number, node)
-        print(f"{number.name} of node {node}, {launcher}, 2 x {each}: the other ended after {seconds:.0f} s: {said}")
+        seconds, message = cut_off(run_dir, launcher, each, settings, number, node)
+        print(f"{number.name} of node {node}, {launcher}, 2 x {each}: the other ended after {seconds:.0f} s: {message}")
         finish(run_dir, launcher, each, settings)
         print(f"  and the same command: {compare(run_dir, alone)}", flush=True)
     return 0

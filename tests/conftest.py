@@ -145,11 +145,11 @@ def finishes(typed):
     """Runs a command that must succeed, and returns the content of the mask file and the output."""
 
     def run(run_dir: Path, *settings) -> tuple[bytes, str]:
-        code, said, lines = typed(f"run_dir={run_dir}", *settings)
+        code, output, lines = typed(f"run_dir={run_dir}", *settings)
         assert code == 0, lines
         assert not list(run_dir.rglob("*.part"))
         Masks.load(run_dir / "prune/masks.safetensors").check_patterns()
-        return (run_dir / "prune/masks.safetensors").read_bytes(), said
+        return (run_dir / "prune/masks.safetensors").read_bytes(), output
 
     return run
 

@@ -18,7 +18,7 @@ from pipeline.settings import reader, schema
 from pipeline.sparsity.masks import Masks
 from pipeline.stages import keys, runner
 from tests.conftest import QUICK, ROOT, environment
-from tests.reporting.test_report import Page
+from tests.reporting.report_files import Page
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
 (LINE,) = re.findall(r'^    Stage\("histogram".*\n', (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M)
@@ -27,8 +27,8 @@ BASES |= {"finetune.method": "SparseFull", "prune.refine": "Refinement", "prune.
 
 
 def snippet(says: str) -> str:
-    (found,) = (text for text in SNIPPETS if says in text)
-    return found
+    (code,) = (text for text in SNIPPETS if says in text)
+    return code
 
 
 def own_files(folder: Path, *keys: str) -> list[str]:
@@ -147,17 +147,17 @@ def test_an_allocation_needs_a_ratio_and_must_return_numbers(tmp_path, tiny_llam
         reader.load(["model=m", "stages=[prune,finetune]", setting])
     path = Path(setting.partition("=")[2])
     path.write_text(path.read_text().replace("len(measured))]", "1)]"))
-    said = refused(tmp_path / "run", f"model={tiny_llama}", setting, "prune.sparsity=0.5")
-    assert "ByDepth.ratios returned [0.4]: return 3 numbers" in said
+    output = refused(tmp_path / "run", f"model={tiny_llama}", setting, "prune.sparsity=0.5")
+    assert "ByDepth.ratios returned [0.4]: return 3 numbers" in output
 
 
 def test_an_unused_setting_is_reported():
     chosen = reader.load(
         ["model=m", "stages=[prune,finetune]", "prune.damp=0.1", "finetune.method=full", "finetune.rank=3"]
     )
-    said = registry.ignored(chosen)
-    assert said[0] == "prune.damp is set, and method=wanda does not read it"
-    assert "finetune.rank is set, and method=full does not read it" in said
+    output = registry.ignored(chosen)
+    assert output[0] == "prune.damp is set, and method=wanda does not read it"
+    assert "finetune.rank is set, and method=full does not read it" in output
     assert not registry.ignored(
         reader.load(["model=m", "stages=[prune,finetune]", "prune.damp=0.1", "prune.method=sparsegpt"])
     )
@@ -165,15 +165,15 @@ def test_an_unused_setting_is_reported():
 
 @pytest.mark.parametrize("key", REGISTRIES)
 def test_every_entry_is_complete(key):
-    found, section = REGISTRIES[key], key.partition(".")[0]
+    entries, section = REGISTRIES[key], key.partition(".")[0]
     settings = getattr(schema.Recipe(), section)
-    for name, entry in found.entries.items():
+    for name, entry in entries.entries.items():
         assert (entry.name, entry.label.strip(), bool(entry.description)) == (name, entry.label, True)
         assert not entry.description.endswith(".")
         assert all(hasattr(settings, it) for it in entry.reads)
-        base = registry.entry._resolve(found.base)
+        base = registry.entry._resolve(entries.base)
         assert issubclass(entry.load(), base)
-    assert len({entry.label for entry in found.entries.values()}) == len(found.entries)
+    assert len({entry.label for entry in entries.entries.values()}) == len(entries.entries)
 
 
 def test_no_entry_is_named_outside_the_registries():

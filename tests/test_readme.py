@@ -23,8 +23,8 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 
 def snippet(says: str) -> str:
-    (found,) = (text for text in SNIPPETS if says in text)
-    return found
+    (code,) = (text for text in SNIPPETS if says in text)
+    return code
 
 
 def test_the_first_two_commands_are_those_of_ci():
@@ -80,9 +80,9 @@ def test_snippets_run_through_the_whole_pipeline(tiny_llama, tmp_path):
 def test_commands_other_than_runs_work(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     section = README[README.index("## Command line") : README.index("## Python API")]
-    found = re.findall(r"^    espalier (.*)$", section, flags=re.M)
-    assert len(found) >= 5
-    for line in found:
+    commands = re.findall(r"^    espalier (.*)$", section, flags=re.M)
+    assert len(commands) >= 5
+    for line in commands:
         assert main(line.split()) == 0
         assert capsys.readouterr().out
     assert not list(tmp_path.iterdir())

@@ -108,7 +108,7 @@ def refuse_violations(model: PreTrainedModel, masks: Masks) -> None:
 
 def _check_dense(model: PreTrainedModel, dense: PreTrainedModel) -> None:
     """Raises `UserError` if the models have different parameters."""
-    shapes = [{(name, tuple(p.shape)) for name, p in it.named_parameters()} for it in (model, dense)]
+    shapes = [{(name, tuple(p.shape)) for name, p in module.named_parameters()} for module in (model, dense)]
     if different := shapes[0] ^ shapes[1]:
         raise UserError(f"dense is another model than model: they differ in {min(different)[0]}")
 

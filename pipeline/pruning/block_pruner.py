@@ -44,7 +44,7 @@ class BlockPruner:
             total, first = observed.totals.pop(key), next(iter(members.values()))
             if first.routed and observed.tokens[key] < FEW_TOKENS:
                 undersampled += [f"{name} ({observed.tokens[key]})" for name in members]
-                # as if all input features were alike
+                # as if all input features had the same norm
                 total = self.method.observe(torch.eye(first.weight_OI.shape[1], device=total.device)).double()
             _check_finite(weights, total)
             inputs.append((weights, total, observed.samples[key]))

@@ -25,7 +25,7 @@ def device() -> torch.device:
 
 
 def check_launch() -> None:
-    """Raises `UserError` for a wrong launch, from the environment alone, so alike in all processes."""
+    """Raises `UserError` for a wrong launch; uses only the environment, so all processes agree."""
     if "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
         # without a GPU, `accelerate launch [--cpu] --num_processes 2` silently starts a single process
         raise UserError(

@@ -34,7 +34,7 @@ def free_memory() -> None:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Starts the measurement of `peak_gib` anew; on a CPU only if the kernel supports it."""
+    """Restarts the measurement of `peak_gib`; on a CPU only if the kernel supports it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):

@@ -206,7 +206,7 @@ class Evaluate:
     perplexity: list[str] = setting(["wikitext2"], "data sets, each [:config][@split]")
     column: str | None = setting(None, "column with the text")
     windows: int | None = setting(None, "windows per data set, for a quick look; null: all, as in the papers", low=1)
-    bos: bool = setting(False, "begin each window with BOS: Gemma-like models need it, papers do not")
+    bos: bool = setting(False, "begin each window with BOS, unlike in the papers: needed by Gemma-like models")
     tasks: list[str] = setting(
         ["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"],
         "tasks of lm-eval, or your own .yaml files",

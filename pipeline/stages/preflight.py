@@ -59,7 +59,8 @@ def _check(recipe: Recipe) -> list[str]:
     warnings += registry.ignored(recipe)
     _check_packages(recipe)
     _check_task_data(recipe)
-    texts = [(stage, it) for stage in READERS if stage in recipe.stages for it in sources.of_stage(recipe, stage)]
+    reading = [stage for stage in READERS if stage in recipe.stages]
+    texts = [(stage, source) for stage in reading for source in sources.of_stage(recipe, stage)]
     if any(source.name not in ("world", sources.SELF) for _, source in texts):
         caches.check_datasets()
     for stage, source in texts:

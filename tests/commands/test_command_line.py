@@ -28,10 +28,10 @@ def asked(capsys):
 
 @pytest.mark.parametrize("option", ["--help", "-h"])
 def test_help_names_every_command(asked, option):
-    said = asked(option)
+    output = asked(option)
     for command in COMMANDS:
-        assert re.search(rf"^  {command} ", said, flags=re.M)
-    assert asked("recipe=tiny", option) == said
+        assert re.search(rf"^  {command} ", output, flags=re.M)
+    assert asked("recipe=tiny", option) == output
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -52,9 +52,9 @@ def test_recipes_lists_all_recipes(asked):
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_keys_shows_default_range_and_meaning(asked, section):
-    said = asked("keys", section)
+    output = asked("keys", section)
     for f in dataclasses.fields(getattr(schema, section.capitalize())):
-        (line,) = re.findall(rf"^{section}\.{f.name} .*$", said, flags=re.M)
+        (line,) = re.findall(rf"^{section}\.{f.name} .*$", output, flags=re.M)
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         assert f.metadata["help"] and f.metadata["help"] in line and keys.as_typed(default) in line
         assert all(choice in line for choice in f.metadata["choices"] or ())
@@ -83,8 +83,8 @@ def test_all_keys_are_listed(asked):
     ],
 )
 def test_mistakes_are_one_line(asked, arguments, says):
-    said = asked(*arguments, code=2)
-    assert says in said and said.startswith("espalier: ") and len(said.splitlines()) == 1
+    output = asked(*arguments, code=2)
+    assert says in output and output.startswith("espalier: ") and len(output.splitlines()) == 1
 
 
 def test_lists_do_not_import_torch():
@@ -110,22 +110,24 @@ def test_plan_predicts_what_a_run_does_and_writes_nothing(asked, tiny_llama, tmp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one thread is faster on a busy machine
     chosen = [*QUICK, f"model={tiny_llama}", "run_dir=run", "stages=[prune,evaluate]", "evaluate.continuations=0"]
-    said = asked("plan", *chosen)
-    assert "  prune: runs\n  evaluate: runs\n" in said
-    assert "prune: wanda, 2of4, 21 matrices" in said and "weights in the layers' matrices (100.0%)" in said
-    assert "prune reads world@train: 8 windows of 32 tokens" in said
-    assert re.search(r"^  memory: .* free$", said, flags=re.M) and re.search(r"^disk: about .* free$", said, flags=re.M)
+    output = asked("plan", *chosen)
+    assert "  prune: runs\n  evaluate: runs\n" in output
+    assert "prune: wanda, 2of4, 21 matrices" in output and "weights in the layers' matrices (100.0%)" in output
+    assert "prune reads world@train: 8 windows of 32 tokens" in output
+    assert re.search(r"^  memory: .* free$", output, flags=re.M) and re.search(
+        r"^disk: about .* free$", output, flags=re.M
+    )
     assert not list(tmp_path.iterdir())
 
     assert main(chosen) == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    said = asked("plan", *chosen)
-    assert re.search(r"prune: done before \(20.*s\)\n  evaluate: done before", said)
-    said = asked("plan", *chosen, "prune.sparsity=0.5")
-    assert "prune: runs again: prune.sparsity 2of4 -> 0.5" in said
-    assert "evaluate: runs again, unless prune has the same outcome and no setting has changed" in said
-    said = asked("plan", *chosen, "evaluate.windows=2")
-    assert "prune: done before" in said and "evaluate: runs again: evaluate.windows None -> 2" in said
+    output = asked("plan", *chosen)
+    assert re.search(r"prune: done before \(20.*s\)\n  evaluate: done before", output)
+    output = asked("plan", *chosen, "prune.sparsity=0.5")
+    assert "prune: runs again: prune.sparsity 2of4 -> 0.5" in output
+    assert "evaluate: runs again, unless prune has the same outcome and no setting has changed" in output
+    output = asked("plan", *chosen, "evaluate.windows=2")
+    assert "prune: done before" in output and "evaluate: runs again: evaluate.windows None -> 2" in output
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -145,9 +147,9 @@ def test_plan_makes_the_checks_of_a_run(asked, tiny_llama, tmp_path, monkeypatch
 
 def test_plan_of_a_sweep_and_of_a_pretrain_recipe(asked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = asked("plan", "recipe=tiny", "prune.method=wanda,magnitude")
-    assert "wanda:\n" in said and "magnitude:\n" in said and said.count("  pretrain: runs\n") == 2
-    assert "model: a small Llama: " in said
+    output = asked("plan", "recipe=tiny", "prune.method=wanda,magnitude")
+    assert "wanda:\n" in output and "magnitude:\n" in output and output.count("  pretrain: runs\n") == 2
+    assert "model: a small Llama: " in output
     assert not list(tmp_path.iterdir())
 
 
@@ -155,6 +157,6 @@ def test_plan_does_not_download_a_model(asked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    said = asked("plan", "recipe=llama7b_2of4", "model=nobody/has-this")
-    assert "nobody/has-this is not on this machine" in said and "  prune: runs\n" in said
+    output = asked("plan", "recipe=llama7b_2of4", "model=nobody/has-this")
+    assert "nobody/has-this is not on this machine" in output and "  prune: runs\n" in output
     assert not list(tmp_path.iterdir())

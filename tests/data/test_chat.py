@@ -56,9 +56,9 @@ def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(marks)
-    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
-    found.chat_template = template
-    return found
+    fast_tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    fast_tokenizer.chat_template = template
+    return fast_tokenizer
 
 
 def text(turns: list[dict]) -> str:
@@ -136,7 +136,7 @@ REFUSED = {
     "an unknown speaker": (CHATML, {"messages": [{"role": "narrator", "content": "x"}]}, "has a turn by 'narrator'"),
     "no speaker": (CHATML, {"messages": [{"speaker": "user", "content": "x"}]}, "has a turn by 'None'"),
     "pictures": (CHATML, {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "holds pictures"),
-    "nothing said": (CHATML, {"messages": [{"role": "user", "text": "x"}]}, "a turn by 'user' without text"),
+    "turn without text": (CHATML, {"messages": [{"role": "user", "text": "x"}]}, "a turn by 'user' without text"),
     "plain text": (CHATML, {"text": "x"}, "holds no conversations, which finetune.loss=assistant needs"),
 }
 
@@ -153,8 +153,8 @@ def test_packing_keeps_the_tokens_with_loss(tmp_path):
     plain = token_windows.packed(source, tokenizer, 16, 20, 0)
     ids, labels = token_windows.ids_and_labels(token_windows.packed(source, tokenizer, 16, 20, 0, loss="assistant"))
     assert torch.equal(ids, plain) and (plain >= 0).all()
-    said = tokenizer.decode(labels[labels != -100])
-    assert set(said.replace("\n\n", "\n").split("<|im_end|>\n")) <= {"I.", "\nSo.", "So.", ""} and "I." in said
+    output = tokenizer.decode(labels[labels != -100])
+    assert set(output.replace("\n\n", "\n").split("<|im_end|>\n")) <= {"I.", "\nSo.", "So.", ""} and "I." in output
     assert token_windows.ids_and_labels(plain)[1] is plain
 
 
@@ -194,8 +194,10 @@ def reference_training(windows, share: float):
         logits = model(ids).logits[:, :-1][kept]
         loss = F.cross_entropy(logits, labels[:, 1:][kept], reduction="sum")
         if share:
-            told = teacher(ids).logits[:, :-1][kept].detach().log_softmax(-1)
-            loss = (1 - share) * loss + share * F.kl_div(logits.log_softmax(-1), told, log_target=True, reduction="sum")
+            teacher_BTV = teacher(ids).logits[:, :-1][kept].detach().log_softmax(-1)
+            loss = (1 - share) * loss + share * F.kl_div(
+                logits.log_softmax(-1), teacher_BTV, log_target=True, reduction="sum"
+            )
         (loss / max(1, kept.sum())).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -209,9 +211,9 @@ def reference_training(windows, share: float):
 def test_every_token_counts_equally_for_any_split_of_a_step(tmp_path, share):
     expected = reference_training(WINDOWS, share)
     for batch_size, accumulate in ((4, 1), (2, 2), (1, 4)):
-        found = trained(tmp_path / str(batch_size), WINDOWS, batch_size, accumulate, distill=share)
+        weights = trained(tmp_path / str(batch_size), WINDOWS, batch_size, accumulate, distill=share)
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-3)
+            torch.testing.assert_close(weights[name], value, atol=2e-5, rtol=1e-3)
 
 
 def test_validation_is_the_mean_over_the_assistants_tokens(tmp_path):
@@ -241,8 +243,8 @@ def test_a_chat_through_the_whole_pipeline(tiny_llama, tmp_path, typed):
     settings = [*QUICK, f"model={folder}", f"run_dir={tmp_path}/runs/run", f"calibration.dataset={chats}"]
     settings += [f"finetune.dataset={chats}", "finetune.loss=assistant", f"finetune.validation={chats}"]
     settings += [f"evaluate.perplexity=[{chats}]", "evaluate.continuations=1"]
-    code, said, lines = typed(*settings)
+    code, output, lines = typed(*settings)
     assert code == 0, lines
-    assert "validation perplexity" in said
+    assert "validation perplexity" in output
     (prompt,) = json.loads((tmp_path / "runs/run/evaluate/results.json").read_text())["protocol"]["prompts"]
     assert prompt == "she"

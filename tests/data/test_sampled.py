@@ -30,12 +30,12 @@ def test_samples_follow_the_models_distribution(tiny_llama):
         parameter.data *= 4  # far from uniform
     expected = model(torch.tensor([[0]])).logits[0, -1].softmax(-1)
     model.generation_config = GenerationConfig(temperature=0.1, top_p=0.5, top_k=3)
-    found = torch.cat([sampled.sample_batch(model, 0, 1, 2, seed) for seed in range(200)])
-    assert (found[:, 0] == 0).all()
-    counts = torch.bincount(found[:, 1].long(), minlength=len(expected))
-    often = expected * len(found) > 20
+    samples = torch.cat([sampled.sample_batch(model, 0, 1, 2, seed) for seed in range(200)])
+    assert (samples[:, 0] == 0).all()
+    counts = torch.bincount(samples[:, 1].long(), minlength=len(expected))
+    often = expected * len(samples) > 20
     assert often.sum() > 3
-    error = (counts - expected * len(found)).abs() / (expected * (1 - expected) * len(found)).sqrt()
+    error = (counts - expected * len(samples)).abs() / (expected * (1 - expected) * len(samples)).sqrt()
     assert error[often].max() < 4.5
 
 
@@ -83,12 +83,12 @@ def test_samples_are_cached_and_a_killed_sampling_resumes(tiny_llama, tmp_path, 
 @pytest.mark.slow
 def test_calibration_with_samples_on_any_number_of_processes(tiny_llama, tmp_path, finishes):
     settings = [f"model={tiny_llama}", *SELF]
-    one, said = finishes(tmp_path / "one/run", *settings)
-    assert "self: the dense model writes 20 samples of 24 tokens" in said
+    one, output = finishes(tmp_path / "one/run", *settings)
+    assert "self: the dense model writes 20 samples of 24 tokens" in output
     espalier(*PRUNE, *settings, f"run_dir={tmp_path}/two/run", processes=2)
     assert (tmp_path / "two/run/prune/masks.safetensors").read_bytes() == one
-    _, said = finishes(tmp_path / "one/other", *settings, "prune.method=magnitude")
-    assert "the dense model writes" not in said
+    _, output = finishes(tmp_path / "one/other", *settings, "prune.method=magnitude")
+    assert "the dense model writes" not in output
     Masks.load(tmp_path / "one/other/prune/masks.safetensors").check_patterns()
 
 
@@ -101,11 +101,11 @@ def test_reconstruction_uses_the_dense_models_samples(tiny_llama, tmp_path, type
         "reconstruct.accumulate=1",
         "reconstruct.epochs=1",
     ]
-    code, said, lines = typed(
+    code, output, lines = typed(
         *settings, "reconstruct.batch_size=4", f"model={tiny_llama}", f"run_dir={tmp_path}/runs/run"
     )
     assert code == 0, lines
-    assert said.count("the dense model writes") == 1
+    assert output.count("the dense model writes") == 1
 
 
 @pytest.mark.parametrize("key", ["finetune.dataset", "finetune.validation", "evaluate.perplexity"])

@@ -27,8 +27,8 @@ def parquet(*texts: str, column: str = "text") -> Callable[[Path], object]:
 
 
 def saved(**splits: str) -> Callable[[Path], object]:
-    found = {split: Dataset.from_dict({"text": [text]}) for split, text in splits.items()}
-    return lambda path: (DatasetDict(found) if list(found) != ["only"] else found["only"]).save_to_disk(path)
+    datasets = {split: Dataset.from_dict({"text": [text]}) for split, text in splits.items()}
+    return lambda path: (DatasetDict(datasets) if list(datasets) != ["only"] else datasets["only"]).save_to_disk(path)
 
 
 def write_layout(folder: Path, files: dict) -> None:

@@ -23,16 +23,16 @@ NO_EOS = LlamaConfig(vocab_size=WORDS, eos_token_id=None)
 
 
 def tokenizer(single: str = "<bos> $A", **tokens):
-    found = world.tokenizer()
-    found.backend_tokenizer.post_processor = TemplateProcessing(
+    changed_tokenizer = world.tokenizer()
+    changed_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=single, special_tokens=[("<bos>", 0), ("<eos>", 1)]
     )
     for kind, token in tokens.items():
         if token:
-            found.add_special_tokens({f"{kind}_token": token})
+            changed_tokenizer.add_special_tokens({f"{kind}_token": token})
         else:
-            setattr(found, f"{kind}_token", None)
-    return found
+            setattr(changed_tokenizer, f"{kind}_token", None)
+    return changed_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,8 @@ RUN = [
 
 def outcome(run_dir: Path) -> tuple:
     models = json.loads((run_dir / "evaluate/results.json").read_text())["models"]
-    told = [{key: it[key] for key in ("perplexity", "zero_shot", "continuations")} for it in models.values()]
-    return (run_dir / "prune/masks.safetensors").read_bytes(), told
+    results = [{key: it[key] for key in ("perplexity", "zero_shot", "continuations")} for it in models.values()]
+    return (run_dir / "prune/masks.safetensors").read_bytes(), results
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +172,9 @@ def test_a_run_with_each_defect(tiny_llama, reference_run, tmp_path, typed, chan
     ours.save_pretrained(folder)
     if change == "no end":
         changed(folder, eos_token=None)
-    code, said, lines = typed(*RUN, f"model={folder}", f"run_dir={tmp_path}/runs/run")
+    code, output, lines = typed(*RUN, f"model={folder}", f"run_dir={tmp_path}/runs/run")
     assert code == 0, lines
-    assert f"the tokenizer of {folder}: " in said
+    assert f"the tokenizer of {folder}: " in output
     masks, models = outcome(tmp_path / "runs/run")
     if change == "no end":  # packed documents are then not separated by one, so other weights are pruned
         assert models[0] == reference_run[1][0]

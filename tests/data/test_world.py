@@ -94,7 +94,7 @@ def test_trivial_guesses_score_at_chance(task):
 def test_lm_eval_scores_a_random_model_near_chance():
     torch.manual_seed(0)
     model = HFLM(pretrained=LlamaForCausalLM(CONFIG), tokenizer=world.tokenizer(), batch_size=200, device="cpu")
-    found = lm_eval.simple_evaluate(model=model, tasks=list(world.TASKS.values()), bootstrap_iters=0)["results"]
+    results = lm_eval.simple_evaluate(model=model, tasks=list(world.TASKS.values()), bootstrap_iters=0)["results"]
     for task, chance in CHANCE.items():
         error = (chance * (1 - chance) / len(QUESTIONS[task])) ** 0.5
-        assert found[task]["acc,none"] == pytest.approx(chance, abs=4 * error)
+        assert results[task]["acc,none"] == pytest.approx(chance, abs=4 * error)

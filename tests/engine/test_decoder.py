@@ -70,9 +70,9 @@ def test_block_by_block_equals_the_model_exactly(family, attention):
             for i in range(len(batches)):
                 forwards.run_block(i)  # changes nothing
 
-        found = list(forwards.results(reached))
+        results = list(forwards.results(reached))
     assert order == [block.name for block in blocks] and len(order) == 3
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
     assert torch.equal(call(batches[0]), expected[0])  # the blocks are restored
     assert len(matrices(blocks[0], blocks)) >= 4
 

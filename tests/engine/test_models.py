@@ -84,8 +84,8 @@ FUSED = {
 def test_inputs_of_fused_experts_equal_a_plain_loop(name):
     model, about = families.tiny(name), FUSED[name]
     blocks = find_blocks(model)
-    found = matrices(blocks[0], blocks)
-    observer = InputObserver(found, lambda input_NI: input_NI.double().square().sum(0))
+    block_matrices = matrices(blocks[0], blocks)
+    observer = InputObserver(block_matrices, lambda input_NI: input_NI.double().square().sum(0))
     with LayerwiseForwards(model, blocks, model, BATCHES, torch.device("cpu")) as walk:
         walk.start()
         for i in range(len(BATCHES)):
@@ -113,6 +113,6 @@ def test_inputs_of_fused_experts_equal_a_plain_loop(name):
         for which, expected in ((about.up, up_input), (about.down, about.inner(up))):
             matrix = f"{prefix}.{which}[{expert}]"
             key = observed.shared_input_key[matrix]
-            assert found[matrix].routed and found[matrix].transposed == about.transposed
+            assert block_matrices[matrix].routed and block_matrices[matrix].transposed == about.transposed
             assert observed.tokens[key] == tokens.sum()
             torch.testing.assert_close(observed.totals[key], expected.double().square().sum(0), rtol=1e-5, atol=1e-8)

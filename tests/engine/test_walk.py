@@ -217,10 +217,10 @@ class Layer(nn.Module):
 def test_all_inputs_of_a_matrix_are_observed(kind):
     layer, batches = Layer(kind), [torch.randn(3, 8) for _ in range(3)]
     block = Block(0, "layers.0", layer)
-    found, seen = matrices(block, [block]), {"layers.0.q.weight": [], "layers.0.k.weight": []}
-    observer = InputObserver(found, scores.square_sum)
+    block_matrices, seen = matrices(block, [block]), {"layers.0.q.weight": [], "layers.0.k.weight": []}
+    observer = InputObserver(block_matrices, scores.square_sum)
     for name, kept in seen.items():
-        module = found[name].module
+        module = block_matrices[name].module
         module.register_forward_pre_hook(
             lambda module, args, kwargs, kept=kept: kept.append([*args, *kwargs.values()][0].clone()), with_kwargs=True
         )

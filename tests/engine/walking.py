@@ -14,12 +14,12 @@ from pipeline.engine.layerwise import LayerwiseForwards
 def difference(model: nn.Module, batches: list[Tensor]) -> str | None:
     """Where a walk differs from the model's own forward in any bit; each block runs once extra before it is advanced."""
     expected = [model(input_ids=batch, use_cache=False).logits for batch in batches]
-    found: list[str] = []
+    differences: list[str] = []
     results: list[Tensor] = []
 
     def see(i: int, hidden: Tensor) -> None:
         if not same(hidden, tried[i]):
-            found.append(f"{walk.current.name} run twice on batch {i} gave different hidden states")
+            differences.append(f"{walk.current.name} run twice on batch {i} gave different hidden states")
 
     def call(batch: Tensor) -> Tensor:
         return model(input_ids=batch, use_cache=False).logits
@@ -29,14 +29,14 @@ def difference(model: nn.Module, batches: list[Tensor]) -> str | None:
         while walk.current is not None:
             tried = [walk.run_block(i) for i in range(len(batches))]
             results += walk.advance(see)
-    found += [
+    differences += [
         f"logits of batch {i}: {apart(given, own)}"
         for i, (given, own) in enumerate(zip(results, expected))
         if not same(given, own)
     ]
     if len(results) != len(batches):
-        found.append(f"{len(results)} results of {len(batches)} batches")
-    return found[0] if found else None
+        differences.append(f"{len(results)} results of {len(batches)} batches")
+    return differences[0] if differences else None
 
 
 def given(args: Any, kwargs: Any) -> list[Tensor]:

@@ -57,8 +57,8 @@ def run_dir(finished, tmp_path) -> Path:
 
 
 def test_errors_differences_continuations_and_hashes(finished, tiny_llama):
-    found = results(finished)
-    dense, pruned = found["models"]["dense"], found["models"]["pruned"]
+    written = results(finished)
+    dense, pruned = written["models"]["dense"], written["models"]["pruned"]
     assert dense["differences"] == {} and pruned["differences"].keys() == {"dense"}
     change = pruned["differences"]["dense"]
     log = change["perplexity"]["world"]
@@ -67,15 +67,15 @@ def test_errors_differences_continuations_and_hashes(finished, tiny_llama):
     task, ours, theirs = "world_tools", pruned["zero_shot"], dense["zero_shot"]
     assert change["zero_shot"][task]["acc"] == pytest.approx(ours[task]["acc"] - theirs[task]["acc"])
     assert change["zero_shot"][task]["stderr"] <= ours[task]["acc_stderr"] + theirs[task]["acc_stderr"]
-    assert len(found["protocol"]["prompts"]) == len(dense["continuations"]) == len(pruned["continuations"]) == 3
+    assert len(written["protocol"]["prompts"]) == len(dense["continuations"]) == len(pruned["continuations"]) == 3
     texts = world.documents("test")
-    assert all(any(text.startswith(prompt) for text in texts) for prompt in found["protocol"]["prompts"])
+    assert all(any(text.startswith(prompt) for text in texts) for prompt in written["protocol"]["prompts"])
     assert (dense["hash"], pruned["hash"]) == (
         model_files.identity(tiny_llama),
         model_files.identity(finished / "prune/model"),
     )
     masks = (finished / "prune/masks.safetensors").read_bytes()
-    assert found["protocol"]["masks"] == hashlib.sha256(masks).hexdigest()
+    assert written["protocol"]["masks"] == hashlib.sha256(masks).hexdigest()
     assert "sparsity" in dense and "mask_violations" not in dense and pruned["mask_violations"] == 0
 
 
@@ -84,9 +84,9 @@ def test_errors_differences_continuations_and_hashes(finished, tiny_llama):
 def test_placement_does_not_change_results(finished, tiny_llama, tmp_path, typed, elsewhere):
     for stage in ("prune", "evaluate"):
         shutil.copytree(finished / stage, tmp_path / "run" / stage)
-    code, said, lines = typed(f"model={tiny_llama}", f"run_dir={tmp_path}/run", f"evaluate.{elsewhere}")
+    code, output, lines = typed(f"model={tiny_llama}", f"run_dir={tmp_path}/run", f"evaluate.{elsewhere}")
     assert code == 0, lines
-    assert "prune: done before" in said and "evaluate: running" not in said.split("running again")[0]
+    assert "prune: done before" in output and "evaluate: running" not in output.split("running again")[0]
     assert results(tmp_path / "run") == results(finished)
 
 
@@ -182,8 +182,8 @@ def test_continuations_are_greedy():
     tokenizer = world.tokenizer()
     model = random_llama(len(tokenizer)).eval()
     prompts = [text[:40] for text in world.documents("test")[:2]]
-    found = continuations.continuations(model, tokenizer, prompts, 5)
-    for prompt, continuation in zip(prompts, found, strict=True):
+    generated = continuations.continuations(model, tokenizer, prompts, 5)
+    for prompt, continuation in zip(prompts, generated, strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         start = len(tokenizer.decode(ids[0], skip_special_tokens=True))
         for _ in range(5):
@@ -199,13 +199,14 @@ def test_own_prompts_and_no_prompts(tiny_llama, tmp_path, typed):
     settings = ("stages=[evaluate]", f"model={tiny_llama}", "evaluate.tasks=[]", f"run_dir={tmp_path}/runs/one")
     settings += ("evaluate.perplexity=[]", "evaluate.prompts=['Where does Ivy live?']")
     assert typed(*settings)[0] == 0
-    found = results(tmp_path / "runs/one")
+    written = results(tmp_path / "runs/one")
     assert (
-        found["protocol"]["prompts"] == ["Where does Ivy live?"] and len(found["models"]["dense"]["continuations"]) == 1
+        written["protocol"]["prompts"] == ["Where does Ivy live?"]
+        and len(written["models"]["dense"]["continuations"]) == 1
     )
     assert typed(*settings, "evaluate.continuations=0")[0] == 0
-    found = results(tmp_path / "runs/one")
-    assert found["protocol"]["prompts"] == [] and "continuations" not in found["models"]["dense"]
+    written = results(tmp_path / "runs/one")
+    assert written["protocol"]["prompts"] == [] and "continuations" not in written["models"]["dense"]
 
 
 def test_the_batch_size_is_a_number_or_auto():
@@ -216,38 +217,38 @@ def test_the_batch_size_is_a_number_or_auto():
 @pytest.mark.slow
 def test_an_adapter_kept_apart_is_evaluated_on_the_pruned_model(run_dir, tiny_llama, typed):
     settings = (f"model={tiny_llama}", f"run_dir={run_dir}", "stages=[prune,finetune,evaluate]")
-    before, found = cached_measurements(run_dir.parent), {}
+    before, by_placement = cached_measurements(run_dir.parent), {}
     for placed in ("whole", "stream"):
         more = ("finetune.method=plain_lora", "evaluate.tasks=[]", f"evaluate.placement={placed}")
         code, _, lines = typed(*settings, *more)
         assert code == 0, lines
-        found[placed] = results(run_dir)
+        by_placement[placed] = results(run_dir)
         for path in cached_measurements(run_dir.parent).keys() - before.keys():
             path.unlink()
-    assert found["whole"] == found["stream"]
-    model, pruned = (found["whole"]["models"][name] for name in ("finetuned", "pruned"))
+    assert by_placement["whole"] == by_placement["stream"]
+    model, pruned = (by_placement["whole"]["models"][name] for name in ("finetuned", "pruned"))
     assert model["perplexity"]["world"] < 0.99 * pruned["perplexity"]["world"] and model["hash"] != pruned["hash"]
     assert model["differences"].keys() == {"dense", "pruned"}
     assert "mask_violations" not in model and "sparsity" not in model
-    assert any("finetuned: a dense LoRA" in note for note in found["whole"]["protocol"]["notes"])
+    assert any("finetuned: a dense LoRA" in note for note in by_placement["whole"]["protocol"]["notes"])
 
 
 @pytest.mark.slow
 def test_limited_windows_are_marked_and_are_the_first(finished, tiny_llama, run_dir, typed):
     whole = results(finished)
     (text,) = whole["protocol"]["datasets"].values()
-    code, said, lines = typed(
+    code, output, lines = typed(
         f"model={tiny_llama}", f"run_dir={run_dir}", "evaluate.windows=4", "stages=[prune,evaluate,report]"
     )
     assert code == 0, lines
-    assert "world (first 4 windows)" in said
-    found = results(run_dir)
+    assert "world (first 4 windows)" in output
+    written = results(run_dir)
     assert (
-        found["protocol"]["windows"] == 4
-        and "the first 4 windows of 64 tokens" in found["protocol"]["datasets"]["world"]
+        written["protocol"]["windows"] == 4
+        and "the first 4 windows of 64 tokens" in written["protocol"]["datasets"]["world"]
     )
     assert "windows of each text" in (run_dir / "report/report.md").read_text()
-    assert found["models"]["dense"]["perplexity"] != whole["models"]["dense"]["perplexity"]
+    assert written["models"]["dense"]["perplexity"] != whole["models"]["dense"]["perplexity"]
     assert "first" not in text and whole["protocol"]["windows"] is None
 
 
@@ -257,9 +258,9 @@ def test_windows_begin_with_bos_if_set_and_a_note_says_if_not(finished, tiny_lla
     before = len(cached_measurements(run_dir.parent))
     code, _, lines = typed(f"model={tiny_llama}", f"run_dir={run_dir}", "evaluate.bos=true")
     assert code == 0, lines
-    found = results(run_dir)
-    assert found["protocol"]["bos"] and not any("evaluate.bos" in note for note in found["protocol"]["notes"])
-    assert found["models"]["dense"]["perplexity"] != results(finished)["models"]["dense"]["perplexity"]
+    written = results(run_dir)
+    assert written["protocol"]["bos"] and not any("evaluate.bos" in note for note in written["protocol"]["notes"])
+    assert written["models"]["dense"]["perplexity"] != results(finished)["models"]["dense"]["perplexity"]
     assert (
         len(cached_measurements(run_dir.parent)) == before + 2
     )  # only the perplexity of both models was measured again
@@ -269,7 +270,7 @@ def test_windows_begin_with_bos_if_set_and_a_note_says_if_not(finished, tiny_lla
 def test_the_column_chooses_the_text(tiny_llama, tmp_path, typed):
     rows = {"text": ["the cat sat on the mat ."] * 40, "other": ["the dove sings to the mason ."] * 40}
     Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
-    found = []
+    values = []
     for column in ("text", "other"):
         settings = [
             f"model={tiny_llama}",
@@ -280,5 +281,5 @@ def test_the_column_chooses_the_text(tiny_llama, tmp_path, typed):
         code, _, lines = typed(*settings, f"evaluate.perplexity=[{tmp_path}/rows.parquet]", "evaluate.tasks=[]")
         assert code == 0, lines
         (value,) = results(tmp_path / "runs/run")["models"]["dense"]["perplexity"].values()
-        found.append(value)
-    assert found[0] != found[1]
+        values.append(value)
+    assert values[0] != values[1]

@@ -50,12 +50,12 @@ def test_windows_that_begin_with_bos_predict_each_token_once():
     model, bos = tiny_llama().eval(), 5
     ids = torch.randint(6, VOCABULARY, (41,), generator=torch.Generator().manual_seed(2))
     for text in (ids, torch.cat([torch.tensor([bos]), ids])):  # the tokenizer may already have added one
-        found = windows(text, 11, bos=bos)
-        assert found.shape == (4, 11) and (found[:, 0] == bos).all()
-        assert torch.equal(found[:, 1:].flatten(), ids[:40])
-    expected = torch.tensor([model(it[None], labels=it[None]).loss for it in found]).mean().exp().item()
-    assert measured(model, found, 3) == pytest.approx(expected, rel=1e-6)
-    assert torch.equal(windows(ids, 11, 2, bos), found[:2])
+        windows_NT = windows(text, 11, bos=bos)
+        assert windows_NT.shape == (4, 11) and (windows_NT[:, 0] == bos).all()
+        assert torch.equal(windows_NT[:, 1:].flatten(), ids[:40])
+    expected = torch.tensor([model(it[None], labels=it[None]).loss for it in windows_NT]).mean().exp().item()
+    assert measured(model, windows_NT, 3) == pytest.approx(expected, rel=1e-6)
+    assert torch.equal(windows(ids, 11, 2, bos), windows_NT[:2])
     assert torch.equal(windows(ids, 10, 2), ids[:20].view(2, 10))
     with pytest.raises(UserError, match="too few for one window"):
         windows(ids[:5], 11, bos=bos)
@@ -65,8 +65,8 @@ def test_windows_that_begin_with_bos_predict_each_token_once():
 def test_equals_the_papers_loop(seq_len):
     model = tiny_llama().eval()
     ids = torch.randint(VOCABULARY, (627,), generator=torch.Generator().manual_seed(2))
-    found = measured(model, windows(ids, seq_len), 3)
-    assert found == pytest.approx(papers_loop(model, ids, seq_len), rel=1e-6)
+    value = measured(model, windows(ids, seq_len), 3)
+    assert value == pytest.approx(papers_loop(model, ids, seq_len), rel=1e-6)
 
 
 def test_windows_are_consecutive_and_the_rest_is_dropped():
@@ -105,8 +105,8 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
         dist.all_reduce(tensor)
         return tensor
 
-    found = measured(tiny_llama(), random_windows(), 2, rank, world_size, all_sum)
-    torch.save(found, f"{folder}/{rank}.pt")
+    value = measured(tiny_llama(), random_windows(), 2, rank, world_size, all_sum)
+    torch.save(value, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -134,10 +134,10 @@ def test_a_gpu_computes_what_the_cpu_does():
 
 
 def test_leaves_the_model_unchanged_and_reports_progress():
-    model, told = tiny_llama(), []
+    model, messages = tiny_llama(), []
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    window_losses(full_logits(model), random_windows(), 3, report=told.append)
-    assert told == ["3 of 7 windows", "6 of 7 windows", "7 of 7 windows"]
+    window_losses(full_logits(model), random_windows(), 3, report=messages.append)
+    assert messages == ["3 of 7 windows", "6 of 7 windows", "7 of 7 windows"]
     assert not any(tensor.is_inference() for tensor in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -147,10 +147,10 @@ def test_layer_by_layer_equals_the_model_exactly(family):
     """Also final norms, heads and changes to logits; the last batch is smaller than the others."""
     ids_NT = torch.randint(3, 61, (5, 24), generator=torch.Generator().manual_seed(3))
     expected = window_losses(full_logits(small_model(family)), ids_NT, 2)
-    told = []
-    found = window_losses(streamed_logits(small_model(family), torch.device("cpu"), told.append), ids_NT, 2)
-    assert torch.equal(found, expected)
-    assert told == ["layer 1 of 3", "layer 2 of 3", "layer 3 of 3"]
+    messages = []
+    losses = window_losses(streamed_logits(small_model(family), torch.device("cpu"), messages.append), ids_NT, 2)
+    assert torch.equal(losses, expected)
+    assert messages == ["layer 1 of 3", "layer 2 of 3", "layer 3 of 3"]
 
 
 @pytest.mark.slow
@@ -170,10 +170,10 @@ def test_the_paired_error_is_the_error_of_the_differences():
         "correct": {"t": [1, 1, 0, 1], "u": [1, 0]},
     }
     theirs = {"losses": {"a": hard_N.tolist(), "one": [2.0]}, "correct": {"t": [1, 0, 0, 0]}}
-    found = paired.difference(ours, theirs)
-    change = found["perplexity"]["a"]
+    difference = paired.difference(ours, theirs)
+    change = difference["perplexity"]["a"]
     assert change["log"] == pytest.approx(0.5, abs=4 * change["stderr"])
     assert change["stderr"] == pytest.approx(noise_N.std().item() / 20)
     assert change["stderr"] < 0.01 * paired.standard_error(theirs["losses"]["a"])
-    assert found["zero_shot"] == {"t": {"acc": 0.5, "stderr": pytest.approx((1 / 3) ** 0.5 / 2)}}
-    assert found["perplexity"].keys() == {"a"}  # one window has no standard error
+    assert difference["zero_shot"] == {"t": {"acc": 0.5, "stderr": pytest.approx((1 / 3) ** 0.5 / 2)}}
+    assert difference["perplexity"].keys() == {"a"}  # one window has no standard error

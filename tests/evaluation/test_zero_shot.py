@@ -120,12 +120,12 @@ def test_equals_a_plain_loop(mirror):
         correct.append(float(scores.index(max(scores)) == target))
         correct_by_length.append(float(by_length.index(max(by_length)) == target))
     scores, by_question = zero_shot(model, tokenizer, ["arc_easy"], mirror, batch_size=3)
-    found = scores["arc_easy"]
-    assert found.keys() == METRICS
+    arc_easy = scores["arc_easy"]
+    assert arc_easy.keys() == METRICS
     assert by_question["arc_easy"] == correct
-    assert found["acc"] == pytest.approx(sum(correct) / 11)
-    assert found["acc_norm"] == pytest.approx(sum(correct_by_length) / 11)
-    assert found["acc_stderr"] == pytest.approx(torch.tensor(correct).std().item() / 11**0.5)
+    assert arc_easy["acc"] == pytest.approx(sum(correct) / 11)
+    assert arc_easy["acc_norm"] == pytest.approx(sum(correct_by_length) / 11)
+    assert arc_easy["acc_stderr"] == pytest.approx(torch.tensor(correct).std().item() / 11**0.5)
 
 
 def test_scores_do_not_depend_on_the_other_tasks(mirror):
@@ -157,26 +157,26 @@ def test_the_default_tasks_run_from_a_mirror(mirror, tmp_path):
         write(tmp_path, *place.split(), [row] * 3)
     (tmp_path / "allenai" / "ai2_arc").symlink_to(Path(mirror, "allenai", "ai2_arc"))
     names = Evaluate().tasks
-    found, _ = zero_shot(tiny_llama(), byte_tokenizer(), names, str(tmp_path))
-    assert list(found) == names
-    for scores in found.values():
+    scores_by_task, _ = zero_shot(tiny_llama(), byte_tokenizer(), names, str(tmp_path))
+    assert list(scores_by_task) == names
+    for scores in scores_by_task.values():
         assert scores.keys() in (METRICS, {"acc", "acc_stderr"})
         assert all(0 <= score <= 1 for score in scores.values())
 
 
 def test_the_tasks_of_the_world_are_known_by_name():
     check_tasks(list(world.TASKS), mirror="no/such/folder")
-    found, _ = zero_shot(tiny_llama(len(world.tokenizer())), world.tokenizer(), list(world.TASKS), limit=8)
-    assert found.keys() == world.TASKS.keys()
-    assert all(scores.keys() == METRICS for scores in found.values())
+    scores_by_task, _ = zero_shot(tiny_llama(len(world.tokenizer())), world.tokenizer(), list(world.TASKS), limit=8)
+    assert scores_by_task.keys() == world.TASKS.keys()
+    assert all(scores.keys() == METRICS for scores in scores_by_task.values())
 
 
 def _run(rank: int, world_size: int, folder: str, cases: list[tuple]) -> None:
     torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = Path(folder, "cache")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    found = [list(zero_shot(*_loaded(case), rank=rank, world_size=world_size)) for case in cases]
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    results = [list(zero_shot(*_loaded(case), rank=rank, world_size=world_size)) for case in cases]
+    Path(folder, f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
@@ -214,17 +214,19 @@ def test_equals_lm_evals_command_line(tmp_path):
     command += ["--output_path", str(tmp_path), "--tasks", ",".join(str(tmp_path / f"{name}.yaml") for name in names)]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     expected = json.loads(next(tmp_path.rglob("results_*.json")).read_text())["results"]
-    found, _ = zero_shot(*_loaded((str(STORIES),)), names, str(HUB), batch_size=8, limit=limit)
-    assert found.keys() == set(names)
+    scores, _ = zero_shot(*_loaded((str(STORIES),)), names, str(HUB), batch_size=8, limit=limit)
+    assert scores.keys() == set(names)
     for name in names:
-        assert found[name].keys() == METRICS
-        assert found[name] == pytest.approx({metric: expected[f"local_{name}"][f"{metric},none"] for metric in METRICS})
+        assert scores[name].keys() == METRICS
+        assert scores[name] == pytest.approx(
+            {metric: expected[f"local_{name}"][f"{metric},none"] for metric in METRICS}
+        )
 
 
 def test_the_fast_task_search_equals_lm_evals_index():
     index = {name: entry.yaml_path for name, entry in tasks._index().items() if entry.yaml_path}
-    found = tasks._definitions()
-    assert {name: found.get(name) for name in index} == index
+    definitions = tasks._definitions()
+    assert {name: definitions.get(name) for name in index} == index
 
 
 def test_an_unknown_task_is_refused_with_the_nearest():
@@ -291,13 +293,13 @@ def test_a_task_without_a_configuration_uses_the_default_or_only_one(tmp_path, c
     group = {"group": "pair", "task": ["one", "two"], "aggregate_metric_list": [{"metric": "acc"}]}
     (folder / "pair.yaml").write_text(yaml.safe_dump(group))
     model, tokenizer = tiny_llama(), byte_tokenizer()
-    found, _ = zero_shot(model, tokenizer, [str(folder)], str(tmp_path))
-    assert found.keys() == {"one", "two"}
-    assert found["one"] == zero_shot(model, tokenizer, [str(folder / "one.yaml")], str(tmp_path))[0]["one"]
+    scores, _ = zero_shot(model, tokenizer, [str(folder)], str(tmp_path))
+    assert scores.keys() == {"one", "two"}
+    assert scores["one"] == zero_shot(model, tokenizer, [str(folder / "one.yaml")], str(tmp_path))[0]["one"]
     assert len(load_tasks([str(folder / "one.yaml")], str(tmp_path))["tasks"]["one"].eval_docs) == 5
     pair, correct = zero_shot(model, tokenizer, [str(folder / "pair.yaml")], str(tmp_path))
     assert not correct  # groups have no single answers
-    assert pair.keys() == {"pair"} and pair["pair"]["acc"] == pytest.approx(found["one"]["acc"])
+    assert pair.keys() == {"pair"} and pair["pair"]["acc"] == pytest.approx(scores["one"]["acc"])
     asked = tasks.identity(str(folder / "one.yaml"), str(tmp_path))
     write(tmp_path, "us/quiz", config, "test", arc_rows(6, "all"))
     assert tasks.identity(str(folder / "one.yaml"), str(tmp_path)) != asked

@@ -20,7 +20,9 @@ import pytest
 import launch
 from pipeline.runtime import checksums, heartbeat
 from tests.conftest import QUICK, make_tiny_llama
-from tests.faults.bad_inputs import CASES, DAMAGED_FILES, Case
+from tests.faults.bad_commands import DAMAGED_FILES
+from tests.faults.bad_inputs import CASES
+from tests.faults.cases import Case
 from tests.faults.harm import flip, undo
 from tests.faults.test_faults_processes import LOST, lose_process
 
@@ -55,7 +57,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def answer(case: Case, here: Path) -> tuple[int, str, list[str]]:
+def run_case(case: Case, here: Path) -> tuple[int, str, list[str]]:
     words = shlex.split(case.typed)
     words = [word.replace("{here}", str(here)) for word in words]
     return typed(*words) if words[:1] in (["compare"], ["verify"], ["apply"]) else typed(*settings(here), *words)
@@ -86,10 +88,10 @@ def test_bad_input_is_a_one_line_error_and_changes_nothing(case, here, capfd):
     except PermissionError as error:
         pytest.skip(str(error))
     before = content(here / "run")
-    code, said, lines = answer(case, here)
-    assert code == 2 and len(lines) == 1, said[-3000:]
+    code, output, lines = run_case(case, here)
+    assert code == 2 and len(lines) == 1, output[-3000:]
     assert case.says.replace("{here}", str(here)) in lines[0], lines[0]
-    seen = said + "".join(capfd.readouterr())
+    seen = output + "".join(capfd.readouterr())
     assert "Traceback" not in seen and "bug in Espalier" not in seen
     assert content(here / "run") == before
     assert not list(here.glob("new*")) and not list(here.rglob("traceback*"))
@@ -98,15 +100,19 @@ def test_bad_input_is_a_one_line_error_and_changes_nothing(case, here, capfd):
 def after_damage(stage: str, file: str, here: Path) -> tuple[int, str, list[str]]:
     file, _, word = file.partition(": ")
     flip(here / "run" / stage / file, word.encode() or 0.5)
-    code, said, _ = typed(*settings(here))
-    return code, said, [line for line in said.splitlines() if f"{stage}: {here}/run/{stage}/{file} is damaged" in line]
+    code, output, _ = typed(*settings(here))
+    return (
+        code,
+        output,
+        [line for line in output.splitlines() if f"{stage}: {here}/run/{stage}/{file} is damaged" in line],
+    )
 
 
 @pytest.mark.parametrize(("stage", "file"), DAMAGED_FILES)
 def test_a_changed_byte_is_named_and_only_its_stage_runs_again(stage, file, finished):
     here, before = finished, content(finished / "run")
-    code, said, named = after_damage(stage, file, here)
-    assert code == 0 and len(named) == 1, said
+    code, output, named = after_damage(stage, file, here)
+    assert code == 0 and len(named) == 1, output
     now = content(here / "run")
     assert now.keys() == before.keys()
     made_again = {name for name in before if now[name] != before[name]}
@@ -124,40 +130,43 @@ def test_every_changed_byte_of_stage_json_is_detected(finished, tmp_path):
 
 
 def main() -> None:
-    print("# Bad inputs and their answers\n")
+    print("# Bad inputs and their messages\n")
     print(
-        "Made by `python -m tests.faults.test_bad_inputs`; each row is a test. Each answer is the one line that is said, after"
+        "Made by `python -m tests.faults.test_bad_inputs`; each row is a test. The message is the one line that is printed"
     )
-    print("`espalier: `; the exit code is 2, and a finished run in the same folder is to the byte as it was.\n")
+    print("after `espalier: `. The exit code is 2, and a finished run in the same folder is unchanged.\n")
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         base.mkdir()
         make(base)
         here = Path(folder) / "here"
         for part, cases in CASES.items():
-            print(f"## {part}\n\n| typed | damaged | answer |\n| --- | --- | --- |")
+            print(f"## {part}\n\n| command line | damage | message |\n| --- | --- | --- |")
             for case in cases:
                 shutil.rmtree(here, ignore_errors=True)
                 shutil.copytree(base, here, ignore=shutil.ignore_patterns(".measured"))
                 if case.harm:
                     case.harm(here)
-                _, _, (line,) = answer(case, here)
+                _, _, (line,) = run_case(case, here)
                 undo(here)
                 _row(here, f"`{case.typed}`" if case.typed else "", case.harmed, line)
             print()
-        print("## A byte of a finished run that changed\n\nThe exit code is 0: the stage is made again.\n")
-        print("| file | answer |\n| --- | --- |")
+        print("## A changed byte in a finished run\n\nThe exit code is 0: the stage runs again.\n")
+        print("| file | message |\n| --- | --- |")
         for stage, file in DAMAGED_FILES:
             _, _, (line,) = after_damage(stage, file, base)
             _row(base, f"`{stage}/{file.replace(': ', '`, in the word `')}`", line)
-        print("\n## A process that is gone, of two on two machines\n\n| signal, process | exit codes | answer |")
+        print("\n## A lost process, of two on two machines\n\n| signal, process | exit codes | message |")
         print("| --- | --- | --- |")
         heartbeat.BEAT, heartbeat.MISSED = 0.4, 5
         for name, number, *_ in LOST:
             there = Path(tempfile.mkdtemp(dir=folder))
-            codes, said, _ = lose_process(there, name, number)
+            codes, output, _ = lose_process(there, name, number)
             _row(
-                there, f"{name}, {number}", ", ".join(map(str, codes)), *[line for lines in said for line in lines][:1]
+                there,
+                f"{name}, {number}",
+                ", ".join(map(str, codes)),
+                *[line for lines in output for line in lines][:1],
             )
 
 

@@ -22,9 +22,9 @@ NORM = "model.layers.1.post_attention_layernorm.weight"
 def forms(tiny_llama, tmp_path_factory) -> dict[str, Path]:
     """The same model as one file and as shards with an index, each in safetensors and torch.save files."""
     folder = tmp_path_factory.mktemp("forms")
-    found = {"one": tiny_llama}
+    folders = {"one": tiny_llama}
     for form in ("shards", "bin", "bin shards"):
-        found[form] = folder / form
+        folders[form] = folder / form
         shutil.copytree(tiny_llama, folder / form)
         (folder / form / "model.safetensors").unlink()
     AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(folder / "shards", max_shard_size="40KB")
@@ -34,7 +34,7 @@ def forms(tiny_llama, tmp_path_factory) -> dict[str, Path]:
     index = json.loads((folder / "shards/model.safetensors.index.json").read_text())
     index["weight_map"] = {name: as_bin(file) for name, file in index["weight_map"].items()}
     (folder / "bin shards/pytorch_model.bin.index.json").write_text(json.dumps(index))
-    return found
+    return folders
 
 
 def as_bin(name: str) -> str:
@@ -168,7 +168,7 @@ def test_overflow_in_float16_suggests_another_dtype(tiny_llama, tmp_path, refuse
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda_seq"])
 def test_a_singular_hessian_is_damped_further(tiny_llama, tmp_path, finishes, method):
     few = ("calibration.samples=1", "calibration.seq_len=8", "prune.damp=0", f"prune.method={method}")
-    _, said = finishes(tmp_path, f"model={tiny_llama}", *few)
-    assert "model.layers.0.mlp.down_proj.weight: the Hessian is singular at damping 0: trying 0.0001" in said
+    _, output = finishes(tmp_path, f"model={tiny_llama}", *few)
+    assert "model.layers.0.mlp.down_proj.weight: the Hessian is singular at damping 0: trying 0.0001" in output
     for name, weight in model_files.tensors(tmp_path / "prune/model"):
         assert weight.isfinite().all(), name

@@ -89,17 +89,17 @@ def test_one_failure_ends_all_and_is_reported_once(tmp_path):
             raise UserError("this text is empty")
         processes.barrier()
 
-    codes, said, seconds = ranks(tmp_path, work, of=3)
+    codes, printed, seconds = ranks(tmp_path, work, of=3)
     assert codes == [2, 2, 2] and seconds < 30
-    assert said == [[], ["espalier: this text is empty"], []]
+    assert printed == [[], ["espalier: this text is empty"], []]
 
 
 def test_a_common_failure_is_reported_once(tmp_path):
     def work(number: int) -> None:
         raise OSError("no such file")
 
-    codes, said, _ = ranks(tmp_path, work)
-    assert codes == [2, 2] and sorted(said) == [[], ["espalier: no such file"]]
+    codes, printed, _ = ranks(tmp_path, work)
+    assert codes == [2, 2] and sorted(printed) == [[], ["espalier: no such file"]]
 
 
 def test_a_failure_is_reported_once_per_machine(tmp_path):
@@ -108,34 +108,34 @@ def test_a_failure_is_reported_once_per_machine(tmp_path):
             raise KeyError("oops")
         processes.barrier()
 
-    codes, said, _ = ranks(tmp_path, work, of=4, nodes=2)
+    codes, printed, _ = ranks(tmp_path, work, of=4, nodes=2)
     assert codes == [2] * 4
-    assert [len(lines) for lines in said] == [1, 0, 0, 1]
-    assert f"process 3 on {socket.gethostname()}: 'oops'" in said[0][0]
-    assert "KeyError: 'oops' (a bug in Espalier" in said[3][0]
+    assert [len(lines) for lines in printed] == [1, 0, 0, 1]
+    assert f"process 3 on {socket.gethostname()}: 'oops'" in printed[0][0]
+    assert "KeyError: 'oops' (a bug in Espalier" in printed[3][0]
 
 
 @pytest.mark.parametrize(("name", "number", "codes", "says"), LOST)
 def test_a_lost_process_ends_the_others(tmp_path, monkeypatch, name, number, codes, says):
     monkeypatch.setattr(heartbeat, "MISSED", 5)
-    found, said, seconds = lose_process(tmp_path, name, number)
-    assert found == codes and seconds < 30
-    lines = [line for lines in said for line in lines]
-    assert lines and all(re.search(says, line.split(": ", 1)[1]) for line in lines), said
+    exit_codes, printed, seconds = lose_process(tmp_path, name, number)
+    assert exit_codes == codes and seconds < 30
+    lines = [line for lines in printed for line in lines]
+    assert lines and all(re.search(says, line.split(": ", 1)[1]) for line in lines), printed
 
 
 def test_collectives_time_out_after_timeout_minutes(tmp_path):
-    codes, said, seconds = ranks(tmp_path, wait_in_barrier, settings=("timeout_minutes=0.05",))
+    codes, printed, seconds = ranks(tmp_path, wait_in_barrier, settings=("timeout_minutes=0.05",))
     assert codes == [2, 2] and seconds < 30
-    assert "process 0 waited 0.05 minutes for one that is still working: set a longer timeout_minutes" in said[0][0]
+    assert "process 0 waited 0.05 minutes for one that is still working: set a longer timeout_minutes" in printed[0][0]
 
 
 def test_processes_with_different_settings_are_refused(tmp_path):
     def work(number: int) -> None:
         runner._refuse_other_settings(reader.load([f"prune.sparsity=0.{5 + number}"]))
 
-    codes, said, _ = ranks(tmp_path, work)
-    (line,) = (line for lines in said for line in lines)
+    codes, printed, _ = ranks(tmp_path, work)
+    (line,) = (line for lines in printed for line in lines)
     assert codes == [2, 2] and "was started with other settings" in line and "prune.sparsity 0." in line
 
 
@@ -146,8 +146,8 @@ def test_machines_without_a_shared_run_folder_are_refused(tmp_path, monkeypatch)
         with runner._locked(tmp_path / f"disk{number}"):
             pass
 
-    codes, said, _ = ranks(tmp_path, work, nodes=2)
-    assert codes == [2, 2] and all("must lie on a file system that all machines share" in line for (line,) in said)
+    codes, printed, _ = ranks(tmp_path, work, nodes=2)
+    assert codes == [2, 2] and all("must lie on a file system that all machines share" in line for (line,) in printed)
     assert not list(tmp_path.glob("disk*/.lock"))
 
 
@@ -178,7 +178,7 @@ def test_wrong_launches_are_refused(monkeypatch, environment, says):
 
 
 def leave_lock(run_dir: Path, **changed) -> Path:
-    """A lock that that an ended process left."""
+    """A lock that an ended process left."""
     with lock.held(run_dir):
         holder = json.loads((run_dir / ".lock").read_text())
     (run_dir / ".lock").write_text(json.dumps(holder | changed))

@@ -59,8 +59,8 @@ def test_tokens_of_another_vocabulary(tiny_llama, tmp_path, refused, token):
 def test_fewer_batches_than_processes(tiny_llama, tmp_path):
     settings = (f"model={tiny_llama}", *PRUNE, "calibration.samples=2", f"run_dir={tmp_path}")
     seen = espalier(*settings, processes=2, expect=None)
-    said = [line for line in seen.splitlines() if line.startswith("espalier: ")]
-    assert said == [
+    output = [line for line in seen.splitlines() if line.startswith("espalier: ")]
+    assert output == [
         "espalier: 1 batches of calibration samples cannot be shared by 2 processes: set calibration.samples=4 or more"
     ]
     assert not (tmp_path / "prune").exists()

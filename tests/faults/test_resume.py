@@ -56,16 +56,16 @@ def test_a_signal_during_a_layer_then_a_damaged_file(tiny_llama, whole_masks, tm
     settings = (f"model={tiny_llama}", f"run_dir={tmp_path}/run", f"prune.method={tmp_path}/mine.py")
     monkeypatch.setenv("STOP_IN_LAYER", "1")
     handler = signal.getsignal(signal.SIGTERM)
-    code, said, lines = typed(*settings)
+    code, output, lines = typed(*settings)
     assert code == signals.EXIT_CODE
     assert lines == ["espalier: stopped by SIGTERM after layer 2: run the same command again to resume"]
-    assert "layer 2/3" in said and "layer 3/3" not in said
+    assert "layer 2/3" in output and "layer 3/3" not in output
     if damaged:
         flip(tmp_path / "run/.prune" / damaged)
-    code, said, _ = typed(*settings)
+    code, output, _ = typed(*settings)
     assert code == 0
-    assert f"{1 if damaged else 2} of 3 layers were pruned before" in said
-    assert not damaged or f"damaged files, to be made again: {damaged}" in said
+    assert f"{1 if damaged else 2} of 3 layers are already pruned" in output
+    assert not damaged or f"damaged files, to be made again: {damaged}" in output
     assert (tmp_path / "run/prune/masks.safetensors").read_bytes() == whole_masks
     assert signal.getsignal(signal.SIGTERM) == handler
 
@@ -89,10 +89,10 @@ def test_a_signal_during_training_then_a_damaged_checkpoint(trained, tmp_path, t
     (checkpoint,) = (tmp_path / "run/.finetune/checkpoints").glob("*.ckpt")
     if number == signal.SIGINT:
         flip(checkpoint)
-    code, said, _ = typed(*settings, f"run_dir={tmp_path}/run")
+    code, output, _ = typed(*settings, f"run_dir={tmp_path}/run")
     assert code == 0
-    assert (f"resuming from {checkpoint.name}" in said) == (number == signal.SIGTERM)
-    assert (f"{checkpoint.name} is damaged" in said) == (number == signal.SIGINT)
+    assert (f"resuming from {checkpoint.name}" in output) == (number == signal.SIGTERM)
+    assert (f"{checkpoint.name} is damaged" in output) == (number == signal.SIGINT)
     assert weights(tmp_path / "run") == weights(whole)
 
 
@@ -102,9 +102,9 @@ def test_a_run_folder_may_be_relative_or_a_symlink(tiny_llama, tmp_path, monkeyp
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to("elsewhere")
     for run_dir in ("runs/relative", "link/run"):
-        code, said, lines = typed(f"model={tiny_llama}", f"run_dir={run_dir}", "stages=[prune,finetune]")
+        code, output, lines = typed(f"model={tiny_llama}", f"run_dir={run_dir}", "stages=[prune,finetune]")
         assert code == 0, lines
-        assert "finetune: done in" in said
+        assert "finetune: done in" in output
 
 
 def test_a_signal_elsewhere_stops_at_once_and_a_second_one_always(capsys):
@@ -134,8 +134,8 @@ def test_only_a_damaged_stage_runs_again(trained, typed, file):
     stage, _, rest = file.partition("/")
     made = {name: (run_dir / name / "stage.json").stat().st_mtime_ns for name in ("prune", "finetune")}
     flip(run_dir / file)
-    code, said, _ = typed(*settings, f"run_dir={run_dir}")
-    assert code == 0 and f"{stage}: {run_dir / file} is damaged or missing (1 in all): running again" in said
+    code, output, _ = typed(*settings, f"run_dir={run_dir}")
+    assert code == 0 and f"{stage}: {run_dir / file} is damaged or missing (1 in all): running again" in output
     assert {name for name in made if (run_dir / name / "stage.json").stat().st_mtime_ns != made[name]} == {stage}
     assert weights(run_dir) == before
 
@@ -146,16 +146,16 @@ def test_stages_run_again_if_the_weights_they_read_changed(trained, typed, tmp_p
     run_dir, settings = shutil.copytree(trained[0], tmp_path / "run"), trained[1]
     change_weights(lambda weights: next(iter(weights.values())).mul_(2), f"prune/model/{SECOND}")(run_dir)
     checksums.record(run_dir / "prune", run_dir / "prune/model" / SECOND)
-    code, said, _ = typed(*settings, f"run_dir={run_dir}")
-    assert code == 0 and "prune: done before" in said and "finetune: read.prune" in said, said
+    code, output, _ = typed(*settings, f"run_dir={run_dir}")
+    assert code == 0 and "prune: done before" in output and "finetune: read.prune" in output, output
 
 
 @pytest.mark.slow
 def test_settings_without_influence_do_not_run_a_stage_again(trained, typed):
     run_dir, settings = trained
     changed = ("finetune.checkpoint_every=7", "finetune.effective=cached", "prune.hidden_states=cpu")
-    code, said, _ = typed(*settings, f"run_dir={run_dir}", *changed)
-    assert code == 0 and said.count("done before") == 2, said
+    code, output, _ = typed(*settings, f"run_dir={run_dir}", *changed)
+    assert code == 0 and output.count("done before") == 2, output
 
 
 def test_an_edited_user_method_prunes_again(tiny_llama, tmp_path, typed):
@@ -163,8 +163,8 @@ def test_an_edited_user_method_prunes_again(tiny_llama, tmp_path, typed):
     settings = (f"model={tiny_llama}", f"run_dir={tmp_path}/run", f"prune.method={path}")
     for text, says in ((MINE, "prune: running"), (MINE, "prune: done before"), (MINE + "# another", "running again")):
         path.write_text(text)
-        code, said, _ = typed(*settings)
-        assert code == 0 and says in said, said
+        code, output, _ = typed(*settings)
+        assert code == 0 and says in output, output
 
 
 @pytest.mark.slow
@@ -179,9 +179,9 @@ def test_scratch_files_stay_until_the_stage_is_recorded_as_finished(trained, tmp
         return "a machine"
 
     monkeypatch.setattr(runner.hardware, "machine", machine)
-    codes, said, _ = zip(*(typed(*settings, f"run_dir={tmp_path}/run") for _ in range(3)))
+    codes, output, _ = zip(*(typed(*settings, f"run_dir={tmp_path}/run") for _ in range(3)))
     assert codes == (2, 2, 0)
-    assert "3 of 3 layers were pruned before" in said[1] and "resuming from step=60.ckpt" in said[2]
+    assert "3 of 3 layers are already pruned" in output[1] and "resuming from step=60.ckpt" in output[2]
     assert weights(tmp_path / "run") == weights(whole)
     assert not [path for name in runner.SCRATCH for path in (tmp_path / "run").glob(f"*/{name}")]
 
@@ -190,8 +190,8 @@ def test_scratch_files_stay_until_the_stage_is_recorded_as_finished(trained, tmp
 def test_a_kill_just_before_a_stage_is_renamed(trained, typed):
     run_dir, settings = trained
     (run_dir / "prune").rename(run_dir / ".prune")
-    code, said, _ = typed(*settings, f"run_dir={run_dir}")
-    assert code == 0 and said.count("done before") == 2
+    code, output, _ = typed(*settings, f"run_dir={run_dir}")
+    assert code == 0 and output.count("done before") == 2
 
 
 @pytest.mark.slow
@@ -200,5 +200,5 @@ def test_a_copied_run_is_done(trained, tmp_path, typed):
     for path in run_dir.rglob("*"):
         if path.is_file():
             os.utime(path)
-    code, said, _ = typed(*settings, f"run_dir={run_dir}")
-    assert code == 0 and said.count("done before") == 2
+    code, output, _ = typed(*settings, f"run_dir={run_dir}")
+    assert code == 0 and output.count("done before") == 2

@@ -82,10 +82,10 @@ def test_no_secret_is_written_or_printed(tiny_llama, tmp_path, typed, monkeypatc
     }
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
-    code, said, lines = typed(*QUICK, f"model={tiny_llama}", f"run_dir={tmp_path}/runs/run")
+    code, output, lines = typed(*QUICK, f"model={tiny_llama}", f"run_dir={tmp_path}/runs/run")
     assert code == 0
     seen = (
-        said
+        output
         + "".join(lines)
         + "".join(path.read_bytes().decode("latin1") for path in tmp_path.rglob("*") if path.is_file())
     )

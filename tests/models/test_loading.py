@@ -111,8 +111,8 @@ def test_streamed_parameters_equal_those_in_memory(family):
     streamed = list(parameters(folder, Recipe()))
     same(dict(streamed), file_names.saved_state(model))
     assert len(streamed) == len(dict(streamed))
-    _, found = layers(folder, Recipe())
-    assert {layer for layer in found if layer} == {file_names.layer_of(n) for n, _ in streamed} - {""}
+    _, by_layer = layers(folder, Recipe())
+    assert {layer for layer in by_layer if layer} == {file_names.layer_of(n) for n, _ in streamed} - {""}
 
 
 def test_masks_of_fused_experts_are_checked_against_their_files(tmp_path):
@@ -146,13 +146,13 @@ def changed(origin: Path, folder: Path, change) -> Path:
 
 def refused(folder: Path) -> str:
     """The message, which is the same for every way of reading the folder."""
-    said = []
+    output = []
     for read in (loading.load, lambda *of: list(parameters(*of))):
         with pytest.raises(UserError) as raised:
             read(folder, Recipe())
-        said.append(str(raised.value))
-    assert said[0] == said[1]
-    return said[0]
+        output.append(str(raised.value))
+    assert output[0] == output[1]
+    return output[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
@@ -337,8 +337,8 @@ def test_download_patterns_of_hub_models():
         "adapters/a/model.safetensors",
         "pytorch_model.bin",
     ]
-    found = filter_repo_objects([*there, *elsewhere], **model_files.download("*.safetensors"))
-    assert list(found) == there
+    downloaded = filter_repo_objects([*there, *elsewhere], **model_files.download("*.safetensors"))
+    assert list(downloaded) == there
 
 
 def test_all_other_files_are_copied(tiny_llama, tmp_path):

@@ -216,8 +216,8 @@ def test_pruning_a_quantised_model_writes_an_unquantised_one(tiny_llama, tmp_pat
         weights[name], weights[f"{name}_scale_inv"], exact[name] = in_float8(weights[name], (16, 16))
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     name_in_config(folder, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]})
-    _, said = finishes(tmp_path / "run", f"model={folder}")
-    assert said.count("is quantised (fp8): its weights are dequantised to float32") == 1
+    _, output = finishes(tmp_path / "run", f"model={folder}")
+    assert output.count("is quantised (fp8): its weights are dequantised to float32") == 1
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "run/prune/model", output_loading_info=True)
     assert not any(info.values()) and not hasattr(model.config, "quantization_config")
     for name, weight in model.named_parameters():

@@ -56,13 +56,15 @@ def in_another_form(origin: Path, folder: Path, form: str) -> Path:
 
 @pytest.mark.parametrize("form", ["one file", "shards", "bin"])
 def test_verify_accepts_a_pruned_model_in_any_format(pruned, tmp_path, typed, form):
-    code, said, lines = typed("verify", in_another_form(pruned / "model", tmp_path, form), pruned / "masks.safetensors")
+    code, output, lines = typed(
+        "verify", in_another_form(pruned / "model", tmp_path, form), pruned / "masks.safetensors"
+    )
     assert (code, lines) == (0, [])
-    (row,) = (line.split() for line in said.splitlines() if UP in line)
+    (row,) = (line.split() for line in output.splitlines() if UP in line)
     assert row[1:4] == ["48", "x", "32"] and row[4] == "0.6"
     assert row[5:] == [f"{100 * 19 / 32:.2f}", f"{100 * 19 / 32:.2f}", "0"]  # int(32 * 0.6) of each row
-    assert "21 matrices" in said and "no violations" in said
-    assert model_files.identity(tmp_path) in said
+    assert "21 matrices" in output and "no violations" in output
+    assert model_files.identity(tmp_path) in output
 
 
 def test_a_changed_weight_is_named(pruned, tmp_path, typed):
@@ -71,14 +73,14 @@ def test_a_changed_weight_is_named(pruned, tmp_path, typed):
     row, column = (~Masks.load(pruned / "masks.safetensors")[UP]).nonzero()[7].tolist()
     weights[UP][row, column] = 0.25
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    code, said, (line,) = typed("verify", folder, pruned / "masks.safetensors")
+    code, output, (line,) = typed("verify", folder, pruned / "masks.safetensors")
     assert code == 2
     assert line == f"espalier: {folder} does not match its masks: {UP} [{row}, {column}] is 0.25 and should be zero"
-    assert [line.split()[-1] for line in said.splitlines() if "weight" in line].count("1") == 1
+    assert [line.split()[-1] for line in output.splitlines() if "weight" in line].count("1") == 1
 
 
 def test_verify_refuses_the_dense_model(tiny_llama, pruned, typed):
-    code, said, (line,) = typed("verify", tiny_llama, pruned / "masks.safetensors")
+    code, output, (line,) = typed("verify", tiny_llama, pruned / "masks.safetensors")
     assert code == 2 and "20 more matrices have problems" in line
     assert re.search(r"q_proj.weight \[\d+, \d+\] is \S+ and should be zero, and \d+ more of this matrix", line)
 
@@ -94,8 +96,8 @@ def test_a_mask_that_breaks_its_pattern(tiny_llama, tmp_path, typed):
 @pytest.mark.parametrize("form", ["one file", "shards", "bin"])
 def test_apply_reproduces_the_pruned_model(tiny_llama, pruned, tmp_path, typed, form):
     dense = in_another_form(tiny_llama, tmp_path / "dense", form)
-    code, said, lines = typed("apply", dense, pruned / "masks.safetensors", tmp_path / "target")
-    assert (code, lines) == (0, []) and "21 matrices masked" in said
+    code, output, lines = typed("apply", dense, pruned / "masks.safetensors", tmp_path / "target")
+    assert (code, lines) == (0, []) and "21 matrices masked" in output
     ours, theirs = (dict(model_files.tensors(folder)) for folder in (tmp_path / "target", pruned / "model"))
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():

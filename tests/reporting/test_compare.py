@@ -14,19 +14,20 @@ from pipeline.runtime import checksums
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader, schema
 from pipeline.stages import siblings
-from tests.reporting.test_report import HOSTILE, PLAIN, Page, make_results
+from tests.reporting.report_files import Page, make_results
+from tests.reporting.test_report import HOSTILE, PLAIN
 
 
 def write_run(folder: Path, *settings: str, results: dict | None = None, model: str = "some/model") -> dict:
     """Writes the parts of a run that `compare` reads, with distinct numbers; returns its results."""
-    told = reader.load(["recipe=tiny", "stages=[prune,finetune,evaluate,report]", "model=some/model", *settings])
-    told.model = model
+    recipe = reader.load(["recipe=tiny", "stages=[prune,finetune,evaluate,report]", "model=some/model", *settings])
+    recipe.model = model
     evaluate = folder / "evaluate"
     evaluate.mkdir(parents=True)
     results = results or make_results(*PLAIN)
     for name in PLAIN[1:]:
         results["models"][name]["perplexity"]["wikitext2"] += len(list(folder.parent.glob("*"))) / 10
-    checksums.write(evaluate, {"recipe": schema.plain(told)})
+    checksums.write(evaluate, {"recipe": schema.plain(recipe)})
     (evaluate / "results.json").write_text(json.dumps(results))
     return results
 
@@ -44,7 +45,7 @@ def compared(*folders: Path) -> list[list[str]]:
 
 def test_each_number_is_in_its_row_and_column(tmp_path, capsys):
     methods, patterns = ("magnitude", "wanda"), ("0.5", "2of4", "4:8")
-    told = {
+    expected = {
         (method, pattern): write_run(
             tmp_path / f"{method}{pattern[:1]}", f"prune.method={method}", f'prune.sparsity="{pattern}"'
         )
@@ -58,15 +59,15 @@ def test_each_number_is_in_its_row_and_column(tmp_path, capsys):
     assert [row[0] for row in table[start + 1 : start + 6]] == [
         *("dense", "magnitude", "magnitude + LoRA", "Wanda", "Wanda + LoRA")
     ]
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     page = Page((tmp_path / "compare.html").read_text()).text
     for place, method in enumerate(methods):
         for column, pattern in enumerate(patterns, 1):
             for line, model in ((1, "dense"), (2 + 2 * place, "pruned"), (3 + 2 * place, "finetuned")):
-                value = told[method, pattern]["models"][model]["perplexity"]["wikitext2"]
+                value = expected[method, pattern]["models"][model]["perplexity"]["wikitext2"]
                 cell = table[start + line][column]
                 assert cell.startswith(f"{value:.2f} ± ")
-                assert cell in said and cell in page
+                assert cell in output and cell in page
     (mean,) = (row for row in table if row[0].startswith("mean accuracy"))
     assert table[table.index(mean) + 1][1].startswith("65.9 ±")
     assert "Mean accuracy of arc_easy, boolq." in page
@@ -170,8 +171,8 @@ def test_a_diverged_method_is_reported_and_the_others_are_drawn(tmp_path):
     for name, value in zip(PLAIN, (5.0, 123456.0, math.inf)):
         results["models"][name]["perplexity"] = {"wikitext2": value}
     write_run(tmp_path / "a", results=results)
-    told = [row[1] for row in compared(tmp_path / "a")]
-    assert "123,456 ± 0" in told and "inf" in told
+    cells = [row[1] for row in compared(tmp_path / "a")]
+    assert "123,456 ± 0" in cells and "inf" in cells
     assert "nan" not in (tmp_path / "out/compare.svg").read_text()
 
 
@@ -181,10 +182,10 @@ def test_experts_are_averaged_and_equal_series_share_a_line():
         for layer in range(2)
         for name, share in (("a.q.weight", 0.5), ("b.down[0]", 0.4), ("b.down[1]", 0.6), ("c.up.weight", 0.7))
     ]
-    found = series.by_type(rows, "sparsity")
-    assert found.to_dict() == {"q": {0: 0.5, 1: 0.5}, "down": {0: 0.5, 1: 0.5}, "up": {0: 0.7, 1: 0.7}}
-    assert list(series.merge_equal(found)) == ["q, down", "up"]
-    assert list(series.merge_equal(pd.DataFrame({name: found["q"] for name in "abc"}))) == ["all 3 matrices"]
+    averaged = series.by_type(rows, "sparsity")
+    assert averaged.to_dict() == {"q": {0: 0.5, 1: 0.5}, "down": {0: 0.5, 1: 0.5}, "up": {0: 0.7, 1: 0.7}}
+    assert list(series.merge_equal(averaged)) == ["q, down", "up"]
+    assert list(series.merge_equal(pd.DataFrame({name: averaged["q"] for name in "abc"}))) == ["all 3 matrices"]
 
 
 def test_a_stage_with_the_same_key_is_linked(tmp_path):

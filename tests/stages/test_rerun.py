@@ -39,11 +39,10 @@ def again(tiny_llama, tmp_path, monkeypatch, capsys):
     run = typing((*ALL, f"model={tiny_llama}", f"run_dir={tmp_path}/run"), monkeypatch, capsys)
 
     def type_again(*settings) -> dict[str, str]:
-        code, said, lines = run(*settings)
-        assert code == 0, lines
-        names = list(STAGES)
-        told = [line.partition(": ") for line in said.splitlines() if line.partition(":")[0] in names]
-        return {name: text for name, _, text in reversed(told)}  # the first line of each
+        code, output, errors = run(*settings)
+        assert code == 0, errors
+        messages = [line.partition(": ") for line in output.splitlines() if line.partition(":")[0] in STAGES]
+        return {name: text for name, _, text in reversed(messages)}  # the first line of each
 
     type_again()
     return type_again
@@ -62,8 +61,8 @@ def stage_fingerprints(recipe: Recipe = Recipe()) -> dict[str, dict[str, str]]: 
 def changed(before: dict[str, dict[str, str]]) -> dict[str, set[str]]:
     """The packages by stage whose code has changed."""
     now = stage_fingerprints()
-    found = {name: {it for it in now[name] if now[name][it] != before[name].get(it)} for name in now}
-    return {name: packages for name, packages in found.items() if packages}
+    packages_by_stage = {name: {it for it in now[name] if now[name][it] != before[name].get(it)} for name in now}
+    return {name: packages for name, packages in packages_by_stage.items() if packages}
 
 
 def test_comments_layout_and_unused_code_do_not_change_a_key(source):
@@ -88,9 +87,9 @@ def test_comments_layout_and_unused_code_do_not_change_a_key(source):
 def test_edited_code_changes_the_keys_of_stages_that_use_it(source, path, edits, again, done):
     before = stage_fingerprints()
     edit(source / path, *edits)
-    found = changed(before)
-    assert again <= found.keys() and not done & found.keys()
-    assert all(packages == {str(Path(path).parent)} for packages in found.values())
+    packages_by_stage = changed(before)
+    assert again <= packages_by_stage.keys() and not done & packages_by_stage.keys()
+    assert all(packages == {str(Path(path).parent)} for packages in packages_by_stage.values())
 
 
 def test_an_edited_method_changes_a_key_if_it_is_chosen(source, tmp_path):
@@ -108,29 +107,30 @@ def test_an_edited_method_changes_a_key_if_it_is_chosen(source, tmp_path):
 @pytest.mark.slow
 def test_a_run_after_an_edit_runs_and_measures_again(source, again, tmp_path):
     edit(source / SCORES, *STATEMENT)
-    said = again()
-    assert said["prune"] == "the code of pipeline/pruning changed: running again"
-    assert said["evaluate"].startswith("read.prune ")
+    messages = again()
+    assert messages["prune"] == "the code of pipeline/pruning changed: running again"
+    assert messages["evaluate"].startswith("read.prune ")
     kept = set(tmp_path.glob(".measured/*.json"))
     edit(source / "pipeline/evaluation/perplexity.py", *STATEMENT)
-    said = again()
+    messages = again()
     assert (
-        said["prune"] == "done before" and said["evaluate"] == "the code of pipeline/evaluation changed: running again"
+        messages["prune"] == "done before"
+        and messages["evaluate"] == "the code of pipeline/evaluation changed: running again"
     )
     assert len(set(tmp_path.glob(".measured/*.json")) - kept) == 2  # of the dense and the pruned model
     edit(source / TEMPLATE, "<", "<!-- edited --><")
-    said = again()
-    assert said.pop("report") == "the code of pipeline/reporting changed: running again"
-    assert set(said.values()) == {"done before"}
+    messages = again()
+    assert messages.pop("report") == "the code of pipeline/reporting changed: running again"
+    assert set(messages.values()) == {"done before"}
 
 
 @pytest.mark.slow
 def test_rerun_runs_only_the_named_stage_again(again, tmp_path):
     measured = {path: path.stat().st_mtime_ns for path in tmp_path.glob(".measured/*.json")}
     for rerun, stages in (("prune", {"prune"}), ("[evaluate,report]", {"evaluate", "report"})):
-        said = again(f"rerun={rerun}")
-        assert {name for name, text in said.items() if text == f"rerun={name}: running again"} == stages
-        assert {name for name, text in said.items() if text == "done before"} == set(said) - stages
+        messages = again(f"rerun={rerun}")
+        assert {name for name, text in messages.items() if text == f"rerun={name}: running again"} == stages
+        assert {name for name, text in messages.items() if text == "done before"} == set(messages) - stages
         assert all((path.stat().st_mtime_ns != measured[path]) == ("evaluate" in stages) for path in measured)
     assert set(again().values()) == {"done before"}  # `rerun` is in no stage's key
 

@@ -33,9 +33,9 @@ def test_a_comma_separates_outside_of_brackets_and_quotes(text, parts):
 
 
 def test_cells_are_the_product_of_all_values():
-    found = sweep.cells(["prune.method=wanda,./my/own.py", "evaluate.tasks=[a,b]", "finetune.lr=1e-3,2e-3", "seed=7"])
-    assert list(found) == ["wanda_lr=1e-3", "wanda_lr=2e-3", "own_lr=1e-3", "own_lr=2e-3"]
-    assert found["own_lr=1e-3"] == [
+    cells = sweep.cells(["prune.method=wanda,./my/own.py", "evaluate.tasks=[a,b]", "finetune.lr=1e-3,2e-3", "seed=7"])
+    assert list(cells) == ["wanda_lr=1e-3", "wanda_lr=2e-3", "own_lr=1e-3", "own_lr=2e-3"]
+    assert cells["own_lr=1e-3"] == [
         *("evaluate.tasks=[a,b]", "seed=7", "prune.method=./my/own.py", "finetune.lr=1e-3"),
         "run_dir=runs/tiny/own_lr=1e-3",
     ]
@@ -49,9 +49,9 @@ def test_paths_with_the_same_last_part_keep_their_whole_path():
 
 
 def test_recipes_can_be_swept():
-    found = sweep.cells(["recipe=llama7b_2of4,llama13b_half", "finetune.lr=1e-3,2e-3"])
-    assert len(found) == 4
-    assert found["llama13b_half_lr=2e-3"][-1] == "run_dir=runs/llama7b_2of4-llama13b_half/llama13b_half_lr=2e-3"
+    cells = sweep.cells(["recipe=llama7b_2of4,llama13b_half", "finetune.lr=1e-3,2e-3"])
+    assert len(cells) == 4
+    assert cells["llama13b_half_lr=2e-3"][-1] == "run_dir=runs/llama7b_2of4-llama13b_half/llama13b_half_lr=2e-3"
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,10 @@ def test_a_killed_sweep_resumes_and_runs_nothing_twice(tiny_llama, tmp_path, mon
     stages = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/stage.json")}
     assert folder / "magnitude_lr=1e-2/report/stage.json" in stages
 
-    said = espalier(*settings)
+    output = espalier(*settings)
     assert {path: path.stat().st_mtime_ns for path in stages} == stages
-    assert said.count("prune: reused from") == 1  # by wanda's second cell; magnitude's ran before the kill
-    assert said.count("prune: done in") == 1
+    assert output.count("prune: reused from") == 1  # by wanda's second cell; magnitude's ran before the kill
+    assert output.count("prune: done in") == 1
     # a text and the continuations of each model: dense, two pruned, four finetuned
     assert len(list(folder.glob(".measured/*.json"))) == 2 * (1 + 2 + 4)
     table = (folder / "compare.md").read_text()
@@ -116,11 +116,11 @@ def test_a_killed_sweep_resumes_and_runs_nothing_twice(tiny_llama, tmp_path, mon
 @pytest.mark.slow
 def test_a_failed_cell_does_not_stop_the_others_also_with_two_processes(tiny_llama, tmp_path):
     settings = [f"model={tiny_llama}", *QUICK, "stages=[prune,evaluate,report]", f"run_dir={tmp_path}/sweep"]
-    said = espalier(
+    output = espalier(
         *settings, f"calibration.dataset=world,{tmp_path}/nowhere.txt", "seed=0,1", processes=2, expect=None
     )
-    assert said.count("no dataset at") == 2
-    assert "2 of 4 cells failed: dataset=nowhere.txt_seed=0, dataset=nowhere.txt_seed=1" in said
+    assert output.count("no dataset at") == 2
+    assert "2 of 4 cells failed: dataset=nowhere.txt_seed=0, dataset=nowhere.txt_seed=1" in output
     for seed in (0, 1):
         results = json.loads((tmp_path / f"sweep/dataset=world_seed={seed}/evaluate/results.json").read_text())
         assert results["models"]["pruned"]["mask_violations"] == 0
