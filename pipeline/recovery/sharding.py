@@ -12,13 +12,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.engine.blocks import find_blocks, shared_parameters
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.strategies import Parallel, devices
 
 
-class ShardedStrategy(ModelParallelStrategy):
+class ShardedStrategy(Parallel, ModelParallelStrategy):
     """FSDP2 over all processes; checkpoints are one file with only the trained parameters."""
 
     def __init__(self, processes: int, timeout: timedelta) -> None:
         super().__init__(processes, 1, save_distributed_checkpoint=False, timeout=timeout)
+        self.parallel_devices = devices()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         # Lightning's default also gathers the frozen weights: 140 GB on one host for 70B

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
-from pipeline.runtime import launcher, signals
+from pipeline.runtime import cores, launcher, signals
 from pipeline.runtime.errors import ReportedByPeer, Stopped, UserError, one_line
 from pipeline.runtime.heartbeat import ERROR, Heartbeat
 from pipeline.runtime.launcher import device, local_rank, local_world_size, nodes
@@ -44,13 +44,13 @@ def is_main() -> bool:
 
 
 @contextmanager
-def together(timeout_minutes: float = 30) -> Iterator[None]:
+def together(timeout_minutes: float = 30, threads: int | None = None) -> Iterator[None]:
     """Inside, the processes of the launcher are one group; a failure of one ends all, and only one says why.
 
     Raises what one process raises alone; where another process says why, `ReportedByPeer`.
     """
     try:
-        start(timeout_minutes)
+        start(timeout_minutes, threads)
         yield
     except BaseException as error:
         raised = _to_say(error, timeout_minutes)
@@ -59,8 +59,9 @@ def together(timeout_minutes: float = 30) -> Iterator[None]:
         stop()
 
 
-def start(timeout_minutes: float = 30) -> None:
-    """Joins the processes of the launcher into one group; refuses a launch that is not what was asked for."""
+def start(timeout_minutes: float = 30, threads: int | None = None) -> None:
+    """Joins the processes of the launcher into one group; refuses a launch that is not what was asked for. `threads`: of the
+    CPU, for each process; None is its share."""
     global _heartbeat, _timeout
     launcher.refuse_another()
     if world_size() > 1 and not dist.is_initialized():
@@ -70,13 +71,17 @@ def start(timeout_minutes: float = 30) -> None:
         store = dist.PrefixStore(os.environ.get(CELL, "run"), store)
         # a connection of its own, for a wait on one blocks all that use it
         _heartbeat = Heartbeat(store.clone(), rank_, size, local_rank(), int(os.environ.get("GROUP_RANK", 0)))
-        launcher.set_device()  # whose failure on one machine is now heard of on all
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        launcher.set_device(store)  # whose failure on one machine is now heard of on all
+        # Objects and waits go by gloo, on the host: NCCL's time-out ends the process by SIGABRT, gloo's is an exception
+        backend = {"backend": "gloo"}
+        if torch.cuda.is_available():
+            backend = {"backend": "cpu:gloo,cuda:nccl", "device_id": device()}
         dist.init_process_group(
-            backend, store=dist.PrefixStore("espalier", store), rank=rank_, world_size=size, timeout=_timeout
+            **backend, store=dist.PrefixStore("espalier", store), rank=rank_, world_size=size, timeout=_timeout
         )
     else:
         launcher.set_device()
+    cores.set_threads(threads, all_ranks(cores.claim()))
 
 
 def stop() -> None:
@@ -142,8 +147,9 @@ def on_terminal() -> bool:
 
 
 def barrier() -> None:
+    """Waits for all on the host, so that a wait that is too long is an exception (`dist.barrier` would wait by NCCL)."""
     if world_size() > 1:
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1))
 
 
 def all_sum(tensor: Tensor) -> Tensor:
@@ -155,7 +161,7 @@ def all_sum(tensor: Tensor) -> Tensor:
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` holds on any rank."""
-    return bool(all_sum(torch.tensor(int(flag), device=device())).item()) if world_size() > 1 else flag
+    return bool(all_sum(torch.tensor(int(flag))).item()) if world_size() > 1 else flag
 
 
 def all_ranks(value: Any) -> list[Any]:
@@ -201,19 +207,22 @@ def trainer_arguments(sharded: Callable[[int, timedelta], Strategy] | None = Non
     """What a Lightning Trainer must be told to use exactly the processes that are here: by DDP, or by the strategy that
     `sharded(processes, timeout)` makes.
 
-    With devices="auto" each rank of a CPU launch would train alone.
+    With devices="auto" each rank of a CPU launch would train alone; on GPUs the strategy names this process's.
     """
-    several: Any = "auto"
-    if world_size() > 1 and sharded:
-        several = sharded(world_size(), _timeout)
-    elif world_size() > 1:
-        # every rank's buffers are made from the same files and steps: nothing to broadcast before each forward
-        several = DDPStrategy(timeout=_timeout, broadcast_buffers=False)
+    from pipeline.runtime import strategies  # which builds on this module
+
+    gpu = torch.cuda.is_available()
+    if world_size() == 1:
+        strategy: Strategy = strategies.OneDevice(device())
+    elif sharded:
+        strategy = sharded(world_size(), _timeout)
+    else:
+        strategy = strategies.DataParallel(_timeout)
     return {
-        "accelerator": "gpu" if torch.cuda.is_available() else "cpu",
-        "devices": local_world_size(),
+        "accelerator": "gpu" if gpu else "cpu",
+        "devices": "auto" if gpu else local_world_size(),
         "num_nodes": nodes(),
-        "strategy": several,
+        "strategy": strategy,
         "use_distributed_sampler": False,
         "enable_model_summary": False,
     }

@@ -213,6 +213,10 @@ class Recipe:
     debug: bool = setting(False, "show tracebacks")
     timeout_minutes: float = setting(30.0, "how long the processes wait for the slowest of them", low=0.05)
 
+    threads: int | None = setting(
+        None, "of the CPU for each process; null: its share of the cores that it may use", low=1
+    )
+
     pretrain: Pretrain = field(default_factory=Pretrain)
     calibration: Calibration = field(default_factory=Calibration)
     prune: Prune = field(default_factory=Prune)

@@ -42,7 +42,7 @@ MODULES = {name: importlib.import_module(f"pipeline.stages.{name}") for name in 
 def run(recipe: Recipe) -> None:
     """Runs what is not done yet, and shows the results."""
     run_dir = Path(recipe.run_dir)
-    with processes.together(recipe.timeout_minutes), _traceback_kept(run_dir):
+    with processes.together(recipe.timeout_minutes, recipe.threads), _traceback_kept(run_dir):
         _refuse_other_settings(recipe)
         outside = check(recipe)
         with _locked(run_dir):

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
-from pipeline.runtime import heartbeat, launcher, lock, processes
+from pipeline.runtime import heartbeat, lock, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
 from pipeline.stages import runner
@@ -240,19 +239,3 @@ def test_of_many_that_find_a_stale_lock_one_has_it(tmp_path):
     for one in contenders:
         one.join(30)
     assert len(held) == 1 and len(refused) == 7
-
-
-@pytest.mark.parametrize("launched, threads", [({}, 1), ({"ACCELERATE_MIXED_PRECISION": "no"}, os.cpu_count())])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU's threads")
-def test_omp_num_threads_is_a_launchers_default_or_the_users_word(monkeypatch, launched, threads):
-    for name in ("RANK", "ACCELERATE_MIXED_PRECISION"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"OMP_NUM_THREADS": "1", **launched}.items():
-        monkeypatch.setenv(name, value)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        launcher.set_device()
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
