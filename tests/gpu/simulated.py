@@ -1,13 +1,14 @@
 """Runs the command as if on GPUs, in a process of its own: `python -m tests.gpu.simulated SIMULATOR key=value ...`.
 
 The simulator (`sim`, `nccl`) must be there before torch's CUDA is first asked for. Here its NCCL is taught the two backends
-of a group, as `cpu:gloo,cuda:nccl`, and what was counted goes as JSON to the file that SIM_COUNTS names.
+of a group (`cpu:gloo,cuda:nccl`), and what was counted goes as JSON to the file that SIM_COUNTS names.
 """
 
 import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -24,19 +25,34 @@ def prepare(simulator: Path) -> None:
 
 
 def _two_backends() -> None:
+    """A group of `cpu:gloo,cuda:nccl` is the simulator's NCCL, which gives CPU tensors to gloo instead of refusing them."""
+    import nccl
     import torch.distributed as dist
 
-    chooses = dist.distributed_c10d._get_object_coll_device
-    import nccl
-
-    start = nccl.REAL_INIT
+    refuse = nccl.chk
 
     def init(backend: str | None = None, *args, **kwargs) -> None:
-        kwargs.pop("device_id", None)  # the simulated backend joins its communicators at once anyway
-        start(None if backend is None else backend.replace("nccl", "simnccl"), *args, **kwargs)
+        if backend != "cpu:gloo,cuda:nccl":
+            nccl.init(backend, *args, **kwargs)
+            return
+        nccl.chk = _check(refuse)
+        dist.distributed_c10d._get_object_coll_device = lambda group=None: "cpu"
+        kwargs.pop("device_id")  # joins the communicators at once, as the simulated ones do anyway
+        nccl.REAL_INIT("simnccl", *args, **kwargs)
 
     dist.init_process_group = dist.distributed_c10d.init_process_group = init
-    dist.distributed_c10d._get_object_coll_device = chooses
+
+
+def _check(refuse: Callable) -> Callable:
+    import nccl
+
+    def check(tensors: list, name: str) -> None:
+        if all(tensor.is_cpu for tensor in tensors):
+            nccl.COUNT["host"] = nccl.COUNT.get("host", 0) + 1
+        else:
+            refuse(tensors, name)
+
+    return check
 
 
 def main(arguments: list[str]) -> int:
