@@ -13,7 +13,8 @@ from callbacks.validation import Validation
 from pipeline.data import sources, token_windows
 from pipeline.engine.blocks import find_blocks
 from pipeline.models import loading
-from pipeline.models.rewrite import parameters, rewrite
+from pipeline.models.rewrite import rewrite
+from pipeline.models.verification import check_matrices
 from pipeline.pruning.allocation import allocate
 from pipeline.recovery import lora, quantization
 from pipeline.recovery.held_out import HeldOut
@@ -98,9 +99,10 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     recovery.save(folder, masks_file)
     if method.leaves_model:
         rewrite(origin, folder / "model", recipe, recovery.merged)
+        processes.barrier()  # rank 0 has written
+        violations = [m.violation for m in check_matrices(folder / "model", masks, recipe) if m.violation]
+        assert not violations, violations
         if processes.is_main():
-            violations = masks.violations(parameters(folder / "model", recipe))
-            assert not violations, violations
             card.write_model_card(folder / "model", recipe, "finetune")
 
 
