@@ -21,6 +21,7 @@ from pipeline.runtime import checksums
 from pipeline.settings import reader
 from pipeline.settings.schema import Recipe, reconstruction_text
 from pipeline.stages import preflight, pretrain, runner, space, sweep
+from pipeline.stages.prune import observed_by
 
 
 def main(arguments: list[str]) -> None:
@@ -100,7 +101,8 @@ def _model(recipe: Recipe, model: nn.Module) -> None:
     for what, how in Coverage(coverage_entries(model, blocks), patterns.keys()).describe(patterns):
         print(f"  {what}: {how}")
     windows = torch.empty(text.samples, text.seq_len, dtype=torch.int32, device="meta")
-    calibration.plan_memory(model, list(windows.split(text.batch_size)), settings.hidden_states)
+    observe = observed_by(settings, patterns)
+    calibration.plan_memory(model, list(windows.split(text.batch_size)), settings.hidden_states, observe=observe)
 
 
 def _texts(recipe: Recipe):

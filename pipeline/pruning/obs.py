@@ -14,6 +14,7 @@ from pipeline.sparsity.masks import apply_
 from pipeline.sparsity.patterns import NofM
 
 BLOCK = 128  # columns whose errors are pushed on at once (SparseGPT, section 3.3)
+ROW_TILE = 512  # rows of a product on a GPU, whose rounding depends on its shape
 WIDTH = 32  # columns within a block that are updated one by one, before a product updates the rest of the block
 
 
@@ -95,11 +96,13 @@ def prune_rows(
     choose: Callable[[Tensor, slice], Tensor] | None,
     score: Callable[[Tensor, slice], Tensor],
     pattern: NofM | None,
+    tile: int | None = None,
 ) -> Tensor:
     """Zeroes weights column by column and pushes each error on to the later columns, in place; returns the mask, (R, I).
 
     Either `choose(weight_RB, columns)` gives the mask of a block before its columns are visited, or, where it is None,
-    `score(weight_RM, columns)` scores each group of M columns when it is reached, and `pattern` selects.
+    `score(weight_RM, columns)` scores each group of M columns when it is reached, and `pattern` selects. `tile`: no product
+    has more rows, so that rows come out the same whichever others are with them; None is no limit.
     """
     inputs = weight_RI.shape[1]
     block = BLOCK if choose or pattern is None else max(1, BLOCK // pattern.m) * pattern.m
@@ -128,9 +131,16 @@ def prune_rows(
                 torch.mul(weight_BR[i], scale_BR[i], out=error_BR[i])
                 if i + 1 < last:
                     weight_BR[i + 1 : last].addr_(factor_BB[i, i + 1 : last], error_BR[i], alpha=-1)
-            weight_BR[last:].addmm_(factor_BB[first:last, last:].T, error_BR[first:last], alpha=-1)
-        weight_IR[stop:].addmm_(factor_II[columns, stop:].T, error_BR, alpha=-1)
+            _push_on(weight_BR[last:], factor_BB[first:last, last:], error_BR[first:last], tile)
+        _push_on(weight_IR[stop:], factor_II[columns, stop:], error_BR, tile)
     weight_RI.copy_(weight_IR.T)
     mask_RI = kept_IR.T.contiguous()
     apply_(weight_RI, mask_RI)
     return mask_RI
+
+
+def _push_on(weight_CR: Tensor, factor_BC: Tensor, error_BR: Tensor, tile: int | None) -> None:
+    """Subtracts from later columns, C, what the errors of a block leave to them."""
+    size = tile or max(1, error_BR.shape[1])
+    for part_CR, part_BR in zip(weight_CR.split(size, 1), error_BR.split(size, 1)):
+        part_CR.addmm_(factor_BC.T, part_BR, alpha=-1)

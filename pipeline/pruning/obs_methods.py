@@ -42,7 +42,9 @@ class Obs(PruneMethod):
         stacked_RI = torch.cat([weights[name].float() for name in names])
         stacked_RI[:, dead_I] = 0
         lengths = [len(weights[name]) for name in names]
-        mine = processes.share_of(len(stacked_RI))
+        # A product's rounding depends on its shape on a GPU: there all have the same, on any number of ranks
+        tile = obs.ROW_TILE if stacked_RI.is_cuda else None
+        mine = processes.share_of(len(stacked_RI), tile or 1)
 
         def score(weight_RB: Tensor, columns: slice) -> Tensor:
             return self.obs_score(weight_RB, factor_II.diagonal()[columns], square_sum_I[columns])
@@ -59,7 +61,8 @@ class Obs(PruneMethod):
             mask_RI = torch.cat([first[name] for name in names])
         by_block = look_up if first is not None else None if isinstance(pattern, NofM) else choose
         rows_RI = stacked_RI[mine].clone()
-        kept_RI = obs.prune_rows(rows_RI, factor_II, by_block, score, pattern if isinstance(pattern, NofM) else None)
+        n_of_m = pattern if isinstance(pattern, NofM) else None
+        kept_RI = obs.prune_rows(rows_RI, factor_II, by_block, score, n_of_m, tile)
         pruned_RI, kept_RI = processes.gather_rows(rows_RI), processes.gather_rows(kept_RI)
         for name, part_OI in zip(names, pruned_RI.split(lengths)):
             if not part_OI.isfinite().all():

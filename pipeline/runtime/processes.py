@@ -172,11 +172,11 @@ def all_ranks(value: Any) -> list[Any]:
     return values
 
 
-def share_of(count: int) -> slice:
-    """This rank's part of `count` rows: equal parts, the first ones a row longer."""
-    each, more = divmod(count, world_size())
+def share_of(count: int, tile: int = 1) -> slice:
+    """This rank's part of `count` rows: equal parts of whole tiles, the first ones a tile longer; it may be empty."""
+    each, more = divmod(-(-count // tile), world_size())
     start = rank() * each + min(rank(), more)
-    return slice(start, start + each + (rank() < more))
+    return slice(min(start * tile, count), min((start + each + (rank() < more)) * tile, count))
 
 
 def gather_rows(mine: Tensor) -> Tensor:

@@ -191,7 +191,7 @@ class Masks(Mapping[str, Tensor]):
 
     def violations(self, weights: Iterable[tuple[str, Tensor]]) -> list[Violation]:
         """The nonzero pruned weights, one `Violation` per matrix. Raises `UserError` as `matched` does."""
-        found = (violation_of(name, weight, self[name]) for name, weight in self.matched(weights))
+        found = (violation_of(name, weight, self.on(weight.device, name)) for name, weight in self.matched(weights))
         return [violation for violation in found if violation]
 
 

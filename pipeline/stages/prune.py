@@ -39,7 +39,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     for what, text in coverage.describe(patterns):
         processes.say(f"  {what}: {text}")
     batches = calibration.batches(recipe, recipe.calibration, "calibration", origin, model)
-    store = calibration.plan_memory(model, batches, settings.hidden_states)
+    observe = observed_by(settings, patterns)
+    store = calibration.plan_memory(model, batches, settings.hidden_states, observe=observe)
     pruner = block_pruner(blocks, lambda: loading.load(origin, recipe), batches, store, settings, folder)
     walk = LayerWalk(model, batches, store, folder)
     if done := walk.files.finished_before:
@@ -53,13 +54,19 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
 def in_memory(model: nn.Module, batches: list[Tensor], settings: Prune) -> Masks:
     """Prunes the model itself, on its own device; returns its masks. `batches` are tokens, each (batch_size, seq_len)."""
     blocks = find_blocks(model)
-    store = calibration.plan_memory(model, batches, settings.hidden_states)
+    observe = observed_by(settings, allocate(blocks, settings))
+    store = calibration.plan_memory(model, batches, settings.hidden_states, observe=observe)
     pruner = block_pruner(blocks, lambda: model, batches, store, settings)
     walk = LayerWalk(model, batches, store, in_memory=True)
     run_layerwise(walk, pruner, [LayerWriter()])
     if not walk.files.masks:
         raise UserError(NOTHING)
     return walk.files.masks
+
+
+def observed_by(settings: Prune, patterns: dict[str, Pattern]) -> Callable[[Tensor], Tensor]:
+    """What the method of `prune.method` makes of inputs."""
+    return PRUNE_METHODS.entry(settings.method).load()(settings, patterns).observe
 
 
 def block_pruner(

@@ -28,7 +28,7 @@ from pipeline.reporting.report import show
 from pipeline.runtime import checksums, code, files, hardware, lock, memory, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import STAGES, Recipe, Stage, own_code, plain, section
-from pipeline.stages import preflight, siblings, space
+from pipeline.stages import out_of_memory, preflight, siblings, space
 
 LIBRARIES = ("torch", "transformers", "datasets", "lightning", "peft", "accelerate", "lm_eval")
 
@@ -42,6 +42,8 @@ MODULES = {name: importlib.import_module(f"pipeline.stages.{name}") for name in 
 def run(recipe: Recipe) -> None:
     """Runs what is not done yet, and shows the results."""
     run_dir = Path(recipe.run_dir)
+    if recipe.deterministic:
+        hardware.compute_deterministically()
     with processes.together(recipe.timeout_minutes, recipe.threads), _traceback_kept(run_dir):
         _refuse_other_settings(recipe)
         outside = check(recipe)
@@ -103,7 +105,8 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
     memory.free_memory()
     memory.restart_peak(processes.device())
     started, computed = time.perf_counter(), time.process_time()
-    MODULES[stage.name].run(recipe, work, inputs)
+    with out_of_memory.answered(stage.name, recipe):
+        MODULES[stage.name].run(recipe, work, inputs)
     cpu_seconds = sum(processes.all_ranks(time.process_time() - computed))
     memory_gib = max(processes.all_ranks(memory.peak_gib(processes.device())))
     if processes.is_main():
