@@ -19,13 +19,6 @@ def machine() -> str:
     return f"{count} x {first.name} ({first.total_memory / GIB:.0f} GiB{' each' if count > 1 else ''}); {host}"
 
 
-def compute_deterministically() -> None:
-    """For this process from here on: an operation that cannot raises. Before CUDA is first used."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may sum in any order
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs, at the cost of a write each
-
-
 def system() -> str:
     return f"Python {platform.python_version()}, {platform.system()} {platform.release()}"
 

@@ -214,7 +214,7 @@ class Recipe:
     timeout_minutes: float = setting(30.0, "how long the processes wait for the slowest of them", low=0.05)
 
     deterministic: bool = setting(
-        False, "on GPUs too, training repeats and resumes to the bit, somewhat slower; in no stage's key"
+        False, "training repeats and resumes to the bit on GPUs too, somewhat slower; in no stage's key"
     )
     threads: int | None = setting(
         None, "of the CPU for each process; null: its share of the cores that it may use", low=1

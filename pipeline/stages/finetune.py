@@ -23,7 +23,7 @@ from pipeline.recovery.training import batch_per_process, fit, sequences_per_ste
 from pipeline.recovery.training_dtype import frozen_dtype, precision, trains_in_float32
 from pipeline.registry import FINETUNE_METHODS
 from pipeline.reporting import card
-from pipeline.runtime import processes
+from pipeline.runtime import deterministic, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune, Recipe
 from pipeline.sparsity.masks import Masks
@@ -94,7 +94,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     if settings.distill:
         dense = loading.dense_folder(recipe, inputs)
         teacher = loading.load(dense, recipe, frozen(dense, recipe))
-    recovery = train(pruned, masks, windows_NT, held_out_NT, settings, recipe.seed, folder, teacher)
+    with deterministic.training(recipe.deterministic):
+        recovery = train(pruned, masks, windows_NT, held_out_NT, settings, recipe.seed, folder, teacher)
 
     recovery.save(folder, masks_file)
     if method.leaves_model:

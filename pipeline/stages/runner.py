@@ -25,7 +25,7 @@ from pipeline.data import sources
 from pipeline.evaluation import tasks
 from pipeline.models import loading, model_files
 from pipeline.reporting.report import show
-from pipeline.runtime import checksums, code, files, hardware, lock, memory, processes
+from pipeline.runtime import checksums, code, deterministic, files, hardware, lock, memory, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import STAGES, Recipe, Stage, own_code, plain, section
 from pipeline.stages import out_of_memory, preflight, siblings, space
@@ -42,8 +42,7 @@ MODULES = {name: importlib.import_module(f"pipeline.stages.{name}") for name in 
 def run(recipe: Recipe) -> None:
     """Runs what is not done yet, and shows the results."""
     run_dir = Path(recipe.run_dir)
-    if recipe.deterministic:
-        hardware.compute_deterministically()
+    deterministic.prepare(recipe.deterministic)
     with processes.together(recipe.timeout_minutes, recipe.threads), _traceback_kept(run_dir):
         _refuse_other_settings(recipe)
         outside = check(recipe)
