@@ -1,5 +1,6 @@
 """One process that fails ends all, and only its own message is said; two runs do not share a folder."""
 
+import ctypes
 import json
 import os
 import re
@@ -121,6 +122,32 @@ def test_a_process_that_is_gone_does_not_leave_the_others_waiting(tmp_path, monk
     assert found == codes and seconds < 30
     lines = [line for lines in said for line in lines]
     assert lines and all(re.search(says, line.split(": ", 1)[1]) for line in lines), said
+
+
+@pytest.mark.parametrize(
+    "lives, says", [(False, "process 1 on .* ended without a word"), (True, "process 0 was aborted by a library")]
+)
+def test_a_process_that_nccl_aborts_says_why_the_run_ends(tmp_path, lives, says):
+    def work(number: int) -> None:
+        processes.barrier()
+        (tmp_path / f"ready{number}").touch()
+        if number == 0:
+            until = time.monotonic() + 60
+            while not (lives or (tmp_path / "killed").exists()) and time.monotonic() < until:
+                time.sleep(0.05)
+            abort = threading.Thread(target=ctypes.CDLL(None).abort)  # NCCL's watchdog is a thread without Python
+            abort.start()
+        time.sleep(100)
+
+    def harm(running) -> None:
+        if not lives:
+            os.kill(running[1].pid, signal.SIGKILL)
+            running[1].join()
+        (tmp_path / "killed").touch()
+
+    codes, said, seconds = ranks(tmp_path, work, harm=harm)
+    assert codes == [2, 2 if lives else -9] and seconds < 30
+    assert len(said[0]) == 1 and re.search(says, said[0][0]) and said[1] == [], said
 
 
 def test_a_barrier_has_a_time_out_of_the_recipe(tmp_path):

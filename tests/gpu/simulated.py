@@ -18,8 +18,14 @@ def prepare(simulator: Path) -> None:
     run = importlib.util.module_from_spec(found)
     found.loader.exec_module(run)
     sys.path[:0] = [str(run.build().parent), str(simulator)]
-    import sim  # noqa: F401
+    rank = os.environ.get("LOCAL_RANK", "0")
+    if os.environ.get("SIM_GPUS") == "1":
+        os.environ["LOCAL_RANK"] = "0"  # the simulator takes its GPU's number from it
+    import sim
 
+    if os.environ.get("SIM_GPUS") == "1":
+        os.environ["LOCAL_RANK"], sim.cu.current_device = rank, lambda: 0
+    sim.Props.uuid = os.environ.get("SIM_UUID", rank)
     if os.environ.get("WORLD_SIZE"):
         _two_backends()
 
