@@ -36,9 +36,10 @@ def verify(model: PreTrainedModel, masks: Masks) -> dict[str, int | float]:
     problems = []
     with torch.no_grad():
         for name, weight in masks.matched(model.named_parameters(remove_duplicate=False)):
-            if violation := violation_of(name, weight, masks[name]):
+            if violation := violation_of(name, weight, masks.on(weight.device, name)):
                 problems.append(violation)
-            weights, zeros = weights + weight.numel(), zeros + int((weight == 0).sum())
+            count = weight.numel()
+            weights, zeros = weights + count, zeros + count - int(weight.count_nonzero())
     if problems:
         more = f" ({len(problems) - 1} more matrices have problems)" if len(problems) > 1 else ""
         raise UserError(f"the model does not match its masks: {problems[0]}{more}")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.data import token_windows
 from pipeline.models import loading
 from pipeline.recovery.training import sequences_per_step
+from pipeline.recovery.training_dtype import frozen_dtype, trains_in_float32
 from pipeline.registry import FINETUNE_METHODS
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune
@@ -89,8 +90,12 @@ def finetune(
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder, model_state.preserved(*models):
         originals = {name: (p, p.data) for name, p in model.named_parameters(remove_duplicate=False)}
         trained = model_state.copy_sharing_weights(model)
-        if finetune_stage.trains_in_float32(finetune):
+        if trains_in_float32(finetune):
             trained.float()
+        elif dtype := frozen_dtype(finetune, str(stored := model.dtype).removeprefix("torch.")):
+            for parameter in trained.parameters():
+                if parameter.dtype == stored:
+                    parameter.data = parameter.data.to(getattr(torch, dtype))
         recovery = finetune_stage.train(
             trained, masks, windows_NT, held_out_NT, finetune, seed, Path(folder), teacher, checkpoints=False
         )

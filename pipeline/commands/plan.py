@@ -22,6 +22,7 @@ from pipeline.runtime import checksums
 from pipeline.settings import reader
 from pipeline.settings.schema import Recipe, reconstruction_text
 from pipeline.stages import keys, preflight, pretrain, runner, space, sweep
+from pipeline.stages.prune import observed_by
 
 
 def main(arguments: list[str]) -> None:
@@ -96,7 +97,8 @@ def _print_model(recipe: Recipe, model: nn.Module) -> None:
     for name, text in Coverage(coverage_entries(model, blocks), patterns.keys()).describe(patterns):
         print(f"  {name}: {text}")
     windows = torch.empty(calibrated.samples, calibrated.seq_len, dtype=torch.int32, device="meta")
-    calibration.plan_memory(model, list(windows.split(calibrated.batch_size)), settings.hidden_states)
+    observe = observed_by(settings, patterns)
+    calibration.plan_memory(model, list(windows.split(calibrated.batch_size)), settings.hidden_states, observe=observe)
 
 
 def _texts(recipe: Recipe) -> Iterator[str]:

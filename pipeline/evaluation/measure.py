@@ -33,7 +33,10 @@ class Subject:
     def load(self, recipe: Recipe, **where: Any) -> nn.Module:
         """The model with its adapter, in evaluation mode. `where`: see `loading.load`."""
         model = loading.load(self.folder, recipe, **where)
-        return PeftModel.from_pretrained(model, self.adapter).get_base_model().eval() if self.adapter else model
+        if not self.adapter:
+            return model
+        # without a device peft takes "cuda", and each process opens a context on the first GPU
+        return PeftModel.from_pretrained(model, self.adapter, torch_device="cpu").get_base_model().eval()
 
     def identity(self) -> str:
         """A hash of the model folder and the adapter."""

@@ -4,7 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.models.rewrite import parameters
+from torch import Tensor
+
+from pipeline.models import loading
+from pipeline.models.rewrite import layers
+from pipeline.runtime import processes
 from pipeline.settings.schema import Recipe
 from pipeline.sparsity.masks import Masks, Violation, violation_of
 
@@ -19,10 +23,28 @@ class CheckedMatrix:
     violation: Violation | None  # its nonzero pruned weights
 
 
-def check_matrices(folder: Path, masks: Masks, recipe: Recipe) -> Iterator[CheckedMatrix]:
-    """Yields each masked matrix of a model folder that transformers can load, in the dtype of its files.
+def check_matrices(folder: Path, masks: Masks, recipe: Recipe) -> list[CheckedMatrix]:
+    """Each masked matrix of a model folder that transformers can load, in the dtype of its files. The layers are shared out
+    over the processes, which all must call, and checked on their devices.
 
     Raises `UserError` if the folder is damaged, or if a masked matrix is missing or of another shape.
     """
-    for name, weight in masks.matched(parameters(folder, recipe)):
-        yield CheckedMatrix(name, weight.numel(), int((weight == 0).sum()), violation_of(name, weight, masks[name]))
+    rank, world_size = processes.rank(), processes.world_size()
+    if loading.quantization(folder):  # read whole, which is enough once
+        world_size = 1
+    mine: dict[int, list[CheckedMatrix]] = {}
+    if rank < world_size:
+        for number, read in list(enumerate(layers(folder, recipe)[1].values()))[rank::world_size]:
+            mine[number] = list(_checked(read(), masks))
+    by_layer = {number: checked for share in processes.all_ranks(mine) for number, checked in share.items()}
+    matrices = [matrix for number in sorted(by_layer) for matrix in by_layer[number]]
+    masks.refuse_missing(set(masks) - {matrix.name for matrix in matrices})
+    return matrices
+
+
+def _checked(weights: Iterator[tuple[str, Tensor]], masks: Masks) -> Iterator[CheckedMatrix]:
+    device = processes.device()
+    for name, weight in masks.matched(weights, whole=False):
+        there, mask = weight.to(device), masks.on(device, name)
+        zeros = there.numel() - int(there.count_nonzero())
+        yield CheckedMatrix(name, there.numel(), zeros, violation_of(name, there, mask))

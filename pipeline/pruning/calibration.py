@@ -1,5 +1,7 @@
 """The inputs of a walk: this rank's batches of calibration text, and the device that holds the hidden states."""
 
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.data import sampled, sources, token_windows
 from pipeline.engine.blocks import find_blocks
+from pipeline.engine.matrices import Matrix, matrices
 from pipeline.models import loading
 from pipeline.runtime import memory, processes
 from pipeline.runtime.errors import UserError
@@ -35,15 +38,21 @@ def batches(recipe: Recipe, text: Calibration, section: str, origin: Path, model
 
 
 def plan_memory(
-    model: nn.Module, batches: list[Tensor], where: str, streams: int = 1, per_weight: int = 0
+    model: nn.Module,
+    batches: list[Tensor],
+    where: str,
+    streams: int = 1,
+    per_weight: int = 0,
+    observe: Callable[[Tensor], Tensor] | None = None,
 ) -> torch.device:
     """Prints the memory that a walk needs and what is free. Returns the device that holds the hidden states between layers.
 
     Each of `streams` (models walked at once) has paused forwards and one loaded layer; one of them also has the next layer.
-    Training a layer takes `per_weight` bytes per weight.
+    Training a layer takes `per_weight` bytes per weight; pruning one needs the sums of `observe` over its inputs.
     """
     device = processes.device()
-    blocks = [block.module for block in find_blocks(model)]
+    found = find_blocks(model)
+    blocks = [block.module for block in found]
     largest = max(blocks, key=memory.size_gib)
     layers = (1 + streams) * memory.size_gib(largest)
     training = per_weight * sum(parameter.numel() for parameter in largest.parameters()) / memory.GIB
@@ -52,15 +61,45 @@ def plan_memory(
     width = getattr(config, "hidden_size", model.get_input_embeddings().weight.shape[1]) * model.dtype.itemsize
     # a paused forward keeps the embeddings as well as the hidden states
     hidden = 2 * streams * sum(batch.numel() for batch in batches) * width / memory.GIB
-    free = memory.free_gib(device)
-    fits = layers + training + outside + 1.5 * hidden < 0.8 * free
+    free, tokens = memory.free_gib(device), max((batch.numel() for batch in batches), default=0)
+    working = _activations(largest, tokens, model.dtype.itemsize, bool(per_weight))
+    working += _statistics(matrices(found[blocks.index(largest)], found), observe) if observe else 0.0
+    needed = layers + training + outside + working
+    fits = needed + 1.5 * hidden < 0.8 * free
     store = device if device.type == "cpu" or where == "gpu" or (where == "auto" and fits) else torch.device("cpu")
     processes.say(
         f"  memory: {memory.text(layers)} for {'two' if streams == 1 else 'three'} layers, "
         + (f"{memory.text(training)} to train one, " if training else "")
-        + f"{memory.text(outside)} outside the layers, {memory.text(hidden)} "
+        + f"{memory.text(outside)} outside the layers, {memory.text(working)} to compute with, {memory.text(hidden)} "
         f"of hidden states on the {'GPU' if store.type == 'cuda' else 'host'}; {memory.text(free)} free"
     )
-    if layers + training + outside + (hidden if store == device else 0) > free:
+    if needed + (hidden if store == device else 0) > free:
         processes.say("  memory: this may not fit: set a smaller batch_size or fewer samples")
     return store
+
+
+def _activations(block: nn.Module, tokens: int, itemsize: int, trains: bool) -> float:
+    """About what one batch takes inside a block: a few tensors as wide as its widest matrix, one of them in float32; for
+    backward what each of its matrices gives."""
+    shapes = [parameter.shape[-2:] for parameter in block.parameters() if parameter.dim() > 1]
+    widest = max((max(shape) for shape in shapes), default=0)
+    kept = 2 * sum(shape[0] for shape in shapes) if trains else 0
+    return tokens * ((4 * widest + kept) * itemsize + 4 * widest) / memory.GIB
+
+
+def _statistics(found: dict[str, Matrix], observe: Callable[[Tensor], Tensor]) -> float:
+    """The float64 sums over the inputs of a block's matrices; where those are matrices themselves, as Hessians are, also the
+    six float32 ones that a factor is made with. Matrices of one width in one module are taken to share their inputs."""
+    widths: dict[tuple, int] = defaultdict(int)
+    for name, matrix in found.items():
+        inputs = matrix.weight_OI.shape[1]
+        widths[name.partition("[")[0].removesuffix(".weight").rpartition(".")[0], matrix.expert, inputs] = inputs
+    total = largest = 0
+    for inputs in widths.values():
+        try:
+            size = observe(torch.empty(1, inputs, device="meta")).numel()
+        except Exception:  # a method of the user's may need real numbers: it is not counted
+            return 0.0
+        total += 8 * size
+        largest = max(largest, 6 * 4 * inputs**2 if size > 2 * inputs else 0)
+    return (total + largest) / memory.GIB

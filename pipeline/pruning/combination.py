@@ -7,6 +7,7 @@ same inputs.
 import torch
 from torch import Tensor
 
+from pipeline.pruning import obs
 from pipeline.pruning.method import PruneMethod
 from pipeline.pruning.refinements import Refinement
 from pipeline.pruning.statistics import GRAM, Statistics, Sums
@@ -57,7 +58,7 @@ class Combination(PruneMethod):
         chosen = self.method.prune(weights, own)
         if self.refinement:
             for name, weight_OI in weights.items():
-                mine = processes.share_of(len(weight_OI))
+                mine = processes.share_of(len(weight_OI), _tile(weight_OI))
                 rows = (dense[name][mine], weight_OI[mine].float(), chosen[name][mine])
                 mask_OI = processes.gather_rows(self.refinement.refine(*rows, statistics, self.patterns[name]))
                 weight_OI.copy_(torch.where(mask_OI & ~chosen[name], dense[name].to(weight_OI.dtype), weight_OI))
@@ -86,10 +87,15 @@ class Combination(PruneMethod):
         """All matrices with the same inputs at once: they share what an update makes of the Gram matrix."""
         dense_RI, mask_RI = torch.cat([dense[name] for name in weights]), torch.cat([chosen[name] for name in weights])
         weight_RI = torch.cat([weight_OI.float() for weight_OI in weights.values()])
-        mine = processes.share_of(len(dense_RI))
+        mine = processes.share_of(len(dense_RI), _tile(dense_RI))
         rows = (dense_RI[mine], weight_RI[mine], mask_RI[mine])
         updated_RI = processes.gather_rows(self.weight_update.update(*rows, gram_II, next(iter(weights))))
         for name, part_OI in zip(weights, updated_RI.split([len(weight_OI) for weight_OI in weights.values()])):
             refuse_overflow(part_OI, name, self.settings.damp)
             weights[name].copy_(part_OI)
             masks.apply_(weights[name], chosen[name])
+
+
+def _tile(weight: Tensor) -> int:
+    """Rows that one rank has together: on a GPU the rounding of a product depends on its shape."""
+    return obs.ROW_TILE if weight.is_cuda else 1

@@ -14,6 +14,7 @@ from pipeline.sparsity.masks import apply_
 from pipeline.sparsity.patterns import NofM
 
 BLOCK = 128  # columns between updates of all later columns (SparseGPT, section 3.3)
+ROW_TILE = 512  # rows of a product on a GPU, where rounding depends on the shape
 WIDTH = 32  # columns within a block that are updated one by one, before one product updates the rest of the block
 
 
@@ -93,17 +94,26 @@ def _inverse(upper_II: Tensor) -> Tensor:
     return inverse_II
 
 
+def product(rows_RI: Tensor, matrix_II: Tensor) -> Tensor:
+    """rows @ matrix, (R, I); on a GPU in tiles of rows, so that a row's result does not depend on the rows of other ranks."""
+    if not rows_RI.is_cuda:
+        return rows_RI @ matrix_II
+    return torch.cat([tile_RI @ matrix_II for tile_RI in rows_RI.split(ROW_TILE)])
+
+
 def prune_rows(
     weight_RI: Tensor,
     factor_II: Tensor,
     choose: Callable[[Tensor, slice], Tensor] | None,
     score: Callable[[Tensor, slice], Tensor] | None = None,
     pattern: NofM | None = None,
+    tile: int | None = None,
 ) -> Tensor:
     """Prunes column by column, in place, compensating each error in the later columns. Returns the mask, (R, I).
 
     `choose(weight_RB, columns)` returns the mask of a block before its columns are visited. If it is None, `pattern` selects
-    from `score(weight_RM, columns)` of each group of M columns when the loop reaches it.
+    from `score(weight_RM, columns)` of each group of M columns when the loop reaches it. `tile`: the largest number of rows
+    of a product, so that a row's result does not depend on the other rows; None is no limit.
     """
     inputs = weight_RI.shape[1]
     block = BLOCK if choose or pattern is None else max(1, BLOCK // pattern.m) * pattern.m
@@ -132,9 +142,16 @@ def prune_rows(
                 torch.mul(weight_BR[i], scale_BR[i], out=error_BR[i])
                 if i + 1 < last:
                     weight_BR[i + 1 : last].addr_(factor_BB[i, i + 1 : last], error_BR[i], alpha=-1)
-            weight_BR[last:].addmm_(factor_BB[first:last, last:].T, error_BR[first:last], alpha=-1)
-        weight_IR[stop:].addmm_(factor_II[columns, stop:].T, error_BR, alpha=-1)
+            _push_on(weight_BR[last:], factor_BB[first:last, last:], error_BR[first:last], tile)
+        _push_on(weight_IR[stop:], factor_II[columns, stop:], error_BR, tile)
     weight_RI.copy_(weight_IR.T)
     mask_RI = kept_IR.T.contiguous()
     apply_(weight_RI, mask_RI)
     return mask_RI
+
+
+def _push_on(weight_CR: Tensor, factor_BC: Tensor, error_BR: Tensor, tile: int | None) -> None:
+    """Subtracts from later columns, C, what the errors of a block leave to them."""
+    size = tile or max(1, error_BR.shape[1])
+    for part_CR, part_BR in zip(weight_CR.split(size, 1), error_BR.split(size, 1)):
+        part_CR.addmm_(factor_BC.T, part_BR, alpha=-1)

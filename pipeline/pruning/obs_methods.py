@@ -36,7 +36,9 @@ class Obs(PruneMethod):
         stacked_RI = torch.cat([weights[name].float() for name in names])
         stacked_RI[:, dead_I] = 0
         lengths = [len(weights[name]) for name in names]
-        mine = processes.share_of(len(stacked_RI))
+        # A product's rounding depends on its shape on a GPU: there all have the same, on any number of ranks
+        tile = obs.ROW_TILE if stacked_RI.is_cuda else None
+        mine = processes.share_of(len(stacked_RI), tile or 1)
 
         def score(weight_RB: Tensor, columns: slice) -> Tensor:
             return self.obs_score(weight_RB, factor_II.diagonal()[columns], square_sum_I[columns])
@@ -48,7 +50,7 @@ class Obs(PruneMethod):
 
         n_of_m = pattern if isinstance(pattern, NofM) else None
         rows_RI = stacked_RI[mine].clone()
-        kept_RI = obs.prune_rows(rows_RI, factor_II, None if n_of_m else choose, score, n_of_m)
+        kept_RI = obs.prune_rows(rows_RI, factor_II, None if n_of_m else choose, score, n_of_m, tile)
         pruned_RI, kept_RI = processes.gather_rows(rows_RI), processes.gather_rows(kept_RI)
         for name, part_OI in zip(names, pruned_RI.split(lengths)):
             refuse_overflow(part_OI, name, self.settings.damp)

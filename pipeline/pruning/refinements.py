@@ -6,7 +6,7 @@ Shapes: R = rows (output features), I = in_features, G = groups of M consecutive
 import torch
 from torch import Tensor
 
-from pipeline.pruning import scores
+from pipeline.pruning import obs, scores
 from pipeline.pruning.statistics import GRAM, MOMENTS, Statistics
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Prune
@@ -71,7 +71,7 @@ def swap(
     """
     weight_RI, mask_RI = weight_RI * mask_RI, mask_RI.clone()
     error_RI = dense_RI - weight_RI
-    product_RI = error_RI @ gram_II
+    product_RI = obs.product(error_RI, gram_II)
     diagonal_I = gram_II.diagonal()
     rows_R = torch.arange(len(mask_RI), device=mask_RI.device)  # those that may get better
     find = _best_pair if group is None else _best_pair_in_groups
@@ -88,7 +88,7 @@ def swap(
         weight_RI[rows_R, grown_R], weight_RI[rows_R, lost_R] = dense_RI[rows_R, grown_R], 0.0
         error_RI[rows_R, grown_R], error_RI[rows_R, lost_R] = 0.0, dense_RI[rows_R, lost_R]
         if number % REFRESH == 0:
-            product_RI[rows_R] = error_RI[rows_R] @ gram_II
+            product_RI = obs.product(error_RI, gram_II)
         else:
             product_RI[rows_R] += steps_R2[:, :1] * gram_II[grown_R] + steps_R2[:, 1:] * gram_II[lost_R]
     return mask_RI

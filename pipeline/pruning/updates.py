@@ -34,7 +34,8 @@ class ObsUpdate(WeightUpdate):
     def update(self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, name: str) -> Tensor:
         factor_II, dead_I = obs.factor(gram_II, self.settings.damp, name, processes.say)
         rows_RI = dense_RI.masked_fill(dead_I, 0)
-        obs.prune_rows(rows_RI, factor_II, lambda weight_RB, columns: mask_RI[:, columns])
+        tile = obs.ROW_TILE if rows_RI.is_cuda else None
+        obs.prune_rows(rows_RI, factor_II, lambda weight_RB, columns: mask_RI[:, columns], tile=tile)
         return rows_RI
 
 
@@ -46,14 +47,14 @@ class Admm(WeightUpdate):
         norm_I = norm_I.masked_fill(norm_I == 0, 1)  # of a dead input, whose weights then stay as they are
         gram_II = gram_II / norm_I / norm_I[:, None]
         gram_II.diagonal().add_(self.settings.damp * gram_II.diagonal().mean())
-        target_RI = (dense_RI * norm_I) @ gram_II
+        target_RI = obs.product(dense_RI * norm_I, gram_II)
         gram_II.diagonal().add_(1)
         inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(gram_II))  # all eigenvalues are at least 1
         free_RI, dual_RI = weight_RI * norm_I, torch.zeros_like(weight_RI)
         for _ in range(self.settings.update_steps):
             masked_RI = (free_RI + dual_RI) * mask_RI
             dual_RI += free_RI - masked_RI
-            free_RI = (target_RI + masked_RI - dual_RI) @ inverse_II
+            free_RI = obs.product(target_RI + masked_RI - dual_RI, inverse_II)
         return (free_RI + dual_RI) / norm_I
 
 
@@ -69,12 +70,12 @@ class LeastSquares(WeightUpdate):
         gram_II.diagonal()[dead_I] = 1  # with nothing else in its row and column: the dense weight
         inverse_I = gram_II.diagonal().reciprocal()
         weight_RI = weight_RI * mask_RI
-        residual_RI = ((dense_RI - weight_RI) @ gram_II).mul_(mask_RI)
+        residual_RI = obs.product(dense_RI - weight_RI, gram_II).mul_(mask_RI)
         scaled_RI = residual_RI * inverse_I
         direction_RI = scaled_RI.clone()
         size_R1 = first_R1 = (residual_RI * scaled_RI).sum(1, keepdim=True)
         for _ in range(self.settings.update_steps):
-            product_RI = (direction_RI @ gram_II).mul_(mask_RI)
+            product_RI = obs.product(direction_RI, gram_II).mul_(mask_RI)
             curvature_R1 = (direction_RI * product_RI).sum(1, keepdim=True)
             moves_R1 = (size_R1 > CONVERGED**2 * first_R1) & (curvature_R1 > 0)
             if not moves_R1.any():

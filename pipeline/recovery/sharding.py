@@ -3,22 +3,26 @@
 from datetime import timedelta
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.engine.blocks import find_blocks, shared_parameters
+from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.strategies import Parallel, devices
 
 
-class ShardedStrategy(ModelParallelStrategy):
+class ShardedStrategy(Parallel, ModelParallelStrategy):
     """FSDP2 over all processes; checkpoints are one file with only the trained parameters."""
 
-    def __init__(self, processes: int, timeout: timedelta) -> None:
-        super().__init__(processes, 1, save_distributed_checkpoint=False, timeout=timeout)
+    def __init__(self, count: int, timeout: timedelta) -> None:
+        super().__init__(count, 1, save_distributed_checkpoint=False, timeout=timeout)
+        self.parallel_devices = devices()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         # Lightning's default also gathers the frozen weights: 140 GB on one host for 70B
@@ -26,17 +30,26 @@ class ShardedStrategy(ModelParallelStrategy):
         return get_model_state_dict(self.model, options=options)
 
 
-def shard_(model: nn.Module, mesh: DeviceMesh) -> None:
+def shard_(model: nn.Module, mesh: DeviceMesh, compute: torch.dtype | None = None, float32: bool = False) -> None:
     """Shards `model` in place, one unit per decoder layer, which is gathered for its call and freed afterwards. Raises
-    `UserError` if layers share weights, which FSDP2 does not support."""
+    `UserError` if layers share weights, which FSDP2 does not support.
+
+    `compute`: gathers in this dtype, and sums gradients in float32; without, autocast keeps a whole 16-bit copy of each
+    trained weight for backward, unsharded. `float32`: the shards are in float32, whatever the weights are now; only one
+    layer is whole in it at a time.
+    """
     if isinstance(model, FSDPModule):
         return
     blocks = find_blocks(model.get_base_model() if hasattr(model, "get_base_model") else model)
     if shared_parameters(blocks):
         raise UserError("finetune.strategy=fsdp does not support layers that share weights: set finetune.strategy=ddp")
-    for block in blocks:
-        fully_shard(block.module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    policy = MixedPrecisionPolicy(compute, torch.float32) if compute else MixedPrecisionPolicy()
+    for module in [*(block.module for block in blocks), model]:
+        if float32:
+            for parameter in module.parameters():
+                if not isinstance(parameter, DTensor):
+                    parameter.data = parameter.data.float()
+        fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -60,6 +73,11 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def gather_trained(model: nn.Module) -> dict[str, Tensor]:
-    """The trained parameters by name, gathered on the CPU. All ranks must call it."""
-    named = ((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
-    return {name: full_tensor(p).cpu().contiguous() for name, p in named}
+    """The trained parameters by name, gathered on the host of rank 0; the other ranks get none. All ranks must call it."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            whole = full_tensor(parameter.detach())
+            if processes.is_main():
+                found[name] = whole.cpu().contiguous()
+    return found

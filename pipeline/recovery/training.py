@@ -13,6 +13,8 @@ from transformers import get_cosine_schedule_with_warmup
 from pipeline.data import token_windows
 from pipeline.recovery import distillation, sharding
 from pipeline.recovery.checkpoints import AtomicCheckpoints, newest_checkpoint
+from pipeline.recovery.training_dtype import mixed_dtype, precision, trains_in_float32
+from pipeline.registry import FINETUNE_METHODS
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune
@@ -79,9 +81,12 @@ class CausalLM(LightningModule):
 
     def configure_model(self) -> None:
         if self.settings.strategy == "fsdp" and processes.world_size() > 1:
-            sharding.shard_(self.model, self.device_mesh["data_parallel"])
+            mesh, full = self.device_mesh["data_parallel"], FINETUNE_METHODS.entry(self.settings.method).trains_weights
+            # the few weights of a LoRA stay in float32, as in its merge
+            compute = mixed_dtype(self.settings.precision) if full else None
+            sharding.shard_(self.model, mesh, compute, trains_in_float32(self.settings))
             if self.teacher is not None:
-                sharding.shard_(self.teacher, self.device_mesh["data_parallel"])
+                sharding.shard_(self.teacher, mesh)
 
     def on_fit_start(self) -> None:
         if self._uses_ddp():
@@ -230,7 +235,11 @@ def fit(
 def _optimizer(trained: list[nn.Parameter], settings: Finetune) -> torch.optim.Optimizer:
     common = {"lr": settings.lr, "betas": (0.9, 0.95), "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(trained, **common)
+        if processes.device().type == "cpu":  # where fused rounds otherwise
+            return torch.optim.AdamW(trained, **common)
+        optimizer = torch.optim.AdamW(trained, **common, fused=True)  # no temporaries, of four bytes a weight
+        optimizer._step_supports_amp_scaling = False  # else Lightning refuses to clip; it unscales before that itself
+        return optimizer
     import bitsandbytes.optim as bnb  # seconds to import
 
     kinds = {"adamw_8bit": bnb.AdamW8bit, "paged_adamw": bnb.PagedAdamW, "paged_adamw_8bit": bnb.PagedAdamW8bit}
@@ -251,10 +260,3 @@ def _loggers(names: list[str], folder: Path) -> list:
         return made
     except ModuleNotFoundError as error:
         raise UserError(f"finetune.loggers=[{name}] needs a package: run `pip install {name}`") from error
-
-
-def precision(setting: str) -> str:
-    """Lightning's `precision`: `auto` is bf16-mixed with a GPU, else 32-true."""
-    if setting != "auto":
-        return setting
-    return "bf16-mixed" if torch.cuda.is_available() else "32-true"

@@ -4,8 +4,10 @@ They use the key-value store of the process group. Each process counts up its be
 fails posts its reason there, and the others end with it.
 """
 
+import ctypes
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -33,6 +35,7 @@ class Heartbeat:
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch_store)]
         for thread in self.threads:
             thread.start()
+        self._speak_at_abort()
 
     def stop(self) -> None:
         self.stopping.set()
@@ -76,6 +79,26 @@ class Heartbeat:
         except Exception:  # the store is gone
             silent = [0]
         return self._lost_message(silent) if silent else None
+
+    def _speak_at_abort(self) -> None:
+        """NCCL ends a process by abort(), after a time-out or at once where a peer's connection breaks. A handler of Python's
+        own would run too late, in the main thread."""
+        c = ctypes.CDLL(None)
+
+        def say_why(number: int) -> None:
+            c.alarm(int(MISSED * BEAT))  # ends the process, whatever happens here
+            reason = self.lost()
+            if isinstance(reason, dict):
+                _exit(self.end_with(reason))
+            self._end(
+                reason
+                or f"process {self.rank} was aborted by a library (what it said stands above): if NCCL timed out, one process "
+                "was still at work: set a longer timeout_minutes"
+            )
+            time.sleep(MISSED * BEAT)  # the main thread says why already, and then ends the process
+
+        self.at_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(say_why)  # kept, or it would be freed
+        c.signal(signal.SIGABRT, self.at_abort)
 
     def _lost_message(self, ranks: list[int]) -> str:
         names = ", ".join(f"{rank} on {self._host(rank)}" for rank in ranks)

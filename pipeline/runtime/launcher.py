@@ -4,6 +4,7 @@ import os
 import socket
 
 import torch
+import torch.distributed as dist
 
 from pipeline.runtime.errors import UserError
 
@@ -21,7 +22,10 @@ def nodes() -> int:
 
 
 def device() -> torch.device:
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    """This process's GPU. A task that sees one GPU only (SLURM's --gpus-per-task=1) has that, whatever its local rank."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else local_rank())
 
 
 def check_launch() -> None:
@@ -47,15 +51,20 @@ def check_launch() -> None:
         )
 
 
-def set_device() -> None:
-    if torch.cuda.is_available():
-        if local_world_size() > torch.cuda.device_count():
-            raise UserError(
-                f"{local_world_size()} processes were started and {socket.gethostname()} has {torch.cuda.device_count()} "
-                f"GPUs: launch with --num_processes {torch.cuda.device_count()}"
-            )
-        torch.cuda.set_device(device())
-    elif "OMP_NUM_THREADS" not in os.environ or {"RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
-        # Launchers set OMP_NUM_THREADS=1, which would leave the other cores idle. Without a launcher the user has set it, and
-        # it counts: threads spin while they wait, and on a busy machine two were eight times slower than one.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
+def set_device(store: dist.Store | None = None) -> None:
+    """Makes `device()` the current one. `store` is the launch's, in which the processes find out whether two of them have
+    the same GPU. Raises `UserError` where there are fewer GPUs than processes."""
+    if not torch.cuda.is_available():
+        return
+    count = torch.cuda.device_count()
+    if local_world_size() > count > 1 or (count == 1 and store is not None and _is_taken(store)):
+        raise UserError(
+            f"{local_world_size()} processes were started and {socket.gethostname()} has {count} "
+            f"GPUs: launch with --num_processes {count}"
+        )
+    torch.cuda.set_device(device())
+
+
+def _is_taken(store: dist.Store) -> bool:
+    """Whether another process has this one's only GPU."""
+    return store.add(f"gpu/{socket.gethostname()}/{torch.cuda.get_device_properties(0).uuid}", 1) > 1

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
-from pipeline.runtime import launcher, signals
+from pipeline.runtime import cores, launcher, signals
 from pipeline.runtime.errors import ReportedByPeer, Stopped, UserError, one_line
 from pipeline.runtime.heartbeat import ERROR, Heartbeat
 from pipeline.runtime.launcher import device, local_rank, local_world_size, nodes
@@ -44,13 +44,13 @@ def is_main() -> bool:
 
 
 @contextmanager
-def together(timeout_minutes: float = 30) -> Iterator[None]:
+def together(timeout_minutes: float = 30, threads: int | None = None) -> Iterator[None]:
     """Joins the processes of the launcher into one group. A failure of one ends all, and only one of them reports it.
 
     Raises the failure in the process that reports it and `ReportedByPeer` in the others.
     """
     try:
-        start(timeout_minutes)
+        start(timeout_minutes, threads)
         yield
     except BaseException as error:
         settled = _settle(error, timeout_minutes)
@@ -59,8 +59,9 @@ def together(timeout_minutes: float = 30) -> Iterator[None]:
         stop()
 
 
-def start(timeout_minutes: float = 30) -> None:
-    """Joins the processes of the launcher into one group. Raises `UserError` for a wrong launch."""
+def start(timeout_minutes: float = 30, threads: int | None = None) -> None:
+    """Joins the processes of the launcher into one group. Raises `UserError` for a wrong launch. `threads`: CPU threads of each
+    process; None is its share of the cores."""
     global _heartbeat, _timeout
     launcher.check_launch()
     if world_size() > 1 and not dist.is_initialized():
@@ -70,13 +71,17 @@ def start(timeout_minutes: float = 30) -> None:
         store = dist.PrefixStore(os.environ.get(CELL, "run"), store)
         # another connection, because a wait on one blocks all its users
         _heartbeat = Heartbeat(store.clone(), rank_, size, local_rank(), int(os.environ.get("GROUP_RANK", 0)))
-        launcher.set_device()  # after the heartbeat, which passes its failure on to all machines
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        launcher.set_device(store)  # after the heartbeat, which passes its failure on to all machines
+        # Objects and waits use gloo, on the host: its time-out is an exception, NCCL's ends the process by SIGABRT
+        backend = {"backend": "gloo"}
+        if torch.cuda.is_available():
+            backend = {"backend": "cpu:gloo,cuda:nccl", "device_id": device()}
         dist.init_process_group(
-            backend, store=dist.PrefixStore("espalier", store), rank=rank_, world_size=size, timeout=_timeout
+            **backend, store=dist.PrefixStore("espalier", store), rank=rank_, world_size=size, timeout=_timeout
         )
     else:
         launcher.set_device()
+    cores.set_threads(threads, all_ranks(cores.claim()))
 
 
 def stop() -> None:
@@ -142,8 +147,9 @@ def on_terminal() -> bool:
 
 
 def barrier() -> None:
+    """Waits for all on the host, so that a wait that is too long is an exception (`dist.barrier` would wait by NCCL)."""
     if world_size() > 1:
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1))
 
 
 def all_sum(tensor: Tensor) -> Tensor:
@@ -155,7 +161,7 @@ def all_sum(tensor: Tensor) -> Tensor:
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` holds on any rank."""
-    return bool(all_sum(torch.tensor(int(flag), device=device())).item()) if world_size() > 1 else flag
+    return bool(all_sum(torch.tensor(int(flag))).item()) if world_size() > 1 else flag
 
 
 def all_ranks(value: Any) -> list[Any]:
@@ -166,11 +172,13 @@ def all_ranks(value: Any) -> list[Any]:
     return values
 
 
-def share_of(count: int) -> slice:
-    """This rank's part of `count` rows. The first ranks have one row more if `count` does not divide evenly."""
-    quotient, remainder = divmod(count, world_size())
+def share_of(count: int, tile: int = 1) -> slice:
+    """This rank's part of `count` rows, in whole tiles; it may be empty. The first ranks have one tile more if the tiles do not
+    divide evenly."""
+    quotient, remainder = divmod(-(-count // tile), world_size())
     start = rank() * quotient + min(rank(), remainder)
-    return slice(start, start + quotient + (rank() < remainder))
+    stop = start + quotient + (rank() < remainder)
+    return slice(min(start * tile, count), min(stop * tile, count))
 
 
 def gather_rows(mine: Tensor) -> Tensor:
@@ -201,17 +209,20 @@ def trainer_arguments(sharded: Callable[[int, timedelta], Strategy] | None = Non
     """The arguments with which a Lightning Trainer uses exactly the launched processes: with DDP, or with the strategy that
     `sharded(processes, timeout)` returns.
 
-    With devices="auto" each rank of a CPU launch would train alone.
+    With devices="auto" each rank of a CPU launch would train alone; on GPUs the strategy names this process's.
     """
-    strategy: Any = "auto"
-    if world_size() > 1 and sharded:
+    from pipeline.runtime import strategies  # which builds on this module
+
+    gpu = torch.cuda.is_available()
+    if world_size() == 1:
+        strategy: Strategy = strategies.OneDevice(device())
+    elif sharded:
         strategy = sharded(world_size(), _timeout)
-    elif world_size() > 1:
-        # buffers are the same on every rank without a broadcast before each forward
-        strategy = DDPStrategy(timeout=_timeout, broadcast_buffers=False)
+    else:
+        strategy = strategies.DataParallel(_timeout)
     return {
-        "accelerator": "gpu" if torch.cuda.is_available() else "cpu",
-        "devices": local_world_size(),
+        "accelerator": "gpu" if gpu else "cpu",
+        "devices": "auto" if gpu else local_world_size(),
         "num_nodes": nodes(),
         "strategy": strategy,
         "use_distributed_sampler": False,

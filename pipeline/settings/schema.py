@@ -242,6 +242,13 @@ class Recipe:
     debug: bool = setting(False, "show tracebacks")
     timeout_minutes: float = setting(30.0, "how long processes wait for the slowest one", low=0.05)
 
+    deterministic: bool = setting(
+        False, "training repeats and resumes to the bit on GPUs too, somewhat slower; in no stage's key"
+    )
+    threads: int | None = setting(
+        None, "of the CPU for each process; null: its share of the cores that it may use", low=1
+    )
+
     pretrain: Pretrain = field(default_factory=Pretrain)
     calibration: Calibration = field(default_factory=Calibration)
     prune: Prune = field(default_factory=Prune)

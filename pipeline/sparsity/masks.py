@@ -98,6 +98,10 @@ class Masks(Mapping[str, Tensor]):
         """Packs and stores a mask in the shape of its stored parameter."""
         self.packed[name] = Packed(pack(mask).cpu(), tuple(mask.shape), str(pattern), transposed)
 
+    def on(self, device: torch.device, name: str) -> Tensor:
+        """A mask unpacked on the device, where only its bits are copied to."""
+        return unpack(self.packed[name].bits.to(device), self.packed[name].shape)
+
     def for_parameter(self, name: str, parameter: Tensor) -> Tensor | None:
         """The mask of a whole parameter, with the masks of fused experts stacked; None if all of it stays dense."""
         parts = [self.get(f"{name}[{expert}]") for expert in range(len(parameter))] if parameter.dim() == 3 else []
@@ -158,10 +162,11 @@ class Masks(Mapping[str, Tensor]):
             if problem := entry.problem():
                 raise UserError(f"{name}: {problem}")
 
-    def matched(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def matched(self, weights: Iterable[tuple[str, Tensor]], whole: bool = True) -> Iterator[tuple[str, Tensor]]:
         """Yields the masked weights of a model, each fused expert as one matrix.
 
-        Raises `UserError` if a masked matrix has another shape or, at the end, if one is missing.
+        Raises `UserError` if a masked matrix has another shape or, at the end, if one is missing; not where `weights` are
+        not the `whole` model.
         """
         missing = set(self)
         for name, weight in by_matrix(weights):
@@ -173,6 +178,11 @@ class Masks(Mapping[str, Tensor]):
                     f"{name} has shape {tuple(weight.shape)}, its mask {shape}: is this another model's mask file?"
                 )
             yield name, weight
+        if whole:
+            self.refuse_missing(missing)
+
+    def refuse_missing(self, missing: set[str]) -> None:
+        """Raises `UserError` if a model lacks any masked matrices."""
         if missing:
             raise UserError(
                 f"the model has no {sorted(missing)[0]} ({len(missing)} masked matrices missing): is this another "
@@ -181,7 +191,7 @@ class Masks(Mapping[str, Tensor]):
 
     def violations(self, weights: Iterable[tuple[str, Tensor]]) -> list[Violation]:
         """The nonzero pruned weights, one `Violation` per matrix. Raises `UserError` as `matched` does."""
-        found = (violation_of(name, weight, self[name]) for name, weight in self.matched(weights))
+        found = (violation_of(name, weight, self.on(weight.device, name)) for name, weight in self.matched(weights))
         return [violation for violation in found if violation]
 
 
@@ -201,9 +211,11 @@ def nonzero_pruned(weight: Tensor, mask: Tensor) -> Tensor:
 
 def violation_of(name: str, weight: Tensor, mask: Tensor) -> Violation | None:
     """The nonzero pruned weights of one parameter, or None."""
-    wrong = nonzero_pruned(weight, mask.to(weight.device)).cpu().numpy()
-    if not (count := int(np.count_nonzero(wrong))):
+    wrong = nonzero_pruned(weight, mask.to(weight.device))
+    # from a GPU one number is copied, not a matrix; on a CPU numpy is faster
+    if not (count := int(wrong.count_nonzero() if wrong.is_cuda else np.count_nonzero(wrong.numpy()))):
         return None
+    wrong = wrong.cpu().numpy()
     first = tuple(int(i) for i in np.unravel_index(wrong.argmax(), wrong.shape))
     return Violation(name, count, first, weight[first].item())
 

@@ -70,14 +70,16 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
             protocol["notes"].append(
                 f"{name}: a dense LoRA, kept apart because merging it would not leave the weights sparse"
             )
-    if processes.is_main():
-        masks = Masks()
-        if "prune" in inputs:
-            path = inputs["prune"] / "masks.safetensors"
-            masks, protocol["masks"] = Masks.load(path), files.sha256(path)
+    masks = Masks()
+    if "prune" in inputs:
+        path = inputs["prune"] / "masks.safetensors"
+        masks = Masks.load(path)
         for subject in subjects:
-            if masks and not subject.adapter:
+            if not subject.adapter:
                 results[subject.name] |= _weights(subject.name, subject.folder, masks, recipe)
+    if processes.is_main():
+        if masks:
+            protocol["masks"] = files.sha256(path)
         libraries = {library: version(library) for library in LIBRARIES}
         content = {"models": results, "protocol": protocol, "versions": libraries, "methods": registry.describe(recipe)}
         files.write_json(folder / "results.json", content)
@@ -111,7 +113,7 @@ def _prompts(recipe: Recipe, dense: Path) -> list[str]:
 
 def _weights(name: str, folder: Path, masks: Masks, recipe: Recipe) -> dict[str, Any]:
     """Sparsity of the masked matrices, by their zeros. Raises `UserError` if a pruned weight is not zero."""
-    matrices = list(verification.check_matrices(folder, masks, recipe))
+    matrices = verification.check_matrices(folder, masks, recipe)
     violations = [matrix.violation for matrix in matrices if matrix.violation]
     if violations and name != "dense":
         worst = violations[0]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from callbacks import of_training
 from callbacks.mask_keeper import MaskKeeper
@@ -11,15 +12,17 @@ from callbacks.validation import Validation
 from pipeline.data import sources, token_windows
 from pipeline.engine.blocks import find_blocks
 from pipeline.models import loading
-from pipeline.models.rewrite import parameters, rewrite
+from pipeline.models.rewrite import rewrite
+from pipeline.models.verification import check_matrices
 from pipeline.pruning.allocation import allocate
 from pipeline.recovery import lora, quantization
 from pipeline.recovery.held_out import HeldOut
 from pipeline.recovery.methods import FinetuneMethod
-from pipeline.recovery.training import batch_per_process, fit, precision, sequences_per_step
+from pipeline.recovery.training import batch_per_process, fit, sequences_per_step
+from pipeline.recovery.training_dtype import frozen_dtype, precision, trains_in_float32
 from pipeline.registry import FINETUNE_METHODS
 from pipeline.reporting import card
-from pipeline.runtime import processes
+from pipeline.runtime import deterministic, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune, Recipe
 from pipeline.sparsity.masks import Masks
@@ -32,7 +35,7 @@ def check(recipe: Recipe) -> None:
     folder = loading.locate(recipe.model, recipe.revision)
     config, settings = loading.config(folder, recipe), recipe.finetune
     loading.check_length(config, "finetune.seq_len", settings.seq_len)
-    check_bias(settings, str(config.dtype or "float32") if recipe.dtype == "auto" else recipe.dtype)
+    check_bias(settings, stored_dtype(config, recipe))
     if settings.targets != lora.ALL:
         lora.targets(allocate(find_blocks(loading.skeleton(folder, recipe)), recipe.prune), settings.targets)
 
@@ -42,9 +45,27 @@ def check_bias(settings: Finetune, dtype: str) -> None:
         raise UserError("finetune.bias=all trains in float32: set finetune.precision=bf16-mixed, or dtype=float32")
 
 
-def trains_in_float32(settings: Finetune) -> bool:
-    """Whether the model's own weights are trained in float32: bfloat16's 8 bits would lose small steps."""
-    return FINETUNE_METHODS.entry(settings.method).trains_weights and settings.precision != "bf16-true"
+def load(folder: Path, recipe: Recipe) -> nn.Module:
+    """The pruned model in the dtype that it trains in. To be shared out it stays a view of its files: in float32 the ranks of
+    a node would hold it whole eight times; `sharding.shard_` converts it layer by layer."""
+    settings, quantized = recipe.finetune, quantization.configuration(recipe.finetune.quantize)
+    dtype = "float32" if trains_in_float32(settings) else frozen(folder, recipe)
+    if trains_in_float32(settings) and settings.strategy == "fsdp" and processes.world_size() > 1:
+        model = loading.load(folder, recipe)
+        # what a model computes when it is made, such as Gemma's scale of embeddings, was rounded to its dtype
+        if all(buffer.dtype.itemsize != 2 for buffer in model.buffers()):
+            return model
+    return loading.load(folder, recipe, dtype, quantized)
+
+
+def frozen(folder: Path, recipe: Recipe) -> str | None:
+    """The dtype to load a model in that does not train; None is that of the recipe."""
+    return frozen_dtype(recipe.finetune, stored_dtype(loading.config(folder, recipe), recipe))
+
+
+def stored_dtype(config: PreTrainedConfig, recipe: Recipe) -> str:
+    """Of the weights that are frozen, as they are loaded unless they are converted."""
+    return str(config.dtype or "float32").removeprefix("torch.") if recipe.dtype == "auto" else recipe.dtype
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
@@ -55,8 +76,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     tokenizer = loading.tokenizer(origin, recipe)
     batch_per_process(settings, processes.world_size())  # raises before anything is loaded
 
-    dtype = "float32" if trains_in_float32(settings) else None
-    pruned = loading.load(origin, recipe, dtype, quantization.configuration(settings.quantize))
+    pruned = load(origin, recipe)
     loading.check_length(pruned.config, "finetune.seq_len", settings.seq_len)
     source, *validation = sources.of_stage(recipe, "finetune")
     samples = settings.max_steps * sequences_per_step(settings)
@@ -69,15 +89,20 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         held_out_NT = token_windows.packed(
             validation[0], tokenizer, settings.seq_len, settings.validation_samples, 0, loss=settings.loss
         )
-    teacher = loading.load(loading.dense_folder(recipe, inputs), recipe) if settings.distill else None
-    recovery = train(pruned, masks, windows_NT, held_out_NT, settings, recipe.seed, folder, teacher)
+    teacher = None
+    if settings.distill:
+        dense = loading.dense_folder(recipe, inputs)
+        teacher = loading.load(dense, recipe, frozen(dense, recipe))
+    with deterministic.training(recipe.deterministic):
+        recovery = train(pruned, masks, windows_NT, held_out_NT, settings, recipe.seed, folder, teacher)
 
     recovery.save(folder, masks_file)
     if method.leaves_model:
         rewrite(origin, folder / "model", recipe, recovery.merged)
+        processes.barrier()  # rank 0 has written
+        violations = [m.violation for m in check_matrices(folder / "model", masks, recipe) if m.violation]
+        assert not violations, violations
         if processes.is_main():
-            violations = masks.violations(parameters(folder / "model", recipe))
-            assert not violations, violations
             card.write_model_card(folder / "model", recipe, "finetune")
 
 

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from callbacks import of_training
 from pipeline.data import sources, token_windows, world
 from pipeline.recovery.training import fit, sequences_per_step
-from pipeline.runtime import processes
+from pipeline.runtime import deterministic, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune, Pretrain, Recipe
 
@@ -45,7 +45,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     samples = schedule.max_steps * sequences_per_step(schedule)
     windows_NT = token_windows.packed(sources.source("world"), tokenizer, settings.seq_len, samples, recipe.seed)
     callbacks = of_training(folder, schedule.checkpoint_every)
-    fit(model, windows_NT, schedule, recipe.seed, folder, callbacks)
+    with deterministic.training(recipe.deterministic):
+        fit(model, windows_NT, schedule, recipe.seed, folder, callbacks)
     if processes.is_main():
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")

@@ -40,7 +40,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     for name, text in coverage.describe(patterns):
         processes.say(f"  {name}: {text}")
     batches = calibration.batches(recipe, recipe.calibration, "calibration", origin, model)
-    store = calibration.plan_memory(model, batches, settings.hidden_states)
+    observe = observed_by(settings, patterns)
+    store = calibration.plan_memory(model, batches, settings.hidden_states, observe=observe)
     pruner = block_pruner(blocks, lambda: loading.load(origin, recipe), batches, store, settings, folder)
     walk = LayerWalk(model, batches, store, folder, dense_outputs=recipe.calibration.activations == "dense")
     if done := walk.files.finished_before:
@@ -54,7 +55,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
 def in_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> Masks:
     """Prunes the model in place, on its device; returns its masks. `batches`: tokens, each (batch_size, seq_len)."""
     settings, blocks = recipe.prune, find_blocks(model)
-    store = calibration.plan_memory(model, batches, settings.hidden_states)
+    observe = observed_by(settings, allocate(blocks, settings))
+    store = calibration.plan_memory(model, batches, settings.hidden_states, observe=observe)
     pruner = block_pruner(blocks, lambda: model, batches, store, settings)
     dense_outputs = recipe.calibration.activations == "dense"
     walk = LayerWalk(model, batches, store, in_memory=True, dense_outputs=dense_outputs)
@@ -62,6 +64,11 @@ def in_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> Masks:
     if not walk.files.masks:
         raise UserError(NOTHING)
     return walk.files.masks
+
+
+def observed_by(settings: Prune, patterns: dict[str, Pattern]) -> Callable[[Tensor], Tensor]:
+    """What the method of `prune.method` makes of inputs."""
+    return prune_method(settings, patterns).observe
 
 
 def block_pruner(

@@ -16,7 +16,7 @@ from pipeline.models import loading
 from pipeline.pruning import calibration
 from pipeline.recovery.layer_reconstructor import LayerReconstructor
 from pipeline.reporting import card
-from pipeline.runtime import memory, processes
+from pipeline.runtime import deterministic, memory, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Calibration, Recipe, reconstruction_text
 from pipeline.sparsity.masks import Masks
@@ -43,7 +43,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     walk = LayerWalk(model, batches, store, folder)
     if done := walk.files.finished_before:
         processes.say(f"  {len(done)} of {len(walk.blocks)} layers are already reconstructed")
-    with walk.paused_forwards(dense) as forwards:
+    with walk.paused_forwards(dense) as forwards, deterministic.training(recipe.deterministic):
         reconstructor = LayerReconstructor(forwards, masks, settings, recipe.seed, steps)
         run_layerwise(walk, reconstructor, [LayerWriter(), StopAtSignal()])
     processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")

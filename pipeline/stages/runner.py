@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.reporting.report import show
-from pipeline.runtime import checksums, files, hardware, lock, memory, processes
+from pipeline.runtime import checksums, deterministic, files, hardware, lock, memory, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import STAGES, Recipe, Stage, plain
-from pipeline.stages import keys, preflight, siblings, space
+from pipeline.stages import keys, out_of_memory, preflight, siblings, space
 
 LIBRARIES = ("torch", "transformers", "datasets", "lightning", "peft", "accelerate", "lm_eval")
 SCRATCH = ("masks", "checkpoints")  # folders from which an unfinished stage resumes
@@ -33,7 +33,8 @@ MODULES = {name: importlib.import_module(f"pipeline.stages.{name}") for name in 
 def run(recipe: Recipe) -> None:
     """Runs the stages that are not done, and prints the results."""
     run_dir = Path(recipe.run_dir)
-    with processes.together(recipe.timeout_minutes), _traceback_kept(run_dir):
+    deterministic.prepare(recipe.deterministic)
+    with processes.together(recipe.timeout_minutes, recipe.threads), _traceback_kept(run_dir):
         _refuse_other_settings(recipe)
         external = check(recipe)
         with _locked(run_dir):
@@ -82,7 +83,8 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
     memory.free_memory()
     memory.reset_peak(processes.device())
     started, computed = time.perf_counter(), time.process_time()
-    MODULES[stage.name].run(recipe, work, inputs)
+    with out_of_memory.answered(stage.name, recipe):
+        MODULES[stage.name].run(recipe, work, inputs)
     cpu_seconds = sum(processes.all_ranks(time.process_time() - computed))
     memory_gib = max(processes.all_ranks(memory.peak_gib(processes.device())))
     if processes.is_main():

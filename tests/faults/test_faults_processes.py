@@ -1,5 +1,6 @@
 """A process that fails ends all others, and only its message is printed; two runs cannot use the same folder."""
 
+import ctypes
 import json
 import os
 import re
@@ -11,9 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
-from pipeline.runtime import heartbeat, launcher, lock, processes
+from pipeline.runtime import heartbeat, lock, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
 from pipeline.stages import runner
@@ -122,6 +122,32 @@ def test_a_lost_process_ends_the_others(tmp_path, monkeypatch, name, number, cod
     assert exit_codes == codes and seconds < 30
     lines = [line for lines in printed for line in lines]
     assert lines and all(re.search(says, line.split(": ", 1)[1]) for line in lines), printed
+
+
+@pytest.mark.parametrize(
+    "lives, says", [(False, "process 1 on .* ended without a message"), (True, "process 0 was aborted by a library")]
+)
+def test_a_process_that_nccl_aborts_says_why_the_run_ends(tmp_path, lives, says):
+    def work(number: int) -> None:
+        processes.barrier()
+        (tmp_path / f"ready{number}").touch()
+        if number == 0:
+            until = time.monotonic() + 60
+            while not (lives or (tmp_path / "killed").exists()) and time.monotonic() < until:
+                time.sleep(0.05)
+            abort = threading.Thread(target=ctypes.CDLL(None).abort)  # NCCL's watchdog is a thread without Python
+            abort.start()
+        time.sleep(100)
+
+    def harm(running) -> None:
+        if not lives:
+            os.kill(running[1].pid, signal.SIGKILL)
+            running[1].join()
+        (tmp_path / "killed").touch()
+
+    codes, said, seconds = ranks(tmp_path, work, harm=harm)
+    assert codes == [2, 2 if lives else -9] and seconds < 30
+    assert len(said[0]) == 1 and re.search(says, said[0][0]) and said[1] == [], said
 
 
 def test_collectives_time_out_after_timeout_minutes(tmp_path):
@@ -242,19 +268,3 @@ def test_only_one_process_takes_over_a_stale_lock(tmp_path):
     for one in contenders:
         one.join(30)
     assert len(held) == 1 and len(refused) == 7
-
-
-@pytest.mark.parametrize("launched, threads", [({}, 1), ({"ACCELERATE_MIXED_PRECISION": "no"}, os.cpu_count())])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU's threads")
-def test_omp_num_threads_of_the_launcher_is_replaced_and_of_the_user_kept(monkeypatch, launched, threads):
-    for name in ("RANK", "ACCELERATE_MIXED_PRECISION"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"OMP_NUM_THREADS": "1", **launched}.items():
-        monkeypatch.setenv(name, value)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        launcher.set_device()
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)

@@ -12,10 +12,13 @@ from transformers import AutoModelForCausalLM
 
 import launch
 from pipeline.engine.matrices import matrices_of
-from pipeline.models import model_files
+from pipeline.models import model_files, verification
+from pipeline.models.verification import check_matrices
+from pipeline.settings.schema import Recipe
 from pipeline.sparsity.masks import Masks
 from tests.conftest import QUICK
 from tests.engine.test_decoder import small_model
+from tests.launches import end, fork
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -142,3 +145,29 @@ def test_wrong_arguments_are_one_line_errors(tiny_llama, pruned, tmp_path, typed
         code, _, lines = typed(*words)
         assert code == 2 and len(lines) == 1 and says in lines[0], (words, lines)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_processes_share_the_check_and_all_know_what_one_finds(pruned, tmp_path):
+    folder, masks = pruned / "model", Masks.load(pruned / "masks.safetensors")
+    alone = check_matrices(folder, masks, Recipe())
+    assert [matrix.name for matrix in alone if matrix.violation] == []
+
+    def work(rank: int) -> None:
+        read, layers = [], verification.layers  # what this process reads
+        verification.layers = lambda *args: (None, {n: _noted(n, f, read) for n, f in layers(*args)[1].items()})
+        found = [str(matrix) for matrix in check_matrices(folder, masks, Recipe())]
+        (tmp_path / f"{rank}.json").write_text(json.dumps([read, found]))
+
+    assert end(fork((f"model={folder}", "stages=[prune]"), tmp_path / "log", 2, work=work), 100) == [0, 0]
+    (first, told), (second, also_told) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert told == also_told == [str(matrix) for matrix in alone]
+    assert first and second and not set(first) & set(second)
+
+
+def _noted(name: str, read, noted: list):
+    def reads():
+        noted.append(name)
+        return read()
+
+    return reads

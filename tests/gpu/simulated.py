@@ -1,0 +1,83 @@
+"""Runs the command as if on GPUs, in a process of its own: `python -m tests.gpu.simulated SIMULATOR key=value ...`.
+
+The simulator (`sim`, `nccl`) must be there before torch's CUDA is first asked for. Here its NCCL is taught the two backends
+of a group (`cpu:gloo,cuda:nccl`), and what was counted goes as JSON to the file that SIM_COUNTS names.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def prepare(simulator: Path) -> None:
+    """Loads the simulator, which is built at first use; then torch.cuda is available."""
+    found = importlib.util.spec_from_file_location("simulator_run", simulator / "run.py")
+    run = importlib.util.module_from_spec(found)
+    found.loader.exec_module(run)
+    sys.path[:0] = [str(run.build().parent), str(simulator)]
+    rank = os.environ.get("LOCAL_RANK", "0")
+    if os.environ.get("SIM_GPUS") == "1":
+        os.environ["LOCAL_RANK"] = "0"  # the simulator takes its GPU's number from it
+    import sim
+
+    if os.environ.get("SIM_GPUS") == "1":
+        os.environ["LOCAL_RANK"], sim.cu.current_device = rank, lambda: 0
+    sim.Props.uuid = os.environ.get("SIM_UUID", rank)
+    if os.environ.get("WORLD_SIZE"):
+        _two_backends()
+
+
+def _two_backends() -> None:
+    """A group of `cpu:gloo,cuda:nccl` is the simulator's NCCL, which gives CPU tensors to gloo instead of refusing them."""
+    import nccl
+    import torch.distributed as dist
+
+    refuse = nccl.chk
+
+    def init(backend: str | None = None, *args, **kwargs) -> None:
+        if backend != "cpu:gloo,cuda:nccl":
+            nccl.init(backend, *args, **kwargs)
+            return
+        nccl.chk = _check(refuse)
+        dist.distributed_c10d._get_object_coll_device = lambda group=None: "cpu"
+        kwargs.pop("device_id")  # joins the communicators at once, as the simulated ones do anyway
+        nccl.REAL_INIT("simnccl", *args, **kwargs)
+
+    dist.init_process_group = dist.distributed_c10d.init_process_group = init
+
+
+def _check(refuse: Callable) -> Callable:
+    import nccl
+
+    def check(tensors: list, name: str) -> None:
+        if all(tensor.is_cpu for tensor in tensors):
+            nccl.COUNT["host"] = nccl.COUNT.get("host", 0) + 1
+        else:
+            refuse(tensors, name)
+
+    return check
+
+
+def main(arguments: list[str]) -> int:
+    prepare(Path(arguments[0]))
+    import sim
+
+    import launch
+
+    sys.argv = ["launch.py", *arguments[1:]]
+    code = launch.main()
+    counts = sim.C.stats() | {"kernels": sim.C.counts()}
+    if os.environ.get("WORLD_SIZE"):
+        import nccl
+
+        counts["collectives"] = nccl.COUNT
+    if path := os.environ.get("SIM_COUNTS"):
+        Path(f"{path}-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(counts))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,102 @@
+"""In which dtypes weights are kept, gathered and computed with."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM
+
+from pipeline.engine.blocks import find_blocks
+from pipeline.models import model_files
+from pipeline.recovery import sharding
+from pipeline.recovery.training_dtype import frozen_dtype, precision
+from pipeline.runtime import processes
+from pipeline.settings import reader
+from pipeline.stages import finetune, prune
+from tests.conftest import QUICK
+
+
+def settings(model, *more):
+    return reader.load([*QUICK, f"model={model}", *more])
+
+
+@pytest.fixture
+def half_llama(tiny_llama, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16)
+    model.save_pretrained(tmp_path / "half")
+    for path in tiny_llama.glob("*token*"):
+        (tmp_path / "half" / path.name).write_bytes(path.read_bytes())
+    return tmp_path / "half"
+
+
+def test_a_float16_checkpoint_trains_in_bfloat16_and_ends_in_float16(half_llama, tmp_path):
+    recipe = settings(half_llama, "finetune.precision=bf16-mixed")
+    model = finetune.load(half_llama, recipe)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    seen = []
+    for block in find_blocks(model):
+        block.module.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=torch.arange(8)[None])
+    assert set(seen) == {torch.bfloat16}  # with float16 norms the residual stream is float32
+
+    (tmp_path / "prune").mkdir()
+    prune.run(recipe, tmp_path / "prune", {})
+    finetune.run(recipe, tmp_path / "finetune", {"prune": tmp_path / "prune"})
+    written = dict(model_files.tensors(tmp_path / "finetune/model"))
+    assert {tensor.dtype for tensor in written.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize(
+    "wanted, stored, loaded",
+    [
+        ("bf16-mixed", "float16", "bfloat16"),
+        ("16-mixed", "bfloat16", "float16"),
+        ("bf16-mixed", "bfloat16", None),
+        ("bf16-mixed", "float32", None),  # the user's word: 16 bits less
+        ("32-true", "float16", None),
+        ("bf16-true", "float16", None),  # Lightning converts the whole model
+    ],
+)
+def test_only_16_bits_of_the_other_kind_are_converted(wanted, stored, loaded):
+    assert frozen_dtype(settings("m", f"finetune.precision={wanted}").finetune, stored) == loaded
+
+
+def test_a_gpu_that_only_emulates_bfloat16_trains_in_float16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for major, expected in ((7, "16-mixed"), (8, "bf16-mixed")):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, m=major: SimpleNamespace(major=m))
+        assert precision("auto") == expected
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_sharded_weights_are_kept_in_float32_and_gathered_in_bfloat16(half_llama, mesh):
+    """Under autocast alone, each weight's bfloat16 copy would be saved for backward, whole on every GPU."""
+    model = AutoModelForCausalLM.from_pretrained(half_llama, dtype="auto")
+    kept = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+    sharding.shard_(model, mesh, torch.bfloat16, float32=True)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32 and torch.equal(parameter.full_tensor(), kept[name])
+    seen = []
+    hook = lambda module, args: seen.append(module.weight.dtype)  # noqa: E731
+    model.model.layers[0].mlp.up_proj.register_forward_pre_hook(hook)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=torch.arange(8)[None]).logits.float().sum().backward()
+    assert seen == [torch.bfloat16]
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_only_rank_0_keeps_what_is_gathered(half_llama, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(half_llama)
+    assert sharding.gather_trained(model).keys() == dict(model.named_parameters()).keys()
+    monkeypatch.setattr(processes, "is_main", lambda: False)
+    assert sharding.gather_trained(model) == {}

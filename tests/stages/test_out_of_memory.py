@@ -1,0 +1,86 @@
+"""Whatever stage runs out of memory says in one line which key to change, and what is needed is known before."""
+
+import pytest
+import torch
+
+from callbacks.checkpointer import Checkpointer
+from pipeline.engine.blocks import find_blocks
+from pipeline.pruning import calibration
+from pipeline.pruning.obs_methods import SparseGpt
+from pipeline.pruning.score_methods import Wanda
+from pipeline.runtime import memory
+from pipeline.runtime.errors import UserError
+from pipeline.settings import reader
+from pipeline.stages import out_of_memory, prune
+from tests.conftest import QUICK
+from tests.engine.test_decoder import small_model
+
+FULL = ["finetune.batch_size=1", "finetune.checkpoint_activations=true"]
+
+
+@pytest.mark.parametrize(
+    "stage, more, key",
+    [
+        ("prune", [], "calibration.batch_size=1"),
+        ("prune", ["calibration.batch_size=1"], "calibration.seq_len=16"),
+        ("finetune", [], "finetune.batch_size=2 finetune.accumulate=2"),
+        ("finetune", FULL[:1], "finetune.checkpoint_activations=true"),
+        ("finetune", FULL, "finetune.quantize=nf4"),
+        ("finetune", [*FULL, "finetune.method=full"], "finetune.seq_len=16"),
+        ("evaluate", [], "evaluate.batch_size=1"),
+    ],
+)
+def test_one_line_says_which_key_to_change(tiny_llama, stage, more, key):
+    recipe = reader.load([*QUICK, f"model={tiny_llama}", *more])
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("cuBLAS: ALLOC_FAILED")):
+        line = f"{stage} stage: this machine has too little memory: set {key} "
+        with pytest.raises(UserError, match=line), out_of_memory.answered(stage, recipe):
+            raise error
+    with pytest.raises(RuntimeError, match="another"), out_of_memory.answered(stage, recipe):
+        raise RuntimeError("another")
+
+
+def test_the_command_ends_in_that_line(tiny_llama, tmp_path, refused, monkeypatch):
+    def run_out(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(prune, "run", run_out)
+    assert "set calibration.batch_size=1" in refused(tmp_path, f"model={tiny_llama}")
+
+
+def test_hessians_are_counted(capsys):
+    """In float64 by bands, and six float32 ones to factor the largest: of attention, gate and up, and down."""
+    model = small_model("llama")
+    blocks = find_blocks(model)
+    inner, hidden = blocks[0].module.mlp.up_proj.weight.shape
+    batches, found = [torch.zeros(1, 8, dtype=torch.int32)], []
+    for method in (Wanda, SparseGpt):
+        observe = method(None, {}).observe
+        calibration.plan_memory(model, batches, "auto", observe=observe)
+        found.append(calibration._statistics(calibration.matrices(blocks[0], blocks), observe) * memory.GIB)
+    assert found[0] == 8 * (2 * hidden + inner)
+    assert found[1] == 8 * (2 * hidden**2 + inner**2) + 24 * max(hidden, inner) ** 2  # one band at this size
+    assert "to compute with" in capsys.readouterr().out
+
+
+def test_slow_checkpoints_take_a_twentieth_of_the_time(tmp_path, monkeypatch):
+    now, saved = [0.0], []
+    monkeypatch.setattr("callbacks.checkpointer.time.monotonic", lambda: now[0])
+
+    class Trainer:
+        global_step, max_steps, should_stop = 0, 60, False
+
+        def save_checkpoint(self, path, weights_only):
+            saved.append(self.global_step)
+            now[0] += self.takes
+
+    for takes, expected in ((1.0, list(range(2, 61, 2))), (30.0, [2, 22, 42, 60])):
+        trainer, saver = Trainer(), Checkpointer(tmp_path, every=2)
+        trainer.takes = takes
+        saved.clear()
+        saver.on_train_start(trainer, None)
+        for step in range(1, 61):
+            trainer.global_step = step
+            now[0] += 30.0
+            saver.on_train_batch_end(trainer, None, None, None, 0)
+        assert saved == expected
