@@ -121,6 +121,24 @@ def stages(figure: Figure, names: list[str], seconds: list[float], times: list[s
 
 
 @picture
+def ratios(figure: Figure, rows: list[tuple[str, list[float], bool]]) -> None:
+    """A bar from 1 for each (label, ratios, whether more is better): medians, with the least and the most."""
+    figure.set_size_inches(SIZE[0], max(SIZE[1], 0.6 + 0.26 * len(rows)))
+    axes = figure.add_subplot(xlabel="× of the ordinary model (brown: worse)")
+    for place, (_, values, more_is_better) in enumerate(rows):
+        middle = float(np.median(values))
+        colour = ACCENT if (middle >= 1) == more_is_better or middle == 1 else SECOND
+        ends = [[middle - min(values)], [max(values) - middle]]
+        bars = axes.barh(place, middle - 1, left=1, xerr=ends, height=0.6, color=colour, ecolor=INK)
+        axes.bar_label(bars, [f"{middle:.2f}"], padding=4)
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
+    axes.margins(x=0.15)
+    axes.grid(False, axis="y")
+    axes.invert_yaxis()
+
+
+@picture
 def comparison(figure: Figure, panels: list[tuple[str, pd.DataFrame]]) -> None:
     """A panel for each measure, a line for each row of its table; of a frame as `compare.tabulate` makes it."""
     heights = [0.9 + 0.28 * part.label.nunique() for _, part in panels]

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.registry import PATTERNS, REGISTRIES, value_of
+from pipeline.registry import FINETUNE_METHODS, PATTERNS, REGISTRIES, value_of
 from pipeline.runtime.errors import UserError, did_you_mean
 from pipeline.settings.schema import Finetune, Recipe
 
@@ -26,12 +26,18 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 def load(argv: list[str]) -> Recipe:
     """`["recipe=NAME", "key=value", ...]` -> Recipe; without `recipe=`, the recipe is `tiny`."""
-    for argument in argv:
-        if "=" not in argument:
-            raise UserError(f"cannot read argument '{argument}': settings are written key=value, such as recipe=tiny")
     given = [argument for argument in argv if not argument.startswith("recipe=")]
     names = [argument.removeprefix("recipe=") for argument in argv if argument.startswith("recipe=")] or ["tiny"]
-    return checked([*_layers(names[-1])[0], _from_dotlist(given)], f"runs/{Path(names[-1]).stem}")
+    own = typed(given)
+    return checked([*_layers(names[-1])[0], own], f"runs/{Path(names[-1]).stem}")
+
+
+def typed(arguments: list[str]) -> dict:
+    """`["key=value", ...]` as plain data, a layer for `checked`."""
+    for argument in arguments:
+        if "=" not in argument:
+            raise UserError(f"cannot read argument '{argument}': settings are written key=value, such as recipe=tiny")
+    return _from_dotlist(arguments)
 
 
 def checked(layers: list[dict], run_dir: str = "runs/unnamed") -> Recipe:
@@ -244,11 +250,17 @@ def _check_stages(recipe: Recipe) -> None:
         )
     if absent := [stage for stage in recipe.rerun if stage not in recipe.stages]:
         raise UserError(f"rerun={absent[0]}: it is not in stages=[{','.join(recipe.stages)}]")
-    for stage in ("reconstruct", "finetune"):
-        if stage in recipe.stages and "prune" not in recipe.stages:
+    for stage, needed in (("reconstruct", "prune"), ("finetune", "prune"), ("export", "prune"), ("speed", "export")):
+        if stage in recipe.stages and needed not in recipe.stages:
             raise UserError(
-                f"{stage} needs prune in stages (a finished stage is not run again): stages=[prune,{stage},...]"
+                f"{stage} needs {needed} in stages (a finished stage is not run again): stages=[{needed},{stage},...]"
             )
+    tuning = FINETUNE_METHODS.entry(recipe.finetune.method)
+    if {"export", "finetune"} <= set(recipe.stages) and not tuning.leaves_model:
+        raise UserError(
+            f"export needs a sparse model, and finetune.method={recipe.finetune.method} leaves an adapter beside one: set "
+            f"finetune.method={Finetune().method}, or leave export out of stages"
+        )
     if "report" in recipe.stages and "evaluate" not in recipe.stages:
         raise UserError("report needs evaluate in stages (a finished stage is not run again)")
     texts = {"finetune.dataset": [recipe.finetune.dataset], "finetune.validation": [recipe.finetune.validation]}

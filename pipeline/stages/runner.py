@@ -55,7 +55,7 @@ def run(recipe: Recipe) -> None:
                 outcome = outcome_of(run_dir / stage.name) if processes.is_main() else None
                 done[stage.name] = processes.from_main(outcome)
             if processes.is_main() and "report" in done:
-                show(run_dir)
+                show(run_dir, stages=done)
 
 
 def chosen(recipe: Recipe) -> list[Stage]:
@@ -97,7 +97,8 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
             shutil.rmtree(work, ignore_errors=True)
             checksums.write(work, {"key": key, "stage": stage.name})
         for left in work.rglob(".*.part"):
-            left.unlink()
+            if left.is_file():  # not the folder of a half export, which that stage removes itself
+                left.unlink()
         space.check(stage.name, recipe, inputs, work)
     processes.barrier()
     memory.free_memory()
