@@ -8,10 +8,10 @@ the settings, docs/speed.md says what the figures mean. `out=FILE` keeps them as
 from pathlib import Path
 
 from pipeline.commands.table import lines
-from pipeline.compact.file_format import MANIFEST
+from pipeline.compact.file_format import MANIFEST, CompactFolder
 from pipeline.models import loading
 from pipeline.reporting import costs
-from pipeline.runtime import files, launcher
+from pipeline.runtime import files
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
 from pipeline.speed.measure import measure
@@ -30,7 +30,6 @@ def main(arguments: list[str]) -> None:
         _check(folder)
     typed = reader.typed([text for text in given if "=" in text and not text.startswith("out=")])
     recipe = reader.checked([{"model": next(iter(folders)), "stages": ["prune"]}, typed])
-    launcher.set_device()  # the threads that a run would have
     found = measure(folders, recipe.speed, recipe.trust_remote_code)
     for number, name in enumerate(folders, 1):
         print(f"{number}  {name}: {found['models'][name]['format']}, {found['models'][name]['dtype']}")
@@ -47,13 +46,15 @@ def main(arguments: list[str]) -> None:
 
 
 def _check(folder: Path) -> None:
+    """`UserError` for what can be seen of a folder without reading its weights."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is {'a file, not' if folder.exists() else 'not there:'} a model folder: {USAGE}")
+        raise UserError(f"{folder} is {'a file' if folder.exists() else 'not there'}: a model folder is needed")
     if (folder / MANIFEST).is_file():
-        return
-    if not (folder / "config.json").is_file():
+        CompactFolder(folder)
+    elif (folder / "config.json").is_file():
+        loading.locate(str(folder), None)
+    else:
         raise UserError(
-            f"{folder} is no model folder: it has neither config.json nor {MANIFEST} (the models of a run are "
-            f"{folder.name or 'RUN'}/<stage>/model and {folder.name or 'RUN'}/export/compact)"
+            f"{folder} has neither config.json nor {MANIFEST}: a model folder is needed, such as RUN/prune/model or "
+            "RUN/export/compact of a run"
         )
-    loading.locate(str(folder), None)

@@ -67,7 +67,7 @@ def table(sizes: dict | None, speed: dict | None, heads: tuple[str, ...] = RUN, 
     rows = []
     for it in measures(sizes, speed):
         cells = [_spread(values, _number, spread) for values in it.values]
-        rows.append([it.label, *cells, *(_spread(values, _times, spread) for values in it.ratios())])
+        rows.append([it.label, *cells, *(_spread(values, "{:.2f}".format, spread, "×") for values in it.ratios())])
     return ["", *heads, *(f"{head} / {heads[0]}" for head in heads[1:])], rows
 
 
@@ -84,18 +84,19 @@ def products(speed: dict, heads: tuple[str, ...] = RUN) -> Table:
 
 
 def circumstances(speed: dict) -> list[str]:
-    """Sentences: where and how it was measured, and what was not."""
+    """Two paragraphs: where it was measured and what was not, and what the figures mean."""
     machine, settings = speed["machine"], speed["settings"]
     kernels = f"kernels for {machine['kernels']}" if machine["kernels"] else "no kernels for compact matrices"
-    words = [
+    where = (
         f"Measured on {machine['hardware']} ({', '.join(machine['flags']) or 'no known instructions'}; {kernels}), "
         f"{threads(speed)}, torch {machine['torch']}, load of the machine before: {machine['load']:g}; {settings['repeats']} "
         "repeats."
-    ]
-    words.append(EXPLAINED.format(prompt=settings["prompt"]))
+    )
+    meaning = EXPLAINED.format(prompt=settings["prompt"])
+    first = next(iter(speed["models"]))
     for name, share in speed["same_tokens"].items():
-        words.append(f"Of {settings['new_tokens']} generated tokens, {share:.0%} of {name}'s are the first model's.")
-    return [*words, *(f"{note[0].upper()}{note[1:]}." for note in speed["notes"])]
+        meaning += f" Of {settings['new_tokens']} tokens that {name} generates, {share:.0%} are those of {first}."
+    return [" ".join([where, *(f"{note[0].upper()}{note[1:]}." for note in speed["notes"])]), meaning]
 
 
 def headline(sizes: dict | None, speed: dict | None) -> str:
@@ -125,8 +126,8 @@ def threads(speed: dict) -> str:
     return f"{count} thread{'s' * (count > 1)}"
 
 
-def _spread(values: list[float], form: Callable[[float], str], with_ends: bool) -> str:
-    text = form(statistics.median(values))
+def _spread(values: list[float], form: Callable[[float], str], with_ends: bool, unit: str = "") -> str:
+    text = form(statistics.median(values)) + unit
     return f"{text} ({form(min(values))}–{form(max(values))})" if with_ends and len(values) > 1 else text
 
 
