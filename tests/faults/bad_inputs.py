@@ -121,6 +121,8 @@ CASES: dict[str, list[Case]] = {
         Case("stages=[finetune]", "finetune needs prune in stages"),
         Case("stages=[reconstruct]", "reconstruct needs prune in stages"),
         Case("stages=[prune,report]", "report needs evaluate in stages"),
+        Case("stages=[export]", "export needs prune in stages"),
+        Case("stages=[prune,speed]", "speed needs export in stages"),
         Case("seed=-1", "seed=-1 is out of range"),
         Case("timeout_minutes=0", "timeout_minutes=0.0 is out of range"),
         Case("debug=maybe", "debug=maybe: true or false is needed"),
@@ -430,6 +432,10 @@ CASES: dict[str, list[Case]] = {
         Case("finetune.quantize=nf3", "did you mean 'nf4'?"),
         Case("finetune.quantize=nf4 finetune.strategy=fsdp", "exclude each other"),
         Case("finetune.effective=cached finetune.dropout=0.1", "set finetune.effective=auto"),
+        Case(
+            "finetune.method=plain_lora",
+            "export needs a sparse model, and finetune.method=plain_lora leaves an adapter",
+        ),
         Case("finetune.patience=3", "set finetune.validation="),
         Case("prune.sparsity=0.6 finetune.targets=[query]", "no pruned matrix is called 'query'"),
         Case(
@@ -534,6 +540,20 @@ CASES: dict[str, list[Case]] = {
             "a mask of a layer that is not there",
         ),
     ],
+    "Speed": [
+        Case("speed", "a model folder is needed, none given: run `python launch.py speed FOLDER [OTHER ...]`"),
+        Case("speed {here}/none", "none is not there: a model folder is needed"),
+        Case(f"speed {MASKS}", "masks.safetensors is a file: a model folder is needed"),
+        Case("speed {here}/run", "has neither config.json nor compact.json: a model folder is needed"),
+        Case("speed {here}/model speed.threads=0", "speed.threads=0 is out of range"),
+        Case("speed {here}/model speed.batches=1", "set 'speed.batches=[1]'"),
+        Case(
+            "speed {here}/model {here}/run/export/compact",
+            "compact.json is damaged",
+            put("run/export/compact/compact.json", "{}"),
+            "`compact.json` holds `{}`",
+        ),
+    ],
     "Folders": [
         Case("run_dir=~nobody-here/x", "there is no such home folder"),
         Case("run_dir={here}/file", "cannot write {here}/file/.lock", put("file", ""), "`file` is a file"),
@@ -556,6 +576,7 @@ DAMAGED = {  # the report is made anew wherever the run is moved to, as it is he
         *("stage.json", "stage.json: key", "stage.json: artefacts", "stage.json: sha256", "stage.json: digest"),
     ],
     "finetune": ["model/model-00001-of-00001.safetensors", "adapter/adapter_model.safetensors", "metrics.csv"],
+    "export": ["compact/compact-00001-of-00001.safetensors", "compact/compact.json", "sizes.json"],
     "evaluate": ["results.json"],
 }
 DAMAGED_FILES = [(stage, file) for stage, files in DAMAGED.items() for file in files]

@@ -298,7 +298,10 @@ def test_the_recipe_in_the_report_is_a_recipe(tmp_path: Path) -> None:
     again.write_text(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])
     stages = "stages=[prune,reconstruct,finetune,evaluate,report]"
     first = reader.load(["recipe=tiny", stages, "model=some/model", *changed])
-    first.pretrain = schema.Pretrain()  # settings of a stage that the run does not have are not told
+    first.pretrain, first.speed = (
+        schema.Pretrain(),
+        schema.Speed(),
+    )  # settings of a stage that the run does not have are not told
     assert reader.load([f"recipe={again}"]) == first
 
 
