@@ -49,15 +49,15 @@ def compare(folders: list[Path], out: Path) -> None:
         "protocol": {} if runs.differing_protocol(found) else found[0].results.get("protocol", {}),
         "runs": [str(run.folder) for run in found],
     }
-    drawn = {"compare.svg": (plots.comparison, panels)}
+    drawn = {"compare.svg": ("The table as a plot", plots.comparison, panels)}
     if traded := _quality_and_speed(numbers):
-        drawn["compare_speed.svg"] = (plots.quality_and_speed, traded)
-    facts["pictures"] = list(drawn)
-    figures = [("", page.data_uri(draw(what))) for draw, what in drawn.values()]
+        drawn["compare_speed.svg"] = ("Quality against speed: best is low and right", plots.quality_and_speed, traded)
+    facts["pictures"] = [(name, caption) for name, (caption, *_) in drawn.items()]
+    figures = [(caption, page.data_uri(draw(what))) for caption, draw, what in drawn.values()]
     text = page.render("compare.md.jinja", **facts, figures=figures)
     page.write(out / "compare.html", page.html(text, title=facts["title"], kind="comparison"))
     page.write(out / "compare.md", page.render("compare.md.jinja", **facts, figures=[]))
-    for name, (draw, what) in drawn.items():
+    for name, (_, draw, what) in drawn.items():
         page.write(out / name, draw(what, background="white"))
     Console().print(Text(f"comparison: {out / 'compare.html'}"), soft_wrap=True)
 

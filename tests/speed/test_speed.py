@@ -19,8 +19,10 @@ from pipeline.models import loading
 from pipeline.reporting import costs
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe, Speed
-from pipeline.speed import measure
+from pipeline.speed import measure, worker
 from pipeline.speed.process import CannotMeasure, started
+from pipeline.stages import space
+from tests import families
 from tests.conftest import QUICK, espalier, typing
 
 STAGES = ("prune", "reconstruct", "export", "evaluate", "speed", "report")
@@ -64,6 +66,9 @@ def test_the_compact_folder_is_the_last_model(run):
     assert sizes["matrices"] == 21 and costs.size_ratio(sizes) < 1
     packed = sizes["matrix_bytes"]
     assert packed["compact"] / packed["ordinary"] == pytest.approx(1 / 2 + 1 / 32)
+    inputs = {stage: folder / stage for stage in ("prune", "reconstruct")}
+    written = sum(path.stat().st_size for path in (folder / "export").rglob("*") if path.is_file())
+    assert 0 < space.estimate("export", Recipe(), inputs, folder / ".export")[1] - written < 2 * space.SMALL
     card = (folder / "export/compact/README.md").read_text()
     assert "espalier.load_compact" in card and "layers reconstructed" in card
     assert "`espalier export` writes it" in (folder / "prune/model/README.md").read_text()
@@ -221,6 +226,22 @@ def test_bad_input_to_the_command_is_one_line(tiny_llama, tmp_path, capsys):
         (tiny_llama, "repeats=3"): "unknown key 'repeats'",
     }.items():
         assert says in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "mamba"])
+def test_other_families_are_measured(family, tmp_path):
+    """Matrices that are stored transposed, experts, a model without positions."""
+    families.save(family, tmp_path)
+    one, threads = worker.Worker(), torch.get_num_threads()
+    try:
+        about = one.load(str(tmp_path), threads, False)
+        assert about["generates"] and (about["positions"] is None) == (family == "mamba")
+        assert one.prefill(20) > 0
+        seconds, tokens = one.decode(2, 16, 5)
+        assert seconds > 0 and len(tokens) == 5
+        assert all(count >= 1 and total > 0 for count, total in one.products(4).values())
+    finally:
+        torch.set_grad_enabled(True)  # which a worker, in a process of its own, leaves off
 
 
 def test_what_a_model_cannot_do_is_noted():
