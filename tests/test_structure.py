@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 # each package imports only those before it; only the stages use the callbacks
 ORDER = (
     *("runtime", "registry", "sparsity", "settings", "models", "data", "engine", "pruning", "recovery", "evaluation"),
-    *("compact", "callbacks", "reporting", "stages", "api", "commands"),
+    *("compact", "speed", "callbacks", "reporting", "stages", "api", "commands"),
 )
 FILES = sorted([*ROOT.glob("pipeline/*/*.py"), *ROOT.glob("callbacks/*.py")])
 MATH = (

@@ -4,7 +4,7 @@
     espalier.finetune(model, masks, texts, max_steps=200)
     espalier.evaluate(model, tokenizer, perplexity=["wikitext2"])
 
-All functions work in place, in one process, and write no files. The model keeps its device, dtype, modes and
+All functions work in place, in one process, and write no files (except `export`). The model keeps its device, dtype, modes and
 `requires_grad`, and the caller's random state is restored. Errors are `UserError`s, usually before anything is changed; an
 error during `prune`, `reconstruct` or full fine-tuning leaves the weights partly changed.
 
@@ -20,6 +20,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.sparsity.masks import Masks
 
 from .evaluation import evaluate
+from .exporting import export
 from .masking import apply, verify
 from .pruning import prune, reconstruct
 from .recovery import finetune
@@ -29,6 +30,7 @@ __all__ = [
     "UserError",
     "apply",
     "evaluate",
+    "export",
     "finetune",
     "load_adapter",
     "load_compact",

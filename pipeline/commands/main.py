@@ -24,6 +24,7 @@ COMMANDS = {
     "apply": "MODEL MASKS TARGET               writes a model with its pruned weights at zero",
     "export": "MODEL MASKS TARGET               writes a pruned model as a compact folder",
     "expand": "COMPACT TARGET                   writes the model that a compact folder holds",
+    "speed": "FOLDER [OTHER ...]               load time, memory and tokens/s of models, ordinary or compact",
 }
 HELP = f"""Prunes a language model and recovers it by fine-tuning, in one resumable command.
 

@@ -10,8 +10,8 @@ from pipeline.reporting.summary import label_of, model_name, pruned_with, short
 from pipeline.settings.schema import Recipe
 
 
-def write_model_card(folder: Path, recipe: Recipe, stage: str) -> None:
-    """README.md of the model that `stage` (prune, reconstruct or finetune) made: how it was made.
+def write_model_card(folder: Path, recipe: Recipe, stage: str, compact: bool = False) -> None:
+    """README.md of the model that `stage` (prune, reconstruct or finetune) made, or of its compact folder: how it was made.
 
     Its results are not known yet, and a finished stage is not written to again.
     """
@@ -28,6 +28,7 @@ def write_model_card(folder: Path, recipe: Recipe, stage: str) -> None:
         made += f", then fine-tuned within its masks: {FINETUNE_METHODS.entry(tune.method).in_words(tune)}"
         made += f" ({tune.max_steps} steps of {tune.batch_size * tune.accumulate} x {tune.seq_len} tokens of {tune.dataset})"
     facts = {"base_model": on_hub(model_name(recipe)), "title": f"{name} {pattern}", "summary": f"{made}."}
+    facts["compact"] = compact
     page.write(folder / "README.md", page.render("model_card.md.jinja", **facts))
 
 

@@ -5,17 +5,20 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
-from pipeline.reporting import page, runs, summary
+from pipeline.reporting import costs, page, runs, summary
 from pipeline.reporting.report import print_table
 from pipeline.reporting.runs import Run
 from pipeline.reporting.summary import Cell, get
 from pipeline.runtime.errors import UserError
 
 PERPLEXITY = "perplexity"
+SIZE, SPEED = "size on disk, × of the ordinary folder", f"decode speed, × of the ordinary folder, batch {costs.BATCH}"
+LOWER = (PERPLEXITY, SIZE)  # in the name of a measure where lower is better
 
 
 def compare(folders: list[Path], out: Path) -> None:
@@ -34,7 +37,7 @@ def compare(folders: list[Path], out: Path) -> None:
     for (measure, model), part in numbers.groupby(["measure", "model"], sort=False):
         title = f"{model}, {measure}" if numbers.model.nunique() > 1 else measure
         rows = [(label, row.set_index("pattern").cell) for label, row in part.groupby("label", sort=False)]
-        better = "lower" if PERPLEXITY in measure else "higher"
+        better = "lower" if any(name in measure for name in LOWER) else "higher"
         cells = [(label, [row.get(pattern, Cell("-")) for pattern in patterns]) for label, row in rows]
         groups.append((f"{title} ({better} is better)", cells))
         panels.append((title, part))
@@ -46,11 +49,16 @@ def compare(folders: list[Path], out: Path) -> None:
         "protocol": {} if runs.differing_protocol(found) else found[0].results.get("protocol", {}),
         "runs": [str(run.folder) for run in found],
     }
-    figures = [("", page.data_uri(plots.comparison(panels)))]
+    drawn = {"compare.svg": ("The table as a plot", plots.comparison, panels)}
+    if traded := _quality_and_speed(numbers):
+        drawn["compare_speed.svg"] = ("Quality against speed: best is low and right", plots.quality_and_speed, traded)
+    facts["pictures"] = [(name, caption) for name, (caption, *_) in drawn.items()]
+    figures = [(caption, page.data_uri(draw(what))) for caption, draw, what in drawn.values()]
     text = page.render("compare.md.jinja", **facts, figures=figures)
     page.write(out / "compare.html", page.html(text, title=facts["title"], kind="comparison"))
     page.write(out / "compare.md", page.render("compare.md.jinja", **facts, figures=[]))
-    page.write(out / "compare.svg", plots.comparison(panels, background="white"))
+    for name, (_, draw, what) in drawn.items():
+        page.write(out / name, draw(what, background="white"))
     Console().print(Text(f"comparison: {out / 'compare.html'}"), soft_wrap=True)
 
 
@@ -60,12 +68,20 @@ def tabulate(found: list[Run], tasks: list[str]) -> tuple[pd.DataFrame, list[str
     if differing := runs.differing_protocol(found):
         keys = ", ".join(f"evaluate.{key}" for key in differing)
         notes.append(f"the runs differ in {keys}: their numbers are not comparable")
+    if (
+        len({(it["machine"]["hardware"], it["machine"]["threads"], it["machine"]["kernels"]) for it in _speeds(found)})
+        > 1
+    ):
+        notes.append(
+            "the decode speeds were measured on different machines, threads or kernels: each is relative to its own"
+        )
     lines, seen = [], {}
     for run in found:
         for state in summary.columns(run.results):
             row = runs.row_of(run, state, found)
             about = {"model": row.model, "is_sparse": state != "dense", "method": row.method, "label": row.label}
-            for number in _measured(run.results["models"][state], tasks):
+            is_last = state == summary.columns(run.results)[-1]
+            for number in [*_measured(run.results["models"][state], tasks), *(_cost(run) if is_last else ())]:
                 for pattern in dict.fromkeys(it.pattern for it in found) if state == "dense" else [run.pattern]:
                     first = seen.setdefault((row, number["measure"], pattern), number)
                     if first is number:
@@ -79,7 +95,7 @@ def tabulate(found: list[Run], tasks: list[str]) -> tuple[pd.DataFrame, list[str
     frame = pd.DataFrame(lines).sort_values(
         order, key=lambda it: it if it.dtype == bool else it.factorize()[0], kind="stable"
     )
-    cost = frame.value.where(frame.measure.str.contains(PERPLEXITY), -frame.value)
+    cost = frame.value.where(frame.measure.str.contains("|".join(LOWER)), -frame.value)
     rivals = cost.groupby([frame[name] for name in ("measure", "model", "pattern", "is_sparse", "is_recovered")])
     frame["best"] = frame.is_sparse & (cost == rivals.transform("min")) & (rivals.transform("count") > 1)
     frame["cell"] = [Cell(text, best=best) for text, best in zip(frame.text, frame.best)]
@@ -96,3 +112,32 @@ def _measured(model: dict, tasks: list[str]) -> Iterator[dict]:
         mean, error = sum(score["acc"] for score in scores) / len(scores), summary.mean_error(scores)
         text = summary.accuracy({"acc": mean, "acc_stderr": error}, "acc")
         yield dict(measure="mean accuracy, %", value=100 * mean, error=error and 100 * error, text=text)
+
+
+def _speeds(found: list[Run]) -> list[dict]:
+    return [run.speed for run in found if run.speed]
+
+
+def _cost(run: Run) -> Iterator[dict]:
+    """The compact folder of a run's last model against the ordinary one."""
+    gain = costs.speed_ratio(run.speed)
+    for measure, value in ((SIZE, run.sizes and costs.size_ratio(run.sizes)), (SPEED, gain)):
+        if value is not None:
+            yield dict(measure=measure, value=value, error=None, text=f"{value:.2f}")
+
+
+def _quality_and_speed(numbers: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """By model and text, where speeds were measured: a line for each row and pattern, with "perplexity" and "speed"; the dense
+    model has speed 1, as the ordinary folder computes the same products."""
+    found = []
+    speeds = numbers[numbers.measure == SPEED]
+    keys = ["model", "label", "pattern"]
+    for (measure, model), part in numbers[numbers.measure.str.contains(PERPLEXITY)].groupby(
+        ["measure", "model"], sort=False
+    ):
+        rows = part.merge(speeds[[*keys, "value"]].rename(columns={"value": "speed"}), "left", keys)
+        rows.loc[~rows.is_sparse, "speed"] = 1.0
+        rows = rows[rows.speed.notna() & np.isfinite(rows.value)].rename(columns={"value": PERPLEXITY})
+        if rows.is_sparse.any():
+            found.append((f"{model}, {measure}" if numbers.model.nunique() > 1 else measure, rows))
+    return found

@@ -121,6 +121,24 @@ def stages(figure: Figure, names: list[str], seconds: list[float], times: list[s
 
 
 @picture
+def ratios(figure: Figure, rows: list[tuple[str, list[float], bool]]) -> None:
+    """A bar from 1 for each (label, ratios, whether more is better): medians, with the least and the most."""
+    figure.set_size_inches(SIZE[0], max(SIZE[1], 0.6 + 0.26 * len(rows)))
+    axes = figure.add_subplot(xlabel="× of the ordinary model (brown: worse)")
+    for place, (_, values, more_is_better) in enumerate(rows):
+        middle = float(np.median(values))
+        colour = ACCENT if (middle >= 1) == more_is_better or middle == 1 else SECOND
+        ends = [[middle - min(values)], [max(values) - middle]]
+        bars = axes.barh(place, middle - 1, left=1, xerr=ends, height=0.6, color=colour, ecolor=INK)
+        axes.bar_label(bars, [f"{middle:.2f}"], padding=4)
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
+    axes.margins(x=0.25)
+    axes.grid(False, axis="y")
+    axes.invert_yaxis()
+
+
+@picture
 def comparison(figure: Figure, panels: list[tuple[str, pd.DataFrame]]) -> None:
     """A panel for each measure, a line for each row of its table; of a frame as `compare.tabulate` makes it."""
     heights = [0.9 + 0.28 * part.label.nunique() for _, part in panels]
@@ -145,6 +163,28 @@ def comparison(figure: Figure, panels: list[tuple[str, pd.DataFrame]]) -> None:
         axes.set_title(title)
     handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside upper right", ncols=6)
+
+
+@picture
+def quality_and_speed(figure: Figure, panels: list[tuple[str, pd.DataFrame]]) -> None:
+    """A panel for each (title, frame of `compare`): perplexity against the decode speed relative to the dense model's."""
+    figure.set_size_inches(2 * SIZE[0], SIZE[1] * len(panels) + 0.3)
+    grid = figure.subplots(len(panels), squeeze=False)
+    labels = list(dict.fromkeys(label for _, part in panels for label in part.label[part.is_sparse]))
+    patterns = list(dict.fromkeys(pattern for _, part in panels for pattern in part.pattern))
+    for axes, (title, part) in zip(grid.flat, panels):
+        for value in part.perplexity[~part.is_sparse][:1]:
+            axes.plot(1, value, "*", color=INK, markersize=9, label="dense")
+        for (label, pattern), points in part[part.is_sparse].groupby(["label", "pattern"], sort=False):
+            colour = SERIES[patterns.index(pattern) % len(SERIES)]
+            marker = MARKERS[labels.index(label) % len(MARKERS)]
+            axes.plot(points.speed, points.perplexity, marker, color=colour, label=f"{label}, {pattern}")
+        if part.perplexity.max() > 8 * part.perplexity.min() > 0:
+            axes.set_yscale("log")
+        axes.margins(0.15)
+        axes.set(title=title, xlabel="decode speed, × of the dense model", ylabel="perplexity")
+    handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside right upper")
 
 
 def _line(axes: Axes, points: pd.Series, colour: str, label: str | None = None) -> Line2D:

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.engine import coverage
-from pipeline.reporting import card, page, published, series, summary
+from pipeline.reporting import card, costs, page, published, series, summary
 from pipeline.runtime import checksums, files
 from pipeline.settings.schema import STAGES, Recipe, plain
 
@@ -38,7 +38,7 @@ WORDS = {None: "all", True: "yes", False: "no"}
 def write(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes report.html, and report.md as a model card, into `folder`; the same inputs give the same bytes."""
     facts, logs, about = collect(recipe, inputs)
-    text = page.render("report.md.jinja", **facts, figures=figures(logs, about))
+    text = page.render("report.md.jinja", **facts, figures=figures(logs, about, costs.measures(*costs.read(inputs))))
     page.write(folder / "report.html", page.html(text, title=f"{facts['title']} {facts['pattern']}", kind="report"))
     # for the hub; tables in place of the pictures
     facts["tables"] = _tables(logs) + facts["tables"]
@@ -46,11 +46,16 @@ def write(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     page.write(folder / "report.md", f"{front}\n{page.render('report.md.jinja', **facts, figures=[])}")
 
 
-def show(run_dir: Path, console: Console | None = None) -> None:
-    """Prints the table of a run, its notes, and the path of the report."""
+def show(run_dir: Path, console: Console | None = None, stages: Iterable[str] = ()) -> None:
+    """Prints the table of a run, what its `stages` found of size and speed, its notes, and the path of the report."""
     results = files.read_json(run_dir / "evaluate" / "results.json")
     assert results is not None, f"{run_dir}: evaluate has not finished"
     print_table(summary.columns(results), summary.groups(results), summary.notes(results), console)
+    header, rows = costs.table(*costs.read({name: run_dir / name for name in stages}), spread=False)
+    if rows:
+        print_table(
+            header[1:], [("Size and speed", [(label, list(map(summary.Cell, it))) for label, *it in rows])], [], console
+        )
     (console or Console()).print(Text(f"report: {run_dir / 'report' / 'report.html'}"), soft_wrap=True)
 
 
@@ -84,23 +89,29 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> tuple[dict[str, Any], di
     used = {key: value for key, value in plain(recipe).items() if key not in STAGES or key in recipe.stages}
     del used["rerun"]  # of this one command
     text = OmegaConf.to_yaml(used).strip()
+    sizes, speed = costs.read(inputs)
     stages = ["stage", f"time, {LAST_START}", "peak memory", "processes", "finished (UTC)"]
     tables = [
         ("Stages", stages, [[name, *_cost(stage)] for name, stage in about.items()]),
         ("Weights of the layers", ["", ""], coverage.describe(logs["coverage"])),
+        ("Products by shape of the matrix", *(costs.products(speed) if speed else ([], []))),
         ("Protocol", ["", ""], _protocol(results.get("protocol") or {})),
         ("Environment", ["", ""], _environment(recipe, results, about)),
     ]
     facts = {
         "title": summary.short(summary.model_name(recipe)),
         "pattern": summary.label_of(recipe, "prune.sparsity", results) if "pruned" in results["models"] else "",
-        "headline": summary.headline(recipe, results),
+        "headline": f"{summary.headline(recipe, results)} {costs.headline(sizes, speed)}".strip(),
         "cost": f"It took {total} on {'; '.join(machines)}." if machines else "",
         "columns": summary.columns(results),
         "groups": summary.groups(results, reference),
         "mark": summary.MARK,
         "remarks": [summary.EXPLAINED, *([f"Published: {source}."] if reference else [])],
         "notes": summary.notes(results),
+        "costs": costs.table(sizes, speed),
+        "circumstances": costs.circumstances(speed) if speed else [],
+        "share": f"{costs.size_ratio(sizes):.2f}" if sizes else "",
+        "with_export": ",".join(it for it in STAGES if it in recipe.stages or it in ("export", "speed")),
         "continuations": _continuations(results),
         "tables": [table for table in tables if table[-1]],
         "recipe": text,
@@ -128,7 +139,9 @@ def _cells(frame: pd.DataFrame) -> list[list[str]]:
     return [[it if isinstance(it, str) else "-" if it != it else f"{it:.4g}" for it in row] for row in frame.values]
 
 
-def figures(logs: dict[str, series.Rows], about: dict[str, dict]) -> list[tuple[str, str]]:
+def figures(
+    logs: dict[str, series.Rows], about: dict[str, dict], measured: list[costs.Measure]
+) -> list[tuple[str, str]]:
     """(caption, image as a data URI) of all that there are numbers for."""
     from pipeline.reporting import plots  # matplotlib takes a second to import
 
@@ -146,6 +159,10 @@ def figures(logs: dict[str, series.Rows], about: dict[str, dict]) -> list[tuple[
         drawn["Output error of each layer, before and after reconstruction"] = plots.reconstruction(before, after)
     if len(loss):
         drawn["Fine-tuning loss"] = plots.loss(loss, np.log(perplexity))
+    if measured:
+        drawn["The compact model against the ordinary one"] = plots.ratios(
+            [(it.label.rpartition(",")[0], it.ratios()[0], it.more_is_better) for it in measured]
+        )
     if about:
         seconds, gib = ([stage.get(key) for stage in about.values()] for key in ("seconds", "memory_gib"))
         svg = plots.stages(list(about), seconds, list(map(summary.duration, seconds)), gib)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import registry
-from pipeline.reporting import summary
+from pipeline.reporting import costs, summary
 from pipeline.reporting.summary import MODEL_STAGES, MODELS
 from pipeline.runtime import checksums, files
 from pipeline.runtime.errors import UserError
@@ -22,6 +22,8 @@ class Run(NamedTuple):
     folder: Path
     settings: dict[str, Any]  # the recipe, flat: "prune.method" and so on
     results: dict
+    sizes: dict | None = None  # of the stage export, and of speed: `costs.read`
+    speed: dict | None = None
 
     @property
     def pattern(self) -> str:
@@ -62,9 +64,22 @@ def find(folders: list[Path]) -> list[Run]:
             whole[checksums.STAGE_FILE] = about and "recipe" in about
             if damaged := [name for name, good in whole.items() if not good]:
                 raise UserError(f"{evaluate / damaged[0]} is damaged: repeat its command, which makes it again")
-            found.append(Run(evaluate.parent, _flat(about["recipe"]), results))
+            found.append(Run(evaluate.parent, _flat(about["recipe"]), results, *_costs(evaluate, about)))
     _check_texts(found)
     return found
+
+
+def _costs(evaluate: Path, about: dict) -> tuple[dict | None, dict | None]:
+    """What the stages export and speed found of the models that were evaluated; not of those of an earlier command."""
+    folders = {name: evaluate.with_name(name) for name in ("export", "speed")}
+    measured = summary.get(about, "made_from", "read")
+    for name, folder in list(folders.items()):
+        read = summary.get(checksums.read(folder), "made_from", "read") or {}
+        if not read or any(
+            outcome != (measured or {}).get(stage) for stage, outcome in read.items() if stage != "export"
+        ):
+            del folders[name]
+    return costs.read(folders)
 
 
 def unfinished(folders: list[Path]) -> list[str]:

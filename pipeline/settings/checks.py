@@ -5,7 +5,7 @@ import difflib
 import math
 from typing import Any
 
-from pipeline.registry import PATTERNS, REGISTRIES, value_of
+from pipeline.registry import FINETUNE_METHODS, PATTERNS, REGISTRIES, value_of
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune, Recipe
 
@@ -64,11 +64,17 @@ def _check_stages(recipe: Recipe) -> None:
         )
     if absent := [stage for stage in recipe.rerun if stage not in recipe.stages]:
         raise UserError(f"rerun={absent[0]}: it is not in stages=[{','.join(recipe.stages)}]")
-    for stage in ("reconstruct", "finetune"):
-        if stage in recipe.stages and "prune" not in recipe.stages:
+    for stage, needed in (("reconstruct", "prune"), ("finetune", "prune"), ("export", "prune"), ("speed", "export")):
+        if stage in recipe.stages and needed not in recipe.stages:
             raise UserError(
-                f"{stage} needs prune in stages (a finished stage is not run again): set stages=[prune,{stage},...]"
+                f"{stage} needs {needed} in stages (a finished stage is not run again): set stages=[{needed},{stage},...]"
             )
+    tuning = FINETUNE_METHODS.entry(recipe.finetune.method)
+    if {"export", "finetune"} <= set(recipe.stages) and not tuning.leaves_model:
+        raise UserError(
+            f"export needs a sparse model, and finetune.method={recipe.finetune.method} leaves an adapter beside one: set "
+            f"finetune.method={Finetune().method}, or leave export out of stages"
+        )
     if "report" in recipe.stages and "evaluate" not in recipe.stages:
         raise UserError(
             "report needs evaluate in stages (a finished stage is not run again): set stages=[...,evaluate,report]"

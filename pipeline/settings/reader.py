@@ -22,12 +22,18 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 def load(argv: list[str]) -> Recipe:
     """`["recipe=NAME", "key=value", ...]` -> Recipe; without `recipe=`, the recipe is `tiny`."""
-    for argument in argv:
-        if "=" not in argument:
-            raise UserError(f"cannot read argument '{argument}': settings are written key=value, such as recipe=tiny")
     settings = [argument for argument in argv if not argument.startswith("recipe=")]
     names = [argument.removeprefix("recipe=") for argument in argv if argument.startswith("recipe=")] or ["tiny"]
-    return checked([*recipe_files.layers(names[-1]), dotlist.parse(settings)], f"runs/{Path(names[-1]).stem}")
+    layers = [*recipe_files.layers(names[-1]), typed(settings)]
+    return checked(layers, f"runs/{Path(names[-1]).stem}")
+
+
+def typed(arguments: list[str]) -> dict:
+    """`["key=value", ...]` as plain data, a layer for `checked`."""
+    for argument in arguments:
+        if "=" not in argument:
+            raise UserError(f"cannot read argument '{argument}': settings are written key=value, such as recipe=tiny")
+    return dotlist.parse(arguments)
 
 
 def checked(layers: list[dict], run_dir: str = "runs/unnamed") -> Recipe:

@@ -57,7 +57,9 @@ TABLE = (
         "reconstruction",
     ),
     Stage("finetune", BEFORE[:3], (*MODEL, "finetune", "seed"), "finetuned"),
+    Stage("export", BEFORE[1:], MODEL),
     Stage("evaluate", BEFORE, (*MODEL, "evaluate", "seed")),
+    Stage("speed", (*BEFORE[1:], "export"), ("trust_remote_code", "speed")),
     Stage("report", None, ("model", "stages"), display=()),
 )
 STAGES = {stage.name: stage for stage in TABLE}  # in the order in which they run
@@ -226,6 +228,17 @@ class Evaluate:
 
 
 @dataclass
+class Speed:
+    """What the ordinary and the compact model cost, measured on this machine's CPU."""
+
+    repeats: int = setting(5, "measurements of each kind; a first one is not counted", low=1)
+    prompt_lengths: list[int] = setting([128, 512], "tokens of the prompts of a prefill; none: []", low=1)
+    new_tokens: int = setting(64, "tokens that are generated after a prompt of 16", low=1)
+    batches: list[int] = setting([1, 4, 16], "texts that are generated at a time; none: []", low=1)
+    threads: int | None = setting(None, "of the CPU; null: as many as the command has", low=1)
+
+
+@dataclass
 class Recipe:
     model: str | None = setting(None, "hub id or folder; null with a pretrain stage")
     revision: str | None = setting(None, "branch, tag or commit of a hub id")
@@ -255,6 +268,7 @@ class Recipe:
     reconstruct: Reconstruct = field(default_factory=Reconstruct)
     finetune: Finetune = field(default_factory=Finetune)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    speed: Speed = field(default_factory=Speed)
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def run(recipe: Recipe) -> None:
                 outcome = keys.outcome_of(run_dir / stage.name) if processes.is_main() else None
                 outcomes[stage.name] = processes.from_main(outcome)
             if processes.is_main() and "report" in outcomes:
-                show(run_dir)
+                show(run_dir, stages=outcomes)
 
 
 def chosen(recipe: Recipe) -> list[Stage]:
@@ -77,7 +77,8 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
             shutil.rmtree(work, ignore_errors=True)
             checksums.write(work, {"key": key, "stage": stage.name})
         for leftover in work.rglob(".*.part"):
-            leftover.unlink()
+            if leftover.is_file():  # the export stage removes the folder of a half export itself
+                leftover.unlink()
         space.check(stage.name, recipe, inputs, work)
     processes.barrier()
     memory.free_memory()

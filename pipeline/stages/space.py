@@ -34,7 +34,7 @@ def check(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> No
 
 def estimate(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> tuple[list[str], int, int]:
     """The stages to run, the bytes that they have still to write, and the free bytes on the disk of `work`."""
-    needs = {"prune": _prune, "reconstruct": _prune, "finetune": _finetune}
+    needs = {"prune": _prune, "reconstruct": _prune, "finetune": _finetune, "export": _export}
     stages, folders = [stage], [work]
     if stage == RUN:
         stages = [name for name in recipe.stages if not (work / name).exists()]
@@ -64,6 +64,13 @@ def _finetune(recipe: Recipe, inputs: dict[str, Path]) -> int:
     method = FINETUNE_METHODS.entry(settings.method)
     trained = sum(method.trained(settings, count, width) for count, _, width in shapes)
     return sum(count * itemsize for count, itemsize, _ in shapes) + 4 * trained * (2 + 2 * 3) + SMALL
+
+
+def _export(recipe: Recipe, inputs: dict[str, Path]) -> int:
+    """At most the model once more and a bit per weight: how much is pruned is known by matrix only."""
+    model = next((inputs[stage] for stage in ("finetune", "reconstruct", "prune") if stage in inputs), None)
+    shapes = _shapes(model / "model" if model else loading.dense_folder(recipe, inputs))
+    return sum(count * itemsize + count // 8 for count, itemsize, _ in shapes) + SMALL
 
 
 def _plain(folder: Path, recipe: Recipe) -> list[tuple[int, int, int]]:

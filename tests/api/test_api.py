@@ -261,3 +261,38 @@ def test_defaults_equal_the_recipes_and_all_arguments_are_documented(name):
             assert parameter.default == known[key], key
     for public in espalier.__all__:
         assert getattr(espalier, public).__doc__
+
+
+@torch.no_grad()
+def test_export_of_a_model_in_memory_and_of_a_folder(tmp_path):
+    model, ids = families.tiny("llama"), families.text(2, 8)
+    masks = espalier.prune(model, calibration=families.text(4, 16))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = espalier.export(model, masks, tmp_path / "of_memory")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert found["matrices"] == len(masks) and found["share"] == found["compact_bytes"] / found["bytes"] < 0.6
+    model.save_pretrained(tmp_path / "model")
+    assert espalier.export(str(tmp_path / "model"), masks, str(tmp_path / "of_folder")) == found
+    weights = [
+        [path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")] for name in ("of_memory", "of_folder")
+    ]
+    assert weights[0] == weights[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "of_folder", "of_memory"]
+    compact = espalier.load_compact(tmp_path / "of_memory")
+    torch.testing.assert_close(compact(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_export_refuses_in_one_line_and_leaves_nothing(tmp_path):
+    model, dense = families.tiny("llama"), families.tiny("llama")
+    masks = espalier.prune(model, calibration=families.text(4, 16))
+    (tmp_path / "there").mkdir()
+    for arguments, says in [
+        ((model, masks, tmp_path / "there"), "is there already"),
+        ((dense, masks, tmp_path / "new"), "holds pruned weights that are not \\+0.0"),
+        ((model, {}, tmp_path / "new"), "masks is a dict: what prune or Masks.load gives is needed"),
+        ((tmp_path / "none", masks, tmp_path / "new"), "no such folder"),
+        ((model, masks, tmp_path / "new", "words"), "tokenizer is a str"),
+    ]:
+        with pytest.raises(espalier.UserError, match=says):
+            espalier.export(*arguments)
+        assert not (tmp_path / "new").exists()

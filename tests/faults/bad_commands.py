@@ -64,6 +64,20 @@ CASES: dict[str, list[Case]] = {
             "a mask of a layer that is not there",
         ),
     ],
+    "Speed": [
+        Case("speed", "a model folder is needed, none given: run `python launch.py speed FOLDER [OTHER ...]`"),
+        Case("speed {here}/none", "none is not there: a model folder is needed"),
+        Case(f"speed {MASKS}", "masks.safetensors is a file: a model folder is needed"),
+        Case("speed {here}/run", "has neither config.json nor compact.json: a model folder is needed"),
+        Case("speed {here}/model speed.threads=0", "speed.threads=0 is out of range"),
+        Case("speed {here}/model speed.batches=1", "set 'speed.batches=[1]'"),
+        Case(
+            "speed {here}/model {here}/run/export/compact",
+            "compact.json is damaged",
+            put("run/export/compact/compact.json", "{}"),
+            "`compact.json` holds `{}`",
+        ),
+    ],
     "Folders": [
         Case("run_dir=~nobody-here/x", "there is no such home folder"),
         Case("run_dir={here}/file", "cannot write {here}/file/.lock", put("file", ""), "`file` is a file"),
@@ -88,6 +102,7 @@ DAMAGED = {  # not the report: it runs again because the run folder has moved
         *("stage.json", "stage.json: key", "stage.json: artefacts", "stage.json: sha256", "stage.json: digest"),
     ],
     "finetune": ["model/model-00001-of-00001.safetensors", "adapter/adapter_model.safetensors", "metrics.csv"],
+    "export": ["compact/compact-00001-of-00001.safetensors", "compact/compact.json", "sizes.json"],
     "evaluate": ["results.json"],
 }
 DAMAGED_FILES = [(stage, file) for stage, files in DAMAGED.items() for file in files]

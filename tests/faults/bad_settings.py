@@ -18,6 +18,8 @@ CASES: dict[str, list[Case]] = {
         Case("stages=[finetune]", "finetune needs prune in stages"),
         Case("stages=[reconstruct]", "reconstruct needs prune in stages"),
         Case("stages=[prune,report]", "report needs evaluate in stages"),
+        Case("stages=[export]", "export needs prune in stages"),
+        Case("stages=[prune,speed]", "speed needs export in stages"),
         Case("seed=-1", "seed=-1 is out of range"),
         Case("timeout_minutes=0", "timeout_minutes=0.0 is out of range"),
         Case("debug=maybe", "debug=maybe: true or false is needed"),
@@ -102,6 +104,10 @@ CASES: dict[str, list[Case]] = {
         Case("finetune.quantize=nf3", "did you mean 'nf4'?"),
         Case("finetune.quantize=nf4 finetune.strategy=fsdp", "exclude each other"),
         Case("finetune.effective=cached finetune.dropout=0.1", "set finetune.effective=auto"),
+        Case(
+            "finetune.method=plain_lora",
+            "export needs a sparse model, and finetune.method=plain_lora leaves an adapter",
+        ),
         Case("finetune.patience=3", "set finetune.validation="),
         Case("prune.sparsity=0.6 finetune.targets=[query]", "no pruned matrix is called 'query'"),
         Case(

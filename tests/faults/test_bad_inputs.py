@@ -40,7 +40,8 @@ def typed(*words: str) -> tuple[int, str, list[str]]:
 
 
 def settings(here: Path) -> list[str]:
-    return [*QUICK, "evaluate.continuations=0", f"model={here}/model", f"run_dir={here}/run"]
+    stages = "stages=[prune,finetune,export,evaluate,report]"
+    return [*QUICK, stages, "evaluate.continuations=0", f"model={here}/model", f"run_dir={here}/run"]
 
 
 def make(here: Path) -> None:
@@ -60,7 +61,11 @@ def content(folder: Path) -> dict[str, bytes]:
 def run_case(case: Case, here: Path) -> tuple[int, str, list[str]]:
     words = shlex.split(case.typed)
     words = [word.replace("{here}", str(here)) for word in words]
-    return typed(*words) if words[:1] in (["compare"], ["verify"], ["apply"]) else typed(*settings(here), *words)
+    return (
+        typed(*words)
+        if words[:1] in (["compare"], ["verify"], ["apply"], ["speed"])
+        else typed(*settings(here), *words)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -166,7 +166,7 @@ def test_the_recipe_in_the_report_can_be_loaded(tmp_path: Path) -> None:
     again.write_text(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])
     stages = "stages=[prune,reconstruct,finetune,evaluate,report]"
     first = reader.load(["recipe=tiny", stages, "model=some/model", *changed])
-    first.pretrain = schema.Pretrain()  # settings of absent stages are left out
+    first.pretrain, first.speed = schema.Pretrain(), schema.Speed()  # settings of absent stages are left out
     assert reader.load([f"recipe={again}"]) == first
 
 

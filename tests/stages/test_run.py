@@ -28,7 +28,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 def finished(tiny_llama, tmp_path_factory) -> tuple[Path, list[str], str]:
     """An uninterrupted run: its folder, settings and output."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    settings = [f"model={tiny_llama}", *QUICK]
+    settings = [f"model={tiny_llama}", *QUICK, "stages=[prune,finetune,export,evaluate,report]"]
     return run_dir, settings, espalier(*settings, f"run_dir={run_dir}")
 
 
@@ -53,7 +53,7 @@ def test_a_run_ends_with_an_exactly_sparse_model_and_the_table(finished):
         and "cores" in about["machine"]
         and about["recipe"]["run_dir"] == str(run_dir)
     )
-    for stage in ("prune", "finetune", "evaluate", "report"):
+    for stage in ("prune", "finetune", "export", "evaluate", "report"):
         assert not (run_dir / f".{stage}").exists()
 
 
@@ -71,7 +71,7 @@ def test_the_same_command_again_only_shows_the_report(finished):
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     seen = espalier(*settings, f"run_dir={run_dir}")
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
-    assert seen.count("done before") == 4
+    assert seen.count("done before") == 5
     assert "mask violations" in seen
 
 
@@ -81,7 +81,7 @@ def test_a_changed_limit_runs_evaluate_and_report_only(finished, typed, tmp_path
     stamps = {name: (run_dir / name / "stage.json").stat().st_mtime_ns for name in ("prune", "finetune")}
     code, seen, _ = typed(*settings, f"run_dir={run_dir}", "evaluate.limit=10")
     assert code == 0 and "evaluate: evaluate.limit 20 -> 10: running again" in seen
-    assert seen.count("done before") == 2
+    assert seen.count("done before") == 3
     assert {name: (run_dir / name / "stage.json").stat().st_mtime_ns for name in stamps} == stamps
     assert weights(run_dir / "finetune/model") == before
 
@@ -107,6 +107,7 @@ def test_a_killed_and_repeated_run_has_the_same_weights(finished, tmp_path, mome
     for name in ("masks.safetensors", "matrices.csv"):
         assert (run_dir / "prune" / name).read_bytes() == (whole / "prune" / name).read_bytes()
     assert weights(run_dir / "finetune/model") == weights(whole / "finetune/model")
+    assert weights(run_dir / "export/compact") == weights(whole / "export/compact")
 
 
 def test_two_processes_give_the_same_masks_and_numbers(finished, tmp_path):
@@ -121,6 +122,15 @@ def test_two_processes_give_the_same_masks_and_numbers(finished, tmp_path):
     values = [json.loads((run / "evaluate/results.json").read_text())["models"] for run in (whole, two)]
     for name in ("dense", "pruned"):
         assert values[1][name]["perplexity"]["world"] == pytest.approx(values[0][name]["perplexity"]["world"], rel=1e-9)
+
+
+def test_export_on_two_processes_gives_the_same_bytes(finished, tmp_path):
+    folder, settings = shutil.copytree(finished[0], tmp_path / "run"), finished[1]
+    seen = espalier(*settings, f"run_dir={folder}", "rerun=export", processes=2)
+    assert "export: rerun=export: running again" in seen and seen.count("done before") == 4
+    for path in (finished[0] / "export").rglob("*"):
+        if path.is_file() and path.name != "stage.json":
+            assert (folder / path.relative_to(finished[0])).read_bytes() == path.read_bytes(), path.name
 
 
 def test_a_single_process_launched_for_two_is_refused(tiny_llama):

@@ -1,0 +1,1 @@
+"""What models cost on this machine: load time, memory, tokens per second."""

@@ -1,0 +1,41 @@
+"""The export stage: the last model of the run and its masks in, the same model as a compact folder out."""
+
+import shutil
+from pathlib import Path
+
+from pipeline.compact.export import export
+from pipeline.models import model_files
+from pipeline.reporting import card
+from pipeline.runtime import files, processes
+from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Recipe
+from pipeline.sparsity.masks import Masks
+
+
+def last_model(inputs: dict[str, Path]) -> Path:
+    """The folder of the model that the last stage before this made."""
+    return next(inputs[stage] for stage in ("finetune", "reconstruct", "prune") if stage in inputs) / "model"
+
+
+def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
+    """Writes `compact/`, and `sizes.json`: bytes of the pruned matrices and of all weight files, before and after."""
+    if not processes.is_main():
+        return
+    model, target = last_model(inputs), folder / "compact"
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before this stage was whole
+    masks = Masks.load(inputs["prune"] / "masks.safetensors")
+    try:
+        dense, packed = export(model, masks, target, recipe)
+    except UserError as error:
+        raise UserError(f"export cannot write {model} as a compact folder: {error}") from error
+    sizes = {
+        "matrices": len(masks),
+        "matrix_bytes": {"ordinary": dense, "compact": packed},
+        "file_bytes": {
+            "ordinary": sum(path.stat().st_size for path in model_files.weight_files(model)),
+            "compact": sum(path.stat().st_size for path in target.glob("*.safetensors")),
+        },
+    }
+    files.write_json(folder / "sizes.json", sizes)
+    card.write_model_card(target, recipe, model.parent.name, compact=True)
+    processes.say(f"  pruned matrices: {packed / max(1, dense):.3f} of their {dense:,} bytes")

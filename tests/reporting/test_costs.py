@@ -1,0 +1,111 @@
+"""What export and speed found is told as it is: gains and losses alike, and nothing where nothing was measured."""
+
+import json
+
+import pytest
+
+from pipeline.reporting import costs
+from pipeline.runtime import checksums
+from tests.reporting.test_compare import compared, write_run
+from tests.reporting.test_report import PLAIN, Page, make_results, write_report
+
+SIZES = {
+    "matrices": 21,
+    "matrix_bytes": {"ordinary": 4 * 2**20, "compact": 2.25 * 2**20},
+    "file_bytes": {"ordinary": 8 * 2**20, "compact": 5 * 2**20},
+}
+
+
+def rates(*values: float) -> dict:
+    return {"median": sorted(values)[len(values) // 2], "least": min(values), "most": max(values), "all": list(values)}
+
+
+def make_speed(gain: float = 1.8, kernels: str | None = "avx512") -> dict:
+    """Of three turns, the machine twice as fast in the last one."""
+    models = {}
+    for name, factor in (("ordinary", 1.0), ("compact", gain)):
+        models[name] = {
+            **{"format": name, "dtype": "bfloat16", "file_bytes": 5, "memory_bytes": 3e6 / factor},
+            **{"load_seconds": 0.5, "first_token_seconds": 0.75},
+            "prefill": {"128": rates(1000, 1100, 2100)},
+            "decode": {"1": rates(10 * factor, 11 * factor, 20 * factor), "4": rates(31, 32, 60)},
+        }
+    micro = {"ordinary": 20.0, "compact": 20.0 / gain}
+    return {
+        "models": models,
+        "products": [{"shape": "48 x 32", "matrices": 6, "tokens": 1, "microseconds": micro}],
+        "same_tokens": {"compact": 0.75},
+        "machine": {
+            **{"hardware": "Abacus 9000, 2 cores", "flags": ["avx2"], "kernels": kernels},
+            **{"threads": 2, "torch": "2.13.0", "load": 0.1},
+        },
+        "settings": {"repeats": 3, "prompt": 16, "new_tokens": 64, "threads": 2},
+        "notes": ["prompts are cut to the model's 128 positions"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "speed", "says"),
+    [
+        (None, None, ""),
+        (SIZES, None, "The compact folder has 0.62× the bytes of the ordinary one."),
+        (SIZES, make_speed(), "0.62× the bytes of the ordinary one and 1.80× its decode speed at batch 1 on 2 threads"),
+        (SIZES, make_speed(0.6), "and 0.60× its decode speed (slower) at batch 1"),
+        (SIZES, make_speed(1.0), "and 1.00× its decode speed at batch 1"),
+    ],
+)
+def test_the_headline_says_slower_of_what_is_slower(sizes, speed, says):
+    assert says in costs.headline(sizes, speed) and bool(says) == bool(costs.headline(sizes, speed))
+
+
+def test_ratios_are_of_each_turn():
+    assert costs.speed_ratio(make_speed(1.8)) == pytest.approx(1.8)
+    assert costs.speed_ratio({"models": {"ordinary": {"decode": {}}, "compact": {"decode": {}}}}) is None
+    header, rows = costs.table(SIZES, make_speed())
+    assert header == ["", "ordinary", "compact", "compact / ordinary"]
+    assert ["pruned matrices, MiB", "4.00", "2.25", "0.56×"] in rows
+    assert ["decode, batch 1, tokens/s", "11.0 (10.0–20.0)", "19.8 (18.0–36.0)", "1.80× (1.80–1.80)"] in rows
+    assert costs.products(make_speed())[1] == [["48 x 32", "6", "1", "20.0", "11.1", "1.80×"]]
+
+
+def test_a_machine_without_kernels_is_said():
+    assert "no kernels for compact matrices" in costs.circumstances(make_speed(0.3, kernels=None))[0]
+    assert "Prompts are cut to the model's 128 positions." in costs.circumstances(make_speed())[0]
+    assert "75% are those of ordinary" in costs.circumstances(make_speed())[1]
+
+
+def test_a_report_without_the_stages_says_how_to_get_them(tmp_path):
+    page, text = write_report(tmp_path, make_results(*PLAIN))
+    for found in (Page(page).text, text):
+        assert "stages=[prune,finetune,export,evaluate,speed,report]" in found
+        assert "Size and speed" not in found and "compact folder has" not in found
+
+
+def test_runs_are_compared_with_what_they_have(tmp_path):
+    for name, method, gain in (("a", "wanda", 1.8), ("b", "magnitude", 0.9), ("c", "sparsegpt", None)):
+        write_run(tmp_path / name, f"prune.method={method}")
+        if gain:
+            write_costs(tmp_path / name, make_speed(gain))
+    table = compared(*(tmp_path / name for name in "abc"))
+    start = next(place for place, row in enumerate(table) if row[0].startswith("decode speed"))
+    assert table[start][0].endswith("(higher is better)")
+    assert table[start + 1 :] == [["Wanda + LoRA", "1.80"], ["magnitude + LoRA", "0.90"]]
+    assert "Wanda + LoRA" in Page((tmp_path / "out/compare_speed.svg").read_text()).text
+    assert "Quality against speed" in (tmp_path / "out/compare.md").read_text()
+    assert "different machines" not in (tmp_path / "out/compare.md").read_text()
+    other = make_speed()
+    other["machine"]["threads"] = 64
+    write_costs(tmp_path / "c", other)
+    compared(*(tmp_path / name for name in "abc"))
+    assert "measured on different machines, threads or kernels" in (tmp_path / "out/compare.md").read_text()
+
+
+def write_costs(run, speed: dict) -> None:
+    """The stages export and speed of a finished run, of the models that it evaluated."""
+    about = checksums.read(run / "evaluate")
+    read = {"prune": "1", "finetune": "2"}
+    checksums.write(run / "evaluate", about | {"made_from": {"read": read}})
+    for stage, file, what in (("export", "sizes.json", SIZES), ("speed", "results.json", speed)):
+        (run / stage).mkdir()
+        checksums.write(run / stage, {"made_from": {"read": read | ({"export": "3"} if stage == "speed" else {})}})
+        (run / stage / file).write_text(json.dumps(what))
