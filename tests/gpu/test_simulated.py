@@ -61,9 +61,8 @@ def test_full_fine_tuning_takes_16_bytes_a_weight(simulated, tmp_path):
     from pipeline.data import world
 
     tokenizer = world.tokenizer()
-    config = LlamaConfig(
-        len(tokenizer), 512, 1024, num_hidden_layers=2, num_attention_heads=8, tie_word_embeddings=True
-    )
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8}
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes)
     model = LlamaForCausalLM(config).to(torch.float16)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
