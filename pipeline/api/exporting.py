@@ -13,7 +13,7 @@ from pipeline.sparsity.masks import Masks
 from . import inputs
 
 
-@inputs.in_arguments
+@inputs.api_function
 def export(
     model: PreTrainedModel | str | Path,
     masks: Masks,

@@ -14,7 +14,7 @@ from pipeline.recovery import lora, sharding
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune
-from pipeline.sparsity.masks import Masks, apply_, multiply_, nonzero_pruned
+from pipeline.sparsity.masks import Masks, apply_, multiply_, nonzero_pruned, pack, unpack
 
 
 class FinetuneMethod:
@@ -125,7 +125,7 @@ class SparseFull(FinetuneMethod):
         for _ in masks.matched(model.named_parameters()):
             pass  # raises if the masks are another model's
         self.masks = masks
-        self.parts: dict[str, Tensor | None] = {}  # this rank's masks, unpacked once the model is in place
+        self.parts: dict[str, Tensor | None] = {}  # this rank's masks, once the model is in place
 
     def _masked(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for name, parameter in self.model.named_parameters():
@@ -133,10 +133,12 @@ class SparseFull(FinetuneMethod):
                 continue
             if name not in self.parts:
                 mask = self.masks.for_parameter(name, parameter)
-                self.parts[name] = None if mask is None else sharding.shard_like(mask, parameter)
+                part = None if mask is None else sharding.shard_like(mask, parameter)
+                # on a GPU a bit a weight instead of a byte
+                self.parts[name] = part if part is None or not part.is_cuda or not part.numel() else pack(part)
             if (part := self.parts[name]) is not None:
-                # Lightning moves a trained model off the GPU
-                yield parameter, part.to(sharding.local_shard(parameter).device)
+                packed = part.dtype == torch.uint8
+                yield parameter, unpack(part, sharding.local_shard(parameter).shape) if packed else part
 
     @torch.no_grad()
     def mask_gradients(self) -> None:

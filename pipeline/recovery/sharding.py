@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.engine.blocks import find_blocks, shared_parameters
+from pipeline.recovery.training_dtype import in_float32
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.strategies import Parallel, devices
@@ -46,9 +47,7 @@ def shard_(model: nn.Module, mesh: DeviceMesh, compute: torch.dtype | None = Non
     policy = MixedPrecisionPolicy(compute, torch.float32) if compute else MixedPrecisionPolicy()
     for module in [*(block.module for block in blocks), model]:
         if float32:
-            for parameter in module.parameters():
-                if not isinstance(parameter, DTensor):
-                    parameter.data = parameter.data.float()
+            in_float32(module)
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 

@@ -120,6 +120,12 @@ class CausalLM(LightningModule):
                     parameter.grad = None
             self.reached.clear()
 
+    def optimizer_step(self, *args, **kwargs) -> None:
+        """Frees the gradients at once: Lightning would keep them through the next forward, four bytes a trained weight."""
+        super().optimizer_step(*args, **kwargs)
+        for parameter in self._trained():
+            parameter.grad = None
+
     def _note_reached(self, parameter: nn.Parameter) -> None:
         if parameter.grad is not None:
             self.reached.add(parameter)

@@ -1,6 +1,8 @@
 """In which dtypes a training computes and keeps its weights."""
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from pipeline.registry import FINETUNE_METHODS
 from pipeline.settings.schema import Finetune
@@ -24,6 +26,14 @@ def mixed_dtype(setting: str) -> torch.dtype | None:
 def trains_in_float32(settings: Finetune) -> bool:
     """Whether the model's own weights train, in float32: steps too small for bfloat16's 8 bits would be lost."""
     return FINETUNE_METHODS.entry(settings.method).trains_weights and settings.precision != "bf16-true"
+
+
+def in_float32(module: nn.Module) -> nn.Module:
+    """Converts parameters one by one, in place; not those that are sharded, which are converted already."""
+    for parameter in module.parameters():
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.float()
+    return module
 
 
 def frozen_dtype(settings: Finetune, stored: str) -> str | None:

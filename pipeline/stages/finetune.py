@@ -19,7 +19,7 @@ from pipeline.recovery import lora, quantization
 from pipeline.recovery.held_out import HeldOut
 from pipeline.recovery.methods import FinetuneMethod
 from pipeline.recovery.training import batch_per_process, fit, sequences_per_step
-from pipeline.recovery.training_dtype import frozen_dtype, precision, trains_in_float32
+from pipeline.recovery.training_dtype import frozen_dtype, in_float32, precision, trains_in_float32
 from pipeline.registry import FINETUNE_METHODS
 from pipeline.reporting import card
 from pipeline.runtime import deterministic, processes
@@ -46,15 +46,16 @@ def check_bias(settings: Finetune, dtype: str) -> None:
 
 
 def load(folder: Path, recipe: Recipe) -> nn.Module:
-    """The pruned model in the dtype that it trains in. To be shared out it stays a view of its files: in float32 the ranks of
-    a node would hold it whole eight times; `sharding.shard_` converts it layer by layer."""
+    """The pruned model in the dtype that it trains in. In float32 the ranks of a node would hold it whole on their host eight
+    times: for a GPU it is converted there, and to be shared out it stays a view of its files (see `sharding.shard_`)."""
     settings, quantized = recipe.finetune, quantization.configuration(recipe.finetune.quantize)
-    dtype = "float32" if trains_in_float32(settings) else frozen(folder, recipe)
-    if trains_in_float32(settings) and settings.strategy == "fsdp" and processes.world_size() > 1:
+    sharded, device = settings.strategy == "fsdp" and processes.world_size() > 1, processes.device()
+    if trains_in_float32(settings) and (sharded or device.type == "cuda"):
         model = loading.load(folder, recipe)
         # what a model computes when it is made, such as Gemma's scale of embeddings, was rounded to its dtype
         if all(buffer.dtype.itemsize != 2 for buffer in model.buffers()):
-            return model
+            return model if sharded else in_float32(model.to(device))
+    dtype = "float32" if trains_in_float32(settings) else frozen(folder, recipe)
     return loading.load(folder, recipe, dtype, quantized)
 
 

@@ -7,13 +7,16 @@ import shutil
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
 import launch
 from pipeline.data import world
 from pipeline.evaluation import continuations
+from pipeline.evaluation.measure import Subject
 from pipeline.models import loading, model_files
 from pipeline.runtime import checksums
 from pipeline.runtime.errors import UserError
@@ -283,3 +286,16 @@ def test_the_column_chooses_the_text(tiny_llama, tmp_path, typed):
         (value,) = results(tmp_path / "runs/run")["models"]["dense"]["perplexity"].values()
         values.append(value)
     assert values[0] != values[1]
+
+
+def test_an_adapter_is_read_on_the_host(tiny_llama, tmp_path, monkeypatch):
+    """Left to itself peft reads it to "cuda", and each process opens a context on the first GPU."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    devices, read = [], peft.peft_model.load_peft_weights
+    monkeypatch.setattr(peft.peft_model, "infer_device", lambda: "cuda")
+    monkeypatch.setattr(
+        peft.peft_model, "load_peft_weights", lambda *a, **given: devices.append(given["device"]) or read(*a, **given)
+    )
+    Subject("pruned", tiny_llama, tmp_path).load(load([f"model={tiny_llama}"]))
+    assert devices == ["cpu"]

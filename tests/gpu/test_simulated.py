@@ -51,3 +51,23 @@ def test_two_gpus_train_whole_weights_shared_out(half_llama, simulated, tmp_path
     assert all(rank["collectives"]["_allgather_base"] for rank in counts)
     # rank 1 writes nothing, so little but numbers leaves its GPU: Lightning took its shards and their optimizer to the host
     assert counts[1]["d2h_bytes"] < 8000, counts[1]
+
+
+def test_full_fine_tuning_takes_16_bytes_a_weight(simulated, tmp_path):
+    """Weights, gradients and two moments in float32: no temporaries of the optimizer, no gradients kept through the next
+    forward beside autocast's copies, masks at a bit a weight. It was 21."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pipeline.data import world
+
+    tokenizer = world.tokenizer()
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8}
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes)
+    model = LlamaForCausalLM(config).to(torch.float16)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    few = ("finetune.method=full", "finetune.batch_size=1", "finetune.seq_len=8", "finetune.max_steps=2")
+    (counts,) = simulated(
+        *RUN, "prune.method=wanda", *few, f"model={tmp_path / 'model'}", f"run_dir={tmp_path / 'run'}"
+    )
+    assert counts["peak"] / sum(parameter.numel() for parameter in model.parameters()) < 16.6

@@ -11,6 +11,7 @@ from pipeline.pruning.score_methods import Wanda
 from pipeline.runtime import memory
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
+from pipeline.settings.schema import Prune
 from pipeline.stages import out_of_memory, prune
 from tests.conftest import QUICK
 from tests.engine.test_decoder import small_model
@@ -55,7 +56,7 @@ def test_hessians_are_counted(capsys):
     inner, hidden = blocks[0].module.mlp.up_proj.weight.shape
     batches, found = [torch.zeros(1, 8, dtype=torch.int32)], []
     for method in (Wanda, SparseGpt):
-        observe = method(None, {}).observe
+        observe = method(Prune(), {}).observe
         calibration.plan_memory(model, batches, "auto", observe=observe)
         found.append(calibration._statistics(calibration.matrices(blocks[0], blocks), observe) * memory.GIB)
     assert found[0] == 8 * (2 * hidden + inner)

@@ -99,7 +99,7 @@ def test_an_edited_method_changes_a_key_if_it_is_chosen(source, tmp_path):
     wanda, sparsegpt, mine = Recipe(), Recipe(), Recipe()
     sparsegpt.prune.method, mine.prune.method = "sparsegpt", str(own)
     before = [stage_fingerprints(recipe)["prune"] for recipe in (wanda, sparsegpt, mine)]
-    edit(source / "pipeline/pruning/obs.py", *STATEMENT)
+    edit(source / "pipeline/pruning/obs_methods.py", *STATEMENT)
     now = [stage_fingerprints(recipe)["prune"] for recipe in (wanda, sparsegpt, mine)]
     assert [old == new for old, new in zip(before, now)] == [True, False, False]
 
