@@ -29,7 +29,12 @@ CASES: dict[str, list[Case]] = {
         Case("recipe={here}/none.yaml", "no such file"),
         Case("recipe={here}/r.yaml", "is not readable YAML", put("r.yaml", "prune: {"), "holds `prune: {`"),
         Case("recipe={here}/r.yaml", "is not readable YAML", put("r.yaml", b"\xff\xfe\x00"), "holds no text"),
-        Case("recipe={here}/r.yaml", "is not a recipe: write it as lines of key: value", put("r.yaml", "- a"), "holds `- a`"),
+        Case(
+            "recipe={here}/r.yaml",
+            "is not a recipe: write it as lines of key: value",
+            put("r.yaml", "- a"),
+            "holds `- a`",
+        ),
         Case(
             "recipe={here}/r.yaml",
             "prune.overrides has the key 5: put it in quotes",
