@@ -12,7 +12,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import launch
 from pipeline.data import world
@@ -42,6 +43,16 @@ def hub() -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
+
+
+def byte_tokenizer(eos: str = "<eos>", *special: str) -> PreTrainedTokenizerFast:
+    """One token per byte and per special token."""
+    alphabet = [eos, *special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([eos, *special])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
 
 
 def llama_config(vocabulary: int, **changes) -> LlamaConfig:

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data import chat, sources, token_windows
@@ -17,7 +16,7 @@ from pipeline.recovery.held_out import HeldOut
 from pipeline.recovery.training import fit
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune
-from tests.conftest import QUICK
+from tests.conftest import QUICK, byte_tokenizer
 from tests.engine.test_decoder import small_model
 
 CHATML = (
@@ -48,17 +47,10 @@ SHAREGPT = [
 ]
 
 
-def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """One token per byte, and one per special marker."""
-    marks = ["<|im_end|>", "<|im_start|>"]
-    alphabet = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(marks)
-    fast_tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
-    fast_tokenizer.chat_template = template
-    return fast_tokenizer
+def chat_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer("<|im_end|>", "<|im_start|>")
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def text(turns: list[dict]) -> str:
@@ -85,7 +77,7 @@ FORMS = {
 
 @pytest.mark.parametrize(("row", "turns"), FORMS.values(), ids=FORMS)
 def test_every_format_is_rendered_by_the_chat_template(tmp_path, row, turns):
-    source, tokenizer = written(tmp_path, row), byte_tokenizer()
+    source, tokenizer = written(tmp_path, row), chat_tokenizer()
     expected = tokenizer(text(turns), add_special_tokens=False).input_ids
     assert token_windows.joined(source, tokenizer).tolist() == expected
     assert token_windows.calibration(source, tokenizer, 1, len(expected), 0)[0].tolist() == expected
@@ -95,13 +87,13 @@ def test_every_format_is_rendered_by_the_chat_template(tmp_path, row, turns):
 
 def test_a_chosen_column_may_hold_a_conversation(tmp_path):
     Dataset.from_list([{"a": {"chat": TURNS}, "text": "no"}]).to_parquet(tmp_path / "a.parquet")
-    source, tokenizer = sources.source(str(tmp_path / "a.parquet"), column="a.chat"), byte_tokenizer()
+    source, tokenizer = sources.source(str(tmp_path / "a.parquet"), column="a.chat"), chat_tokenizer()
     assert tokenizer.decode(token_windows.joined(source, tokenizer)) == text(TURNS)
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED], ids=["by prefixes", "by marks"])
 def test_only_assistant_tokens_have_loss(template):
-    tokenizer = byte_tokenizer(template)
+    tokenizer = chat_tokenizer(template)
     marked = torch.tensor(chat.tokens({"messages": TURNS}, tokenizer, "assistant"))
     ids, labels = token_windows.ids_and_labels(marked)
     assert tokenizer.decode(ids) == text(TURNS)
@@ -110,7 +102,7 @@ def test_only_assistant_tokens_have_loss(template):
 
 
 def test_a_conversation_that_starts_with_the_assistant():
-    tokenizer = byte_tokenizer()
+    tokenizer = chat_tokenizer()
     _, labels = token_windows.ids_and_labels(
         torch.tensor(chat.tokens({"messages": TURNS[2:4]}, tokenizer, "assistant"))
     )
@@ -118,7 +110,7 @@ def test_a_conversation_that_starts_with_the_assistant():
 
 
 def test_eos_is_added_if_the_template_adds_none():
-    tokenizer = byte_tokenizer("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    tokenizer = chat_tokenizer("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
                                "{% if add_generation_prompt %}[assistant]{% endif %}")  # fmt: skip
     ids, labels = token_windows.ids_and_labels(torch.tensor(chat.tokens({"messages": SHORT}, tokenizer, "assistant")))
     assert tokenizer.decode(ids) == "[user]Who?[assistant]I.<|im_end|>"
@@ -144,12 +136,12 @@ REFUSED = {
 @pytest.mark.parametrize(("template", "row", "says"), REFUSED.values(), ids=REFUSED)
 def test_malformed_conversations_are_refused(tmp_path, template, row, says):
     with pytest.raises(UserError, match=says) as refusal:
-        token_windows.packed(written(tmp_path, row), byte_tokenizer(template), 8, 1, 0, loss="assistant")
+        token_windows.packed(written(tmp_path, row), chat_tokenizer(template), 8, 1, 0, loss="assistant")
     assert "chat.jsonl" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_packing_keeps_the_tokens_with_loss(tmp_path):
-    source, tokenizer = written(tmp_path, *({"messages": TURNS[: 3 + 2 * (i % 2)]} for i in range(6))), byte_tokenizer()
+    source, tokenizer = written(tmp_path, *({"messages": TURNS[: 3 + 2 * (i % 2)]} for i in range(6))), chat_tokenizer()
     plain = token_windows.packed(source, tokenizer, 16, 20, 0)
     ids, labels = token_windows.ids_and_labels(token_windows.packed(source, tokenizer, 16, 20, 0, loss="assistant"))
     assert torch.equal(ids, plain) and (plain >= 0).all()

@@ -13,8 +13,8 @@ import launch
 from pipeline.data import special_tokens, world
 from pipeline.evaluation.zero_shot import zero_shot
 from pipeline.runtime.errors import UserError
-from tests.conftest import QUICK
-from tests.evaluation.test_zero_shot import byte_tokenizer, mirror, private_cache  # noqa: F401
+from tests.conftest import QUICK, byte_tokenizer
+from tests.evaluation.test_zero_shot import mirror, private_cache  # noqa: F401
 from tests.evaluation.test_zero_shot import tiny_llama as random_llama
 
 WORDS = len(world.tokenizer())

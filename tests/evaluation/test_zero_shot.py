@@ -12,8 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from pipeline.data import world
 from pipeline.evaluation import tasks
@@ -21,21 +20,12 @@ from pipeline.evaluation.tasks import check_tasks, load_tasks
 from pipeline.evaluation.zero_shot import zero_shot
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Evaluate
-from tests.conftest import SHARED
+from tests.conftest import SHARED, byte_tokenizer
 from tests.evaluation import test_perplexity
 
 HUB, STORIES = SHARED / "data" / "hub", SHARED / "models" / "stories260k"
 with_shared = pytest.mark.skipif(not (HUB.is_dir() and STORIES.is_dir()), reason="needs ../shared")
 METRICS = {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte."""
-    alphabet = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
 def tiny_llama(vocabulary: int = 257) -> LlamaForCausalLM:
