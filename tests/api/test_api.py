@@ -289,7 +289,7 @@ def test_export_refuses_in_one_line_and_leaves_nothing(tmp_path):
     for arguments, says in [
         ((model, masks, tmp_path / "there"), "is there already"),
         ((dense, masks, tmp_path / "new"), "holds pruned weights that are not \\+0.0"),
-        ((model, {}, tmp_path / "new"), "masks is a dict: what prune or Masks.load gives is needed"),
+        ((model, {}, tmp_path / "new"), "masks is a dict: pass the result of prune or Masks.load"),
         ((tmp_path / "none", masks, tmp_path / "new"), "no such folder"),
         ((model, masks, tmp_path / "new", "words"), "tokenizer is a str"),
     ]:
