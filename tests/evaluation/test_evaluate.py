@@ -297,5 +297,5 @@ def test_an_adapter_is_read_on_the_host(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(
         peft.peft_model, "load_peft_weights", lambda *a, **given: devices.append(given["device"]) or read(*a, **given)
     )
-    Subject("pruned", tiny_llama, tmp_path).load(load([f"model={tiny_llama}"]))
+    Subject("pruned", tiny_llama, tmp_path).load(load([*QUICK, f"model={tiny_llama}"]))
     assert devices == ["cpu"]
