@@ -77,6 +77,7 @@ class CausalLM(LightningModule):
         self.model, self.settings, self.seed, self.counts = model, settings, seed, counts
         object.__setattr__(self, "teacher", teacher)  # not in _modules: it is neither wrapped, trained nor saved
         self.strict_loading = False  # checkpoints hold only the trained parameters
+        self._hooks: list = []
         self.reached: set[nn.Parameter] = set()  # parameters with gradients in this step, on this rank
 
     def configure_model(self) -> None:
@@ -90,10 +91,14 @@ class CausalLM(LightningModule):
 
     def on_fit_start(self) -> None:
         if self._uses_ddp():
-            for parameter in self._trained():
-                parameter.register_post_accumulate_grad_hook(self._note_reached)
+            self._hooks = [p.register_post_accumulate_grad_hook(self._note_reached) for p in self._trained()]
         if self.teacher is not None:
             self.teacher.to(self.device)
+
+    def on_fit_end(self) -> None:
+        for hook in self._hooks:
+            hook.remove()  # else the weights would never be freed: they hold this module, and it holds them
+        self._hooks = []
 
     def training_step(self, ids_BT: Tensor, index: int) -> Tensor:
         # a resumed run needs the same dropout: seed by batch

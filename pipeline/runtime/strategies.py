@@ -14,7 +14,9 @@ class StaysOnDevice(Strategy):
     """Lightning's teardown takes model and optimizer to the host, where merge and check of 7B weights took minutes."""
 
     def teardown(self) -> None:
-        self.optimizers = []  # nothing follows that needs their state
+        for optimizer in self.optimizers:
+            optimizer.state.clear()  # nothing follows that needs it
+        self.optimizers = []
         module, self._lightning_module = self._lightning_module, None
         super().teardown()
         self._lightning_module = module

@@ -53,6 +53,14 @@ def test_two_gpus_train_whole_weights_shared_out(half_llama, simulated, tmp_path
     assert counts[1]["d2h_bytes"] < 8000, counts[1]
 
 
+def test_what_was_trained_is_freed_before_it_is_evaluated(half_llama, simulated, tmp_path):
+    """The model, its gradients in DDP's buckets, and the optimizer: 12 bytes a weight stayed."""
+    few = ("evaluate.windows=2", "evaluate.continuations=0", "finetune.method=full", "stages=[prune,finetune,evaluate]")
+    counts = simulated(*RUN, f"model={half_llama}", f"run_dir={tmp_path}", *few, processes=2)
+    assert all("gradients as views: True" in rank["said"] for rank in counts)
+    assert [rank["now"] for rank in counts] == [0, 0], counts
+
+
 def test_full_fine_tuning_takes_16_bytes_a_weight(simulated, tmp_path):
     """Weights, gradients and two moments in float32: no temporaries of the optimizer, no gradients kept through the next
     forward beside autocast's copies, masks at a bit a weight. It was 21."""
