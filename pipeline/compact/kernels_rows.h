@@ -55,7 +55,7 @@ INLINE inline void for_each_word(const uint8_t* mask, int64_t columns, const Ste
 
 // `x`: T packed inputs, `stride` X's apart
 template <class K, int T, bool CAREFUL>
-inline void sparse_row(const uint8_t* mask, int64_t columns, const typename K::V* p, const typename K::V* end,
+INLINE inline void sparse_row(const uint8_t* mask, int64_t columns, const typename K::V* p, const typename K::V* end,
                 const typename K::X* x, int64_t stride, float* out) {
   constexpr int PARTS = WORD / K::BLOCK, CHAINS = PARTS == 1 ? 1 : 2;  // two sums, so that one addition need not await another
   typename K::Acc acc[T][CHAINS];
@@ -82,7 +82,7 @@ inline void sparse_row(const uint8_t* mask, int64_t columns, const typename K::V
 }
 
 template <class K, int T>
-inline void dense_row(const typename K::V* p, int64_t columns, const typename K::X* x, int64_t stride, float* out) {
+INLINE inline void dense_row(const typename K::V* p, int64_t columns, const typename K::X* x, int64_t stride, float* out) {
   typename K::Acc acc[T][4];
   unrolled<T>([&](auto t) INLINE { acc[t][0] = acc[t][1] = acc[t][2] = acc[t][3] = typename K::Acc{}; });
   int64_t start = 0;
