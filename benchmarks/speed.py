@@ -48,6 +48,7 @@ SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary
     "0.5b": (2048, 8192, 8, 16, 8, 32000),
 }
 PREFILL = 512  # tokens
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def build(shape: str) -> nn.Module:
@@ -111,15 +112,17 @@ def generation(model: nn.Module, batch: int, tokens: int) -> Callable[[], torch.
     return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **how)
 
 
-def alternately(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def alternately(
+    calls: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Seconds of each call, taken in turns; the first turn is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
-            started = time.perf_counter()
+            started = clock()
             call()
             if turn:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 
@@ -180,14 +183,19 @@ def measure(given: argparse.Namespace, name: str, sparsity: str, names: list[str
     models = {kind: MODELS[kind](work) for kind in names}
     for threads in given.threads:
         torch.set_num_threads(threads)
-        table = Table(work, {"model": name, "sparsity": sparsity, "threads": threads})
+        table = Table(work, {"model": name, "sparsity": sparsity, "threads": threads, "clock": given.clock})
         for batch in given.batch:
             calls = {kind: generation(model, batch, given.tokens) for kind, model in models.items()}
-            seconds = alternately(calls, given.repeats)
+            seconds = alternately(calls, given.repeats, CLOCKS[given.clock])
             table.add(f"{threads} threads, batch {batch}", "tokens/s", seconds, batch * given.tokens)
         if given.prefill:
             calls = {kind: lambda m=model: m(input_ids=long, logits_to_keep=1) for kind, model in models.items()}
-            table.add(f"{threads} threads, prefill", "tokens/s", alternately(calls, given.repeats), PREFILL)
+            table.add(
+                f"{threads} threads, prefill",
+                "tokens/s",
+                alternately(calls, given.repeats, CLOCKS[given.clock]),
+                PREFILL,
+            )
     gc.collect()
 
 
@@ -201,12 +209,15 @@ def main() -> None:
     arguments.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     arguments.add_argument("--batch", nargs="+", type=int, default=[1])
     arguments.add_argument("--tokens", type=int, default=200)
+    arguments.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of one thread, on a busy machine")
     arguments.add_argument("--repeats", type=int, default=5)
     arguments.add_argument("--prefill", action="store_true", help=f"of {PREFILL} tokens too")
     arguments.add_argument("--memory", action="store_true", help="sizes, load time and resident memory too")
     arguments.add_argument("--work", type=Path, required=True, help="a folder for rows, plot, and models for a while")
     given = arguments.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
+    if given.clock == "cpu" and given.threads != [1]:
+        arguments.error("--clock cpu counts the time of all threads: set --threads 1")
     print(f"{kernels.best()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
     for source in [given.model] if given.model else given.shape:
         for sparsity in ["masks"] if given.masks else given.sparsity:
