@@ -1,14 +1,18 @@
-"""Measures a compact model against the same pruned model dense, on this machine, and prints tables.
+"""Measures a compact model against the same pruned model dense, on this machine: tables, and a plot of time against sparsity.
 
-    python benchmarks/speed.py --shape 0.1b --sparsity 0 0.3 0.5 0.7 0.9 2of4 --threads 1 2 --work /tmp/espalier-speed
+    python benchmarks/speed.py --shape 0.1b --work /tmp/speed                                # Llamas of random weights
+    python benchmarks/speed.py --model FOLDER --work /tmp/speed                              # a model, pruned by magnitude
+    python benchmarks/speed.py --model FOLDER --masks FILE --work /tmp/speed                 # a model that is pruned already
 
-A Llama of random weights, pruned by magnitude. Whole generation with KV cache at batch 1, greedy; prefill; single products by
-shape, over copies that together exceed the processor's cache. `own dense` is a dense kernel of the same make as the compact
-one, so that the gain of sparsity is told from that of a better kernel. All are timed alternately, and medians are shown, with
-the least and the most of the ratios. A busy machine distorts them: its load is printed.
+Whole generation with KV cache, greedy; prefill; load time and resident memory of a process of its own. `own` is a dense kernel
+of the same make as the compact one, over weights in the same kind of memory, so that the gain of sparsity is told from that of
+a better kernel. All are timed alternately; medians are shown, with the least and the most of the ratios. A busy machine
+distorts them: its load is printed. Each row is added to WORK/speed.jsonl, and the plot (WORK/speed.png) is made of all its
+rows, so several short commands may share a folder.
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -16,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,15 +28,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.speed_plot import plot
 from pipeline.commands.export import export
 from pipeline.compact import kernels
 from pipeline.compact.compact_model import FewTokensLinear, load_compact
-from pipeline.compact.compact_weight import CompactWeight
-from pipeline.compact.file_format import compress
+from pipeline.compact.memory import HugePages
 from pipeline.engine.matrices import matrices_of
 from pipeline.models import loading
 from pipeline.settings.schema import Recipe
@@ -43,12 +47,13 @@ SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary
     "0.1b": (576, 1536, 30, 9, 3, 49152),
     "0.5b": (2048, 8192, 8, 16, 8, 32000),
 }
-PRODUCTS = ((576, 576), (2048, 2048), (8192, 2048), (2048, 8192), (4096, 4096))
-COLD = 150e6  # bytes of the copies of a matrix
+PREFILL = 512  # tokens
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def write_model(folder: Path, shape: str, dtype: torch.dtype, sparsity: str) -> Masks:
+def build(shape: str) -> nn.Module:
     hidden, mlp, layers, heads, kv_heads, vocabulary = SHAPES[shape]
+    torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=mlp,
@@ -58,54 +63,85 @@ def write_model(folder: Path, shape: str, dtype: torch.dtype, sparsity: str) -> 
         vocab_size=vocabulary,
         tie_word_embeddings=True,
         max_position_embeddings=2048,
-        dtype=dtype,
+        dtype=torch.bfloat16,
     )
-    torch.manual_seed(0)
-    model, masks = LlamaForCausalLM(config).to(dtype), Masks()
+    return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+@torch.no_grad()
+def prune_by_magnitude(model: nn.Module, sparsity: str) -> Masks:
+    masks = Masks()
     for name, matrix in matrices_of(model).items():
-        mask = torch.ones(matrix.weight_OI.shape, dtype=torch.bool)
+        mask_OI = torch.ones(matrix.weight_OI.shape, dtype=torch.bool)
         if sparsity != "0":
-            mask = parse(sparsity).select(matrix.weight_OI.float().abs())
-        apply_(matrix.weight_OI, mask)
-        masks.add(name, mask, sparsity)
-    model.save_pretrained(folder)
+            mask_OI = parse(sparsity).select(matrix.weight_OI.float().abs())
+        apply_(matrix.weight_OI, mask_OI)
+        masks.add(name, matrix.stored(mask_OI), sparsity, matrix.transposed)
     return masks
 
 
-def alternately(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def own_dense(model: nn.Module) -> nn.Module:
+    copy = HugePages().copy
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__, module.weight.data = FewTokensLinear, copy(module.weight.data)
+    return model
+
+
+def torch_int8(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.ao.quantization import quantize_dynamic
+
+        return quantize_dynamic(model, {nn.Linear}, torch.qint8)
+
+
+MODELS: dict[str, Callable[[Path], nn.Module]] = {  # from WORK
+    "torch bf16": lambda work: loading.load(work / "model", Recipe()),
+    "own": lambda work: own_dense(loading.load(work / "model", Recipe())),
+    "compact": lambda work: load_compact(work / "compact"),
+    "int8": lambda work: load_compact(work / "int8"),
+    "torch fp32": lambda work: loading.load(work / "model", Recipe(), "float32"),
+    "torch int8": lambda work: torch_int8(loading.load(work / "model", Recipe(), "float32")),
+}
+
+
+def generation(model: nn.Module, batch: int, tokens: int) -> Callable[[], torch.Tensor]:
+    ids = torch.arange(5, 21).repeat(batch, 1)
+    how = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+
+
+def alternately(
+    calls: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Seconds of each call, taken in turns; the first turn is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
-            started = time.perf_counter()
+            started = clock()
             call()
             if turn:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 
-def with_own_dense(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = FewTokensLinear
-    return model
-
-
-def resident(which: str, folder: Path) -> dict[str, float]:
-    """MiB of a process that loaded a model and made one step, and the seconds to load."""
+def resident(kind: str, folder: Path) -> dict[str, float]:
+    """MiB and seconds that loading a model and one step take in a process of its own."""
+    load = "load_compact(folder)" if kind != "torch bf16" else "loading.load(folder, Recipe())"
     code = (
         "import sys, json, time, torch, psutil; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
-        "from pipeline import models, compact_model, kernels; from pipeline.settings.schema import Recipe; kernels.load()\n"
+        "from pipeline.compact import kernels; from pipeline.compact.compact_model import load_compact\n"
+        "from pipeline.models import loading; from pipeline.settings.schema import Recipe\n"
+        "kernels.load(); loading.skeleton(Path(sys.argv[2]), Recipe()); folder = Path(sys.argv[2])\n"
         "before, started = psutil.Process().memory_info().rss, time.perf_counter()\n"
-        "folder = Path(sys.argv[3])\n"
-        "model = compact_model.load_compact(folder) if sys.argv[2] == 'compact' else models.load(folder, Recipe())\n"
+        f"model = {load}\n"
         "loaded = time.perf_counter() - started\n"
         "with torch.no_grad(): model(input_ids=torch.tensor([[5]]))\n"
         "print(json.dumps([(psutil.Process().memory_info().rss - before) / 2**20, loaded]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT), which, str(folder)], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", code, str(ROOT), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     mib, seconds = json.loads(done.stdout.splitlines()[-1])
     return {"mib": mib, "load": seconds}
 
@@ -114,102 +150,97 @@ def bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-@torch.no_grad()
-def generation(work: Path, shape: str, dtype: torch.dtype, sparsity: str, threads: list[int], new: int, repeats: int):
-    for folder in (work / "model", work / "compact"):
-        shutil.rmtree(folder, ignore_errors=True)
-    masks = write_model(work / "model", shape, dtype, sparsity)
-    before, after = export(work / "model", masks, work / "compact")
-    row = {
-        "share": after / before,
-        "disk": bytes_of(work / "compact") / bytes_of(work / "model"),
-        "dense": resident("dense", work / "model"),
-        "compact": resident("compact", work / "compact"),
-    }
-    print(
-        f"{shape} {dtype} {sparsity}: pruned matrices {row['share']:.3f} of their bytes, files {row['disk']:.3f}; resident "
-        f"{row['dense']['mib']:.0f} -> {row['compact']['mib']:.0f} MiB; load {row['dense']['load']:.2f} -> "
-        f"{row['compact']['load']:.2f} s",
-        flush=True,
-    )
-    several = {
-        "torch": loading.load(work / "model", Recipe()),
-        "own dense": with_own_dense(loading.load(work / "model", Recipe())),
-        "compact": load_compact(work / "compact"),
-    }
-    ids, long = torch.arange(5, 21).view(1, -1), torch.randint(5, 2000, (1, 512))
-    how = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "use_cache": True, "pad_token_id": 0}
-    for count in threads:
-        torch.set_num_threads(count)
-        out = {name: model.generate(ids, **how)[0, 16:] for name, model in several.items()}
-        same = int((out["torch"] == out["compact"]).sum())
-        seconds = alternately(
-            {name: lambda m=model: m.generate(ids, **how) for name, model in several.items()}, repeats
-        )
-        table(f"  {count} threads, {new} tokens ({same} the same)", seconds, lambda s: f"{new / s:7.1f} tokens/s")
-        prefill = {name: several[name] for name in ("torch", "compact")}
-        seconds = alternately({n: lambda m=m: m(input_ids=long, logits_to_keep=1) for n, m in prefill.items()}, repeats)
-        table(f"  {count} threads, prefill of 512", seconds, lambda s: f"{512 / s:7.0f} tokens/s")
+class Table:
+    """The rows of WORK/speed.jsonl."""
 
+    def __init__(self, work: Path, about: dict[str, object]) -> None:
+        self.path, self.about = work / "speed.jsonl", about
 
-def table(title: str, seconds: dict[str, list[float]], shown: Callable[[float], str]) -> None:
-    parts = [f"{name} {shown(statistics.median(times))}" for name, times in seconds.items()]
-    for name in seconds:
-        if name != "compact":
-            ratios = sorted(one / other for one, other in zip(seconds[name], seconds["compact"]))
-            parts.append(f"{name}/compact {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-    print(f"{title}: " + ", ".join(parts), flush=True)
+    def add(self, what: str, unit: str, seconds: dict[str, list[float]], tokens: int) -> None:
+        """One row: seconds by model for `tokens` tokens; printed with the ratios to the compact models."""
+        medians = {name: statistics.median(times) / tokens for name, times in seconds.items()}
+        parts = [f"{name} {1 / time:.1f} {unit}" for name, time in medians.items()]
+        for ours in {"compact", "int8"} & seconds.keys():
+            for name in seconds.keys() - {"compact", "int8"}:
+                ratios = sorted(one / other for one, other in zip(seconds[name], seconds[ours]))
+                parts.append(f"{name}/{ours} {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+        print(f"  {what}: " + ", ".join(parts), flush=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(self.about | {"what": what, "load": os.getloadavg()[0], "seconds": medians}) + "\n")
 
 
 @torch.no_grad()
-def products(dtype: torch.dtype, sparsity: str, threads: list[int], repeats: int) -> None:
-    operators = kernels.load()
-    for rows, columns in PRODUCTS:
-        weight = torch.randn(rows, columns).to(dtype)
-        mask = torch.ones(weight.shape, dtype=torch.bool) if sparsity == "0" else parse(sparsity).select(weight.abs())
-        apply_(weight, mask)
-        compact = CompactWeight.from_compact(compress("w", weight, mask, False, (sparsity,)), dtype)
-        copies = max(1, int(COLD / weight.nbytes))
-        dense = [weight.clone() for _ in range(copies)]
-        packed = [
-            CompactWeight(compact.mask.clone(), compact.values.clone(), compact.offsets, columns, False)
-            for _ in range(copies)
-        ]
-        for count in threads:
-            torch.set_num_threads(count)
-            x = torch.randn(1, columns).to(dtype)
-            calls = {"torch": lambda x=x, dense=dense: [F.linear(x, it) for it in dense]}
-            if operators is not None:
-                calls["own dense"] = lambda x=x, dense=dense: [operators.dense.default(it, x, None) for it in dense]
-            calls["compact"] = lambda x=x, packed=packed: [it.linear(x) for it in packed]
-            seconds = alternately(calls, repeats)
-            title = f"  {rows} x {columns} {dtype} {sparsity}, {count} threads"
-            table(title, seconds, lambda s, copies=copies: f"{1e6 * s / copies:6.0f} us")
+def measure(given: argparse.Namespace, name: str, sparsity: str, names: list[str]) -> None:
+    """`WORK/model` holds the pruned model, `WORK/compact` and `WORK/int8` its compact forms."""
+    work, long = given.work, torch.randint(5, 2000, (1, PREFILL))
+    for kind, folder in (("torch bf16", "model"), ("compact", "compact"), ("int8", "int8")):
+        if kind in names and given.memory:
+            about = resident(kind, work / folder)
+            print(
+                f"  {kind}: files {bytes_of(work / folder) / 2**20:.0f} MiB, resident {about['mib']:.0f} MiB, ", end=""
+            )
+            print(f"load {about['load']:.2f} s", flush=True)
+    models = {kind: MODELS[kind](work) for kind in names}
+    for threads in given.threads:
+        torch.set_num_threads(threads)
+        table = Table(work, {"model": name, "sparsity": sparsity, "threads": threads, "clock": given.clock})
+        for batch in given.batch:
+            calls = {kind: generation(model, batch, given.tokens) for kind, model in models.items()}
+            seconds = alternately(calls, given.repeats, CLOCKS[given.clock])
+            table.add(f"{threads} threads, batch {batch}", "tokens/s", seconds, batch * given.tokens)
+        if given.prefill:
+            calls = {kind: lambda m=model: m(input_ids=long, logits_to_keep=1) for kind, model in models.items()}
+            table.add(
+                f"{threads} threads, prefill",
+                "tokens/s",
+                alternately(calls, given.repeats, CLOCKS[given.clock]),
+                PREFILL,
+            )
+    gc.collect()
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--shape", nargs="*", default=["0.1b"], choices=SHAPES)
+    arguments.add_argument("--shape", nargs="*", default=[], choices=SHAPES)
+    arguments.add_argument("--model", type=Path, help="a model folder")
+    arguments.add_argument("--masks", type=Path, help="its mask file, if it is pruned")
     arguments.add_argument("--sparsity", nargs="+", default=["0", "0.3", "0.5", "0.7", "0.9", "2of4"])
-    arguments.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
+    arguments.add_argument("--only", nargs="+", default=list(MODELS), choices=MODELS)
     arguments.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    arguments.add_argument("--batch", nargs="+", type=int, default=[1])
     arguments.add_argument("--tokens", type=int, default=200)
+    arguments.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of one thread, on a busy machine")
     arguments.add_argument("--repeats", type=int, default=5)
-    arguments.add_argument("--products", action="store_true", help="single products by shape too")
-    arguments.add_argument("--work", type=Path, required=True, help="a folder, made and removed")
+    arguments.add_argument("--prefill", action="store_true", help=f"of {PREFILL} tokens too")
+    arguments.add_argument("--memory", action="store_true", help="sizes, load time and resident memory too")
+    arguments.add_argument("--work", type=Path, required=True, help="a folder for rows, plot, and models for a while")
     given = arguments.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    if given.clock == "cpu" and given.threads != [1]:
+        arguments.error("--clock cpu counts the time of all threads: set --threads 1")
     print(f"{kernels.best()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
-    given.work.mkdir(parents=True)
-    try:
-        for name in given.dtype:
-            dtype = getattr(torch, name)
-            for sparsity in given.sparsity:
-                for shape in given.shape:
-                    generation(given.work, shape, dtype, sparsity, given.threads, given.tokens, given.repeats)
-                if given.products:
-                    products(dtype, sparsity, given.threads, given.repeats)
-    finally:
-        shutil.rmtree(given.work)
+    for source in [given.model] if given.model else given.shape:
+        for sparsity in ["masks"] if given.masks else given.sparsity:
+            for folder in ("model", "compact", "int8"):
+                shutil.rmtree(given.work / folder, ignore_errors=True)
+            if given.masks:
+                masks = Masks.load(given.masks)
+                shutil.copytree(source, given.work / "model")
+                sparsity = ", ".join(sorted(set(masks.patterns.values())))
+            else:
+                model = loading.load(source, Recipe()) if given.model else build(source)
+                masks = prune_by_magnitude(model, sparsity)
+                model.save_pretrained(given.work / "model")
+                del model
+            print(f"{source}, {sparsity}:")
+            for folder, values in (("compact", "exact"), ("int8", "int8")):
+                if folder in given.only:
+                    before, after = export(given.work / "model", masks, given.work / folder, values=values)
+                    print(f"  {folder}: the pruned matrices take {after / before:.4f} of their bytes", flush=True)
+            measure(given, Path(source).name, sparsity, [name for name in MODELS if name in given.only])
+    for folder in ("model", "compact", "int8"):
+        shutil.rmtree(given.work / folder, ignore_errors=True)
+    plot(given.work, list(MODELS))
     print(f"load {os.getloadavg()[0]:.1f}")
 
 

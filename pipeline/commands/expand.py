@@ -1,6 +1,7 @@
 """`python launch.py expand COMPACT_FOLDER TARGET`: writes the ordinary model folder that a compact one was exported from.
 
-Tensor by tensor to the bit, under the names of the input's files; they may be cut into other files.
+Tensor by tensor to the bit, under the names of the input's files; they may be cut into other files. Of a folder with int8
+values the weights are dequantised: they are not the original's, and a line says so.
 """
 
 import shutil
@@ -22,12 +23,18 @@ def main(arguments: list[str]) -> None:
     given = [Path(argument).expanduser() for argument in arguments if argument != "debug=true"]
     if len(given) != 2:
         raise UserError(f"2 paths are needed, {len(given)} given: {USAGE}")
-    expand(*given)
-    print(f"{given[1]}: an ordinary model folder")
+    kind = "an ordinary model folder"
+    is_exact = expand(*given)
+    print(
+        f"{given[1]}: {kind}"
+        if is_exact
+        else f"{given[1]}: {kind} of dequantised int8 weights, not the original's bits"
+    )
 
 
-def expand(folder: Path, target: Path, recipe: Recipe | None = None) -> None:
-    """Checks the hashes of all files in `folder`, and writes the model to `target`, shard by shard.
+def expand(folder: Path, target: Path, recipe: Recipe | None = None) -> bool:
+    """Checks the hashes of all files in `folder`, and writes the model to `target`, shard by shard. Returns whether it is the
+    exported model to the bit (False for int8 values, which are dequantised).
 
     Raises `UserError` where `target` is there, and where the folder is no compact model, or is damaged.
     """
@@ -48,3 +55,4 @@ def expand(folder: Path, target: Path, recipe: Recipe | None = None) -> None:
     (tmp / file_format.MANIFEST).unlink()
     model_files.write_index(tmp)
     tmp.rename(target)
+    return all(layout.values == "exact" for layout in found.layouts.values())

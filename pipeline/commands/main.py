@@ -22,7 +22,7 @@ COMMANDS = {
     "compare": "RUN ... [out=FOLDER]             one table and one plot of several runs",
     "verify": "MODEL MASKS                      checks a model folder against a mask file",
     "apply": "MODEL MASKS TARGET               writes a model with its pruned weights at zero",
-    "export": "MODEL MASKS TARGET               writes a pruned model as a compact folder",
+    "export": "MODEL MASKS TARGET [values=int8] writes a pruned model as a compact folder",
     "expand": "COMPACT TARGET                   writes the model that a compact folder holds",
     "speed": "FOLDER [OTHER ...]               load time, memory and tokens/s of models, ordinary or compact",
 }

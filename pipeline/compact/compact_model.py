@@ -12,11 +12,13 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.compact import empty_model, kernels
 from pipeline.compact.compact_weight import FEW, CompactWeight
 from pipeline.compact.file_format import Compact, CompactFolder
+from pipeline.compact.memory import HugePages
 from pipeline.models import file_names
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 
 SMALL = 1 << 16  # weights; torch handles smaller dense matrices
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class CompactModule:
@@ -51,25 +53,22 @@ class CompactConv1D(CompactModule, Conv1D):
 
 
 class FewTokensLinear(nn.Linear):
-    """A dense bfloat16 Linear, such as an LM head: torch's one-token product is far below memory speed."""
+    """A dense Linear of a 16-bit dtype, such as an LM head: torch's one-token product is far below memory speed."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
-        few = (
-            x.numel() <= FEW * weight.shape[1] and x.dtype == weight.dtype == torch.bfloat16 and weight.is_contiguous()
-        )
+        weight = self.weight
+        few = x.numel() <= FEW * weight.shape[1] and x.dtype == weight.dtype and weight.is_contiguous()
         plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-        if not (few and plain and x.device.type == weight.device.type == "cpu") or kernels.load() is None:
+        if not (few and plain and x.is_cpu and weight.is_cpu) or kernels.load() is None:
             return super().forward(x)
-        flat = x.reshape(-1, weight.shape[1]).contiguous()
-        return kernels.load().dense.default(weight, flat, bias).view(*x.shape[:-1], len(weight))
+        return kernels.load().dense.default(weight, x, self.bias)
 
 
 def load_compact(folder: str | Path, recipe: Recipe | None = None) -> nn.Module:
     """Loads a compact folder in evaluation mode, for `generate` or any other inference.
 
-    Values are a lazy view of the files. Checks sizes, headers, and that each mask has as many bits as values; `expand` also
-    checks the hashes. Raises `UserError` if the folder is not a compact model, or is damaged.
+    Checks sizes, headers, and that each mask has as many bits as values; `expand` also checks the hashes.
+    Raises `UserError` if the folder is not a compact model, or is damaged.
     """
     recipe = recipe or Recipe()
     found = CompactFolder(Path(folder).expanduser())
@@ -79,16 +78,18 @@ def load_compact(folder: str | Path, recipe: Recipe | None = None) -> nn.Module:
         if other not in found.shapes:
             aliases[kept].append(other)
     empty_model.compute_buffers(model, set(found.shapes))
+    copy = HugePages().copy
     for shard in found.shards:
         for name, it in found.read(shard):
             dtype = empty_model.dtype_in_memory(model, name, found.dtype)
             if isinstance(it, Compact):
-                _attach(model, aliases[name], CompactWeight.from_compact(it, dtype))
+                _attach(model, aliases[name], CompactWeight.from_compact(it, dtype, copy))
             else:
                 empty_model.place(model, aliases[name], it.to(dtype))
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.weight.numel() >= SMALL:
+        if type(module) is nn.Linear and module.weight.dtype in HALVES and module.weight.numel() >= SMALL:
             module.__class__ = FewTokensLinear
+            module.weight.data = copy(module.weight.data)
     if model.can_generate() and (found.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(found.folder)
     model.save_pretrained = functools.partial(_refuse_to_save, found.folder)

@@ -4,6 +4,7 @@ Shapes: E = experts, O = out_features, I = in_features, N = tokens.
 """
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from pipeline.compact.file_format import INTEGERS, Compact
 from pipeline.runtime.errors import UserError
 
 FEW = 16  # up to so many tokens the kernel is faster than expanding the matrix and a dense product
+OFFSET = 128  # of int8 values in memory: the kernels multiply unsigned bytes
 TILE = 32 << 20  # bytes of a matrix that are expanded at a time
 MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__)
 
@@ -29,23 +31,36 @@ class CompactWeight:
 
     _is_hf_initialized = True
 
-    def __init__(self, mask: Tensor, values: Tensor, offsets: Tensor, columns: int, transposed: bool, experts: int = 0):
-        """`mask` (rows, ceil(I / 8)) uint8, lowest bit first; `values` (kept,); `offsets` (rows + 1,) int64, the start of each
-        row in `values`. rows = O, or E * O with `experts`."""
-        self.mask, self.values, self.offsets = mask, values, offsets
-        self.columns, self.transposed, self.experts = columns, transposed, experts
+    def __init__(
+        self,
+        mask: Tensor,
+        values: Tensor,
+        scales: Tensor | None,
+        offsets: Tensor,
+        columns: int,
+        dtype: torch.dtype,
+        transposed: bool,
+        experts: int = 0,
+    ):
+        """`mask` (rows, ceil(I / 8)) uint8, lowest bit first; `values` (kept,) of `dtype`, or uint8, the int8 value + 128, with
+        `scales` (rows,) float32; `offsets` (rows + 1,) int64, the start of each row in `values`. rows = O, or E * O with
+        `experts`."""
+        self.mask, self.values, self.scales, self.offsets = mask, values, scales, offsets
+        self.columns, self.dtype, self.transposed, self.experts = columns, dtype, transposed, experts
 
     @classmethod
-    def from_compact(cls, compact: Compact, dtype: torch.dtype) -> "CompactWeight":
-        """Raises `UserError` unless the mask has as many bits as values, since kernels read unchecked. The bits are copied, so
-        that this stays true."""
+    def from_compact(
+        cls, compact: Compact, dtype: torch.dtype, copy: Callable[[Tensor], Tensor] = torch.clone
+    ) -> "CompactWeight":
+        """`copy` chooses the memory. Raises `UserError` unless the mask has as many bits as values, since kernels read
+        unchecked."""
         *experts, _, columns = compact.layout.shape_OI
         bits = compact.bits.numpy()
         if columns % 8:
             rows = np.unpackbits(bits, count=compact.layout.weights, bitorder="little").reshape(-1, columns)
             mask = np.packbits(rows, axis=1, bitorder="little")
         else:
-            mask = bits.reshape(-1, columns // 8).copy()
+            mask = bits.reshape(-1, columns // 8)
         wide = mask.view(np.uint64) if mask.shape[1] % 8 == 0 else mask
         offsets = np.zeros(len(mask) + 1, dtype=np.int64)
         np.cumsum(np.bitwise_count(wide).sum(1, dtype=np.int64), out=offsets[1:])
@@ -53,8 +68,10 @@ class CompactWeight:
             raise UserError(
                 f"{compact.name} is damaged: its mask keeps {offsets[-1]} weights, but there are {len(compact.values)}"
             )
-        mask, offsets = torch.from_numpy(mask), torch.from_numpy(offsets)
-        return cls(mask, compact.values.to(dtype), offsets, columns, compact.layout.transposed, *experts)
+        values = compact.values.to(dtype) if compact.scales is None else compact.values.view(torch.uint8) ^ OFFSET
+        values, mask = copy(values), copy(torch.from_numpy(mask))
+        scales = None if compact.scales is None else compact.scales.clone()
+        return cls(mask, values, scales, torch.from_numpy(offsets), columns, dtype, compact.layout.transposed, *experts)
 
     @property
     def shape(self) -> torch.Size:
@@ -62,22 +79,19 @@ class CompactWeight:
         return torch.Size((*([self.experts] if self.experts else []), *(matrix[::-1] if self.transposed else matrix)))
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
-
-    @property
     def device(self) -> torch.device:
         return self.values.device
 
     @property
     def nbytes(self) -> int:
-        return self.mask.nbytes + self.values.nbytes + self.offsets.nbytes
+        parts = (self.mask, self.values, self.scales, self.offsets)
+        return sum(part.nbytes for part in parts if part is not None)
 
     @property
     def T(self) -> Any:
         if self.experts:
             return self.dense().T
-        return CompactWeight(self.mask, self.values, self.offsets, self.columns, not self.transposed)
+        return self._part(slice(None), self.offsets, not self.transposed)
 
     def t(self) -> Any:
         return self.T
@@ -95,8 +109,11 @@ class CompactWeight:
         expert = range(self.experts)[int(index)]
         rows = len(self.mask) // self.experts
         part = slice(expert * rows, (expert + 1) * rows)
-        offsets = self.offsets[part.start : part.stop + 1]
-        return CompactWeight(self.mask[part], self.values, offsets, self.columns, self.transposed)
+        return self._part(part, self.offsets[part.start : part.stop + 1], self.transposed)
+
+    def _part(self, rows: slice, offsets: Tensor, transposed: bool) -> "CompactWeight":
+        scales = None if self.scales is None else self.scales[rows]
+        return CompactWeight(self.mask[rows], self.values, scales, offsets, self.columns, self.dtype, transposed)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -118,17 +135,14 @@ class CompactWeight:
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., I) W^T + bias, (..., O), for one matrix, however it is stored."""
-        is_small, operators = x.numel() <= FEW * self.columns, kernels.load()
-        same_dtype = x.dtype == self.dtype and (bias is None or bias.dtype == x.dtype) and x.shape[-1] == self.columns
-        needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        if not same_dtype or needs_grad or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        dtype, grad = self.dtype, torch.is_grad_enabled()
+        needs_grad = grad and (x.requires_grad or (bias is not None and bias.requires_grad))
+        same = x.dtype is dtype and x.shape[-1] == self.columns and (bias is None or bias.dtype is dtype)
+        if not same or needs_grad or not x.is_cpu or torch.is_autocast_enabled("cpu"):
             return F.linear(x, self._rows(0, len(self.mask)), bias)
-        flat, rows = x.reshape(-1, self.columns), len(self.mask)
-        if is_small and operators is not None and self.dtype in kernels.DTYPES:
-            out = operators.product.default(self.mask, self.values, self.offsets, flat.contiguous(), bias)
-        else:
-            out = self._by_tiles(flat, bias)
-        return out.view(*x.shape[:-1], rows)
+        if x.numel() <= FEW * self.columns and dtype in kernels.DTYPES and (operators := kernels.load()) is not None:
+            return operators.product.default(self.mask, self.values, self.scales, self.offsets, x, bias)
+        return self._by_tiles(x.reshape(-1, self.columns), bias).view(*x.shape[:-1], len(self.mask))
 
     def _by_tiles(self, x_NI: Tensor, bias: Tensor | None) -> Tensor:
         rows, height = len(self.mask), max(1, TILE // (self.columns * self.dtype.itemsize))
@@ -154,9 +168,13 @@ class CompactWeight:
             out = torch.empty(stop - start, self.columns, dtype=self.dtype)
         mask, offsets = self.mask[start:stop], self.offsets[start : stop + 1]
         if self.dtype in kernels.DTYPES and (operators := kernels.load()) is not None:
-            operators.expand.default(mask, self.values, offsets, out)
+            scales = None if self.scales is None else self.scales[start:stop]
+            operators.expand.default(mask, self.values, scales, offsets, out)
             return out
         kept = np.unpackbits(mask.numpy(), axis=1, count=self.columns, bitorder="little").view(bool)
-        words = INTEGERS[self.dtype.itemsize]
-        out.zero_().view(words).numpy()[kept] = self.values[int(offsets[0]) : int(offsets[-1])].view(words).numpy()
+        values, words = self.values[int(offsets[0]) : int(offsets[-1])], INTEGERS[self.dtype.itemsize]
+        if self.scales is not None:
+            scales = self.scales[start:stop].repeat_interleave(offsets.diff())
+            values = ((values.float() - OFFSET) * scales).to(self.dtype)
+        out.zero_().view(words).numpy()[kept] = values.view(words).numpy()
         return out

@@ -16,11 +16,16 @@ from pipeline.settings.schema import Recipe
 from pipeline.sparsity.masks import Masks
 
 
-def export(folder: Path, masks: Masks, target: Path, recipe: Recipe | None = None) -> tuple[int, int]:
+def export(
+    folder: Path, masks: Masks, target: Path, recipe: Recipe | None = None, values: str = "exact"
+) -> tuple[int, int]:
     """Writes the model in `folder` with its masks to `target`; returns the bytes of the pruned matrices before and after.
 
-    Raises `UserError` where `target` is there, where the masks are another model's, and where a pruned weight is not zero.
+    `values` is `exact`, or `int8` to round the kept weights to 8 bits with a scale for each row of a matrix. Raises
+    `UserError` where `target` is there, where the masks are another model's, and where a pruned weight is not zero.
     """
+    if values not in file_format.KINDS:
+        raise UserError(f"values={values} is unknown: set values=exact or values=int8")
     if target.exists():
         raise UserError(f"{target} is there already: choose another TARGET, or remove it")
     recipe = recipe or Recipe()
@@ -38,20 +43,20 @@ def export(folder: Path, masks: Masks, target: Path, recipe: Recipe | None = Non
         state: dict[str, Tensor] = {}
         for layer in members:
             for name, weight in found[layer]():
-                it = _compressed(name, weight, masks)
+                it = _compressed(name, weight, masks, values)
                 if it is None:
                     state[name] = weight.contiguous()
                     continue
                 matrices[name] = it.layout
-                state |= {name + file_format.MASK: it.bits, name + file_format.VALUES: it.values}
-                dense, packed = dense + weight.nbytes, packed + it.bits.nbytes + it.values.nbytes
+                state |= it.tensors()
+                dense, packed = dense + weight.nbytes, packed + it.nbytes
         with files.atomic_write(tmp / f"compact-{number:05d}-of-{len(parts):05d}.safetensors") as path:
             save_file(state, path, {"format": "pt"})
     written = {matrix for name in matrices for matrix in _matrices(name, model.get_parameter(name))}
     if left := set(masks) - written:
         raise UserError(f"{min(left)} is another name of a tied weight ({len(left)} in all): tied weights stay dense")
     model_files.copy_other_files(folder, tmp)
-    _write_manifest(tmp, folder, model, matrices)
+    _write_manifest(tmp, folder, model, matrices, values)
     tmp.rename(target)
     return dense, packed
 
@@ -61,24 +66,26 @@ def _matrices(name: str, parameter: Tensor) -> list[str]:
     return [f"{name}[{expert}]" for expert in range(len(parameter))] if parameter.dim() == 3 else [name]
 
 
-def _compressed(name: str, weight: Tensor, masks: Masks) -> file_format.Compact | None:
+def _compressed(name: str, weight: Tensor, masks: Masks, values: str) -> file_format.Compact | None:
     masked = [masks.packed[matrix] for matrix in _matrices(name, weight) if matrix in masks.packed]
     if not masked:
         return None
     if len(kinds := {entry.transposed for entry in masked}) > 1:
         raise UserError(f"the masks of {name} disagree on whether it is transposed")
     patterns = tuple(sorted({entry.pattern for entry in masked}))
-    return file_format.compress(name, weight, masks.for_parameter(name, weight), kinds.pop(), patterns)
+    return file_format.compress(name, weight, masks.for_parameter(name, weight), kinds.pop(), patterns, values)
 
 
-def _write_manifest(target: Path, origin: Path, model: nn.Module, matrices: dict[str, file_format.Layout]) -> None:
+def _write_manifest(
+    target: Path, origin: Path, model: nn.Module, matrices: dict[str, file_format.Layout], values: str
+) -> None:
     tensors = model_files.open_weights(origin)
     about = {
         "format": file_format.FORMAT,
         "version": file_format.VERSION,
         "pattern": ", ".join(sorted({pattern for layout in matrices.values() for pattern in layout.patterns})),
         "dtype": str(_dtype(model, tensors)).removeprefix("torch."),
-        "values": "exact",
+        "values": values,
         "matrices": {name: layout.to_json() for name, layout in sorted(matrices.items())},
         "names": sorted(tensors),
         "files": {

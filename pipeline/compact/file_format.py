@@ -20,8 +20,11 @@ from pipeline.runtime.errors import UserError
 from pipeline.sparsity import masks
 
 MANIFEST = "compact.json"
-FORMAT, VERSION = "espalier-compact", 1
-MASK, VALUES = "#mask", "#values"  # suffixes of a parameter's name, which never contains #
+FORMAT, VERSION = "espalier-compact", 2
+READS = (1, 2)  # 1 has no int8
+MASK, VALUES, SCALES = "#mask", "#values", "#scales"  # suffixes of a parameter's name, which never contains #
+KINDS = ("exact", "int8")  # of values
+LARGEST = 127  # int8 value
 # not `model-*`: transformers would load such files and fill the missing weights with random numbers
 SHARDS = "compact-*.safetensors"
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # torch name: safetensors name
@@ -36,6 +39,11 @@ class Layout:
     dtype: torch.dtype
     transposed: bool  # stored (I, O)
     patterns: tuple[str, ...]
+    values: str = "exact"  # one of KINDS
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape_OI[:-1])
 
     @property
     def shape_OI(self) -> tuple[int, ...]:
@@ -53,7 +61,14 @@ class Layout:
             "dtype": dtype,
             "transposed": self.transposed,
             "patterns": list(self.patterns),
+            "values": self.values,
         }
+
+    def parts(self) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+        """By suffix, the tensors that a matrix consists of: safetensors dtype, and shape (None: as many as are kept)."""
+        own = DTYPES[str(self.dtype).removeprefix("torch.")]
+        parts = {MASK: ("U8", (math.ceil(self.weights / 8),)), VALUES: (own, (None,))}
+        return parts if self.values == "exact" else parts | {VALUES: ("I8", (None,)), SCALES: ("F32", (self.rows,))}
 
     @staticmethod
     def from_json(about: dict[str, Any]) -> "Layout":
@@ -63,42 +78,72 @@ class Layout:
             raise ValueError(f"shape {shape}")
         if dtype not in DTYPES or type(transposed) is not bool:
             raise ValueError(f"dtype {dtype}, transposed {transposed}")
-        return Layout(shape, getattr(torch, dtype), transposed, tuple(map(str, about["patterns"])))
+        if (values := about.get("values", "exact")) not in KINDS:
+            raise ValueError(f"values {values}")
+        return Layout(shape, getattr(torch, dtype), transposed, tuple(map(str, about["patterns"])), values)
 
 
 @dataclass(frozen=True)
 class Compact:
-    """A pruned matrix: `bits` (ceil(weights / 8),) uint8, the mask flattened, lowest bit first; `values` (kept,)."""
+    """A pruned matrix: `bits` (ceil(weights / 8),) uint8, the mask flattened, lowest bit first; `values` (kept,), and for int8
+    `scales` (rows,) float32: a weight is its value times its row's scale, rounded to the matrix's dtype."""
 
     name: str
     layout: Layout
     bits: Tensor
     values: Tensor
+    scales: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.bits.nbytes + self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As they are named in a file."""
+        parts = {MASK: self.bits, VALUES: self.values, SCALES: self.scales}
+        return {self.name + suffix: tensor for suffix, tensor in parts.items() if tensor is not None}
 
     def dense(self) -> Tensor:
-        """The matrix as the model stores it, to the bit. Raises `UserError` if mask and values disagree."""
+        """The matrix as the model stores it, to the bit (int8: dequantised). Raises `UserError` if mask and values disagree."""
         mask = masks.unpack(self.bits, self.layout.shape_OI).numpy()
-        if (kept := int(np.count_nonzero(mask))) != len(self.values):
+        kept_R = np.count_nonzero(mask.reshape(self.layout.rows, -1), axis=1)
+        if (kept := int(kept_R.sum())) != len(self.values):
             raise UserError(f"{self.name} is damaged: its mask keeps {kept} weights, but there are {len(self.values)}")
+        values = self.values
+        if self.scales is not None:
+            scales = self.scales.repeat_interleave(torch.from_numpy(kept_R))
+            values = (values.float() * scales).to(self.layout.dtype)
         dense = torch.zeros(self.layout.shape_OI, dtype=self.layout.dtype)
-        _bits_of(dense).numpy()[mask] = _bits_of(self.values).numpy()
+        _bits_of(dense).numpy()[mask] = _bits_of(values).numpy()
         return dense.transpose(-1, -2).contiguous() if self.layout.transposed else dense
 
 
-def compress(name: str, weight: Tensor, mask: Tensor, transposed: bool, patterns: tuple[str, ...]) -> Compact:
-    """Compresses a weight with its mask, both as stored. Raises `UserError` if a pruned weight is not +0.0."""
+def compress(
+    name: str, weight: Tensor, mask: Tensor, transposed: bool, patterns: tuple[str, ...], values: str = "exact"
+) -> Compact:
+    """Compresses a weight with its mask, both as stored. Raises `UserError` if a pruned weight is not +0.0, or if `values` is
+    int8 and a weight is not finite."""
     if str(weight.dtype).removeprefix("torch.") not in DTYPES:
         raise UserError(f"{name} is {weight.dtype}: only float64, float32, float16 and bfloat16 have a compact form")
-    layout = Layout(tuple(weight.shape), weight.dtype, transposed, patterns)
+    layout = Layout(tuple(weight.shape), weight.dtype, transposed, patterns, values)
     if transposed:
         weight, mask = weight.transpose(-1, -2), mask.transpose(-1, -2)
+    if values == "int8" and not weight.float().isfinite().all():
+        raise UserError(f"{name} holds weights that are not finite: set values=exact")
     mask, words = mask.contiguous(), _bits_of(weight.contiguous())
     kept = words.numpy()[mask.numpy()]
     if np.count_nonzero(words.numpy()) != np.count_nonzero(kept):
         raise UserError(
             f"{name} holds pruned weights that are not +0.0: run `python launch.py apply`, and export its result"
         )
-    return Compact(name, layout, masks.pack(mask), torch.from_numpy(kept).view(weight.dtype))
+    found = Compact(name, layout, masks.pack(mask), torch.from_numpy(kept).view(weight.dtype))
+    if values == "exact":
+        return found
+    scale_R1 = weight.float().reshape(layout.rows, -1).abs().amax(1, keepdim=True) / LARGEST
+    # a row of zeros has any scale
+    q_RI = (weight.reshape(layout.rows, -1).float() / scale_R1.where(scale_R1 > 0, 1)).round().clamp(-LARGEST, LARGEST)
+    q = q_RI.to(torch.int8)[mask.reshape(layout.rows, -1)]
+    return Compact(name, layout, found.bits, q, scale_R1[:, 0].contiguous())
 
 
 def _bits_of(tensor: Tensor) -> Tensor:
@@ -116,9 +161,9 @@ class CompactFolder:
         about = files.read_json(folder / MANIFEST) or {}
         if about.pop("digest", None) != files.digest(about):
             raise UserError(f"{folder / MANIFEST} is damaged: its digest does not match")
-        if (about.get("format"), about.get("version")) != (FORMAT, VERSION):
+        if about.get("format") != FORMAT or about.get("version") not in READS:
             found = f"{about.get('format')} {about.get('version')}"
-            raise UserError(f"{folder} holds {found}, but this version reads {FORMAT} {VERSION}")
+            raise UserError(f"{folder} holds {found}, but this version reads {FORMAT} {READS[0]} to {READS[-1]}")
         try:
             self.names: list[str] = [str(name) for name in about["names"]]
             self.dtype: torch.dtype = getattr(torch, {name: name for name in DTYPES}[about["dtype"]])
@@ -149,18 +194,17 @@ class CompactFolder:
         except Exception as error:  # safetensors raises its own type
             raise UserError(f"{path} is damaged: {error}") from error
         for name, (dtype, shape) in found.items():
-            parameter = name.removesuffix(MASK).removesuffix(VALUES)
-            layout = self.layouts.get(parameter)
-            if name.endswith(MASK) and layout:
-                if (dtype, shape) != ("U8", (math.ceil(layout.weights / 8),)) or parameter + VALUES not in found:
+            parameter, _, part = name.partition("#")
+            if layout := self.layouts.get(parameter):
+                parts = layout.parts()
+                known, size = parts.get(f"#{part}", ("", (0,)))
+                fits = (dtype, len(shape)) == (known, 1) and shape[0] <= layout.weights and size[0] in (None, shape[0])
+                if not fits or any(parameter + other not in found for other in parts):
                     raise UserError(f"{path}: {name} does not fit {MANIFEST}")
+                if f"#{part}" != MASK:
+                    continue
                 shape = layout.shape
-            elif name.endswith(VALUES) and layout:
-                known = DTYPES[str(layout.dtype).removeprefix("torch.")]
-                if dtype != known or len(shape) != 1 or shape[0] > layout.weights or parameter + MASK not in found:
-                    raise UserError(f"{path}: {name} does not fit {MANIFEST}")
-                continue
-            elif parameter != name or layout:
+            elif part or parameter != name:
                 raise UserError(f"{path}: {name} does not fit {MANIFEST}")
             if parameter in self.shapes:
                 raise UserError(f"{path}: {parameter} is in two files")
@@ -176,11 +220,12 @@ class CompactFolder:
         """Yields name in memory of each parameter and buffer in a shard, and its tensor or compact matrix."""
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():
-                parameter = name.removesuffix(MASK)
-                if name.endswith(VALUES):
-                    continue
-                if parameter == name:
+                parameter, _, part = name.partition("#")
+                if not part:
                     yield name, file.get_tensor(name)
-                else:
-                    bits, values = file.get_tensor(name), file.get_tensor(parameter + VALUES)
-                    yield parameter, Compact(parameter, self.layouts[parameter], bits, values)
+                elif f"#{part}" == MASK:
+                    layout = self.layouts[parameter]
+                    yield (
+                        parameter,
+                        Compact(parameter, layout, *(file.get_tensor(parameter + it) for it in layout.parts())),
+                    )

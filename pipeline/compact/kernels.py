@@ -1,4 +1,4 @@
-"""Builds and loads the compiled CPU kernels (kernels.cpp) for the instructions that this CPU has.
+"""Builds and loads the compiled CPU kernels (kernels.cpp and its headers) for the instructions that this CPU has.
 
 torch's extension loader builds them once, at first use, into a folder that only the user may write. If that fails, one line
 says why, and callers use dense products.
@@ -25,18 +25,20 @@ AVX512 = (
     "-mavx512vl",
     "-mavx512dq",
     "-mavx512vbmi2",
+    "-mavx512vnni",
     "-mpopcnt",
     "-mbmi2",
     "-mfma",
     "-mf16c",
 )
 # best first: the flags in /proc/cpuinfo that it needs, and the compiler's flags
+NEEDS = {"avx512_vbmi2", "avx512_vnni", "avx512bw", "avx512vl", "avx512dq"}
 INSTRUCTIONS: dict[str, tuple[set[str], tuple[str, ...]]] = {
-    "avx512bf16": ({"avx512_vbmi2", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}, (*AVX512, "-mavx512bf16")),
-    "avx512": ({"avx512_vbmi2", "avx512bw", "avx512vl", "avx512dq"}, AVX512),
+    "avx512bf16": (NEEDS | {"avx512_bf16"}, (*AVX512, "-mavx512bf16")),
+    "avx512": (NEEDS, AVX512),
     "avx2": ({"avx2", "fma", "f16c", "bmi2", "popcnt"}, ("-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt")),
 }
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of values that the kernels support
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of inputs that the kernels support
 FLAGS = ("-O3", "-std=c++20", "-fopenmp")
 
 
@@ -72,7 +74,13 @@ def load() -> Any | None:
 def build(instructions: str, *more: str) -> Any:
     """The operators for one of `INSTRUCTIONS`, with `more` compiler flags. Raises if they cannot be built."""
     flags = [*FLAGS, *INSTRUCTIONS[instructions][1], *more]
-    about = [SOURCE.read_text(), flags, torch.__version__, sys.platform, os.environ.get("CXX", "")]
+    about = [
+        [path.read_text() for path in sorted(SOURCE.parent.glob("kernels*.[ch]*"))],
+        flags,
+        torch.__version__,
+        sys.platform,
+        os.environ.get("CXX", ""),
+    ]
     name = f"espalier_{instructions}_{files.digest(about)}"
     library = private(cache() / name) / f"{name}.so"
     if not library.is_file():

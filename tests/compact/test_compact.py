@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.commands.expand import expand
 from pipeline.commands.export import export
 from pipeline.compact import file_format
+from pipeline.compact.compact_weight import CompactWeight
 from pipeline.compact.file_format import CompactFolder, compress
 from pipeline.engine.matrices import matrices_of
 from pipeline.models import model_files, rewrite
@@ -101,10 +102,46 @@ def test_half_the_weights_take_at_most_57_hundredths(tmp_path):
     assert dense_size - size == pytest.approx(dense - packed, abs=0.02 * dense)  # nothing of it is lost elsewhere
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_int8_values_are_within_half_a_step(tmp_path, dtype):
+    model = small_model("llama", hidden_size=256, intermediate_size=512).to(getattr(torch, dtype))
+    masks = prune_(model, "2of4")
+    model.model.layers[0].mlp.up_proj.weight.data[3] = 0  # a row without weights has no scale
+    model.save_pretrained(tmp_path / "model")
+    dense, packed = export(tmp_path / "model", masks, tmp_path / "compact", values="int8")
+    assert packed <= {4: 0.165, 2: 0.33}[model.dtype.itemsize] * dense
+    assert not expand(tmp_path / "compact", tmp_path / "back")
+    found, expected = (dict(model_files.tensors(tmp_path / name)) for name in ("back", "model"))
+    for name, tensor in expected.items():
+        ours, weight = found[name].float(), tensor.float()
+        step = weight.abs().amax(-1, keepdim=True) / 127 if name in masks else 0
+        rounding = torch.finfo(tensor.dtype).eps * weight.abs() if name in masks else 0
+        assert ((ours - weight).abs() <= 0.5001 * step + rounding).all() and not ours[weight == 0].any(), name
+
+
+def test_int8_refuses_what_it_cannot_hold():
+    weight = torch.tensor([[1.0, torch.inf]])
+    with pytest.raises(UserError, match="not finite"):
+        compress("w", weight, torch.ones(1, 2, dtype=torch.bool), False, ("0.5",), "int8")
+
+
+def test_version_1_is_read(folder, tmp_path):
+    old = shutil.copytree(folder, tmp_path / "old")
+    resign(old, lambda about: (about.update(version=1), [entry.pop("values") for entry in about["matrices"].values()]))
+    assert expand(old, tmp_path / "t")
+
+
 def test_the_commands(pruned, tmp_path, typed):  # noqa: F811
     code, said, lines = typed("export", pruned / "model", pruned / "masks.safetensors", tmp_path / "compact")
     assert (code, lines) == (0, []) and "21 pruned matrices take 0.4" in said  # 60% of float32
-    assert typed("expand", tmp_path / "compact", tmp_path / "back")[0] == 0
+    code, said, lines = typed("expand", tmp_path / "compact", tmp_path / "back")
+    assert (code, lines) == (0, []) and "dequantised" not in said
+    code, said, lines = typed(
+        "export", pruned / "model", pruned / "masks.safetensors", tmp_path / "int8", "values=int8"
+    )
+    assert (code, lines) == (0, []) and "21 pruned matrices take 0.1" in said
+    code, said, lines = typed("expand", tmp_path / "int8", tmp_path / "other")
+    assert (code, lines) == (0, []) and "dequantised" in said
     same_tensors(tmp_path / "back", pruned / "model")
     assert {p.name for p in (tmp_path / "back").iterdir()} >= {
         "config.json",
@@ -124,6 +161,7 @@ def test_what_is_typed_wrong_is_one_line(tiny_llama, pruned, tmp_path, typed):  
         (["export", tiny_llama, masks, tmp_path / "new"], "pruned weights that are not +0.0"),
         (["export", tmp_path / "other", masks, tmp_path / "new"], "another model's mask file?"),
         (["export", pruned / "model", masks, tmp_path], "is there already"),
+        (["export", pruned / "model", masks, tmp_path / "new", "values=int4"], "values=int4 is unknown"),
         (["expand", tiny_llama], "2 paths are needed"),
         (["expand", tiny_llama, tmp_path / "new"], "write a compact folder with"),
         (["expand", tiny_llama, tmp_path], "is there already"),
@@ -145,6 +183,7 @@ def folder(tmp_path_factory) -> Path:
     make_tiny_llama(root / "dense")
     model = AutoModelForCausalLM.from_pretrained(root / "dense")
     masks = prune_(model, "0.5")
+    masks.save(root / "masks.safetensors")
     model.save_pretrained(root / "model")
     export(root / "model", masks, root / "compact")
     return root / "compact"
@@ -190,6 +229,9 @@ def test_damage_is_named(folder, tmp_path):
     "harm",
     [
         lambda about: about.update(version=99),
+        lambda about: about.update(format="another"),
+        lambda about: about["matrices"][NAME].update(values="int8"),
+        lambda about: about["matrices"][NAME].update(values="int4"),
         lambda about: about["matrices"][NAME].update(shape=[2**40, 2**40]),
         lambda about: about["matrices"][NAME].update(shape=[32, 48]),
         lambda about: about["matrices"][NAME].update(shape=[-48, -32]),
@@ -240,14 +282,22 @@ def test_tensors_that_do_not_fit(folder, tmp_path, harm, says):
 QUICKLY = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
+@pytest.fixture(scope="module")
+def int8_folder(folder, tmp_path_factory) -> Path:
+    root = folder.parent
+    export(root / "model", Masks.load(root / "masks.safetensors"), root / "int8", values="int8")
+    return root / "int8"
+
+
+@pytest.mark.parametrize("values", file_format.KINDS)
 @QUICKLY
-@given(some.integers(0, 6000), some.binary(min_size=1, max_size=8))
-def test_fuzzed_headers(folder, tmp_path_factory, place, new):
-    """Of the file of tensors, with sizes and hashes that fit: the answer is a line, or the model is whole."""
-    bad = shutil.copytree(folder, tmp_path_factory.mktemp("fuzz") / "bad")
+@given(some.integers(0, 6000), some.binary(min_size=1, max_size=8), some.integers(0, 3000))
+def test_fuzzed_headers(folder, int8_folder, tmp_path_factory, values, place, new, cut):
+    """Of the file of tensors, with sizes and hashes that fit: the answer is a line, or the model is whole, and multiplies."""
+    bad = shutil.copytree(folder if values == "exact" else int8_folder, tmp_path_factory.mktemp("fuzz") / "bad")
     data = bytearray((bad / SHARD).read_bytes())
     data[place : place + len(new)] = new
-    (bad / SHARD).write_bytes(data)
+    (bad / SHARD).write_bytes(data[: len(data) - cut] if cut < 100 else data)
     resign(bad, lambda about: None)
     try:
         found = CompactFolder(bad)
@@ -255,5 +305,7 @@ def test_fuzzed_headers(folder, tmp_path_factory, place, new):
             for _, it in found.read(path):
                 if isinstance(it, file_format.Compact):
                     it.dense()
+                    weight = CompactWeight.from_compact(it, it.layout.dtype)
+                    weight.linear(torch.ones(1, it.layout.shape_OI[-1], dtype=it.layout.dtype))
     except UserError as error:
         assert "\n" not in str(error)
