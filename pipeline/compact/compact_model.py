@@ -96,6 +96,15 @@ def load_compact(folder: str | Path, recipe: Recipe | None = None) -> nn.Module:
     return model.eval()
 
 
+def make_dense(model: nn.Module) -> nn.Module:
+    """Replaces all compact weights of a loaded model by dense parameters of the same values, in place."""
+    for module in model.modules():
+        for attribute, weight in module.__dict__.pop("_compact", {}).items():
+            module.__class__ = module.__dict__.get("_dense_class", module.__class__)
+            module.register_parameter(attribute, nn.Parameter(weight.dense(), requires_grad=False))
+    return model
+
+
 def _attach(model: nn.Module, names: list[str], weight: CompactWeight) -> None:
     for name in names:
         path, _, attribute = name.rpartition(".")
@@ -103,6 +112,7 @@ def _attach(model: nn.Module, names: list[str], weight: CompactWeight) -> None:
         if attribute in module.__dict__.get("_compact", ()):
             continue  # a module that the model holds twice
         del module._parameters[attribute]
+        module.__dict__.setdefault("_dense_class", type(module))
         module.__dict__.setdefault("_compact", {})[attribute] = weight
         module.__class__ = _class_with(type(module), attribute)
         if weight.experts and hasattr(module, "config"):

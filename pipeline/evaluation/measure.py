@@ -11,6 +11,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from pipeline.compact.compact_model import load_compact, make_dense
+from pipeline.compact.file_format import MANIFEST
 from pipeline.data import sources, special_tokens, token_windows
 from pipeline.evaluation import continuations, paired
 from pipeline.evaluation.perplexity import full_logits, perplexity, streamed_logits, window_losses, windows
@@ -32,11 +34,27 @@ class Subject:
 
     def load(self, recipe: Recipe, **where: Any) -> nn.Module:
         """The model with its adapter, in evaluation mode. `where`: see `loading.load`."""
+        if self.is_compact:
+            return self._load_compact(recipe, **where)
         model = loading.load(self.folder, recipe, **where)
         if not self.adapter:
             return model
         # without a device peft takes "cuda", and each process opens a context on the first GPU
         return PeftModel.from_pretrained(model, self.adapter, torch_device="cpu").get_base_model().eval()
+
+    @property
+    def is_compact(self) -> bool:
+        return (self.folder / MANIFEST).is_file()
+
+    def _load_compact(self, recipe: Recipe, **where: Any) -> nn.Module:
+        """As it is on the CPU, where it has kernels; elsewhere as a dense model of the same values."""
+        if where:
+            raise UserError(
+                "a compact model cannot be split over devices: leave export out of stages, or set evaluate.tasks=[] and "
+                "evaluate.continuations=0"
+            )
+        model = load_compact(self.folder, recipe)
+        return model if processes.device().type == "cpu" else make_dense(model)
 
     def identity(self) -> str:
         """A hash of the model folder and the adapter."""

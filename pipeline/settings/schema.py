@@ -57,8 +57,8 @@ TABLE = (
         "reconstruction",
     ),
     Stage("finetune", BEFORE[:3], (*MODEL, "finetune", "seed"), "finetuned"),
-    Stage("export", BEFORE[1:], MODEL),
-    Stage("evaluate", BEFORE, (*MODEL, "evaluate", "seed")),
+    Stage("export", BEFORE[1:], (*MODEL, "export"), "compact", "rounding to int8"),  # evaluated unless it is exact
+    Stage("evaluate", (*BEFORE, "export"), (*MODEL, "evaluate", "seed")),
     Stage("speed", (*BEFORE[1:], "export"), ("trust_remote_code", "speed")),
     Stage("report", None, ("model", "stages"), display=()),
 )
@@ -228,6 +228,15 @@ class Evaluate:
 
 
 @dataclass
+class Export:
+    """The last model of the run as a compact folder."""
+
+    values: str = setting(
+        "exact", "how kept weights are stored; int8: in 8 bits with a scale for each row", choices=("exact", "int8")
+    )
+
+
+@dataclass
 class Speed:
     """What the ordinary and the compact model cost, measured on this machine's CPU."""
 
@@ -268,6 +277,7 @@ class Recipe:
     reconstruct: Reconstruct = field(default_factory=Reconstruct)
     finetune: Finetune = field(default_factory=Finetune)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    export: Export = field(default_factory=Export)
     speed: Speed = field(default_factory=Speed)
 
 

@@ -57,7 +57,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
             "papers: set evaluate.bos=true for models that need it, such as Gemma"
         )
     protocol["prompts"] = _prompts(recipe, dense)
-    subjects = _subjects(dense, inputs)
+    subjects = _subjects(dense, inputs, recipe)
     results, samples = {}, {}
     for subject in subjects:
         name = subject.name
@@ -75,7 +75,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         path = inputs["prune"] / "masks.safetensors"
         masks = Masks.load(path)
         for subject in subjects:
-            if not subject.adapter:
+            if not subject.adapter and not subject.is_compact:
                 results[subject.name] |= _weights(subject.name, subject.folder, masks, recipe)
     if processes.is_main():
         if masks:
@@ -85,11 +85,15 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         files.write_json(folder / "results.json", content)
 
 
-def _subjects(dense: Path, inputs: dict[str, Path]) -> list[Subject]:
-    """The models to evaluate. If fine-tuning left no model, its subject is the model before it with the adapter."""
+def _subjects(dense: Path, inputs: dict[str, Path], recipe: Recipe) -> list[Subject]:
+    """The models to evaluate. If fine-tuning left no model, its subject is the model before it with the adapter. An exact
+    compact folder holds the model before it, bit for bit, so only a rounded one is a subject."""
     subjects = [Subject("dense", dense)]
     for name, stage in MODELS.items():
-        if stage in inputs:
+        if stage == "export" and stage in inputs:
+            if recipe.export.values != "exact":
+                subjects.append(Subject(name, inputs[stage] / "compact"))
+        elif stage in inputs:
             folder, adapter = inputs[stage] / "model", inputs[stage] / "adapter"
             merged = folder.is_dir() or stage != "finetune"
             subjects.append(Subject(name, folder) if merged else Subject(name, subjects[-1].folder, adapter))

@@ -25,7 +25,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before this stage was whole
     masks = Masks.load(inputs["prune"] / "masks.safetensors")
     try:
-        dense, packed = export(model, masks, target, recipe)
+        dense, packed = export(model, masks, target, recipe, recipe.export.values)
     except UserError as error:
         raise UserError(f"export cannot write {model} as a compact folder: {error}") from error
     sizes = {
