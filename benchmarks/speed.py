@@ -127,7 +127,8 @@ def alternately(
 
 
 def resident(kind: str, folder: Path) -> dict[str, float]:
-    """MiB and seconds that loading a model and one step take in a process of its own."""
+    """MiB and seconds that loading a model and one step take in a process of its own. With the step, since what is loaded
+    lazily is read there."""
     load = "load_compact(folder)" if kind != "torch bf16" else "loading.load(folder, Recipe())"
     code = (
         "import sys, json, time, torch, psutil; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
@@ -136,8 +137,8 @@ def resident(kind: str, folder: Path) -> dict[str, float]:
         "kernels.load(); loading.skeleton(Path(sys.argv[2]), Recipe()); folder = Path(sys.argv[2])\n"
         "before, started = psutil.Process().memory_info().rss, time.perf_counter()\n"
         f"model = {load}\n"
-        "loaded = time.perf_counter() - started\n"
         "with torch.no_grad(): model(input_ids=torch.tensor([[5]]))\n"
+        "loaded = time.perf_counter() - started\n"
         "print(json.dumps([(psutil.Process().memory_info().rss - before) / 2**20, loaded]))"
     )
     command = [sys.executable, "-c", code, str(ROOT), str(folder)]
@@ -179,7 +180,7 @@ def measure(given: argparse.Namespace, name: str, sparsity: str, names: list[str
             print(
                 f"  {kind}: files {bytes_of(work / folder) / 2**20:.0f} MiB, resident {about['mib']:.0f} MiB, ", end=""
             )
-            print(f"load {about['load']:.2f} s", flush=True)
+            print(f"load and first token {about['load']:.2f} s", flush=True)
     models = {kind: MODELS[kind](work) for kind in names}
     for threads in given.threads:
         torch.set_num_threads(threads)

@@ -78,18 +78,17 @@ def load_compact(folder: str | Path, recipe: Recipe | None = None) -> nn.Module:
         if other not in found.shapes:
             aliases[kept].append(other)
     empty_model.compute_buffers(model, set(found.shapes))
-    copy = HugePages().copy
+    copy = HugePages().copy  # of every tensor: one view of a file would keep all that was read of it in memory
     for shard in found.shards:
         for name, it in found.read(shard):
             dtype = empty_model.dtype_in_memory(model, name, found.dtype)
             if isinstance(it, Compact):
                 _attach(model, aliases[name], CompactWeight.from_compact(it, dtype, copy))
             else:
-                empty_model.place(model, aliases[name], it.to(dtype))
+                empty_model.place(model, aliases[name], copy(it.to(dtype)))
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.dtype in HALVES and module.weight.numel() >= SMALL:
             module.__class__ = FewTokensLinear
-            module.weight.data = copy(module.weight.data)
     if model.can_generate() and (found.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(found.folder)
     model.save_pretrained = functools.partial(_refuse_to_save, found.folder)
