@@ -8,7 +8,7 @@ import torch
 
 from pipeline.pruning import obs, scores
 from pipeline.pruning.combination import Combination, prune_method
-from pipeline.pruning.refinements import Swaps, swap
+from pipeline.pruning.refinements import Dsnot, Swaps, swap
 from pipeline.pruning.statistics import GRAM, MOMENTS, OBSERVE, SQUARE_SUM, Sums
 from pipeline.pruning.updates import Admm, LeastSquares, ObsUpdate
 from pipeline.registry import PRUNE_METHODS, REFINEMENTS, UPDATES
@@ -193,13 +193,29 @@ def test_statistics_are_observed_once():
     assert torch.equal(OBSERVE[GRAM](x_NI), swaps_and_update.observe(x_NI))
 
 
-def test_swaps_refuse_a_pattern_that_they_do_not_know():
+@pytest.mark.parametrize("kind", [Swaps, Dsnot])
+def test_a_refinement_refuses_a_pattern_that_it_does_not_know(kind):
     class Odd(Unstructured.__mro__[1]):
         ratio = 0.5
 
-    dense_RI, _ = problem()
+    dense_RI, x_NI = problem()
+    statistics = Sums({GRAM, MOMENTS}).read(Sums({GRAM, MOMENTS}).observe(x_NI).double(), 32)
     with pytest.raises(UserError, match="set prune.refine=none"):
-        Swaps(Prune()).refine(dense_RI, dense_RI, dense_RI > 0, None, Odd())
+        kind(Prune()).refine(dense_RI, dense_RI, dense_RI > 0, statistics, Odd())
+
+
+@pytest.mark.parametrize("kind", [Swaps, Dsnot])
+def test_rows_that_are_all_pruned_or_all_kept_stay_so(kind):
+    """As scores that are compared over a matrix or a layer leave them."""
+    dense_RI, x_NI = problem()
+    statistics = Sums({GRAM, MOMENTS}).read(Sums({GRAM, MOMENTS}).observe(x_NI).double(), 32)
+    for pattern, part in ((Unstructured(0.5), dense_RI > 0), (NofM(2, 4), NofM(2, 4).select(dense_RI))):
+        mask_RI = part.clone()
+        mask_RI[:8] = False
+        if isinstance(pattern, Unstructured):
+            mask_RI[4:8] = True
+        new_RI = kind(Prune()).refine(dense_RI, dense_RI * mask_RI, mask_RI, statistics, pattern)
+        assert torch.equal(new_RI.sum(1), mask_RI.sum(1))
 
 
 def test_a_power_law_gives_its_exponent():
