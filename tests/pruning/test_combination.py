@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -183,6 +184,50 @@ def test_a_method_with_a_sum_of_its_own_can_be_updated(tmp_path):
     weights = {"a": dense_RI.clone()}
     mask_OI = chosen.prune(weights, chosen.observe(x_NI).double())["a"]
     assert NofM(2, 4).violation(mask_OI) is None
+
+
+@pytest.mark.parametrize(
+    "key, base, body, says",
+    [
+        (
+            "refine",
+            "refinements:Refinement",
+            "def refine(self, *it): return it[2].float()",
+            "return torch.bool of (12, 32)",
+        ),
+        ("refine", "refinements:Refinement", "def refine(self, *it): return it[2] * False", "as many as in the mask"),
+        ("refine", "refinements:Refinement", "needs = ('grams',)", "did you mean 'gram'?"),
+        (
+            "update",
+            "updates:WeightUpdate",
+            "def update(self, *it): return it[0][1:]",
+            "return torch.float32 of (12, 32)",
+        ),
+        ("update", "updates:WeightUpdate", "def update(self, *it): pass", "update returned NoneType"),
+        ("method", "method:PruneMethod", "def prune(self, *it): pass", "set prune.group=auto"),
+    ],
+)
+def test_what_a_users_step_returns_is_checked(tmp_path, key, base, body, says):
+    module, _, name = base.partition(":")
+    path = tmp_path / "mine.py"
+    path.write_text(f"from pipeline.pruning.{module} import {name}\nclass Mine({name}):\n    {body}\n")
+    dense_RI, x_NI = problem()
+    with pytest.raises(UserError, match=re.escape(says)):
+        chosen = prune_method(Prune(group="layer", **{key: str(path)}), {"a": Unstructured(0.5)})
+        weights, total = {"a": dense_RI.clone()}, chosen.observe(x_NI).double()
+        chosen.compare_layer([(weights, total)])
+        chosen.prune(weights, total)
+
+
+def test_methods_of_a_users_class_are_not_taken_for_settings(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from pipeline.pruning.method import PruneMethod\n"
+        "class Mine(PruneMethod):\n"
+        "    def update(self): pass\n"
+        "    def score(self, weight_OI, total): return weight_OI.abs()\n"
+    )
+    assert not isinstance(prune_method(Prune(method=str(path)), {}), Combination)
 
 
 def test_statistics_are_observed_once():
