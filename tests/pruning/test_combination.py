@@ -3,9 +3,11 @@
 import itertools
 import json
 import re
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline.pruning import obs, scores
 from pipeline.pruning.combination import Combination, prune_method
@@ -284,3 +286,27 @@ def test_an_allocation_prunes_the_layers_as_it_measures_them(tiny_llama, tmp_pat
     assert max(by_layer) - min(by_layer) == pytest.approx(0.2, abs=0.03)
     most = max if allocation == "alphapruning" else min
     assert by_layer.index(max(by_layer)) == int(most(measured, key=measured.get))
+
+
+@pytest.mark.parametrize(
+    "allocation, key", [("alphapruning", "allocation"), ("layer_error", "allocation"), ("owl", "owl")]
+)
+def test_ratios_that_no_layer_can_have_are_refused(tiny_llama, tmp_path, allocation, key):
+    """Cut off, they would have another mean than the recipe asks for."""
+    more = [f"prune.allocation={allocation}", "prune.sparsity=0.9", "prune.owl_outliers=2"]
+    with pytest.raises(UserError, match=f"set prune.{key}_spread=") as refused:
+        pruned(tiny_llama, tmp_path / "p", *more, f"prune.{key}_spread=0.9")
+    (tmp_path / "p/allocation.json").unlink()
+    fits = re.search(rf"prune.{key}_spread=[0-9.]+", str(refused.value))[0]
+    masks, _ = pruned(tiny_llama, tmp_path / "p", *more, fits)
+    assert masks.sparsity() == pytest.approx(0.9, abs=0.03)  # rows of 32 inputs round down
+
+
+@pytest.mark.parametrize("allocation", ["alphapruning", "layer_error", "owl"])
+def test_damaged_weights_are_named_by_an_allocation_too(tiny_llama, tmp_path, allocation):
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight holds weights that are not finite"):
+        pruned(tmp_path / "model", tmp_path / "p", f"prune.allocation={allocation}", "prune.sparsity=0.5")
