@@ -13,7 +13,7 @@ from pipeline.pruning import obs
 from pipeline.pruning.method import PruneMethod
 from pipeline.pruning.refinements import Refinement
 from pipeline.pruning.statistics import GRAM, OBSERVE, Statistics, Sums
-from pipeline.pruning.updates import WeightUpdate, refuse_overflow
+from pipeline.pruning.updates import WeightUpdate, store_
 from pipeline.registry import NONE, PRUNE_METHODS, REFINEMENTS, UPDATES
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError, did_you_mean
@@ -107,8 +107,7 @@ class Combination(PruneMethod):
         _check_returned(self.weight_update, "update", updated, rows[1])
         updated_RI = processes.gather_rows(updated)
         for name, part_OI in zip(weights, updated_RI.split([len(weight_OI) for weight_OI in weights.values()])):
-            refuse_overflow(part_OI, name, self.settings.damp)
-            weights[name].copy_(part_OI)
+            store_(weights[name], part_OI, name, self.settings.damp)
             masks.apply_(weights[name], chosen[name])
 
 

@@ -151,6 +151,16 @@ def test_every_combination_keeps_the_pattern(method, refine, update):
                 )
 
 
+@pytest.mark.parametrize("key", [{"method": "sparsegpt"}, *({"update": it} for it in UPDATES.entries if it != "none")])
+def test_an_update_that_overflows_float16_is_refused(key):
+    """The update itself is computed in float32, where it is finite."""
+    x_NI = torch.randn(100, 1).expand(100, 32) + 0.01 * torch.randn(100, 32)
+    chosen = prune_method(Prune(damp=1e-3, **key), {"a": Unstructured(0.5)})
+    weights = {"a": torch.linspace(40_000, 60_000, 12 * 32).view(12, 32).half()}
+    with pytest.raises(UserError, match="overflow: set prune.damp=0.01 or dtype=bfloat16"):
+        chosen.prune(weights, chosen.observe(x_NI).double())
+
+
 def test_names_for_combinations_are_these_combinations():
     dense_RI, x_NI = problem()
     for name, same in {
