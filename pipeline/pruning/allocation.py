@@ -14,6 +14,8 @@ from pipeline.settings.schema import Prune
 from pipeline.sparsity import patterns
 from pipeline.sparsity.patterns import Pattern, Unstructured
 
+LARGEST = 0.99  # ratio of a layer
+
 
 class Allocation:
     """Distributes the sparsity over the layers. If a subclass defines `measure`, a walk through the dense model calls it on
@@ -38,28 +40,45 @@ class Uniform(Allocation):
     """The recipe's pattern in all layers; `ratios` is never called."""
 
 
-class Owl(Allocation):
+class Spread(Allocation):
+    """Ratios within twice the setting named `spread` of each other: the larger the measured value, the less is pruned."""
+
+    spread = "allocation_spread"
+
+    def ratios(self, measured: list[float], ratio: float) -> list[float]:
+        spread = getattr(self.settings, self.spread)
+        found = scores.spread_ratios(measured, ratio, spread)
+        low, high = min(found), max(found)
+        if low < 0 or high > LARGEST:  # cut off, they would no longer have the recipe's ratio on average
+            fits = spread * min(ratio / max(ratio - low, 1e-9), (LARGEST - ratio) / max(high - ratio, 1e-9))
+            raise UserError(
+                f"prune.allocation={self.settings.allocation} gives the layers ratios from {low:.3f} to {high:.3f}, which "
+                f"must be from 0 to {LARGEST}: set prune.{self.spread}={max(0, int(fits * 1000)) / 1000:g} or less"
+            )
+        return found
+
+
+class Owl(Spread):
     """Outlier weighed layerwise sparsity (Yin et al. 2024): layers with more outlying scores are pruned less."""
+
+    spread = "owl_spread"
 
     def measure(self, weights: dict[str, Tensor], totals: dict[str, Tensor]) -> float:
         layer_scores = [scores.wanda(weight_OI, totals[name]) for name, weight_OI in weights.items()]
         return scores.outlier_share(layer_scores, self.settings.owl_outliers)
 
-    def ratios(self, measured: list[float], ratio: float) -> list[float]:
-        return scores.spread_ratios(measured, ratio, self.settings.owl_spread)
 
-
-class AlphaPruning(Allocation):
+class AlphaPruning(Spread):
     """Layers whose spectra have lighter tails, which is taken for less training, are pruned more (Lu et al. 2024)."""
 
     def measure(self, weights: dict[str, Tensor], totals: dict[str, Tensor]) -> float:
         return sum(scores.tail_exponent(weight_OI) for weight_OI in weights.values()) / len(weights)
 
     def ratios(self, measured: list[float], ratio: float) -> list[float]:
-        return scores.spread_ratios([-value for value in measured], ratio, self.settings.allocation_spread)
+        return super().ratios([-value for value in measured], ratio)
 
 
-class LayerError(Allocation):
+class LayerError(Spread):
     """Layers whose outputs Wanda at the recipe's ratio changes more are pruned less."""
 
     def observe(self, input_NI: Tensor) -> Tensor:
@@ -76,23 +95,22 @@ class LayerError(Allocation):
             errors.append((squares[0] / max(squares[1], torch.finfo(torch.float32).tiny)) ** 0.5)
         return sum(errors) / len(errors)
 
-    def ratios(self, measured: list[float], ratio: float) -> list[float]:
-        return scores.spread_ratios(measured, ratio, self.settings.allocation_spread)
-
 
 def patterns_by_layer(
     allocation: Allocation, blocks: list[Block], measured: dict[int, float], ratio: float
 ) -> dict[int, Pattern]:
     """The pattern of each block, by its index. `measured`: the results of `allocation.measure` by index, if it has one.
 
-    Raises `UserError` if a user's allocation does not return one number per block."""
+    Raises `UserError` if a user's allocation does not return a ratio per block."""
     indices = list(measured) if allocation.measure else [block.index for block in blocks]
     if not indices:  # the model calls none of its layers; the walk reports it
         return {}
     ratios = list(allocation.ratios([measured.get(index) for index in indices], ratio))
-    if len(ratios) != len(indices) or not all(isinstance(value, int | float) and value == value for value in ratios):
-        raise UserError(f"{type(allocation).__name__}.ratios returned {ratios}: return {len(indices)} numbers")
-    return {index: Unstructured(min(max(float(value), 0.0), 0.99)) for index, value in zip(indices, ratios)}
+    if len(ratios) != len(indices) or not all(isinstance(it, int | float) and 0 <= it <= LARGEST for it in ratios):
+        raise UserError(
+            f"{type(allocation).__name__}.ratios returned {ratios}: return {len(indices)} numbers from 0 to {LARGEST}"
+        )
+    return {index: Unstructured(float(value)) for index, value in zip(indices, ratios)}
 
 
 def allocate(blocks: list[Block], settings: Prune, by_block: dict[int, Pattern] | None = None) -> dict[str, Pattern]:

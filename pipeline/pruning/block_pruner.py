@@ -46,7 +46,7 @@ class BlockPruner:
                 undersampled += [f"{name} ({observed.tokens[key]})" for name in members]
                 # as if all input features had the same norm
                 total = self.method.observe(torch.eye(first.weight_OI.shape[1], device=total.device)).double()
-            _check_finite(weights, total)
+            check_finite(weights, total)
             inputs.append((weights, total, observed.samples[key]))
         self.method.compare_layer([(weights, total) for weights, total, _ in inputs])
         while inputs:  # a sum is dropped as soon as its matrices are pruned
@@ -98,7 +98,8 @@ def _by_input(block_matrices: dict[str, Matrix], observed: Observed, patterns: d
     return groups
 
 
-def _check_finite(weights: dict[str, Tensor], total: Tensor) -> None:
+def check_finite(weights: dict[str, Tensor], total: Tensor) -> None:
+    """Raises `UserError` for damaged weights, and for the sums of damaged inputs."""
     for name, weight in weights.items():
         if not is_finite(weight):
             raise UserError(f"{name} holds weights that are not finite: the files are damaged or the training diverged")

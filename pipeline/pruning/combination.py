@@ -4,16 +4,19 @@
 same inputs.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pipeline.pruning import obs
 from pipeline.pruning.method import PruneMethod
 from pipeline.pruning.refinements import Refinement
-from pipeline.pruning.statistics import GRAM, Statistics, Sums
-from pipeline.pruning.updates import WeightUpdate, refuse_overflow
+from pipeline.pruning.statistics import GRAM, OBSERVE, Statistics, Sums
+from pipeline.pruning.updates import WeightUpdate, store_
 from pipeline.registry import NONE, PRUNE_METHODS, REFINEMENTS, UPDATES
 from pipeline.runtime import processes
+from pipeline.runtime.errors import UserError, did_you_mean
 from pipeline.settings.schema import Prune
 from pipeline.sparsity import masks
 from pipeline.sparsity.patterns import Pattern
@@ -40,6 +43,10 @@ class Combination(PruneMethod):
         self.method, self.refinement, self.weight_update = method, refinement, update
         self.own = type(method).observe is not PruneMethod.observe  # a sum that only this method knows, put in front
         needs = {*(refinement.needs if refinement else ()), *((GRAM,) if update else ())}
+        if unknown := sorted(needs - OBSERVE.keys()):
+            raise UserError(
+                f"{type(refinement).__name__}.needs names '{unknown[0]}'{did_you_mean(unknown[0], list(OBSERVE))}"
+            )
         self.sums = Sums(needs if self.own else needs | {method.statistic})
         self.own_shapes: dict[int, torch.Size] = {}  # by the number of inputs
 
@@ -60,7 +67,14 @@ class Combination(PruneMethod):
             for name, weight_OI in weights.items():
                 mine = processes.share_of(len(weight_OI), _tile(weight_OI))
                 rows = (dense[name][mine], weight_OI[mine].float(), chosen[name][mine])
-                mask_OI = processes.gather_rows(self.refinement.refine(*rows, statistics, self.patterns[name]))
+                refined = self.refinement.refine(*rows, statistics, self.patterns[name])
+                _check_returned(self.refinement, "refine", refined, rows[2])
+                mask_OI = processes.gather_rows(refined)
+                if not torch.equal(mask_OI.sum(1), chosen[name].sum(1)):
+                    raise UserError(
+                        f"{type(self.refinement).__name__}.refine returned another number of kept weights in a row of {name}: "
+                        "return as many as in the mask that it got"
+                    )
                 weight_OI.copy_(torch.where(mask_OI & ~chosen[name], dense[name].to(weight_OI.dtype), weight_OI))
                 masks.apply_(weight_OI, mask_OI)
                 chosen[name] = mask_OI
@@ -89,11 +103,19 @@ class Combination(PruneMethod):
         weight_RI = torch.cat([weight_OI.float() for weight_OI in weights.values()])
         mine = processes.share_of(len(dense_RI), _tile(dense_RI))
         rows = (dense_RI[mine], weight_RI[mine], mask_RI[mine])
-        updated_RI = processes.gather_rows(self.weight_update.update(*rows, gram_II, next(iter(weights))))
+        updated = self.weight_update.update(*rows, gram_II, next(iter(weights)))
+        _check_returned(self.weight_update, "update", updated, rows[1])
+        updated_RI = processes.gather_rows(updated)
         for name, part_OI in zip(weights, updated_RI.split([len(weight_OI) for weight_OI in weights.values()])):
-            refuse_overflow(part_OI, name, self.settings.damp)
-            weights[name].copy_(part_OI)
+            store_(weights[name], part_OI, name, self.settings.damp)
             masks.apply_(weights[name], chosen[name])
+
+
+def _check_returned(step: Refinement | WeightUpdate, name: str, got: Any, like: Tensor) -> None:
+    """Raises `UserError` unless a step, which may be a user's, returned a tensor of the type and shape of `like`."""
+    if not isinstance(got, Tensor) or (got.dtype, got.shape) != (like.dtype, like.shape):
+        found = f"{got.dtype} of {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
+        raise UserError(f"{type(step).__name__}.{name} returned {found}: return {like.dtype} of {tuple(like.shape)}")
 
 
 def _tile(weight: Tensor) -> int:

@@ -65,6 +65,8 @@ class PruneMethod:
         `prune` is called for each pair of weights and total."""
         if self.group != "layer":
             return
+        if type(self).score is PruneMethod.score:
+            raise UserError(f"{type(self).__name__} has no `score` to compare over a layer: set prune.group=auto")
         scores_by_ratio: dict[float, dict[str, Tensor]] = defaultdict(dict)
         for weights, total in inputs:
             for name, weight_OI in weights.items():

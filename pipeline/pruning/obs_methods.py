@@ -6,7 +6,7 @@ from torch import Tensor
 from pipeline.pruning import obs
 from pipeline.pruning.method import PruneMethod
 from pipeline.pruning.statistics import GRAM
-from pipeline.pruning.updates import refuse_overflow
+from pipeline.pruning.updates import store_
 from pipeline.runtime import processes
 from pipeline.sparsity.patterns import NofM
 
@@ -53,8 +53,7 @@ class Obs(PruneMethod):
         kept_RI = obs.prune_rows(rows_RI, factor_II, None if n_of_m else choose, score, n_of_m, tile)
         pruned_RI, kept_RI = processes.gather_rows(rows_RI), processes.gather_rows(kept_RI)
         for name, part_OI in zip(names, pruned_RI.split(lengths)):
-            refuse_overflow(part_OI, name, self.settings.damp)
-            weights[name].copy_(part_OI)
+            store_(weights[name], part_OI, name, self.settings.damp)
         return dict(zip(names, kept_RI.split(lengths)))
 
 

@@ -42,7 +42,7 @@ class Dsnot(Refinement):
     def refine(
         self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, statistics: Statistics, pattern: Pattern
     ) -> Tensor:
-        return scores.regrow(dense_RI, mask_RI, statistics.moments_3I, pattern)
+        return scores.regrow(dense_RI, mask_RI, statistics.moments_3I, group_of(pattern))
 
 
 class Swaps(Refinement):
@@ -53,10 +53,18 @@ class Swaps(Refinement):
     def refine(
         self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, statistics: Statistics, pattern: Pattern
     ) -> Tensor:
-        if not isinstance(pattern, Unstructured | NofM):
-            raise UserError(f"prune.refine=swaps knows ratios and N of M, not {pattern}: set prune.refine=none")
-        group = pattern.m if isinstance(pattern, NofM) else None
-        return swap(dense_RI, weight_RI, mask_RI, statistics.gram_II, group, self.settings.swaps)
+        return swap(dense_RI, weight_RI, mask_RI, statistics.gram_II, group_of(pattern), self.settings.swaps)
+
+
+def group_of(pattern: Pattern) -> int | None:
+    """The number of consecutive inputs among which weights may be exchanged; None: all of the row. `UserError` for a pattern
+    of which that is not known."""
+    if not isinstance(pattern, Unstructured | NofM):
+        raise UserError(
+            f"a mask is refined for ratios and N of M, not for {pattern}: set prune.refine=none, and a prune.method that "
+            "stands for no refinement, such as wanda"
+        )
+    return pattern.m if isinstance(pattern, NofM) else None
 
 
 def swap(

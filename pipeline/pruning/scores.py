@@ -6,8 +6,6 @@ Shapes: O = out_features, I = in_features, N = tokens. A statistic is a sum over
 import torch
 from torch import Tensor
 
-from pipeline.sparsity.patterns import Pattern, Unstructured
-
 
 def square_sum(input_NI: Tensor) -> Tensor:
     """Sum over tokens of the squared inputs, (I,). fp32 within the batch; float64 across batches, so that neither their order
@@ -62,13 +60,15 @@ def select_variant(score_OI: Tensor, ratio: float) -> Tensor:
             low, alpha = alpha, (alpha + high) / 2
 
 
-def regrow(weight_OI: Tensor, mask_OI: Tensor, moments_3I: Tensor, pattern: Pattern, cycles: int = 50) -> Tensor:
+def regrow(
+    weight_OI: Tensor, mask_OI: Tensor, moments_3I: Tensor, group: int | None = None, cycles: int = 50
+) -> Tensor:
     """Swaps pruned and kept weights while that reduces a row's expected output error; the number of kept weights is unchanged.
 
     After DSnoT (Zhang et al. 2024, "Dynamic Sparse No Training", section 3): the error of row i is the sum of
     W_ij * mean(x_j) over its pruned weights. Each cycle regrows the pruned weight that reduces the error most, relative to
-    the variance of its input, and prunes the kept weight with the lowest Wanda score: in the same group for N of M, in the
-    same row for a ratio. A row stops when the next swap would not bring its error closer to zero.
+    the variance of its input, and prunes the kept weight with the lowest Wanda score: among the same `group` consecutive
+    inputs, or in the same row. A row stops when the next swap would not bring its error closer to zero.
     """
     square_sum_I, sum_I, count_I = moments_3I
     mean_I = (sum_I / count_I).float()
@@ -76,7 +76,7 @@ def regrow(weight_OI: Tensor, mask_OI: Tensor, moments_3I: Tensor, pattern: Patt
     change_OI = weight_OI.float() * mean_I
     score_OI = wanda(weight_OI, square_sum_I)
     mask_OI = mask_OI.clone()
-    group = score_OI.shape[1] if isinstance(pattern, Unstructured) else pattern.m
+    group = group or score_OI.shape[1]
     rows = torch.arange(len(mask_OI), device=mask_OI.device)
     start_O = torch.zeros_like(rows)
     error_O = change_OI.masked_fill(mask_OI, 0).sum(1)
@@ -89,6 +89,7 @@ def regrow(weight_OI: Tensor, mask_OI: Tensor, moments_3I: Tensor, pattern: Patt
         candidates_OM = score_OI.gather(1, members_OM).masked_fill(~mask_OI.gather(1, members_OM), torch.inf)
         lost_O = start_O + candidates_OM.argmin(1)
         after_O = error_O - change_OI[rows, grown_O] + change_OI[rows, lost_O]
+        active_O &= mask_OI[rows, lost_O]  # else none is kept there, as in a row that lost all its weights
         active_O &= after_O.abs() < error_O.abs()
         if not active_O.any():
             break

@@ -89,7 +89,10 @@ class LeastSquares(WeightUpdate):
         return weight_RI
 
 
-def refuse_overflow(weight_OI: Tensor, name: str, damp: float) -> None:
+def store_(weight_OI: Tensor, updated_OI: Tensor, name: str, damp: float) -> None:
+    """Puts updated fp32 weights into the model's own, which may be float16. Raises `UserError` if they overflow there."""
+    weight_OI.copy_(updated_OI)
     if not weight_OI.isfinite().all():
-        more = max(10 * damp, 0.01)
-        raise UserError(f"the updates of {name} overflow: set prune.damp={more:g}, unless its weights are damaged")
+        more = f"prune.damp={min(max(10 * damp, 0.01), 10):g}"
+        more += " or dtype=bfloat16" if weight_OI.dtype == torch.float16 else ""
+        raise UserError(f"the updates of {name} overflow: set {more}, unless its weights are damaged")

@@ -86,7 +86,8 @@ class Registry:
         known = dataclasses.asdict(nearest) if nearest.implementation in names else {}
         known |= {"name": str(path), "label": path.stem, "implementation": found, "citation": None}
         known["description"] = (found.__dict__.get("__doc__") or "").strip().partition("\n")[0]
-        own = {f.name: getattr(found, f.name) for f in dataclasses.fields(kind) if hasattr(found, f.name)}
+        own = {f.name: getattr(found, f.name, None) for f in dataclasses.fields(kind)}
+        own = {name: value for name, value in own.items() if value is not None and not callable(value)}
         own |= {name: " ".join(str(own[name]).split()) for name in ("label", "description") if name in own}
         return kind(**known | own)
 

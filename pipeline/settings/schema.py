@@ -121,7 +121,7 @@ class Prune:
     owl_spread: float = setting(0.08, "OWL's lambda: layers differ by at most twice this", low=0, high=1)
     allocation_spread: float = setting(0.08, "the same for allocation=alphapruning and layer_error", low=0, high=1)
     overrides: dict[str, Any] = setting({}, "{glob of parameter names: a sparsity, or dense}; the last match counts")
-    damp: float = setting(0.01, "damping of the Gram matrix, as a share of its mean diagonal", low=0)
+    damp: float = setting(0.01, "damping of the Gram matrix, as a share of its mean diagonal", low=0, high=10)
     hidden_states: str = setting(
         "auto", "where they are kept between layers", choices=("auto", "gpu", "cpu"), decides=False
     )

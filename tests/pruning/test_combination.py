@@ -2,13 +2,16 @@
 
 import itertools
 import json
+import re
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline.pruning import obs, scores
 from pipeline.pruning.combination import Combination, prune_method
-from pipeline.pruning.refinements import Swaps, swap
+from pipeline.pruning.refinements import Dsnot, Swaps, swap
 from pipeline.pruning.statistics import GRAM, MOMENTS, OBSERVE, SQUARE_SUM, Sums
 from pipeline.pruning.updates import Admm, LeastSquares, ObsUpdate
 from pipeline.registry import PRUNE_METHODS, REFINEMENTS, UPDATES
@@ -148,6 +151,16 @@ def test_every_combination_keeps_the_pattern(method, refine, update):
                 )
 
 
+@pytest.mark.parametrize("key", [{"method": "sparsegpt"}, *({"update": it} for it in UPDATES.entries if it != "none")])
+def test_an_update_that_overflows_float16_is_refused(key):
+    """The update itself is computed in float32, where it is finite."""
+    x_NI = torch.randn(100, 1).expand(100, 32) + 0.01 * torch.randn(100, 32)
+    chosen = prune_method(Prune(damp=1e-3, **key), {"a": Unstructured(0.5)})
+    weights = {"a": torch.linspace(40_000, 60_000, 12 * 32).view(12, 32).half()}
+    with pytest.raises(UserError, match="overflow: set prune.damp=0.01 or dtype=bfloat16"):
+        chosen.prune(weights, chosen.observe(x_NI).double())
+
+
 def test_names_for_combinations_are_these_combinations():
     dense_RI, x_NI = problem()
     for name, same in {
@@ -185,6 +198,50 @@ def test_a_method_with_a_sum_of_its_own_can_be_updated(tmp_path):
     assert NofM(2, 4).violation(mask_OI) is None
 
 
+@pytest.mark.parametrize(
+    "key, base, body, says",
+    [
+        (
+            "refine",
+            "refinements:Refinement",
+            "def refine(self, *it): return it[2].float()",
+            "return torch.bool of (12, 32)",
+        ),
+        ("refine", "refinements:Refinement", "def refine(self, *it): return it[2] * False", "as many as in the mask"),
+        ("refine", "refinements:Refinement", "needs = ('grams',)", "did you mean 'gram'?"),
+        (
+            "update",
+            "updates:WeightUpdate",
+            "def update(self, *it): return it[0][1:]",
+            "return torch.float32 of (12, 32)",
+        ),
+        ("update", "updates:WeightUpdate", "def update(self, *it): pass", "update returned NoneType"),
+        ("method", "method:PruneMethod", "def prune(self, *it): pass", "set prune.group=auto"),
+    ],
+)
+def test_what_a_users_step_returns_is_checked(tmp_path, key, base, body, says):
+    module, _, name = base.partition(":")
+    path = tmp_path / "mine.py"
+    path.write_text(f"from pipeline.pruning.{module} import {name}\nclass Mine({name}):\n    {body}\n")
+    dense_RI, x_NI = problem()
+    with pytest.raises(UserError, match=re.escape(says)):
+        chosen = prune_method(Prune(group="layer", **{key: str(path)}), {"a": Unstructured(0.5)})
+        weights, total = {"a": dense_RI.clone()}, chosen.observe(x_NI).double()
+        chosen.compare_layer([(weights, total)])
+        chosen.prune(weights, total)
+
+
+def test_methods_of_a_users_class_are_not_taken_for_settings(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from pipeline.pruning.method import PruneMethod\n"
+        "class Mine(PruneMethod):\n"
+        "    def update(self): pass\n"
+        "    def score(self, weight_OI, total): return weight_OI.abs()\n"
+    )
+    assert not isinstance(prune_method(Prune(method=str(path)), {}), Combination)
+
+
 def test_statistics_are_observed_once():
     swaps_and_update = prune_method(Prune(method="sparsegpt", refine="swaps", update="obs"), {})
     assert isinstance(swaps_and_update, Combination)
@@ -193,13 +250,29 @@ def test_statistics_are_observed_once():
     assert torch.equal(OBSERVE[GRAM](x_NI), swaps_and_update.observe(x_NI))
 
 
-def test_swaps_refuse_a_pattern_that_they_do_not_know():
+@pytest.mark.parametrize("kind", [Swaps, Dsnot])
+def test_a_refinement_refuses_a_pattern_that_it_does_not_know(kind):
     class Odd(Unstructured.__mro__[1]):
         ratio = 0.5
 
-    dense_RI, _ = problem()
+    dense_RI, x_NI = problem()
+    statistics = Sums({GRAM, MOMENTS}).read(Sums({GRAM, MOMENTS}).observe(x_NI).double(), 32)
     with pytest.raises(UserError, match="set prune.refine=none"):
-        Swaps(Prune()).refine(dense_RI, dense_RI, dense_RI > 0, None, Odd())
+        kind(Prune()).refine(dense_RI, dense_RI, dense_RI > 0, statistics, Odd())
+
+
+@pytest.mark.parametrize("kind", [Swaps, Dsnot])
+def test_rows_that_are_all_pruned_or_all_kept_stay_so(kind):
+    """As scores that are compared over a matrix or a layer leave them."""
+    dense_RI, x_NI = problem()
+    statistics = Sums({GRAM, MOMENTS}).read(Sums({GRAM, MOMENTS}).observe(x_NI).double(), 32)
+    for pattern, part in ((Unstructured(0.5), dense_RI > 0), (NofM(2, 4), NofM(2, 4).select(dense_RI))):
+        mask_RI = part.clone()
+        mask_RI[:8] = False
+        if isinstance(pattern, Unstructured):
+            mask_RI[4:8] = True
+        new_RI = kind(Prune()).refine(dense_RI, dense_RI * mask_RI, mask_RI, statistics, pattern)
+        assert torch.equal(new_RI.sum(1), mask_RI.sum(1))
 
 
 def test_a_power_law_gives_its_exponent():
@@ -223,3 +296,27 @@ def test_an_allocation_prunes_the_layers_as_it_measures_them(tiny_llama, tmp_pat
     assert max(by_layer) - min(by_layer) == pytest.approx(0.2, abs=0.03)
     most = max if allocation == "alphapruning" else min
     assert by_layer.index(max(by_layer)) == int(most(measured, key=measured.get))
+
+
+@pytest.mark.parametrize(
+    "allocation, key", [("alphapruning", "allocation"), ("layer_error", "allocation"), ("owl", "owl")]
+)
+def test_ratios_that_no_layer_can_have_are_refused(tiny_llama, tmp_path, allocation, key):
+    """Cut off, they would have another mean than the recipe asks for."""
+    more = [f"prune.allocation={allocation}", "prune.sparsity=0.9", "prune.owl_outliers=2"]
+    with pytest.raises(UserError, match=f"set prune.{key}_spread=") as refused:
+        pruned(tiny_llama, tmp_path / "p", *more, f"prune.{key}_spread=0.9")
+    (tmp_path / "p/allocation.json").unlink()
+    fits = re.search(rf"prune.{key}_spread=[0-9.]+", str(refused.value))[0]
+    masks, _ = pruned(tiny_llama, tmp_path / "p", *more, fits)
+    assert masks.sparsity() == pytest.approx(0.9, abs=0.03)  # rows of 32 inputs round down
+
+
+@pytest.mark.parametrize("allocation", ["alphapruning", "layer_error", "owl"])
+def test_damaged_weights_are_named_by_an_allocation_too(tiny_llama, tmp_path, allocation):
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight holds weights that are not finite"):
+        pruned(tmp_path / "model", tmp_path / "p", f"prune.allocation={allocation}", "prune.sparsity=0.5")
