@@ -156,8 +156,8 @@ def test_an_unused_setting_is_reported():
         ["model=m", "stages=[prune,finetune]", "prune.damp=0.1", "finetune.method=full", "finetune.rank=3"]
     )
     output = registry.ignored(chosen)
-    assert output[0] == "prune.damp is set, and method=wanda does not read it"
-    assert "finetune.rank is set, and method=full does not read it" in output
+    assert output[0] == "prune.damp is set, but method=wanda does not read it"
+    assert "finetune.rank is set, but method=full does not read it" in output
     assert not registry.ignored(
         reader.load(["model=m", "stages=[prune,finetune]", "prune.damp=0.1", "prune.method=sparsegpt"])
     )

@@ -20,32 +20,32 @@ def export(
     target: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, int | float]:
-    """Writes a pruned model as the compact folder `target`, which must not be there: whole or not at all.
+    """Writes a pruned model to the compact folder `target`, which must not exist. Writes the complete folder or nothing.
 
-    `model` is one in memory, or an ordinary model folder, whose tokenizer comes along; with one in memory, `tokenizer` does,
-    if it is given, and the model is for a while saved beside `target`. The model itself does not change.
+    `model` is a model in memory or an ordinary model folder, and does not change. The tokenizer of a folder is copied; for a
+    model in memory, pass `tokenizer` to save it too. A model in memory is saved to a temporary folder next to `target`.
 
-    Returns "matrices", the number of pruned matrices, their "bytes" and "compact_bytes", and "share", the second of the first
-    (50% of bfloat16: 0.5625). Raises `UserError` where a pruned weight is not +0.0, where the masks are another model's, and
-    where `target` is there.
+    Returns "matrices" (the number of pruned matrices), their "bytes" and "compact_bytes", and "share", the quotient
+    compact_bytes / bytes (0.5625 for bfloat16 at 50%). Raises `UserError` if a pruned weight is not +0.0, if the masks belong
+    to another model, or if `target` exists.
     """
-    place = Path(target).expanduser()
-    if place.exists():  # before the model is saved
-        raise UserError(f"{place} is there already: choose another target, or remove it")
+    folder = Path(target).expanduser()
+    if folder.exists():  # checked before the model is saved
+        raise UserError(f"{folder} is there already: choose another target, or remove it")
     if isinstance(model, str | Path):
         inputs.check_masks(masks)
         if not Path(model).expanduser().is_dir():
             raise UserError(f"model={model}: no such folder")
-        dense, packed = writer.export(loading.locate(str(model), None), masks, place)
+        dense, packed = writer.export(loading.locate(str(model), None), masks, folder)
     else:
         inputs.check_model(model)
         inputs.check_masks(masks, model)
         if tokenizer is not None:
             inputs.check_tokenizer(tokenizer, model)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
-            model.save_pretrained(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+            model.save_pretrained(temporary)
             if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            dense, packed = writer.export(Path(folder), masks, place)
+                tokenizer.save_pretrained(temporary)
+            dense, packed = writer.export(Path(temporary), masks, folder)
     return {"matrices": len(masks), "bytes": dense, "compact_bytes": packed, "share": packed / max(1, dense)}

@@ -1,8 +1,8 @@
-"""`espalier speed FOLDER [OTHER ...] [speed.KEY=VALUE ...] [out=FILE]`: what models cost on this machine's CPU.
+"""`espalier speed FOLDER [OTHER ...] [speed.KEY=VALUE ...] [out=FILE]`: measures models on this machine's CPU.
 
-Folders are ordinary or compact model folders. Load time, size, memory, prefill and decode speed of each, measured in turns, the
-first being what the others are compared with; and the time of one product by shape of the matrices. `espalier keys speed` lists
-the settings, docs/speed.md says what the figures mean. `out=FILE` keeps them as JSON.
+Folders are ordinary or compact model folders. Measures size, load time, memory, prefill and decode speed of each model, and the
+time of one product by matrix shape. The other models are compared with the first one. `espalier keys speed` lists the settings;
+docs/speed.md explains the figures. `out=FILE` writes them as JSON.
 """
 
 from pathlib import Path
@@ -20,35 +20,35 @@ USAGE = "run `python launch.py speed FOLDER [OTHER ...]`"
 
 
 def main(arguments: list[str]) -> None:
-    """Prints the tables. `UserError` for a folder that holds no model."""
-    given = [argument for argument in arguments if argument != "debug=true"]
-    folders = {text: Path(text).expanduser() for text in given if "=" not in text}
-    outs = [text.removeprefix("out=") for text in given if text.startswith("out=")]
+    """Prints the tables. Raises `UserError` if a folder holds no model."""
+    arguments = [argument for argument in arguments if argument != "debug=true"]
+    folders = {argument: Path(argument).expanduser() for argument in arguments if "=" not in argument}
+    outputs = [argument.removeprefix("out=") for argument in arguments if argument.startswith("out=")]
+    settings = [argument for argument in arguments if "=" in argument and not argument.startswith("out=")]
     if not folders:
-        raise UserError(f"a model folder is needed, none given: {USAGE}")
+        raise UserError(f"a model folder is needed: {USAGE}")
     for folder in folders.values():
         _check(folder)
-    typed = reader.typed([text for text in given if "=" in text and not text.startswith("out=")])
-    recipe = reader.checked([{"model": next(iter(folders)), "stages": ["prune"]}, typed])
-    found = measure(folders, recipe.speed, recipe.trust_remote_code)
-    for number, name in enumerate(folders, 1):
-        print(f"{number}  {name}: {found['models'][name]['format']}, {found['models'][name]['dtype']}")
+    recipe = reader.checked([{"model": next(iter(folders)), "stages": ["prune"]}, reader.typed(settings)])
+    results = measure(folders, recipe.speed, recipe.trust_remote_code)
+    for number, (name, model) in enumerate(results["models"].items(), 1):
+        print(f"{number}  {name}: {model['format']}, {model['dtype']}")
     numbers = tuple(map(str, range(1, len(folders) + 1)))
-    for header, rows in (costs.table(None, found, numbers), costs.products(found, numbers)):
+    for header, rows in (costs.table(None, results, numbers), costs.products(results, numbers)):
         if rows:
             print()
             print("\n".join(lines([header, *rows])))
     print()
-    for text in costs.circumstances(found):
+    for text in costs.circumstances(results):
         print(text)
-    if outs:
-        files.write_json(Path(outs[-1]).expanduser(), found)
+    if outputs:
+        files.write_json(Path(outputs[-1]).expanduser(), results)
 
 
 def _check(folder: Path) -> None:
-    """`UserError` for what can be seen of a folder without reading its weights."""
+    """Raises `UserError` for errors that can be found without reading weights."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is {'a file' if folder.exists() else 'not there'}: a model folder is needed")
+        raise UserError(f"{folder} {'is a file' if folder.exists() else 'does not exist'}: a model folder is needed")
     if (folder / MANIFEST).is_file():
         CompactFolder(folder)
     elif (folder / "config.json").is_file():

@@ -24,19 +24,19 @@ class CheckedMatrix:
 
 
 def check_matrices(folder: Path, masks: Masks, recipe: Recipe) -> list[CheckedMatrix]:
-    """Each masked matrix of a model folder that transformers can load, in the dtype of its files. The layers are shared out
-    over the processes, which all must call, and checked on their devices.
+    """Checks each masked matrix of a model folder that transformers can load, in the dtype of its files. The layers are divided
+    among the processes and checked on their devices. All ranks must call it.
 
     Raises `UserError` if the folder is damaged, or if a masked matrix is missing or of another shape.
     """
     rank, world_size = processes.rank(), processes.world_size()
-    if loading.quantization(folder):  # read whole, which is enough once
+    if loading.quantization(folder):  # `layers` reads the whole model, so only rank 0 does
         world_size = 1
-    mine: dict[int, list[CheckedMatrix]] = {}
+    local: dict[int, list[CheckedMatrix]] = {}
     if rank < world_size:
         for number, read in list(enumerate(layers(folder, recipe)[1].values()))[rank::world_size]:
-            mine[number] = list(_checked(read(), masks))
-    by_layer = {number: checked for share in processes.all_ranks(mine) for number, checked in share.items()}
+            local[number] = list(_checked(read(), masks))
+    by_layer = {number: checked for part in processes.all_ranks(local) for number, checked in part.items()}
     matrices = [matrix for number in sorted(by_layer) for matrix in by_layer[number]]
     masks.refuse_missing(set(masks) - {matrix.name for matrix in matrices})
     return matrices
@@ -45,6 +45,6 @@ def check_matrices(folder: Path, masks: Masks, recipe: Recipe) -> list[CheckedMa
 def _checked(weights: Iterator[tuple[str, Tensor]], masks: Masks) -> Iterator[CheckedMatrix]:
     device = processes.device()
     for name, weight in masks.matched(weights, whole=False):
-        there, mask = weight.to(device), masks.on(device, name)
-        zeros = there.numel() - int(there.count_nonzero())
-        yield CheckedMatrix(name, there.numel(), zeros, violation_of(name, there, mask))
+        weight = weight.to(device)
+        zeros = weight.numel() - int(weight.count_nonzero())
+        yield CheckedMatrix(name, weight.numel(), zeros, violation_of(name, weight, masks.on(device, name)))

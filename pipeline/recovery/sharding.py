@@ -19,25 +19,25 @@ from pipeline.runtime.strategies import Parallel, devices
 
 
 class ShardedStrategy(Parallel, ModelParallelStrategy):
-    """FSDP2 over all processes; checkpoints are one file with only the trained parameters."""
+    """FSDP2 over all processes. A checkpoint is one file with only the trained parameters."""
 
     def __init__(self, count: int, timeout: timedelta) -> None:
         super().__init__(count, 1, save_distributed_checkpoint=False, timeout=timeout)
         self.parallel_devices = devices()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        # Lightning's default also gathers the frozen weights: 140 GB on one host for 70B
+        # Lightning's default also gathers the frozen weights, which are 140 GB on one host for 70B
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         return get_model_state_dict(self.model, options=options)
 
 
 def shard_(model: nn.Module, mesh: DeviceMesh, compute: torch.dtype | None = None, float32: bool = False) -> None:
-    """Shards `model` in place, one unit per decoder layer, which is gathered for its call and freed afterwards. Raises
-    `UserError` if layers share weights, which FSDP2 does not support.
+    """Shards `model` in place. The units are the decoder layers; each is gathered for its call and freed afterwards.
 
-    `compute`: gathers in this dtype, and sums gradients in float32; without, autocast keeps a whole 16-bit copy of each
-    trained weight for backward, unsharded. `float32`: the shards are in float32, whatever the weights are now; only one
-    layer is whole in it at a time.
+    `compute`: gathers weights in this dtype and reduces gradients in float32. Without it, autocast keeps an unsharded 16-bit
+    copy of each trained weight for backward. `float32`: converts the weights to float32, one layer at a time.
+
+    Raises `UserError` if layers share weights, which FSDP2 does not support.
     """
     if isinstance(model, FSDPModule):
         return
@@ -72,11 +72,11 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def gather_trained(model: nn.Module) -> dict[str, Tensor]:
-    """The trained parameters by name, gathered on the host of rank 0; the other ranks get none. All ranks must call it."""
-    found = {}
+    """The trained parameters by name, gathered on the host of rank 0; empty on the other ranks. All ranks must call it."""
+    gathered = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             whole = full_tensor(parameter.detach())
             if processes.is_main():
-                found[name] = whole.cpu().contiguous()
-    return found
+                gathered[name] = whole.cpu().contiguous()
+    return gathered

@@ -1,4 +1,4 @@
-"""Trains a causal LM on token windows, resumable to the bit; shared by pretrain and finetune."""
+"""Trains a causal LM on token windows, for pretrain and finetune. A resumed training gives the same bits."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,16 +38,16 @@ def batch_per_process(settings: Finetune, world_size: int) -> tuple[int, int]:
 
 
 def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor, reduction: str = "mean") -> Tensor:
-    """Next-token cross-entropy in nats; labels of -100 are ignored. The model's own `.loss` will not do: GIT takes the
-    first positions for its image, and others add a router loss."""
+    """Next-token cross-entropy in nats; labels of -100 are ignored. The model's `.loss` is not used: GIT skips the first
+    positions, which hold its image, and other models add a router loss."""
     next_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)  # the last token predicts nothing
     return F.cross_entropy(logits_BTV.flatten(0, 1).float(), next_BT.flatten(), reduction=reduction)
 
 
 class _ReachAll(torch.autograd.Function):
-    """Returns the loss unchanged, with a graph edge without gradient to each parameter. DDP waits for all parameters, and
-    fails on those without tokens (idle experts, an image encoder, an indexer that is not differentiable). Its own
-    `find_unused_parameters` walks the graph every step, and warns when there are none."""
+    """Returns the loss unchanged, with a graph edge without gradient to each parameter. DDP waits for all parameters, and fails
+    on those that get no gradient (idle experts, an image encoder, an indexer that is not differentiable). DDP's option
+    `find_unused_parameters` walks the graph in every step, and warns if all are used."""
 
     @staticmethod
     def forward(ctx, loss, *parameters):
@@ -61,8 +61,8 @@ class _ReachAll(torch.autograd.Function):
 class CausalLM(LightningModule):
     """The training module. `teacher` is the dense model to distil from, weighted by `finetune.distill`.
 
-    `counts` is set if windows hold tokens without loss: per batch, the divisor of its summed loss (the step's tokens with
-    loss, over accumulation and processes). Then every token counts the same, however a step is split into batches.
+    `counts` is set if windows hold tokens without loss: for each batch, the divisor of its summed loss (the step's tokens with
+    loss, divided by accumulation and processes). This gives all tokens of a step the same weight in any split into batches.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class CausalLM(LightningModule):
     ) -> None:
         super().__init__()
         self.model, self.settings, self.seed, self.counts = model, settings, seed, counts
-        object.__setattr__(self, "teacher", teacher)  # not in _modules: it is neither wrapped, trained nor saved
+        object.__setattr__(self, "teacher", teacher)  # not in _modules, so it is not wrapped, trained or saved
         self.strict_loading = False  # checkpoints hold only the trained parameters
         self._hooks: list = []
         self.reached: set[nn.Parameter] = set()  # parameters with gradients in this step, on this rank
@@ -83,7 +83,7 @@ class CausalLM(LightningModule):
     def configure_model(self) -> None:
         if self.settings.strategy == "fsdp" and processes.world_size() > 1:
             mesh, full = self.device_mesh["data_parallel"], FINETUNE_METHODS.entry(self.settings.method).trains_weights
-            # the few weights of a LoRA stay in float32, as in its merge
+            # LoRA's few weights stay in float32, as in the merge
             compute = mixed_dtype(self.settings.precision) if full else None
             sharding.shard_(self.model, mesh, compute, trains_in_float32(self.settings))
             if self.teacher is not None:
@@ -97,11 +97,11 @@ class CausalLM(LightningModule):
 
     def on_fit_end(self) -> None:
         for hook in self._hooks:
-            hook.remove()  # else the weights would never be freed: they hold this module, and it holds them
+            hook.remove()  # the hooks form a reference cycle through this module, which would keep the weights alive
         self._hooks = []
 
     def training_step(self, ids_BT: Tensor, index: int) -> Tensor:
-        # a resumed run needs the same dropout: seed by batch
+        # seeded by batch, so that a resumed run has the same dropout
         torch.manual_seed((self.seed * 1_000_003 + index) * processes.world_size() + processes.rank())
         loss = self._loss(ids_BT, index)
         if not loss.isfinite():
@@ -118,7 +118,8 @@ class CausalLM(LightningModule):
         return _ReachAll.apply(loss, *self._trained()) if self._uses_ddp() else loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Removes DDP's zero gradients of parameters that no rank reached: one process has none there, so no weight decay."""
+        """Removes DDP's zero gradients of parameters that no rank reached. A single process has no gradient there, and so no
+        weight decay."""
         if self._uses_ddp():
             for parameter in self._trained():
                 if parameter not in self.reached and parameter.grad is not None and not parameter.grad.any():
@@ -126,7 +127,7 @@ class CausalLM(LightningModule):
             self.reached.clear()
 
     def optimizer_step(self, *args, **kwargs) -> None:
-        """Frees the gradients at once: Lightning would keep them through the next forward, four bytes a trained weight."""
+        """Frees the gradients after the step. Lightning keeps them through the next forward: four bytes per trained weight."""
         super().optimizer_step(*args, **kwargs)
         for parameter in self._trained():
             parameter.grad = None
@@ -140,6 +141,9 @@ class CausalLM(LightningModule):
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _trained_names(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def _loss(self, windows_BT: Tensor, index: int) -> Tensor:
         ids_BT, labels_BT = token_windows.ids_and_labels(windows_BT)
@@ -162,30 +166,27 @@ class CausalLM(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        trained = self._trained_names()
         state = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
         for name, value in state.items():
-            if not value.isfinite().all():  # the next step would show it only after the last good checkpoint is gone
+            if not value.isfinite().all():  # checked here, because writing this file removes the last good checkpoint
                 raise UserError(
-                    f"step {self.trainer.global_step} left {name} with numbers that are not finite: set a smaller lr than "
+                    f"step {self.trainer.global_step} made {name} infinite or NaN: set a smaller lr than "
                     f"{self.settings.lr:g} (the last good checkpoint is kept)"
                 )
         checkpoint["state_dict"] = state
         checkpoint["processes"] = processes.world_size()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        if (
-            started := checkpoint["processes"]
-        ) != processes.world_size():  # each process resumes its own share of the data
-            folder = Path(self.trainer.ckpt_path).parent.parent
+        started, folder = checkpoint["processes"], Path(self.trainer.ckpt_path).parent.parent
+        if started != processes.world_size():  # each process resumes its share of the data
             raise UserError(
                 f"this training was started with {started} processes and cannot continue with {processes.world_size()}: launch "
                 f"with --num_processes {started}, or remove {folder} to start again"
             )
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        trained = self._trained_names()
         saved = checkpoint.get("state_dict", trained)  # with FSDP only one rank has it
-        if differ := trained ^ set(saved):  # checked here, since `strict_loading` is off
-            folder = Path(self.trainer.ckpt_path).parent.parent
+        if differ := trained ^ set(saved):  # Lightning does not check this with `strict_loading` off
             raise UserError(
                 f"this training was started with other weights (such as {sorted(differ)[0]}): remove {folder} to start again"
             )
@@ -213,7 +214,7 @@ def fit(
     if (windows_NT < 0).any():
         with_loss = (by_step[..., 1:] >= 0).sum((1, 2)) / (accumulate * world_size)
         counts = [count for count in with_loss.tolist() for _ in range(accumulate)]
-    own_windows = by_step[:, rank::world_size].flatten(0, 1).long()
+    local_windows = by_step[:, rank::world_size].flatten(0, 1).long()
     trainer = Trainer(
         max_steps=settings.max_steps,
         accumulate_grad_batches=accumulate,
@@ -231,7 +232,7 @@ def fit(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     # a plain DataLoader resumed mid-epoch repeats early batches and drops later ones
-    loader = StatefulDataLoader(own_windows, batch_size=batch_size)
+    loader = StatefulDataLoader(local_windows, batch_size=batch_size)
     last = newest_checkpoint(folder)
     if last:
         processes.say(f"  resuming from {last.name}")
@@ -239,26 +240,26 @@ def fit(
     if "wandb" in settings.loggers:
         import wandb
 
-        wandb.finish()  # Lightning does not, and wandb would keep writing into a finished stage
+        wandb.finish()  # or wandb would keep writing into a finished stage
     model.eval()
 
 
 def _optimizer(trained: list[nn.Parameter], settings: Finetune) -> torch.optim.Optimizer:
     common = {"lr": settings.lr, "betas": (0.9, 0.95), "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
-        if processes.device().type == "cpu":  # where fused rounds otherwise
+        if processes.device().type == "cpu":  # fused AdamW rounds differently there
             return torch.optim.AdamW(trained, **common)
-        optimizer = torch.optim.AdamW(trained, **common, fused=True)  # no temporaries, of four bytes a weight
-        optimizer._step_supports_amp_scaling = False  # else Lightning refuses to clip; it unscales before that itself
+        optimizer = torch.optim.AdamW(trained, **common, fused=True)  # saves temporaries of four bytes per weight
+        optimizer._step_supports_amp_scaling = False  # else Lightning refuses clipping, though it unscales first
         return optimizer
-    import bitsandbytes.optim as bnb  # seconds to import
+    import bitsandbytes.optim as bnb  # takes seconds to import
 
     kinds = {"adamw_8bit": bnb.AdamW8bit, "paged_adamw": bnb.PagedAdamW, "paged_adamw_8bit": bnb.PagedAdamW8bit}
     return kinds[settings.optimizer](trained, **common)
 
 
 def _loggers(names: list[str], folder: Path) -> list:
-    """Lightning's loggers besides metrics.csv. Raises `UserError` if a package is missing."""
+    """Lightning's loggers, in addition to metrics.csv. Raises `UserError` if a package is missing."""
     from lightning.pytorch import loggers
 
     try:

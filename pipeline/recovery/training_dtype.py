@@ -1,4 +1,4 @@
-"""In which dtypes a training computes and keeps its weights."""
+"""The dtypes of training: of the computation, the trained weights and the frozen weights."""
 
 import torch
 from torch import nn
@@ -9,8 +9,8 @@ from pipeline.settings.schema import Finetune
 
 
 def precision(setting: str) -> str:
-    """Lightning's `precision`: `auto` is bf16-mixed with a GPU, 16-mixed with one that only emulates bfloat16 (V100, T4), and
-    32-true without."""
+    """Lightning's `precision` for the setting. `auto` is 32-true on a CPU, bf16-mixed on a GPU, and 16-mixed on a GPU that only
+    emulates bfloat16 (V100, T4)."""
     if setting != "auto":
         return setting
     if not torch.cuda.is_available():
@@ -19,17 +19,17 @@ def precision(setting: str) -> str:
 
 
 def mixed_dtype(setting: str) -> torch.dtype | None:
-    """The dtype that products are computed in under autocast; None without."""
+    """The dtype of matrix products under autocast; None without autocast."""
     return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision(setting))
 
 
 def trains_in_float32(settings: Finetune) -> bool:
-    """Whether the model's own weights train, in float32: steps too small for bfloat16's 8 bits would be lost."""
+    """Whether the model's weights are trained, and in float32: small steps would be lost in bfloat16's 8 bits."""
     return FINETUNE_METHODS.entry(settings.method).trains_weights and settings.precision != "bf16-true"
 
 
 def in_float32(module: nn.Module) -> nn.Module:
-    """Converts parameters one by one, in place; not those that are sharded, which are converted already."""
+    """Converts the parameters in place, one at a time. Skips sharded ones, which are already converted."""
     for parameter in module.parameters():
         if not isinstance(parameter, DTensor):
             parameter.data = parameter.data.float()
@@ -37,10 +37,10 @@ def in_float32(module: nn.Module) -> nn.Module:
 
 
 def frozen_dtype(settings: Finetune, stored: str) -> str | None:
-    """The dtype to load weights in that do not train, where it is not `stored`, that of their files.
+    """The dtype in which to load frozen weights; None if it is `stored`, the dtype of their files.
 
-    16-bit weights of the other kind than autocast computes in (LLaMA and OPT are stored in float16) would be kept twice
-    for backward, and float16 norms make a bfloat16 residual stream float32.
+    float16 weights (LLaMA and OPT) are loaded in bfloat16 if autocast computes in bfloat16, and the reverse. Otherwise
+    autocast would keep a second copy of each weight for backward, and float16 norms would make the residual stream float32.
     """
     wanted = str(mixed_dtype(settings.precision)).removeprefix("torch.")
     return wanted if {stored, wanted} == {"float16", "bfloat16"} else None

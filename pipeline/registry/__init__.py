@@ -1,6 +1,6 @@
-"""The values of the settings that choose an algorithm, from prune methods to fine-tuning, and all that is known of each.
+"""The registries: the allowed values of each setting that chooses an algorithm, with label, description and citation.
 
-Imports no torch: the settings, the report and `compare` ask here. What an entry computes is loaded when it is used.
+Imports no torch, because the settings, the report and `compare` use it. An implementation is loaded when it is used.
 """
 
 from collections.abc import Mapping
@@ -15,9 +15,10 @@ from pipeline.registry.refinements import REFINEMENTS
 from pipeline.registry.updates import UPDATES
 
 REGISTRIES: dict[str, Registry] = {
-    it.key: it for it in (PRUNE_METHODS, REFINEMENTS, UPDATES, PATTERNS, ALLOCATIONS, FINETUNE_METHODS)
+    registry.key: registry
+    for registry in (PRUNE_METHODS, REFINEMENTS, UPDATES, PATTERNS, ALLOCATIONS, FINETUNE_METHODS)
 }
-PRUNING = ("prune.method", "prune.refine", "prune.update")  # together, what a model was pruned with
+PRUNING = ("prune.method", "prune.refine", "prune.update")  # the keys that together name how a model was pruned
 
 
 def value_of(recipe: Any, key: str) -> Any:
@@ -26,37 +27,40 @@ def value_of(recipe: Any, key: str) -> Any:
 
 
 def describe(recipe: Any) -> dict[str, dict[str, str]]:
-    """Label, description and citation by key, of what the run's stages use; runs the user's own files."""
+    """Label, description and citation by key, for the entries that the run's stages use. Runs the user's files."""
     used = [key for key in REGISTRIES if key.partition(".")[0] in recipe.stages and value_of(recipe, key) != NONE]
     return {key: REGISTRIES[key].entry(value_of(recipe, key)).about() for key in used}
 
 
 def label(key: str, value: Any, recorded: dict[str, dict[str, str]] | None = None) -> str:
-    """What people call the `value` of the setting `key`. A user's file is not run: its label is what `describe` recorded,
-    or else the file's name."""
-    own = (recorded or {}).get(key) if is_file(value) else None
-    return own["label"] if own else REGISTRIES[key].label(value)
+    """The display name of the setting's value. Does not run a user's file: its label is the one in `recorded` (the result
+    of `describe`), or else the file's name."""
+    description = (recorded or {}).get(key) if is_file(value) else None
+    return description["label"] if description else REGISTRIES[key].label(value)
 
 
 def pruned_with(settings: Mapping[str, Any], recorded: dict[str, dict[str, str]] | None = None) -> str:
-    """Such as "Wanda + swaps + least squares", of the recipe's values of `PRUNING` by key."""
+    """A label such as "Wanda + swaps + least squares". `settings`: the recipe's values of the `PRUNING` keys."""
     return " + ".join(label(key, settings[key], recorded) for key in PRUNING if settings.get(key, NONE) != NONE)
 
 
 def ignored(recipe: Any) -> list[str]:
-    """A line for each setting that was changed and that only other entries than the chosen one read."""
+    """A line for each setting that was changed but is read only by entries that were not chosen."""
     chosen = {key: value_of(recipe, key) for key in REGISTRIES if key.partition(".")[0] in recipe.stages}
     read, unread = set(), {}
     for key, value in chosen.items():
         section, _, name = key.partition(".")
-        every = {f"{section}.{it}" for entry in REGISTRIES[key].entries.values() for it in entry.reads}
-        # what a user's file reads is not known
-        mine = every if is_file(value) else {f"{section}.{it}" for it in REGISTRIES[key].entry(value).reads}
-        read |= mine
-        unread |= {it: f"{name}={value}" for it in sorted(every - mine) if it not in unread}
-    usual = type(recipe)()
+        read_by_any = {f"{section}.{setting}" for entry in REGISTRIES[key].entries.values() for setting in entry.reads}
+        if is_file(value):
+            read_by_chosen = read_by_any  # a user's file may read any of them
+        else:
+            read_by_chosen = {f"{section}.{setting}" for setting in REGISTRIES[key].entry(value).reads}
+        read |= read_by_chosen
+        for setting in sorted(read_by_any - read_by_chosen):
+            unread.setdefault(setting, f"{name}={value}")
+    default = type(recipe)()
     return [
-        f"{it} is set, and {by} does not read it"
-        for it, by in unread.items()
-        if it not in read and value_of(recipe, it) != value_of(usual, it)
+        f"{setting} is set, but {chosen_value} does not read it"
+        for setting, chosen_value in unread.items()
+        if setting not in read and value_of(recipe, setting) != value_of(default, setting)
     ]

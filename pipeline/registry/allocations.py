@@ -23,13 +23,13 @@ ALPHA = Citation(
 
 @dataclass(frozen=True)
 class AllocationEntry(Entry):
-    shares_ratio: bool = True  # gives the layers ratios of their own, so prune.sparsity must be a ratio
+    shares_ratio: bool = True  # each layer gets a different ratio, so prune.sparsity must be a ratio
 
     def problem(self, settings: Any) -> str | None:
         if self.shares_ratio and not PATTERNS.entry(settings.sparsity).is_ratio:
             return (
-                f"prune.allocation={settings.allocation} shares out a ratio over the layers, which "
-                f"{settings.sparsity} is not: set prune.sparsity=0.5, or another ratio"
+                f"prune.allocation={settings.allocation} distributes a ratio over the layers, but prune.sparsity="
+                f"{settings.sparsity} is not a ratio: set prune.sparsity=0.5, or another ratio"
             )
         return None
 

@@ -11,27 +11,26 @@ ADAPTER = ("rank", "alpha", "dropout", "bias", "quantize")
 
 @dataclass(frozen=True)
 class FinetuneEntry(Entry):
-    trains_weights: bool = False  # the model's own, whole and in float32, instead of adapters beside them
-    leaves_model: bool = True  # one that is exactly as sparse; else an adapter alone, beside the pruned model
-    published_as: str = ""  # in reporting/published.yaml
+    trains_weights: bool = False  # the weights of the model, in float32; False: adapters
+    leaves_model: bool = True  # writes an equally sparse model; False: only an adapter for the pruned model
+    published_as: str = ""  # its name in reporting/published.yaml
 
     def trained(self, settings: Any, count: int, width: int) -> int:
-        """How many numbers train for a tensor of `count`, rows and columns together `width` (0 for no matrix)."""
+        """The number of trained parameters for a tensor of `count` weights. `width`: rows + columns, 0 if not a matrix."""
         return count if self.trains_weights else settings.rank * width
 
     def problem(self, settings: Any) -> str | None:
         if settings.quantize and self.trains_weights:
-            usual = type(settings)().method
             return (
-                f"finetune.quantize freezes the weights, which finetune.method={settings.method} trains: "
-                f"set finetune.method={usual}"
+                f"finetune.quantize freezes the weights, but finetune.method={settings.method} trains them: "
+                f"set finetune.method={type(settings)().method}"
             )
         return None
 
     def in_words(self, settings: Any) -> str:
-        """For a model card."""
-        size = f" of rank {settings.rank}" if "rank" in self.reads else ""
-        return self.label + size + (", merged" if size and self.leaves_model else "")
+        """The label with rank, for a model card."""
+        rank = f" of rank {settings.rank}" if "rank" in self.reads else ""
+        return self.label + rank + (", merged" if rank and self.leaves_model else "")
 
 
 FINETUNE_METHODS = Registry(
@@ -59,7 +58,7 @@ FINETUNE_METHODS = Registry(
     FinetuneEntry(
         "full",
         "full fine-tuning",
-        "Every kept weight trains, and all that was never pruned",
+        "Trains every kept weight, and all parameters that are not pruned",
         "pipeline.recovery.methods:SparseFull",
         trains_weights=True,
     ),

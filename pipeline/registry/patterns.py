@@ -1,4 +1,4 @@
-"""The registry of `prune.sparsity`: what a value such as 0.5, 2of4 or my_pattern.py stands for."""
+"""The registry of `prune.sparsity`, with the parser of values such as 0.5, 2of4 or my_pattern.py."""
 
 import re
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from pipeline.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class PatternEntry(Entry):
-    is_ratio: bool = False  # holds for a share of the weights wherever they lie
+    is_ratio: bool = False  # a share of the weights, in any position
 
 
 class Patterns(Registry):
     def label(self, value: Any) -> str:
-        """As tables print it: `2of4` as 2:4, 0.50 as 0.5."""
+        """The form for tables: 2:4 for `2of4`, 0.5 for 0.50."""
         text = str(value)
         if is_file(text):
             return super().label(text)
@@ -25,8 +25,8 @@ class Patterns(Registry):
         return self.parse(value, key)[0]
 
     def parse(self, value: Any, key: str | None = None) -> tuple[Entry, dict[str, Any]]:
-        """The entry and the arguments of its pattern: `0.5` -> unstructured, `2of4` or `"2:4"` -> N:M, `./mine.py` -> the
-        pattern in it. `UserError` naming `key`."""
+        """The entry and the arguments of its pattern: `0.5` -> unstructured, `2of4` or `"2:4"` -> N:M, `./my_pattern.py` ->
+        the class in the file. Raises `UserError`, which names `key`."""
         text, key = str(value), key or self.key
         if match := re.fullmatch(r"\s*(\d+)\s*(?:of|:)\s*(\d+)\s*", text):
             n, m = map(int, match.groups())
@@ -55,9 +55,9 @@ PATTERNS = Patterns(
     PatternEntry(
         "unstructured",
         "unstructured",
-        "A share of the weights goes, wherever they lie",
+        "Prunes a share of the weights, in any position",
         "pipeline.sparsity.patterns:Unstructured",
         is_ratio=True,
     ),
-    PatternEntry("N:M", "N:M", "N of each M consecutive inputs of a row stay", "pipeline.sparsity.patterns:NofM"),
+    PatternEntry("N:M", "N:M", "Keeps N of each M consecutive inputs of a row", "pipeline.sparsity.patterns:NofM"),
 )

@@ -25,23 +25,23 @@ SCORES, OBS = "pipeline.pruning.score_methods", "pipeline.pruning.obs_methods"
 
 @dataclass(frozen=True)
 class PruneEntry(Entry):
-    refine: str | None = None  # the method is a name for a combination with these
-    update: str | None = None
-    regroups: bool = True  # its scores can be compared among other weights than in its paper
+    refine: str | None = None  # set if the method is a name for a combination with this refinement
+    update: str | None = None  # or with this update
+    regroups: bool = True  # supports prune.group
 
     def problem(self, settings: Any) -> str | None:
         if settings.group != "auto" and not self.regroups:
-            return f"prune.method={settings.method} compares its scores in its own way: set prune.group=auto"
+            return f"prune.method={settings.method} does not support prune.group={settings.group}: set prune.group=auto"
         if settings.group != "auto" and not PATTERNS.entry(settings.sparsity).is_ratio:
             return (
-                f"prune.group={settings.group} says among which weights a ratio is compared, and {settings.sparsity} is no "
-                "ratio: set prune.group=auto"
+                f"prune.group={settings.group} needs a ratio, but prune.sparsity={settings.sparsity} is not one: "
+                "set prune.group=auto, or prune.sparsity=0.5"
             )
-        for key, own in (("refine", self.refine), ("update", self.update)):
-            if own and (asked := getattr(settings, key)) not in (NONE, own):
+        for key, included in (("refine", self.refine), ("update", self.update)):
+            if included and (value := getattr(settings, key)) not in (NONE, included):
                 return (
-                    f"prune.method={settings.method} stands for a combination with prune.{key}={own}, not {asked}: "
-                    f"set another prune.method, or prune.{key}={NONE}"
+                    f"prune.method={settings.method} includes prune.{key}={included}, so prune.{key}={value} is not "
+                    f"possible: set another prune.method, or prune.{key}={NONE}"
                 )
         return None
 
@@ -64,7 +64,7 @@ PRUNE_METHODS = Registry(
     PruneEntry(
         "sparsegpt",
         "SparseGPT",
-        "Column by column, each error compensated by the later columns",
+        "Column by column; later columns compensate each error",
         f"{OBS}:SparseGpt",
         SPARSEGPT,
         ("damp",),
@@ -77,7 +77,7 @@ PRUNE_METHODS = Registry(
     PruneEntry(
         "magnitude_seq",
         "magnitude, then OBS",
-        "Magnitude's whole mask first, then SparseGPT's update",
+        "Magnitude's complete mask, then SparseGPT's update",
         f"{SCORES}:Magnitude",
         WANDA,
         ("damp",),
@@ -95,7 +95,7 @@ PRUNE_METHODS = Registry(
     PruneEntry(
         "wanda_seq",
         "Wanda, then OBS",
-        "Wanda's whole mask first, then SparseGPT's update",
+        "Wanda's complete mask, then SparseGPT's update",
         f"{SCORES}:Wanda",
         WANDA,
         ("damp",),

@@ -8,12 +8,12 @@ DSNOT = Citation(
 SPARSE_SWAPS = Citation(
     "Zimmer et al.", 2025, "SparseSwaps: Tractable LLM Pruning Mask Refinement at Scale", "arXiv:2512.10922"
 )
-PLACE = "pipeline.pruning.refinements"
+MODULE = "pipeline.pruning.refinements"
 
 REFINEMENTS = Registry(
     "prune.refine",
-    f"{PLACE}:Refinement",
-    Entry(NONE, NONE, "The method's mask", f"{PLACE}:Refinement"),
-    Entry("dsnot", "DSnoT", "Weights return where they lessen the expected output error", f"{PLACE}:Dsnot", DSNOT),
-    Entry("swaps", "swaps", "Exchanges that lessen the output error most", f"{PLACE}:Swaps", SPARSE_SWAPS, ("swaps",)),
+    f"{MODULE}:Refinement",
+    Entry(NONE, NONE, "The method's mask", f"{MODULE}:Refinement"),
+    Entry("dsnot", "DSnoT", "Restores weights that reduce the expected output error", f"{MODULE}:Dsnot", DSNOT),
+    Entry("swaps", "swaps", "Exchanges that reduce the output error most", f"{MODULE}:Swaps", SPARSE_SWAPS, ("swaps",)),
 )

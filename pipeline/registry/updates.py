@@ -12,26 +12,26 @@ ADMM = Citation("Boža", 2024, "Fast and Effective Weight Update for Pruned Larg
 ALPS = Citation(
     "Meng et al.", 2024, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for LLMs", "arXiv:2406.07831"
 )
-PLACE = "pipeline.pruning.updates"
+MODULE = "pipeline.pruning.updates"
 
 UPDATES = Registry(
     "prune.update",
-    f"{PLACE}:WeightUpdate",
-    Entry(NONE, NONE, "The kept weights stay as they are", f"{PLACE}:WeightUpdate"),
-    Entry("obs", "OBS", "SparseGPT's update, column by column", f"{PLACE}:ObsUpdate", SPARSEGPT, ("damp",)),
+    f"{MODULE}:WeightUpdate",
+    Entry(NONE, NONE, "The kept weights do not change", f"{MODULE}:WeightUpdate"),
+    Entry("obs", "OBS", "SparseGPT's update, column by column", f"{MODULE}:ObsUpdate", SPARSEGPT, ("damp",)),
     Entry(
         "admm",
         "ADMM",
         "Alternates between least squares and the mask",
-        f"{PLACE}:Admm",
+        f"{MODULE}:Admm",
         ADMM,
         ("damp", "update_steps"),
     ),
     Entry(
         "least_squares",
         "least squares",
-        "The least output error with the mask, by conjugate gradients",
-        f"{PLACE}:LeastSquares",
+        "The smallest output error for the mask, by conjugate gradients",
+        f"{MODULE}:LeastSquares",
         ALPS,
         ("damp", "update_steps"),
     ),

@@ -1,4 +1,4 @@
-"""Owns how many CPU cores this process may use, which on a cluster is rarely all that the machine has."""
+"""The number of CPU cores that this process may use. On a cluster that is rarely all cores of the machine."""
 
 import math
 import os
@@ -16,11 +16,11 @@ def allowed() -> set[int]:
     return set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set(range(count))
 
 
-def quota(about: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Cores' worth of time that the control groups of this process allow, as containers set; infinite without a limit."""
+def quota(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+    """The CPU limit of this process's control groups (containers), in cores; infinite without a limit."""
     lowest = math.inf
     try:
-        groups = [line.split(":", 2)[1:] for line in about.read_text().splitlines()]
+        groups = [line.split(":", 2)[1:] for line in membership.read_text().splitlines()]
     except OSError:
         return lowest
     for controllers, path in groups:
@@ -38,16 +38,16 @@ def quota(about: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cg
 def _limit(group: Path) -> float:
     try:
         if (file := group / "cpu.max").is_file():
-            most, period = file.read_text().split()
+            limit, period = file.read_text().split()
         else:
-            most, period = ((group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-        return math.inf if most in ("max", "-1") else int(most) / int(period)
+            limit, period = ((group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        return math.inf if limit in ("max", "-1") else int(limit) / int(period)
     except (OSError, ValueError):
         return math.inf
 
 
 def claim() -> tuple[str, str, list[int]]:
-    """What this process may use: its machine, its control group, its cores. Processes with the same share them."""
+    """(host, control group, cores) of this process. Processes with the same values share these cores."""
     try:
         group = Path("/proc/self/cgroup").read_text()
     except OSError:
@@ -55,27 +55,28 @@ def claim() -> tuple[str, str, list[int]]:
     return socket.gethostname(), group, sorted(allowed())
 
 
-def share(mine: tuple[str, str, list[int]], claims: list[tuple[str, str, list[int]]], limit: float) -> int:
-    """Whole cores for this process, at least one: each core, and the group's `limit`, is divided among those that use it."""
-    host, group, cores = mine
-    here = [theirs for theirs in claims if theirs[0] == host]
-    users = {core: sum(core in theirs[2] for theirs in here) for core in cores}
-    members = sum(theirs[1] == group for theirs in here)
-    count = (os.cpu_count() or 1) / max(1, sum(set(theirs[2]) == set(cores) for theirs in here))
-    return max(1, int(min(round(sum(1 / users[core] for core in cores), 6), limit / members, count)))
+def share(claim: tuple[str, str, list[int]], claims: list[tuple[str, str, list[int]]], limit: float) -> int:
+    """The whole cores for the process of `claim`, at least one. Each core, and the control group's `limit`, is divided
+    evenly among the processes in `claims` that use it."""
+    host, group, cores = claim
+    local = [(other_group, other_cores) for other_host, other_group, other_cores in claims if other_host == host]
+    users = {core: sum(core in other_cores for _, other_cores in local) for core in cores}
+    members = sum(other_group == group for other_group, _ in local)
+    installed = (os.cpu_count() or 1) / max(1, sum(set(other_cores) == set(cores) for _, other_cores in local))
+    return max(1, int(min(round(sum(1 / users[core] for core in cores), 6), limit / members, installed)))
 
 
 def set_threads(wanted: int | None, claims: list[tuple[str, str, list[int]]]) -> None:
-    """Sets the threads of torch: `wanted` (the setting `threads`), else what the user's OMP_NUM_THREADS says, else this
-    process's share of the cores.
+    """Sets torch's thread count: `wanted` (the setting `threads`), else the user's OMP_NUM_THREADS, else this process's
+    share of the cores.
 
-    The launchers set OMP_NUM_THREADS=1 where the user did not, which would leave the other cores idle. Any other value is
-    the user's, and without a launcher 1 is as well: on a busy machine two threads, which spin while they wait, were eight
-    times slower than one.
+    The launchers set OMP_NUM_THREADS=1 if the user did not set it, which would leave the other cores idle. Any other value
+    was set by the user, and without a launcher so was 1. It is kept: OpenMP threads spin while they wait, and on a busy
+    machine two threads were eight times slower than one.
     """
     if wanted is not None:
         torch.set_num_threads(wanted)
         return
-    given, launched = os.environ.get("OMP_NUM_THREADS"), any(name in os.environ for name in LAUNCHED)
-    if given is None or (launched and given == "1"):
+    requested, launched = os.environ.get("OMP_NUM_THREADS"), any(name in os.environ for name in LAUNCHED)
+    if requested is None or (launched and requested == "1"):
         torch.set_num_threads(share(claim(), claims, quota()))

@@ -1,4 +1,4 @@
-"""Owns the setting `deterministic`: gradients on GPUs that come out the same each time."""
+"""The setting `deterministic`: reproducible gradients on GPUs."""
 
 import os
 from collections.abc import Iterator
@@ -10,20 +10,20 @@ from pipeline.runtime.errors import UserError
 
 
 def prepare(wanted: bool) -> None:
-    """Before CUDA is first used: else cuBLAS may sum in another order each time."""
+    """Must be called before CUDA is used: cuBLAS reads this variable once, and else may sum in a different order each time."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @contextmanager
 def training(wanted: bool) -> Iterator[None]:
-    """Inside, the same numbers give the same gradients. Raises `UserError` where a model uses an operation that cannot."""
+    """Makes torch use deterministic algorithms inside the block. Raises `UserError` if the model uses an operation that has
+    none."""
     before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     try:
         torch.use_deterministic_algorithms(wanted or before)
-        torch.utils.deterministic.fill_uninitialized_memory = (
-            fill and not wanted
-        )  # a check for bugs, a write for each tensor
+        # only finds bugs, and costs a write for each new tensor
+        torch.utils.deterministic.fill_uninitialized_memory = fill and not wanted
         yield
     except RuntimeError as error:
         if wanted and "does not have a deterministic implementation" in str(error):

@@ -1,4 +1,4 @@
-"""This process's place among the launched ones, from the environment variables of the launcher, and its device."""
+"""Rank, world size and device of this process, from the launcher's environment variables."""
 
 import os
 import socket
@@ -22,7 +22,7 @@ def nodes() -> int:
 
 
 def device() -> torch.device:
-    """This process's GPU. A task that sees one GPU only (SLURM's --gpus-per-task=1) has that, whatever its local rank."""
+    """This process's GPU, or the CPU. If only one GPU is visible (SLURM's --gpus-per-task=1), it is used at any local rank."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else local_rank())
@@ -52,8 +52,8 @@ def check_launch() -> None:
 
 
 def set_device(store: dist.Store | None = None) -> None:
-    """Makes `device()` the current one. `store` is the launch's, in which the processes find out whether two of them have
-    the same GPU. Raises `UserError` where there are fewer GPUs than processes."""
+    """Makes `device()` the current CUDA device. `store`: the key-value store of the launch, used to find processes with the
+    same GPU. Raises `UserError` if there are fewer GPUs than processes."""
     if not torch.cuda.is_available():
         return
     count = torch.cuda.device_count()
@@ -66,5 +66,5 @@ def set_device(store: dist.Store | None = None) -> None:
 
 
 def _is_taken(store: dist.Store) -> bool:
-    """Whether another process has this one's only GPU."""
+    """Whether another process has registered this process's only GPU."""
     return store.add(f"gpu/{socket.gethostname()}/{torch.cuda.get_device_properties(0).uuid}", 1) > 1

@@ -1,5 +1,4 @@
-"""Lightning's strategies as a run of ours needs them: on the launcher's device, waiting on the host, and leaving the trained
-model where it is."""
+"""Lightning strategies that use the launcher's device, wait on the host, and leave the trained model on its device."""
 
 from datetime import timedelta
 from typing import Any
@@ -11,11 +10,12 @@ from pipeline.runtime import launcher, processes
 
 
 class StaysOnDevice(Strategy):
-    """Lightning's teardown takes model and optimizer to the host, where merge and check of 7B weights took minutes."""
+    """Does not move the model and the optimizer to the host at the end, as Lightning does: merging and checking 7B weights
+    took minutes there."""
 
     def teardown(self) -> None:
         for optimizer in self.optimizers:
-            optimizer.state.clear()  # nothing follows that needs it
+            optimizer.state.clear()  # not needed after training
         self.optimizers = []
         module, self._lightning_module = self._lightning_module, None
         super().teardown()
@@ -23,11 +23,12 @@ class StaysOnDevice(Strategy):
 
 
 class OneDevice(StaysOnDevice, SingleDeviceStrategy):
-    """A process alone."""
+    """For a single process."""
 
 
 class Parallel(StaysOnDevice):
-    """One process a device. A task may see its own GPU only, so the device is not found by the local rank."""
+    """One process per device. The launcher chooses the device, because a process that sees only one GPU has device 0 at any
+    local rank."""
 
     @property
     def root_device(self) -> torch.device:
@@ -38,16 +39,16 @@ class Parallel(StaysOnDevice):
 
 
 def devices() -> list[torch.device]:
-    """One for each process of this machine; all but this process's are only counted."""
+    """One device for each process of this machine. Lightning only counts those of the other processes."""
     return [launcher.device()] * launcher.local_world_size()
 
 
 class DataParallel(Parallel, DDPStrategy):
-    """Whole weights on each process."""
+    """DDP: each process has all weights."""
 
     def __init__(self, timeout: timedelta) -> None:
-        # Every rank's buffers are made from the same files and steps: nothing to broadcast before each forward. Gradients as
-        # views of DDP's buckets save four bytes a trained weight.
+        # All ranks compute the same buffers, so broadcasting them is not needed. Gradients that are views of DDP's buckets
+        # save four bytes per trained weight.
         super().__init__(
             parallel_devices=devices(), timeout=timeout, broadcast_buffers=False, gradient_as_bucket_view=True
         )

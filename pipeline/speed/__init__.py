@@ -1,1 +1,1 @@
-"""What models cost on this machine: load time, memory, tokens per second."""
+"""Measures load time, memory and tokens per second of models on this machine."""

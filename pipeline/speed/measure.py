@@ -1,4 +1,5 @@
-"""Measures models against each other: each in a process of its own, in turns, so that a machine's mood meets all alike."""
+"""Measures models against each other, each in a separate process. The processes alternate, so that a change of the machine's
+speed affects all models alike."""
 
 import os
 import statistics
@@ -11,101 +12,98 @@ from pipeline.compact import kernels
 from pipeline.runtime import hardware, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Speed
-from pipeline.speed.process import CannotMeasure, Process, started
+from pipeline.speed.process import MeasurementError, Process, start_processes
 
-PROMPT = 16  # tokens before those that are generated
-FEW = (1, 4, 16)  # tokens of the products by shape
-# instructions that decide how fast products are
+PROMPT = 16  # tokens before the generated ones
+PRODUCT_TOKENS = (1, 4, 16)
+# the instructions that determine the speed of matrix products
 FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vbmi2", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 
 
 def measure(folders: dict[str, Path], settings: Speed, trust_remote_code: bool = False) -> dict[str, Any]:
-    """The models in `folders`, ordinary or compact, by name; the first is what the others are compared with.
+    """Measures the models in `folders`, ordinary or compact, by name. The first one is the reference.
 
     {"models": {name: {"format", "dtype", "file_bytes", "memory_bytes", "load_seconds", "first_token_seconds",
     "prefill": {tokens: rates}, "decode": {batch: rates}}}, "products": [{"shape", "matrices", "tokens", "microseconds": {name:
     median}}], "same_tokens": {name: share}, "machine", "settings", "notes"}. Rates are {"median", "least", "most", "all"} in
-    tokens per second, "all" in the order of the turns. "same_tokens": of a greedy generation, as the first model's.
+    tokens per second, "all" in the order of the repeats. "same_tokens" is the share of greedily generated tokens that equal the
+    first model's.
 
-    Raises `UserError` where a folder cannot be loaded, or its process dies.
+    Raises `UserError` if a folder cannot be loaded, or if its process dies.
     """
     threads, notes = settings.threads or torch.get_num_threads(), []
-    operators = kernels.load()  # built here if need be, and says so once
-    load = os.getloadavg()[0]
+    operators = kernels.load()  # compiles them here, once, if necessary
+    load_average = os.getloadavg()[0]
     if operators is None:
         notes.append(
             "no kernels for compact matrices on this machine: a compact model expands each matrix that it uses"
         )
-    with started(folders) as running:
+    with start_processes(folders) as running:
         models = {}
         for name, process in running.items():
             try:
                 models[name] = process.ask("load", str(process.folder), threads, trust_remote_code)
-            except CannotMeasure as error:
+            except MeasurementError as error:
                 raise UserError(f"{process.folder} cannot be measured: {error}") from error
-        known = [about.pop("positions") for about in models.values()]
-        positions = min((it for it in known if it), default=None)
-        turns = _Turns(running, settings.repeats, notes)
+        positions = min(filter(None, [model.pop("positions") for model in models.values()]), default=None)
+        repeats = _Repeats(running, settings.repeats, notes)
         lengths = _clipped(settings.prompt_lengths, positions, notes)
-        prefill = {length: turns.ask(f"prefill of {length} tokens", "prefill", length) for length in lengths}
+        prefill = {length: repeats.ask(f"prefill of {length} tokens", "prefill", length) for length in lengths}
         new = _new_tokens(models, settings, positions, notes)
         batches = sorted(set(settings.batches)) if new else []
-        decode = {batch: turns.ask(f"decoding at batch {batch}", "decode", batch, PROMPT, new) for batch in batches}
-        products = _products(turns)
-    for name, about in models.items():
-        about["prefill"] = {str(length): _rates(length, found[name]) for length, found in prefill.items() if found}
-        about["decode"] = {
-            str(batch): _rates(batch * new, [seconds for seconds, _ in found[name]])
-            for batch, found in decode.items()
-            if found
+        decode = {batch: repeats.ask(f"decoding at batch {batch}", "decode", batch, PROMPT, new) for batch in batches}
+        products = _products(repeats)
+    for name, model in models.items():
+        model["prefill"] = {
+            str(length): _rates(length, answers[name]) for length, answers in prefill.items() if answers
+        }
+        model["decode"] = {
+            str(batch): _rates(batch * new, [seconds for seconds, _ in answers[name]])
+            for batch, answers in decode.items()
+            if answers
         }
     return {
         "models": models,
         "products": products,
-        "same_tokens": next((_same_tokens(found) for found in decode.values() if found), {}),
-        "machine": _machine(threads, load, operators is not None),
-        "settings": {
-            "repeats": settings.repeats,
-            "prompt": PROMPT,
-            "new_tokens": new,
-            "threads": threads,
-        },
+        "same_tokens": next((_same_tokens(answers) for answers in decode.values() if answers), {}),
+        "machine": _machine(threads, load_average, operators is not None),
+        "settings": {"repeats": settings.repeats, "prompt": PROMPT, "new_tokens": new, "threads": threads},
         "notes": notes,
     }
 
 
-class _Turns:
-    """Asks all processes in turns; what a model cannot do is a note."""
+class _Repeats:
+    """Repeats a measurement, alternating between the processes. Writes a note if a model does not support it."""
 
-    def __init__(self, running: dict[str, Process], repeats: int, notes: list[str]) -> None:
-        self.running, self.repeats, self.notes = running, repeats, notes
+    def __init__(self, running: dict[str, Process], count: int, notes: list[str]) -> None:
+        self.running, self.count, self.notes = running, count, notes
         self.report = processes.progress("  speed: ")
 
-    def ask(self, what: str, name: str, *arguments: Any) -> dict[str, list[Any]] | None:
-        """The answers by model, one a turn; a first turn, which warms up, is left out. None where a model fails."""
+    def ask(self, label: str, name: str, *arguments: Any) -> dict[str, list[Any]] | None:
+        """The answers by model, without the first one, which warms up. None if a model fails."""
         answers: dict[str, list[Any]] = {model: [] for model in self.running}
-        for turn in range(self.repeats + 1):
-            self.report(f"{what}, {turn} of {self.repeats}")
+        for repeat in range(self.count + 1):
+            self.report(f"{label}, {repeat} of {self.count}")
             for model, process in self.running.items():
                 try:
                     answers[model].append(process.ask(name, *arguments))
-                except CannotMeasure as error:
-                    self.notes.append(f"{what} was not measured: {model}: {str(error)[:300]}")
+                except MeasurementError as error:
+                    self.notes.append(f"{label} was not measured: {model}: {str(error)[:300]}")
                     return None
-        return {model: found[1:] for model, found in answers.items()}
+        return {model: values[1:] for model, values in answers.items()}
 
 
 def _new_tokens(models: dict[str, dict], settings: Speed, positions: int | None, notes: list[str]) -> int:
-    """How many tokens are generated; 0 where a model cannot, or has no room."""
-    cannot = [name for name, about in models.items() if not about.pop("generates")]
+    """The number of tokens to generate; 0 if a model cannot generate or has too few positions."""
+    unable = [name for name, model in models.items() if not model.pop("generates")]
     new = settings.new_tokens
     if not settings.batches:
         return 0
-    if cannot:
-        notes.append(f"decoding was not measured: {cannot[0]} cannot generate")
+    if unable:
+        notes.append(f"decoding was not measured: {unable[0]} cannot generate")
         return 0
     if positions and positions <= PROMPT:
-        notes.append(f"decoding was not measured: {positions} positions have no room after a prompt of {PROMPT} tokens")
+        notes.append(f"decoding was not measured: {positions} positions are too few after a prompt of {PROMPT} tokens")
         return 0
     if positions and positions < PROMPT + new:
         notes.append(f"{positions - PROMPT} tokens are generated, not {new}: the model has {positions} positions")
@@ -113,25 +111,26 @@ def _new_tokens(models: dict[str, dict], settings: Speed, positions: int | None,
     return new
 
 
-def _same_tokens(found: dict[str, list]) -> dict[str, float]:
-    """The share of generated tokens that are the first model's, of each other."""
-    (_, (_, first)), *others = [(name, answers[0]) for name, answers in found.items()]
-    return {name: sum(map(int.__eq__, tokens, first)) / len(first) for name, (_, tokens) in others}
+def _same_tokens(answers: dict[str, list]) -> dict[str, float]:
+    """For each model but the first, the share of generated tokens that equal the first model's."""
+    first, *others = ((name, values[0][1]) for name, values in answers.items())
+    return {name: sum(map(int.__eq__, tokens, first[1])) / len(tokens) for name, tokens in others}
 
 
-def _products(turns: _Turns) -> list[dict[str, Any]]:
-    """By shape and number of tokens, the median microseconds of one product in each model; shapes that all models have."""
+def _products(repeats: _Repeats) -> list[dict[str, Any]]:
+    """The median microseconds of one product in each model, by shape and number of tokens, for the shapes that all have."""
     rows = []
-    for tokens in FEW:
-        answers = turns.ask(f"products with {tokens} tokens", "products", tokens)
+    for tokens in PRODUCT_TOKENS:
+        answers = repeats.ask(f"products with {tokens} tokens", "products", tokens)
         if answers is None:
             break
-        first, *others = (found[0] for found in answers.values())
+        first, *others = (values[0] for values in answers.values())
         for shape, (count, _) in first.items():
             if all(shape in other for other in others):
                 medians = {
-                    name: 1e6 * statistics.median(total / many for many, total in (it[shape] for it in found))
-                    for name, found in answers.items()
+                    name: 1e6
+                    * statistics.median(seconds / matrices for matrices, seconds in (it[shape] for it in values))
+                    for name, values in answers.items()
                 }
                 rows.append({"shape": shape, "matrices": count, "tokens": tokens, "microseconds": medians})
     return sorted(rows, key=lambda row: list(map(int, row["shape"].split(" x "))))
@@ -145,16 +144,16 @@ def _clipped(lengths: list[int], positions: int | None, notes: list[str]) -> lis
 
 
 def _rates(tokens: int, seconds: list[float]) -> dict[str, Any]:
-    values = [tokens / it for it in seconds]
+    values = [tokens / value for value in seconds]
     return {"median": statistics.median(values), "least": min(values), "most": max(values), "all": values}
 
 
-def _machine(threads: int, load: float, built: bool) -> dict[str, Any]:
+def _machine(threads: int, load_average: float, has_kernels: bool) -> dict[str, Any]:
     return {
         "hardware": hardware.machine(),
         "flags": sorted(set(FLAGS) & kernels.cpu_flags()),
-        "kernels": kernels.best() if built else None,
+        "kernels": kernels.best() if has_kernels else None,
         "threads": threads,
         "torch": torch.__version__,
-        "load": round(load, 1),  # of the machine, before
+        "load": round(load_average, 1),  # before the measurement
     }

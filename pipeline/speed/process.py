@@ -1,4 +1,4 @@
-"""The worker processes (worker.py) as their owner sees them."""
+"""Starts the worker processes (worker.py) and talks to them."""
 
 import json
 import os
@@ -16,65 +16,74 @@ from pipeline.runtime.code import ROOT
 from pipeline.runtime.errors import UserError, one_line
 from pipeline.speed import worker
 
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
-class CannotMeasure(Exception):
-    """What the model's own code raised."""
+class MeasurementError(Exception):
+    """The model's code raised an error in the worker process."""
 
 
 class Process:
-    """The process of the model in `folder`; it answers one question at a time. `said` is what all of them printed."""
+    """The worker process of the model in `folder`. `output`: the file to which all workers print."""
 
-    def __init__(self, folder: Path, connection: socket.socket, said: IO[bytes]) -> None:
-        self.folder, self.lines, self.said = folder, connection.makefile("rw"), said
+    def __init__(self, folder: Path, connection: socket.socket, output: IO[bytes]) -> None:
+        self.folder, self.lines, self.output = folder, connection.makefile("rw"), output
 
     def ask(self, name: str, *arguments: Any) -> Any:
-        """What that function of `Worker` returns; `CannotMeasure` where it raised, `UserError` where the process died."""
+        """Calls the method `name` of `Worker` and returns its result. Raises `MeasurementError` if the method raises, and
+        `UserError` if the process has died."""
         line = ""
         with suppress(ConnectionError):
             self.lines.write(json.dumps([name, *arguments]) + "\n")
             self.lines.flush()
             line = self.lines.readline()
         if not line:
-            self.said.seek(0)
-            last = one_line(self.said.read().decode(errors="replace").strip().rpartition("\n")[2])[:300]
+            self.output.seek(0)
+            last = one_line(self.output.read().decode(errors="replace").strip().rpartition("\n")[2])[:300]
             raise UserError(
-                f"the process that measured {self.folder} ended: is the memory too small for all models together?"
+                f"the process that measured {self.folder} ended: is there enough memory for all models at once?"
                 + (f" ({last})" if last else "")
             )
         answer = json.loads(line)
-        if "failed" in answer:
-            raise CannotMeasure(answer["failed"])
-        return answer["is"]
+        if "error" in answer:
+            raise MeasurementError(answer["error"])
+        return answer["result"]
 
 
 @contextmanager
-def started(folders: dict[str, Path]) -> Iterator[dict[str, Process]]:
-    """A process for each folder, by name; all end with the block, or with this process."""
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+def start_processes(folders: dict[str, Path]) -> Iterator[dict[str, Process]]:
+    """Starts a process for each folder, by name. All end with the block, or with this process."""
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment["CUDA_VISIBLE_DEVICES"] = ""  # what is measured is the CPU
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # only the CPU is measured
     with ExitStack() as stack:
-        said = stack.enter_context(tempfile.TemporaryFile())
+        output = stack.enter_context(tempfile.TemporaryFile())
         pairs = [tuple(map(stack.enter_context, socket.socketpair())) for _ in folders]
-        numbers = [theirs.fileno() for _, theirs in pairs]
+        descriptors = [remote.fileno() for _, remote in pairs]
         parent = subprocess.Popen(
-            [sys.executable, "-m", worker.__name__, *map(str, numbers)],
+            [sys.executable, "-m", worker.__name__, *map(str, descriptors)],
             env=environment,
-            pass_fds=numbers,
+            pass_fds=descriptors,
             stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
-            start_new_session=True,  # a group to end at once; Ctrl-C is for this process
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # a process group that can be killed as a whole, and that Ctrl-C does not reach
         )
-        stack.callback(_end, parent)
-        for _, theirs in pairs:
-            theirs.close()  # so that the end of a worker is seen
-        yield {name: Process(folder, mine, said) for (name, folder), (mine, _) in zip(folders.items(), pairs)}
+        stack.callback(_kill, parent)
+        for _, remote in pairs:
+            remote.close()  # or reading would not end when a worker does
+        yield {name: Process(folder, local, output) for (name, folder), (local, _) in zip(folders.items(), pairs)}
 
 
-def _end(parent: subprocess.Popen) -> None:
+def _kill(parent: subprocess.Popen) -> None:
     with suppress(ProcessLookupError):
         os.killpg(parent.pid, signal.SIGKILL)
     parent.wait()

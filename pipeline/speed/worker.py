@@ -1,7 +1,8 @@
-"""`python -m pipeline.speed.worker SOCKET ...`: each model in a process of its own, so that memory and threads are its alone.
+"""`python -m pipeline.speed.worker DESCRIPTOR ...`: one worker process per model, so that models share no memory or threads.
 
-They are forked from one that has imported the libraries and used none, as imports take seconds. Over its socket (a file
-descriptor) each is sent lines, JSON lists of the name of a function of `Worker` and its arguments; the answer is a JSON line.
+The workers are forked from a process that has only imported the libraries, because imports take seconds. Each worker reads
+requests from its socket, given as a file descriptor. A request is a JSON line: a list of the name of a method of `Worker` and
+its arguments. The answer is a JSON line too.
 """
 
 import gc
@@ -30,13 +31,13 @@ BLOCK = 1 << 24  # bytes
 
 
 class Worker:
-    """Answers are plain data."""
+    """Measures one model. The methods return data that JSON can represent."""
 
     def load(self, folder: str, threads: int, trust_remote_code: bool) -> dict[str, Any]:
-        """Loads an ordinary or a compact folder, whose files have been read once: a disk's speed is not the model's.
+        """Loads an ordinary or a compact folder. Reads its files once before, so that the disk's speed does not count.
 
-        "memory_bytes": resident after the first token, less what the process had before. "load_seconds" may leave work to the
-        first use of the weights, which "first_token_seconds" includes.
+        "memory_bytes": the growth of resident memory up to the first token. "load_seconds" does not include work that is
+        deferred to the first use of the weights; "first_token_seconds" does.
         """
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
@@ -49,64 +50,65 @@ class Worker:
         self.model = load_compact(path, recipe) if is_compact else loading.load(path, recipe)
         loaded = time.perf_counter() - started
         self.model(input_ids=self._ids(1, 1))
-        first = time.perf_counter() - started
+        first_token = time.perf_counter() - started
         gc.collect()
         config = self.model.config
-        # the model's own may stop early, sample, or repeat less
+        # the model's configuration may stop early, sample, or penalise repetition
         self.model.generation_config = GenerationConfig(do_sample=False, use_cache=True, pad_token_id=0)
         return {
             "format": "compact" if is_compact else "ordinary",
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "file_bytes": sum(file.stat().st_size for file in weights),
             "load_seconds": loaded,
-            "first_token_seconds": first,
+            "first_token_seconds": first_token,
             "memory_bytes": psutil.Process().memory_info().rss - before,
             "positions": loading.positions(config),
             "generates": bool(self.model.can_generate()),
         }
 
     def prefill(self, tokens: int) -> float:
-        """Seconds of one forward pass over a prompt; the head sees its last token only, where the model can do that."""
-        takes = inspect.signature(self.model.forward).parameters
-        last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        """Seconds of one forward pass over a prompt, with logits of the last token only if the model supports that."""
+        parameters = inspect.signature(self.model.forward).parameters
+        options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         ids = self._ids(1, tokens)
         started = time.perf_counter()
-        self.model(input_ids=ids, **last)
+        self.model(input_ids=ids, **options)
         return time.perf_counter() - started
 
     def decode(self, batch: int, prompt: int, new: int) -> tuple[float, list[int]]:
-        """Seconds of a greedy generation, prompt included, and the new tokens of its first text."""
+        """Seconds of a greedy generation, prompt included, and the new tokens of the first sequence."""
         ids = self._ids(batch, prompt)
         started = time.perf_counter()
         out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new)
         seconds = time.perf_counter() - started
         if out.shape != (batch, prompt + new):
-            raise ValueError(f"generate gave {tuple(out.shape)} in place of {(batch, prompt + new)}")
+            raise ValueError(f"generate returned the shape {tuple(out.shape)}, not {(batch, prompt + new)}")
         return seconds, out[0, prompt:].tolist()
 
     def products(self, tokens: int) -> dict[str, tuple[int, float]]:
-        """By shape "out x in": how many Linear or Conv1D there are, and the seconds of one product each with `tokens` inputs.
+        """By shape "out x in": the number of Linear and Conv1D modules, and the total seconds of one product with each.
 
-        One pass over all of the model, as in decoding, so that weights come from memory and not from a cache. Fused experts
-        are not among them.
+        One pass over the whole model, as in decoding, so that weights come from memory and not from a cache. Fused experts
+        are not measured.
         """
-        found: dict[str, tuple[int, float]] = {}
+        totals: dict[str, tuple[int, float]] = {}
         for module in self.model.modules():
             if not isinstance(module, nn.Linear | Conv1D):
                 continue
-            sizes = (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
-            x = torch.ones(1, tokens, sizes[1], dtype=module.weight.dtype)
+            is_conv = isinstance(module, Conv1D)
+            outputs, inputs = (module.nf, module.nx) if is_conv else (module.out_features, module.in_features)
+            x = torch.ones(1, tokens, inputs, dtype=module.weight.dtype)
             started = time.perf_counter()
             module(x)
             seconds = time.perf_counter() - started
-            count, total = found.get(shape := f"{sizes[0]} x {sizes[1]}", (0, 0.0))
-            found[shape] = (count + 1, total + seconds)
-        return found
+            count, total = totals.get(shape := f"{outputs} x {inputs}", (0, 0.0))
+            totals[shape] = (count + 1, total + seconds)
+        return totals
 
     def _ids(self, batch: int, tokens: int) -> torch.Tensor:
-        """(batch, tokens), the same for every model of a vocabulary; the lowest ids, as special ones of images come last."""
-        known = min(1000, self.model.config.get_text_config().vocab_size)
-        return torch.randint(0, known, (batch, tokens), generator=torch.Generator().manual_seed(0))
+        """Random ids, (batch, tokens), equal for models with the same vocabulary. Low ids only: those of images come last."""
+        limit = min(1000, self.model.config.get_text_config().vocab_size)
+        return torch.randint(0, limit, (batch, tokens), generator=torch.Generator().manual_seed(0))
 
 
 def _read(path: Path) -> None:
@@ -117,27 +119,27 @@ def _read(path: Path) -> None:
 
 def serve(connection: socket.socket) -> None:
     worker, lines = Worker(), connection.makefile("rw")
-    for line in lines:  # ends with the process that asks
+    for line in lines:  # ends when the measuring process does
         name, *arguments = json.loads(line)
         try:
-            answer = {"is": getattr(worker, name)(*arguments)}
+            answer = {"result": getattr(worker, name)(*arguments)}
         except Exception as error:
-            answer = {"failed": one_line(error) or type(error).__name__}
+            answer = {"error": one_line(error) or type(error).__name__}
         lines.write(json.dumps(answer) + "\n")
         lines.flush()
 
 
-def main(numbers: list[int]) -> None:
-    for number in numbers:
+def main(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
         if os.fork() == 0:
-            for other in numbers:
-                if other != number:
+            for other in descriptors:
+                if other != descriptor:
                     os.close(other)
-            serve(socket.socket(fileno=number))
+            serve(socket.socket(fileno=descriptor))
             return
-    for number in numbers:
-        os.close(number)
-    for _ in numbers:
+    for descriptor in descriptors:
+        os.close(descriptor)
+    for _ in descriptors:
         os.wait()
 
 

@@ -1,4 +1,4 @@
-"""The export stage: the last model of the run and its masks in, the same model as a compact folder out."""
+"""The export stage: writes the last model of the run as a compact folder."""
 
 import shutil
 from pathlib import Path
@@ -13,16 +13,16 @@ from pipeline.sparsity.masks import Masks
 
 
 def last_model(inputs: dict[str, Path]) -> Path:
-    """The folder of the model that the last stage before this made."""
+    """The model folder of the last stage in `inputs` that writes one. Needs at least the prune stage."""
     return next(inputs[stage] for stage in ("finetune", "reconstruct", "prune") if stage in inputs) / "model"
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
-    """Writes `compact/`, and `sizes.json`: bytes of the pruned matrices and of all weight files, before and after."""
+    """Writes `compact/` and `sizes.json`: the bytes of the pruned matrices and of all weight files in both formats."""
     if not processes.is_main():
         return
     model, target = last_model(inputs), folder / "compact"
-    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before this stage was whole
+    shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed in this stage
     masks = Masks.load(inputs["prune"] / "masks.safetensors")
     try:
         dense, packed = export(model, masks, target, recipe, recipe.export.values)

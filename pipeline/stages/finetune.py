@@ -1,4 +1,4 @@
-"""The finetune stage: trains a pruned model with its masks kept."""
+"""The finetune stage: trains a pruned model and keeps its masks."""
 
 from pathlib import Path
 
@@ -46,13 +46,16 @@ def check_bias(settings: Finetune, dtype: str) -> None:
 
 
 def load(folder: Path, recipe: Recipe) -> nn.Module:
-    """The pruned model in the dtype that it trains in. In float32 the ranks of a node would hold it whole on their host eight
-    times: for a GPU it is converted there, and to be shared out it stays a view of its files (see `sharding.shard_`)."""
+    """The pruned model in its training dtype.
+
+    A float32 copy per process would not fit into the host memory of an 8-GPU node. So the model is converted on its GPU, and
+    with FSDP it stays a view of its files until `sharding.shard_` converts it layer by layer.
+    """
     settings, quantized = recipe.finetune, quantization.configuration(recipe.finetune.quantize)
     sharded, device = settings.strategy == "fsdp" and processes.world_size() > 1, processes.device()
     if trains_in_float32(settings) and (sharded or device.type == "cuda"):
         model = loading.load(folder, recipe)
-        # what a model computes when it is made, such as Gemma's scale of embeddings, was rounded to its dtype
+        # not with 16-bit buffers: those computed at construction, such as Gemma's embedding scale, are already rounded
         if all(buffer.dtype.itemsize != 2 for buffer in model.buffers()):
             return model if sharded else in_float32(model.to(device))
     dtype = "float32" if trains_in_float32(settings) else frozen(folder, recipe)
@@ -60,12 +63,12 @@ def load(folder: Path, recipe: Recipe) -> nn.Module:
 
 
 def frozen(folder: Path, recipe: Recipe) -> str | None:
-    """The dtype to load a model in that does not train; None is that of the recipe."""
+    """The dtype in which to load a model whose weights are frozen; None: the recipe's."""
     return frozen_dtype(recipe.finetune, stored_dtype(loading.config(folder, recipe), recipe))
 
 
 def stored_dtype(config: PreTrainedConfig, recipe: Recipe) -> str:
-    """Of the weights that are frozen, as they are loaded unless they are converted."""
+    """The dtype of the weights as loaded, without conversion."""
     return str(config.dtype or "float32").removeprefix("torch.") if recipe.dtype == "auto" else recipe.dtype
 
 
@@ -75,7 +78,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     origin, masks_file = inputs.get("reconstruct", inputs["prune"]) / "model", inputs["prune"] / "masks.safetensors"
     masks = Masks.load(masks_file)
     tokenizer = loading.tokenizer(origin, recipe)
-    batch_per_process(settings, processes.world_size())  # raises before anything is loaded
+    batch_per_process(settings, processes.world_size())  # raises before the model is loaded
 
     pruned = load(origin, recipe)
     loading.check_length(pruned.config, "finetune.seq_len", settings.seq_len)

@@ -1,4 +1,4 @@
-"""A stage's key: all that decides its result, and why a finished stage has to run again."""
+"""A stage's key: a hash of everything that determines its result. Also says why a finished stage has to run again."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -15,9 +15,9 @@ OUTCOME = (".safetensors", "results.json")  # the files that other stages read; 
 
 
 def made_from(stage: Stage, recipe: Recipe, outcomes: dict[str, str], external: dict) -> dict[str, Any]:
-    """All that decides a stage's result; its digest is the stage's key. `external`: see `external_inputs`."""
-    read = {"read": read_by(stage, outcomes)}
-    return {name: section(recipe, name) for name in stage.settings} | read | external.get(stage.name, {})
+    """Everything that determines a stage's result; its digest is the stage's key. `external`: see `external_inputs`."""
+    settings = {name: section(recipe, name) for name in stage.settings}
+    return {**settings, "read": read_by(stage, outcomes), **external.get(stage.name, {})}
 
 
 def read_by(stage: Stage, outcomes: dict[str, str]) -> dict[str, str]:
@@ -26,14 +26,15 @@ def read_by(stage: Stage, outcomes: dict[str, str]) -> dict[str, str]:
 
 
 def outcome_of(finished: Path) -> str:
-    """A hash of a finished stage's key and files: a damaged stage that runs again may differ, for instance on another GPU."""
+    """A hash of a finished stage's key and files. The key alone is not enough: a stage that runs again, for instance on
+    another GPU, may write different files."""
     content = checksums.read(finished)
     made = {name: entry["sha256"] for name, entry in content["artefacts"].items() if name.endswith(OUTCOME)}
     return files.digest({"key": content["key"], "made": made})
 
 
 def reason_to_run(finished: Path, made_from: dict, forced: bool = False) -> str | None:
-    """Why a stage has to run: "" if it never has, else what changed; None if it is finished, whole and unchanged."""
+    """Why a stage has to run: "" if it has not run before, else what changed. None if it is finished, intact and unchanged."""
     before = checksums.read(finished) or {}
     if before.get("key") != files.digest(made_from):
         if before:
@@ -47,7 +48,7 @@ def reason_to_run(finished: Path, made_from: dict, forced: bool = False) -> str 
 
 
 def difference(before: dict, now: dict, prefix: str = "") -> str:
-    """The first setting that differs, as `finetune.lr 0.1 -> 0.2`, or else the packages whose code does."""
+    """The first setting that differs, such as `finetune.lr 0.1 -> 0.2`, or else the packages whose code differs."""
     for key in sorted(before.keys() | now.keys(), key=lambda key: (key == "code", key)):
         old, new = before.get(key), now.get(key)
         if key == "code" and old != new:
@@ -62,8 +63,8 @@ def difference(before: dict, now: dict, prefix: str = "") -> str:
 
 
 def external_inputs(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Fingerprints by stage of what it reads from outside the run: model, data, tasks, the user's Python files, the
-    project's code. Raises `UserError` if one is missing."""
+    """Fingerprints, by stage, of its inputs from outside the run: model, data, tasks, the user's Python files and the project's
+    code. Raises `UserError` if one is missing."""
     external: dict[str, dict[str, Any]] = defaultdict(dict)
     for stage in STAGES.values():
         external[stage.name]["code"] = stage_code(stage, recipe)
@@ -87,13 +88,13 @@ def external_inputs(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 
 def stage_code(stage: Stage, recipe: Recipe) -> dict[str, str]:
-    """Hashes by package of the project's code that decides a stage's result; of the methods only the chosen ones."""
+    """Hashes, by package, of the project's code that determines a stage's result. Includes only the chosen methods."""
     modules = []
-    for key in registry.REGISTRIES:
+    for key, entries in registry.REGISTRIES.items():
         if key.partition(".")[0] in stage.settings:
-            implementation = registry.REGISTRIES[key].entry(registry.value_of(recipe, key)).implementation
+            implementation = entries.entry(registry.value_of(recipe, key)).implementation
             if isinstance(implementation, str):
                 modules.append(implementation.partition(":")[0])
-            else:  # a user's class: the project's classes that it extends
+            else:  # a user's class: its base classes in the project
                 modules += [base.__module__ for base in implementation.__mro__]
     return code.fingerprint(f"pipeline.stages.{stage.name}", *modules, without=stage.display)

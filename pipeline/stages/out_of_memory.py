@@ -1,4 +1,4 @@
-"""Owns the answer to a stage that runs out of memory: one line, with the key to change."""
+"""Reports a stage that runs out of memory in one line, with the key to change."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,28 +10,28 @@ from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError, one_line
 from pipeline.settings.schema import Recipe
 
-# how libraries that raise a plain RuntimeError say it
-SAID = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "_STATUS_NOT_INITIALIZED")
+# in the messages of libraries that raise a plain RuntimeError
+MESSAGES = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "_STATUS_NOT_INITIALIZED")
 
 
 @contextmanager
-def answered(stage: str, recipe: Recipe) -> Iterator[None]:
-    """Turns running out of memory inside into a `UserError`."""
+def as_user_error(stage: str, recipe: Recipe) -> Iterator[None]:
+    """Turns an out-of-memory error inside the block into a `UserError`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and not any(words in str(error) for words in SAID):
+        is_memory_error = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not is_memory_error and not any(message in str(error) for message in MESSAGES):
             raise
-        where = "the GPU has" if processes.device().type == "cuda" else "this machine has"
-        told = one_line(str(error).partition(". ")[0])[:120]
+        machine = "the GPU" if processes.device().type == "cuda" else "this machine"
+        reason = one_line(str(error).partition(". ")[0])[:120]
         raise UserError(
-            f"the {stage} stage: {where} too little memory: set {advice(stage, recipe)} ({told})"
+            f"the {stage} stage: {machine} has too little memory: set {advice(stage, recipe)} ({reason})"
         ) from error
 
 
 def advice(stage: str, recipe: Recipe) -> str:
-    """The setting that frees most for the least, of those that are not set yet."""
+    """The settings to change next: the cheapest that saves much memory and is not set yet."""
     if stage == "finetune":
         return _finetune(recipe)
     if stage == "pretrain":
@@ -52,14 +52,14 @@ def advice(stage: str, recipe: Recipe) -> str:
 
 
 def _finetune(recipe: Recipe) -> str:
-    settings, several = recipe.finetune, processes.world_size() > 1
+    settings = recipe.finetune
     if settings.batch_size % 2 == 0:
         return f"finetune.batch_size={settings.batch_size // 2} finetune.accumulate={2 * settings.accumulate}"
     if not settings.checkpoint_activations:
         return "finetune.checkpoint_activations=true"
-    if several and settings.strategy == "ddp" and not settings.quantize and settings.optimizer == "adamw":
-        return "finetune.strategy=fsdp"
-    frozen = not FINETUNE_METHODS.entry(settings.method).trains_weights
-    if frozen and settings.strategy == "ddp" and not settings.quantize:
-        return "finetune.quantize=nf4"
+    if settings.strategy == "ddp" and not settings.quantize:
+        if processes.world_size() > 1 and settings.optimizer == "adamw":
+            return "finetune.strategy=fsdp"
+        if not FINETUNE_METHODS.entry(settings.method).trains_weights:
+            return "finetune.quantize=nf4"
     return f"finetune.seq_len={settings.seq_len // 2}"

@@ -84,7 +84,7 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
     memory.free_memory()
     memory.reset_peak(processes.device())
     started, computed = time.perf_counter(), time.process_time()
-    with out_of_memory.answered(stage.name, recipe):
+    with out_of_memory.as_user_error(stage.name, recipe):
         MODULES[stage.name].run(recipe, work, inputs)
     cpu_seconds = sum(processes.all_ranks(time.process_time() - computed))
     memory_gib = max(processes.all_ranks(memory.peak_gib(processes.device())))

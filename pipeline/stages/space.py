@@ -1,4 +1,4 @@
-"""Estimates of the disk space that stages need, in bytes."""
+"""Estimates the disk space that stages need, in bytes."""
 
 import math
 import re
@@ -12,6 +12,7 @@ from pipeline.models import file_names, loading, model_files
 from pipeline.registry import FINETUNE_METHODS
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
+from pipeline.stages.export import last_model
 
 GIB = 2**30
 SMALL = 2**17  # tables, logs, a report
@@ -19,10 +20,10 @@ RUN = "the run"  # all of its stages
 
 
 def check(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> None:
-    """Raises `UserError` if the disk of `work` has no room for what the stage has still to write.
+    """Raises `UserError` if the disk of `work` has too little room for what the stage has yet to write.
 
-    For `RUN`, `work` is the run folder: its finished stages need nothing more, and all models are assumed to be as large as
-    the dense one.
+    For `RUN`, `work` is the run folder. Finished stages need nothing more, and all models are assumed to have the size of the
+    dense one.
     """
     stages, needed, free = estimate(stage, recipe, inputs, work)
     if needed > free:
@@ -33,7 +34,7 @@ def check(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> No
 
 
 def estimate(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> tuple[list[str], int, int]:
-    """The stages to run, the bytes that they have still to write, and the free bytes on the disk of `work`."""
+    """The stages to run, the bytes that they have yet to write, and the free bytes on the disk of `work`."""
     needs = {"prune": _prune, "reconstruct": _prune, "finetune": _finetune, "export": _export}
     stages, folders = [stage], [work]
     if stage == RUN:
@@ -46,10 +47,10 @@ def estimate(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) ->
 
 
 def _prune(recipe: Recipe, inputs: dict[str, Path]) -> int:
-    """The model (twice if its files name parameters differently: by layer, then converted), and a bit per weight twice: by
-    layer and in one file."""
+    """The model, and one bit per weight twice (by layer, then in one file). The model is written twice if its parameters have
+    other names in its files: by layer, then converted."""
     folder = loading.dense_folder(recipe, inputs)
-    exists = (folder / "config.json").is_file()  # False if a pretrain stage has still to write it
+    exists = (folder / "config.json").is_file()  # False if the pretrain stage has not written it yet
     copies = 2 if exists and file_names.converts(loading.skeleton(folder, recipe)) else 1
     shapes = _plain(folder, recipe) if loading.quantization(folder) else _shapes(folder)
     size = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype).itemsize
@@ -57,8 +58,8 @@ def _prune(recipe: Recipe, inputs: dict[str, Path]) -> int:
 
 
 def _finetune(recipe: Recipe, inputs: dict[str, Path]) -> int:
-    """The model; the trained weights in float32, best and last; and two checkpoints, each with both moments of the optimizer,
-    because a new one is written before the old one is removed."""
+    """The model, the best and the last trained weights in float32, and two checkpoints with both moments of the optimizer,
+    because a new checkpoint is written before the old one is removed."""
     origin = inputs["prune"] / "model" if "prune" in inputs else loading.dense_folder(recipe, inputs)
     shapes, settings = _shapes(origin), recipe.finetune
     method = FINETUNE_METHODS.entry(settings.method)
@@ -67,14 +68,13 @@ def _finetune(recipe: Recipe, inputs: dict[str, Path]) -> int:
 
 
 def _export(recipe: Recipe, inputs: dict[str, Path]) -> int:
-    """At most the model once more and a bit per weight: how much is pruned is known by matrix only."""
-    model = next((inputs[stage] for stage in ("finetune", "reconstruct", "prune") if stage in inputs), None)
-    shapes = _shapes(model / "model" if model else loading.dense_folder(recipe, inputs))
+    """At most the model and one bit per weight; pruned weights are not subtracted."""
+    shapes = _shapes(last_model(inputs) if "prune" in inputs else loading.dense_folder(recipe, inputs))
     return sum(count * itemsize + count // 8 for count, itemsize, _ in shapes) + SMALL
 
 
 def _plain(folder: Path, recipe: Recipe) -> list[tuple[int, int, int]]:
-    """As `_shapes`, for the dequantised weights of a quantised model."""
+    """Like `_shapes`, for the dequantised weights of a quantised model."""
     model = loading.skeleton(folder, recipe)
     itemsize = (model.config.dtype or torch.bfloat16).itemsize
     return [(p.numel(), itemsize, sum(p.shape) if p.dim() == 2 else 0) for p in model.parameters()]
@@ -91,7 +91,7 @@ def _shapes(folder: Path) -> list[tuple[int, int, int]]:
                     shape, bits = part.get_shape(), re.search(r"\d+", part.get_dtype())  # such as BF16
                     width = sum(shape) if len(shape) == 2 else 0
                     shapes.append((math.prod(shape), int(bits[0]) // 8 if bits else 1, width))
-        except (SafetensorError, OSError):  # a file of torch.save, or a damaged one, which loading will report
+        except (SafetensorError, OSError):  # written by torch.save, or damaged; loading reports the latter
             shapes.append((path.stat().st_size // 2 if path.exists() else 0, 2, 0))
     return shapes
 

@@ -1,4 +1,4 @@
-"""The speed stage: the last model of the run and its compact folder in, what each costs on this machine out."""
+"""The speed stage: measures the last model of the run and its compact folder on this machine."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from pipeline.stages.export import last_model
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
-    """Writes `results.json` (see `measure`) of the models "ordinary" and "compact". A finished stage keeps the figures of the
-    machine that measured them, wherever the run is resumed."""
+    """Writes `results.json`: the result of `measure` for the models "ordinary" and "compact". A finished stage keeps its
+    figures even if the run is resumed on another machine."""
     if processes.is_main():
         folders = {"ordinary": last_model(inputs), "compact": inputs["export"] / "compact"}
-        found = measure(folders, recipe.speed, recipe.trust_remote_code)
-        files.write_json(folder / "results.json", found)
-        for note in found["notes"]:
+        results = measure(folders, recipe.speed, recipe.trust_remote_code)
+        files.write_json(folder / "results.json", results)
+        for note in results["notes"]:
             processes.say(f"  {note}")

@@ -26,7 +26,7 @@ BAD = [
     (
         "prune",
         {"allocation": "owl"},
-        "allocation=owl shares out a ratio over the layers, which 2of4 is not: set sparsity=0.5",
+        "allocation=owl distributes a ratio over the layers, but sparsity=2of4 is not a ratio: set sparsity=0.5",
     ),
     ("prune", {"overrides": {"*nothing*": "dense"}}, "overrides: no matrix matches '*nothing*'"),
     ("prune", {"samples": 0}, "samples=0 is out of range"),

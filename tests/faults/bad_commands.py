@@ -65,8 +65,8 @@ CASES: dict[str, list[Case]] = {
         ),
     ],
     "Speed": [
-        Case("speed", "a model folder is needed, none given: run `python launch.py speed FOLDER [OTHER ...]`"),
-        Case("speed {here}/none", "none is not there: a model folder is needed"),
+        Case("speed", "a model folder is needed: run `python launch.py speed FOLDER [OTHER ...]`"),
+        Case("speed {here}/none", "none does not exist: a model folder is needed"),
         Case(f"speed {MASKS}", "masks.safetensors is a file: a model folder is needed"),
         Case("speed {here}/run", "has neither config.json nor compact.json: a model folder is needed"),
         Case("speed {here}/model speed.threads=0", "speed.threads=0 is out of range"),

@@ -1,4 +1,4 @@
-"""In which dtypes weights are kept, gathered and computed with."""
+"""The dtypes in which weights are stored, gathered and used."""
 
 from types import SimpleNamespace
 
@@ -35,12 +35,12 @@ def test_a_float16_checkpoint_trains_in_bfloat16_and_ends_in_float16(half_llama,
     recipe = settings(half_llama, "finetune.precision=bf16-mixed")
     model = finetune.load(half_llama, recipe)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    seen = []
+    dtypes = []
     for block in find_blocks(model):
-        block.module.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+        block.module.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         model(input_ids=torch.arange(8)[None])
-    assert set(seen) == {torch.bfloat16}  # with float16 norms the residual stream is float32
+    assert set(dtypes) == {torch.bfloat16}  # with float16 norms the residual stream would be float32
 
     (tmp_path / "prune").mkdir()
     prune.run(recipe, tmp_path / "prune", {})
@@ -50,18 +50,18 @@ def test_a_float16_checkpoint_trains_in_bfloat16_and_ends_in_float16(half_llama,
 
 
 @pytest.mark.parametrize(
-    "wanted, stored, loaded",
+    "precision, stored, loaded",
     [
         ("bf16-mixed", "float16", "bfloat16"),
         ("16-mixed", "bfloat16", "float16"),
         ("bf16-mixed", "bfloat16", None),
-        ("bf16-mixed", "float32", None),  # the user's word: 16 bits less
+        ("bf16-mixed", "float32", None),  # dtype=bfloat16 would convert it
         ("32-true", "float16", None),
         ("bf16-true", "float16", None),  # Lightning converts the whole model
     ],
 )
-def test_only_16_bits_of_the_other_kind_are_converted(wanted, stored, loaded):
-    assert frozen_dtype(settings("m", f"finetune.precision={wanted}").finetune, stored) == loaded
+def test_only_the_other_16_bit_dtype_is_converted(precision, stored, loaded):
+    assert frozen_dtype(settings("m", f"finetune.precision={precision}").finetune, stored) == loaded
 
 
 def test_a_gpu_that_only_emulates_bfloat16_trains_in_float16(monkeypatch):
@@ -80,22 +80,22 @@ def mesh():
 
 
 def test_sharded_weights_are_kept_in_float32_and_gathered_in_bfloat16(half_llama, mesh):
-    """Under autocast alone, each weight's bfloat16 copy would be saved for backward, whole on every GPU."""
+    """Under autocast alone, each GPU would keep unsharded bfloat16 copies of all weights for backward."""
     model = AutoModelForCausalLM.from_pretrained(half_llama, dtype="auto")
-    kept = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+    original = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
     sharding.shard_(model, mesh, torch.bfloat16, float32=True)
     for name, parameter in model.named_parameters():
-        assert parameter.dtype == torch.float32 and torch.equal(parameter.full_tensor(), kept[name])
-    seen = []
-    hook = lambda module, args: seen.append(module.weight.dtype)  # noqa: E731
-    model.model.layers[0].mlp.up_proj.register_forward_pre_hook(hook)
+        assert parameter.dtype == torch.float32 and torch.equal(parameter.full_tensor(), original[name])
+    dtypes = []
+    up_proj = model.model.layers[0].mlp.up_proj
+    up_proj.register_forward_pre_hook(lambda module, args: dtypes.append(module.weight.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         model(input_ids=torch.arange(8)[None]).logits.float().sum().backward()
-    assert seen == [torch.bfloat16]
+    assert dtypes == [torch.bfloat16]
     assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_only_rank_0_keeps_what_is_gathered(half_llama, monkeypatch):
+def test_only_rank_0_keeps_the_gathered_weights(half_llama, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(half_llama)
     assert sharding.gather_trained(model).keys() == dict(model.named_parameters()).keys()
     monkeypatch.setattr(processes, "is_main", lambda: False)

@@ -1,4 +1,4 @@
-"""What export and speed found is told as it is: gains and losses alike, and nothing where nothing was measured."""
+"""The report and `compare` show the results of export and speed, losses included, if the stages ran."""
 
 import json
 
@@ -21,7 +21,7 @@ def rates(*values: float) -> dict:
 
 
 def make_speed(gain: float = 1.8, kernels: str | None = "avx512") -> dict:
-    """Of three turns, the machine twice as fast in the last one."""
+    """Three repeats; the machine is twice as fast in the last one."""
     models = {}
     for name, factor in (("ordinary", 1.0), ("compact", gain)):
         models[name] = {
@@ -45,7 +45,7 @@ def make_speed(gain: float = 1.8, kernels: str | None = "avx512") -> dict:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "speed", "says"),
+    ("sizes", "speed", "sentence"),
     [
         (None, None, ""),
         (SIZES, None, "The compact folder has 0.62× the bytes of the ordinary one."),
@@ -54,11 +54,12 @@ def make_speed(gain: float = 1.8, kernels: str | None = "avx512") -> dict:
         (SIZES, make_speed(1.0), "and 1.00× its decode speed at batch 1"),
     ],
 )
-def test_the_headline_says_slower_of_what_is_slower(sizes, speed, says):
-    assert says in costs.headline(sizes, speed) and bool(says) == bool(costs.headline(sizes, speed))
+def test_the_headline_states_gains_and_losses(sizes, speed, sentence):
+    headline = costs.headline(sizes, speed)
+    assert sentence in headline and bool(sentence) == bool(headline)
 
 
-def test_ratios_are_of_each_turn():
+def test_ratios_are_within_each_repeat():
     assert costs.speed_ratio(make_speed(1.8)) == pytest.approx(1.8)
     assert costs.speed_ratio({"models": {"ordinary": {"decode": {}}, "compact": {"decode": {}}}}) is None
     header, rows = costs.table(SIZES, make_speed())
@@ -68,20 +69,20 @@ def test_ratios_are_of_each_turn():
     assert costs.products(make_speed())[1] == [["48 x 32", "6", "1", "20.0", "11.1", "1.80×"]]
 
 
-def test_a_machine_without_kernels_is_said():
+def test_missing_kernels_and_notes_are_shown():
     assert "no kernels for compact matrices" in costs.circumstances(make_speed(0.3, kernels=None))[0]
     assert "Prompts are cut to the model's 128 positions." in costs.circumstances(make_speed())[0]
-    assert "75% are those of ordinary" in costs.circumstances(make_speed())[1]
+    assert "75% equal those of ordinary" in costs.circumstances(make_speed())[1]
 
 
-def test_a_report_without_the_stages_says_how_to_get_them(tmp_path):
+def test_a_report_without_the_stages_says_how_to_run_them(tmp_path):
     page, text = write_report(tmp_path, make_results(*PLAIN))
     for found in (Page(page).text, text):
         assert "stages=[prune,finetune,export,evaluate,speed,report]" in found
         assert "Size and speed" not in found and "compact folder has" not in found
 
 
-def test_runs_are_compared_with_what_they_have(tmp_path):
+def test_compare_shows_the_speed_of_runs_that_have_it(tmp_path):
     for name, method, gain in (("a", "wanda", 1.8), ("b", "magnitude", 0.9), ("c", "sparsegpt", None)):
         write_run(tmp_path / name, f"prune.method={method}")
         if gain:
@@ -101,10 +102,10 @@ def test_runs_are_compared_with_what_they_have(tmp_path):
 
 
 def write_costs(run, speed: dict) -> None:
-    """The stages export and speed of a finished run, of the models that it evaluated."""
-    about = checksums.read(run / "evaluate")
+    """Adds the stages export and speed, made from the evaluated models, to a finished run."""
+    evaluated = checksums.read(run / "evaluate")
     read = {"prune": "1", "finetune": "2"}
-    checksums.write(run / "evaluate", about | {"made_from": {"read": read}})
+    checksums.write(run / "evaluate", evaluated | {"made_from": {"read": read}})
     for stage, file, what in (("export", "sizes.json", SIZES), ("speed", "results.json", speed)):
         (run / stage).mkdir()
         checksums.write(run / stage, {"made_from": {"read": read | ({"export": "3"} if stage == "speed" else {})}})

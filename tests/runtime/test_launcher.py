@@ -1,4 +1,4 @@
-"""Which GPU a process takes."""
+"""The GPU of a process."""
 
 import re
 from types import SimpleNamespace
@@ -13,9 +13,9 @@ from pipeline.runtime.errors import UserError
 
 @pytest.fixture
 def node(monkeypatch):
-    """This process on a node of GPUs: its local rank, the processes there, and how many GPUs it sees."""
+    """Simulates a process on a GPU node, by its local rank, the processes per node, and the visible GPUs."""
 
-    def see(local_rank: int, processes: int, gpus: int, uuid: str = "a") -> None:
+    def simulate(local_rank: int, processes: int, gpus: int, uuid: str = "a") -> None:
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -23,10 +23,10 @@ def node(monkeypatch):
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuid))
 
-    return see
+    return simulate
 
 
-def test_a_task_that_sees_one_gpu_has_that_and_two_cannot_share_one(node):
+def test_a_process_uses_its_only_visible_gpu_and_two_cannot_share_one(node):
     store = dist.HashStore()
     node(3, 8, 8)
     launcher.set_device(store)

@@ -1,4 +1,4 @@
-"""A run with the stages export and speed, and the command: what they write, what the report says of it, what is refused."""
+"""The stages export and speed, their part of the report, and the command `speed`."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from pipeline.reporting import costs
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe, Speed
 from pipeline.speed import measure, worker
-from pipeline.speed.process import CannotMeasure, started
+from pipeline.speed.process import MeasurementError, start_processes
 from pipeline.stages import space
 from tests import families
 from tests.conftest import QUICK, espalier, typing
@@ -42,14 +42,14 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def run(tiny_llama, tmp_path_factory) -> tuple[Path, str]:
-    """The folder of a run that a user typed, and what was seen."""
+    """The folder of a run by the command, and its output."""
     folder = tmp_path_factory.mktemp("speed") / "run"
     return folder, espalier(*SETTINGS, f"model={tiny_llama}", f"run_dir={folder}")
 
 
 @pytest.fixture
-def again(run, tmp_path, tiny_llama, monkeypatch, capsys):
-    """A copy of the run, and its command once more in this process."""
+def repeat(run, tmp_path, tiny_llama, monkeypatch, capsys):
+    """A copy of the run, and a function that runs its command again in this process."""
     folder = shutil.copytree(run[0], tmp_path / "run")
     settings = (*SETTINGS, f"model={tiny_llama}", f"run_dir={folder}")
     return folder, typing(settings, monkeypatch, capsys)
@@ -71,67 +71,66 @@ def test_the_compact_folder_is_the_last_model(run):
     assert 0 < space.estimate("export", Recipe(), inputs, folder / ".export")[1] - written < 2 * space.SMALL
     card = (folder / "export/compact/README.md").read_text()
     assert "espalier.load_compact" in card and "layers reconstructed" in card
-    assert "`espalier export` writes it" in (folder / "prune/model/README.md").read_text()
+    assert "`espalier export` writes a" in (folder / "prune/model/README.md").read_text()
 
 
 @pytest.mark.slow
-def test_what_was_measured(run):
-    found = json.loads((run[0] / "speed/results.json").read_text())
-    assert list(found["models"]) == ["ordinary", "compact"]
-    for name, about in found["models"].items():
-        assert about["format"] == name and about["dtype"] == "float32"
-        assert all(about[key] > 0 for key in ("file_bytes", "memory_bytes", "load_seconds"))
-        assert about["first_token_seconds"] >= about["load_seconds"]
-        assert list(about["prefill"]) == ["16", "128"] and list(about["decode"]) == ["1", "2"]
-        for rates in (*about["prefill"].values(), *about["decode"].values()):
+def test_the_results_of_the_speed_stage(run):
+    results = json.loads((run[0] / "speed/results.json").read_text())
+    assert list(results["models"]) == ["ordinary", "compact"]
+    for name, model in results["models"].items():
+        assert model["format"] == name and model["dtype"] == "float32"
+        assert all(model[key] > 0 for key in ("file_bytes", "memory_bytes", "load_seconds"))
+        assert model["first_token_seconds"] >= model["load_seconds"]
+        assert list(model["prefill"]) == ["16", "128"] and list(model["decode"]) == ["1", "2"]
+        for rates in (*model["prefill"].values(), *model["decode"].values()):
             assert len(rates["all"]) == 2 and 0 < rates["least"] <= rates["median"] <= rates["most"]
-    shapes = {(row["shape"], row["tokens"]): row for row in found["products"]}
-    assert {tokens for _, tokens in shapes} == {1, 4, 16}
-    assert (
-        shapes["48 x 32", 4]["matrices"] == 6 and shapes["48 x 32", 4]["microseconds"].keys() == found["models"].keys()
-    )
-    assert found["settings"] == {"repeats": 2, "prompt": 16, "new_tokens": 112, "threads": 1}
-    assert "prompts are cut to the model's 128 positions" in found["notes"]
-    assert "112 tokens are generated, not 200: the model has 128 positions" in found["notes"]
-    assert found["same_tokens"] == {"compact": 1.0}
-    machine = found["machine"]
+    products = {(row["shape"], row["tokens"]): row for row in results["products"]}
+    assert {tokens for _, tokens in products} == {1, 4, 16}
+    product = products["48 x 32", 4]
+    assert product["matrices"] == 6 and product["microseconds"].keys() == results["models"].keys()
+    assert results["settings"] == {"repeats": 2, "prompt": 16, "new_tokens": 112, "threads": 1}
+    assert "prompts are cut to the model's 128 positions" in results["notes"]
+    assert "112 tokens are generated, not 200: the model has 128 positions" in results["notes"]
+    assert results["same_tokens"] == {"compact": 1.0}
+    machine = results["machine"]
     assert machine["threads"] == 1 and machine["torch"] == torch.__version__ and "cores" in machine["hardware"]
     assert set(machine["flags"]) <= kernels.cpu_flags()
 
 
 @pytest.mark.slow
-def test_the_report_and_the_terminal_tell_it(run):
-    folder, seen = run
+def test_the_report_and_the_terminal_show_the_results(run):
+    folder, output = run
     sizes, speed = (json.loads((folder / name).read_text()) for name in ("export/sizes.json", "speed/results.json"))
-    assert "Size and speed" in seen and "decode, batch 1, tokens/s" in seen
+    assert "Size and speed" in output and "decode, batch 1, tokens/s" in output
     page, text = ((folder / "report" / name).read_text() for name in ("report.html", "report.md"))
-    for found in (page, text):
-        assert costs.headline(sizes, speed) in found
+    for report in (page, text):
+        assert costs.headline(sizes, speed) in report
         for label in ("pruned matrices, MiB", "memory, MiB", "prefill of 128, tokens/s", "decode, batch 2, tokens/s"):
-            assert label in found
-        assert "Prompts are cut to the model's 128 positions." in found
-        assert "export/compact" in found and "Products by shape of the matrix" in found
+            assert label in report
+        assert "Prompts are cut to the model's 128 positions." in report
+        assert "export/compact" in report and "Products by shape of the matrix" in report
     assert "The compact model against the ordinary one" in page
 
 
 @pytest.mark.slow
-def test_finished_stages_keep_their_figures_and_a_half_export_is_made_again(again, run):
-    folder, command = again
-    code, said, _ = command()
-    assert code == 0 and said.count("done before") == len(STAGES)
+def test_finished_stages_keep_their_figures_and_an_incomplete_export_is_repeated(repeat, run):
+    folder, command = repeat
+    code, output, _ = command()
+    assert code == 0 and output.count("done before") == len(STAGES)
     measured = (folder / "speed/results.json").read_bytes()
     shutil.copytree(folder / "export/compact", folder / ".export/.compact.part/more")  # as after kill -9
-    code, said, lines = command("rerun=export")
+    code, output, lines = command("rerun=export")
     assert code == 0, lines
-    assert said.count("done before") == len(STAGES) - 1 and not list(folder.rglob(".*part"))
+    assert output.count("done before") == len(STAGES) - 1 and not list(folder.rglob(".*part"))
     for path in (run[0] / "export/compact").iterdir():
         assert (folder / "export/compact" / path.name).read_bytes() == path.read_bytes(), path.name
     assert (folder / "speed/results.json").read_bytes() == measured
 
 
 @pytest.mark.slow
-def test_what_export_refuses_is_one_line(again, monkeypatch):
-    folder, command = again
+def test_an_export_error_is_one_line(repeat, monkeypatch):
+    _, command = repeat
     monkeypatch.setattr("pipeline.compact.file_format.DTYPES", {})
     code, _, lines = command("rerun=export")
     assert code == 2 and len(lines) == 1
@@ -139,17 +138,16 @@ def test_what_export_refuses_is_one_line(again, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compare_has_size_and_speed_of_runs_that_have_them(run, tmp_path, capsys):
+def test_compare_shows_size_and_speed_of_runs_that_have_them(run, tmp_path, capsys):
     compare.main([str(run[0]), f"out={tmp_path}/out"])
     text = (tmp_path / "out/compare.md").read_text()
     assert "size on disk, × of the ordinary folder" in text and "compare_speed.svg" in text
     assert "perplexity" in (tmp_path / "out/compare_speed.svg").read_text()
-    seen = capsys.readouterr().out
-    assert "decode speed, ×" in seen
+    assert "decode speed, ×" in capsys.readouterr().out
     older = shutil.copytree(run[0], tmp_path / "older")
-    about = json.loads((older / "speed/stage.json").read_text())
-    about["made_from"]["read"]["prune"] = "of another command"
-    (older / "speed/stage.json").write_text(json.dumps(about))
+    stage = json.loads((older / "speed/stage.json").read_text())
+    stage["made_from"]["read"]["prune"] = "hash of another model"
+    (older / "speed/stage.json").write_text(json.dumps(stage))
     compare.main([str(older), f"out={tmp_path}/two"])
     text = (tmp_path / "two/compare.md").read_text()
     assert "size on disk" in text and "decode speed" not in text and not (tmp_path / "two/compare_speed.svg").exists()
@@ -163,24 +161,24 @@ def test_the_command_without_a_compiler(run, tmp_path, monkeypatch, capsys):
     chosen = ["speed.repeats=1", "speed.batches=[1]", "speed.prompt_lengths=[]", "speed.new_tokens=4"]
     kernels.load.cache_clear()
     try:
-        assert main(["speed", *folders, *chosen, f"out={tmp_path}/found.json"]) == 0
+        assert main(["speed", *folders, *chosen, f"out={tmp_path}/speed.json"]) == 0
     finally:
         kernels.load.cache_clear()
-    seen = capsys.readouterr().out
-    assert "no kernels for compact matrices" in seen and "expands each matrix that it uses" in seen
-    assert f"1  {folders[0]}: ordinary, float32" in seen and f"2  {folders[1]}: compact, float32" in seen
-    assert "prefill" not in seen and "48 x 32" in seen
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert list(found["models"]) == folders and found["machine"]["kernels"] is None
+    output = capsys.readouterr().out
+    assert "no kernels for compact matrices" in output and "expands each matrix that it uses" in output
+    assert f"1  {folders[0]}: ordinary, float32" in output and f"2  {folders[1]}: compact, float32" in output
+    assert "prefill" not in output and "48 x 32" in output
+    results = json.loads((tmp_path / "speed.json").read_text())
+    assert list(results["models"]) == folders and results["machine"]["kernels"] is None
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_is_one_line_and_none_is_left(run):
+def test_a_process_that_dies_is_reported_and_none_survives(run):
     folder = run[0] / "export/compact"
-    with started({"one": folder, "two": folder}) as running:
+    with start_processes({"one": folder, "two": folder}) as running:
         one, two = running.values()
         assert one.ask("load", str(folder), 1, False)["format"] == "compact"
-        with pytest.raises(CannotMeasure):
+        with pytest.raises(MeasurementError):
             one.ask("prefill", -1)
         assert one.ask("prefill", 4) > 0
         workers = [it for it in psutil.Process().children(recursive=True) if "pipeline.speed.worker" in it.cmdline()]
@@ -190,12 +188,12 @@ def test_a_process_that_dies_is_one_line_and_none_is_left(run):
         with pytest.raises(UserError, match=f"the process that measured {folder} ended"):
             two.ask("prefill", 4)
     deadline = time.monotonic() + 20
-    while any(map(lives, workers)):
+    while any(map(is_alive, workers)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def lives(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -214,9 +212,9 @@ def test_bad_input_to_the_command_is_one_line(tiny_llama, tmp_path, capsys):
     bare = shutil.copytree(tiny_llama, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     damaged = shutil.copytree(tiny_llama, tmp_path / "damaged")
     (damaged / "compact.json").write_text("{}")
-    for arguments, says in {
-        (): "a model folder is needed, none given",
-        (tmp_path / "none",): "none is not there: a model folder is needed",
+    for arguments, message in {
+        (): "a model folder is needed",
+        (tmp_path / "none",): "none does not exist: a model folder is needed",
         (tmp_path / "masks.safetensors",): "masks.safetensors is a file: a model folder is needed",
         (tmp_path / "empty",): "has neither config.json nor compact.json",
         (bare,): "has no weights",
@@ -225,30 +223,30 @@ def test_bad_input_to_the_command_is_one_line(tiny_llama, tmp_path, capsys):
         (tiny_llama, "speed.batches=[0]"): "speed.batches=0 is out of range",
         (tiny_llama, "repeats=3"): "unknown key 'repeats'",
     }.items():
-        assert says in refused(capsys, *arguments)
+        assert message in refused(capsys, *arguments)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "mamba"])
 def test_other_families_are_measured(family, tmp_path):
-    """Matrices that are stored transposed, experts, a model without positions."""
+    """Transposed matrices, experts, and a model without a limit of positions."""
     families.save(family, tmp_path)
-    one, threads = worker.Worker(), torch.get_num_threads()
+    measured = worker.Worker()
     try:
-        about = one.load(str(tmp_path), threads, False)
-        assert about["generates"] and (about["positions"] is None) == (family == "mamba")
-        assert one.prefill(20) > 0
-        seconds, tokens = one.decode(2, 16, 5)
+        model = measured.load(str(tmp_path), torch.get_num_threads(), False)
+        assert model["generates"] and (model["positions"] is None) == (family == "mamba")
+        assert measured.prefill(20) > 0
+        seconds, tokens = measured.decode(2, 16, 5)
         assert seconds > 0 and len(tokens) == 5
-        assert all(count >= 1 and total > 0 for count, total in one.products(4).values())
+        assert all(count >= 1 and total > 0 for count, total in measured.products(4).values())
     finally:
-        torch.set_grad_enabled(True)  # which a worker, in a process of its own, leaves off
+        torch.set_grad_enabled(True)  # `load` turns gradients off for its process
 
 
-def test_what_a_model_cannot_do_is_noted():
+def test_a_note_says_what_a_model_does_not_support():
     notes = []
     assert measure._new_tokens({"a": {"generates": True}, "b": {"generates": False}}, Speed(), None, notes) == 0
     assert notes.pop() == "decoding was not measured: b cannot generate"
     assert measure._new_tokens({"a": {"generates": True}}, Speed(), 16, notes) == 0
-    assert "16 positions have no room" in notes.pop()
+    assert "16 positions are too few" in notes.pop()
     assert measure._new_tokens({"a": {"generates": True}}, Speed(new_tokens=5), 2048, notes) == 5
     assert measure._clipped([5, 2], None, notes) == [2, 5] and not notes

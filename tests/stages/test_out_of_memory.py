@@ -1,4 +1,4 @@
-"""Whatever stage runs out of memory says in one line which key to change, and what is needed is known before."""
+"""A stage that runs out of memory names the key to change; the memory plan and the checkpoint interval."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from pipeline.stages import out_of_memory, prune
 from tests.conftest import QUICK
 from tests.engine.test_decoder import small_model
 
-FULL = ["finetune.batch_size=1", "finetune.checkpoint_activations=true"]
+LOW_MEMORY = ["finetune.batch_size=1", "finetune.checkpoint_activations=true"]
 
 
 @pytest.mark.parametrize(
@@ -25,9 +25,9 @@ FULL = ["finetune.batch_size=1", "finetune.checkpoint_activations=true"]
         ("prune", [], "calibration.batch_size=1"),
         ("prune", ["calibration.batch_size=1"], "calibration.seq_len=16"),
         ("finetune", [], "finetune.batch_size=2 finetune.accumulate=2"),
-        ("finetune", FULL[:1], "finetune.checkpoint_activations=true"),
-        ("finetune", FULL, "finetune.quantize=nf4"),
-        ("finetune", [*FULL, "finetune.method=full"], "finetune.seq_len=16"),
+        ("finetune", LOW_MEMORY[:1], "finetune.checkpoint_activations=true"),
+        ("finetune", LOW_MEMORY, "finetune.quantize=nf4"),
+        ("finetune", [*LOW_MEMORY, "finetune.method=full"], "finetune.seq_len=16"),
         ("evaluate", [], "evaluate.batch_size=1"),
     ],
 )
@@ -35,9 +35,9 @@ def test_one_line_says_which_key_to_change(tiny_llama, stage, more, key):
     recipe = reader.load([*QUICK, f"model={tiny_llama}", *more])
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("cuBLAS: ALLOC_FAILED")):
         line = f"{stage} stage: this machine has too little memory: set {key} "
-        with pytest.raises(UserError, match=line), out_of_memory.answered(stage, recipe):
+        with pytest.raises(UserError, match=line), out_of_memory.as_user_error(stage, recipe):
             raise error
-    with pytest.raises(RuntimeError, match="another"), out_of_memory.answered(stage, recipe):
+    with pytest.raises(RuntimeError, match="another"), out_of_memory.as_user_error(stage, recipe):
         raise RuntimeError("another")
 
 
@@ -50,21 +50,21 @@ def test_the_command_ends_in_that_line(tiny_llama, tmp_path, refused, monkeypatc
 
 
 def test_hessians_are_counted(capsys):
-    """In float64 by bands, and six float32 ones to factor the largest: of attention, gate and up, and down."""
+    """Hessians in float64 in bands, and six float32 matrices to factor the largest: attention, gate and up, down."""
     model = small_model("llama")
     blocks = find_blocks(model)
     inner, hidden = blocks[0].module.mlp.up_proj.weight.shape
-    batches, found = [torch.zeros(1, 8, dtype=torch.int32)], []
+    batches, planned = [torch.zeros(1, 8, dtype=torch.int32)], []
     for method in (Wanda, SparseGpt):
         observe = method(Prune(), {}).observe
         calibration.plan_memory(model, batches, "auto", observe=observe)
-        found.append(calibration._statistics(calibration.matrices(blocks[0], blocks), observe) * memory.GIB)
-    assert found[0] == 8 * (2 * hidden + inner)
-    assert found[1] == 8 * (2 * hidden**2 + inner**2) + 24 * max(hidden, inner) ** 2  # one band at this size
+        planned.append(calibration._statistics(calibration.matrices(blocks[0], blocks), observe) * memory.GIB)
+    assert planned[0] == 8 * (2 * hidden + inner)
+    assert planned[1] == 8 * (2 * hidden**2 + inner**2) + 24 * max(hidden, inner) ** 2  # one band at this size
     assert "to compute with" in capsys.readouterr().out
 
 
-def test_slow_checkpoints_take_a_twentieth_of_the_time(tmp_path, monkeypatch):
+def test_slow_checkpoints_take_a_twentieth_of_the_training_time(tmp_path, monkeypatch):
     now, saved = [0.0], []
     monkeypatch.setattr("callbacks.checkpointer.time.monotonic", lambda: now[0])
 
@@ -73,11 +73,11 @@ def test_slow_checkpoints_take_a_twentieth_of_the_time(tmp_path, monkeypatch):
 
         def save_checkpoint(self, path, weights_only):
             saved.append(self.global_step)
-            now[0] += self.takes
+            now[0] += self.seconds
 
-    for takes, expected in ((1.0, list(range(2, 61, 2))), (30.0, [2, 22, 42, 60])):
+    for seconds, expected in ((1.0, list(range(2, 61, 2))), (30.0, [2, 22, 42, 60])):
         trainer, saver = Trainer(), Checkpointer(tmp_path, every=2)
-        trainer.takes = takes
+        trainer.seconds = seconds
         saved.clear()
         saver.on_train_start(trainer, None)
         for step in range(1, 61):
