@@ -42,15 +42,16 @@ class BlockPruner:
         for key, members in _by_input(block_matrices, observed, patterns).items():
             weights = {name: matrix.weight_OI for name, matrix in members.items()}
             total, first = observed.totals.pop(key), next(iter(members.values()))
-            if first.routed and observed.tokens[key] < FEW_TOKENS:
+            if few := first.routed and observed.tokens[key] < FEW_TOKENS:
                 undersampled += [f"{name} ({observed.tokens[key]})" for name in members]
                 # as if all input features had the same norm
                 total = self.method.observe(torch.eye(first.weight_OI.shape[1], device=total.device)).double()
             check_finite(weights, total)
-            inputs.append((weights, total, observed.samples[key]))
-        self.method.compare_layer([(weights, total) for weights, total, _ in inputs])
+            inputs.append((weights, total, observed.samples[key], few))
+        # such experts have scores on a scale of their own
+        self.method.compare_layer([(weights, total) for weights, total, _, few in inputs if not few])
         while inputs:  # a sum is dropped as soon as its matrices are pruned
-            weights, total, sample_NI = inputs.pop(0)
+            weights, total, sample_NI, _ = inputs.pop(0)
             dense_OI = {name: weight.clone() for name, weight in weights.items()}
             masks_OI = self.method.prune(weights, total)
             for name, weight_OI in weights.items():
