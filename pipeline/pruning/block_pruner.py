@@ -6,6 +6,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from pipeline import registry
 from pipeline.engine.block_files import BlockResult
 from pipeline.engine.blocks import Block
 from pipeline.engine.matrices import Matrix, matrices
@@ -58,7 +59,7 @@ class BlockPruner:
                 mask_OI, matrix = masks_OI[name], block_matrices[name]
                 pattern = self.method.pattern(name, mask_OI)
                 if problem := pattern.violation(mask_OI):
-                    raise UserError(f"{type(self.method).__name__} on {name}: {problem}")
+                    raise UserError(f"{self._label()} on {name}: {problem}: set another prune.method or prune.sparsity")
                 masks.add(name, matrix.stored(mask_OI), str(pattern), matrix.transposed)
                 sparsity, error = 1 - mask_OI.count_nonzero().item() / mask_OI.numel(), None
                 if len(sample_NI):  # empty for an expert that no token of this rank reached
@@ -68,9 +69,15 @@ class BlockPruner:
                 )
         if undersampled:
             processes.say(f"  fewer than {FEW_TOKENS} tokens, so pruned by weight alone: {', '.join(undersampled)}")
+        if empty := [name for name in masks if not masks.packed[name].kept]:
+            processes.say(f"  no weight is left in {len(empty)} matrices of this layer, such as {empty[0]}")
         for name in patterns.keys() & (block_matrices.keys() - observed.shared_input_key.keys()):
             processes.say(f"  stays dense, the calibration text never reaches it: {name}")
         return masks, rows
+
+    def _label(self) -> str:
+        settings = self.method.settings
+        return registry.pruned_with({key: getattr(settings, key.partition(".")[2]) for key in registry.PRUNING})
 
     def _log(self, walk: LayerWalk, block: Block, masks: Masks, rows: list[dict]) -> dict:
         seconds, sparsity = time.perf_counter() - self.started, masks.sparsity()

@@ -137,3 +137,13 @@ def test_experts_with_few_tokens_are_not_compared_with_the_layer():
     assert masks.sparsity() == pytest.approx(0.5, abs=0.01)
     experts = [mask for name, mask in masks.items() if ".experts." in name]
     assert experts and all((mask.sum(1) == mask.shape[1] // 2).all() for mask in experts)
+
+
+def test_matrices_that_lose_all_their_weights_are_reported(capsys):
+    model = small_model("llama")
+    model.model.layers[1].mlp.down_proj.weight.data *= 1e-6
+    windows = torch.randint(3, 61, (4, 24), generator=torch.Generator().manual_seed(0))
+    masks = espalier.prune(model, calibration=windows, sparsity=0.5, group="layer")
+    assert not masks["model.layers.1.mlp.down_proj.weight"].any()
+    output = capsys.readouterr().out
+    assert "matrices of this layer, such as model.layers.1." in output and "no weight is left in" in output
