@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from pipeline import registry
 from pipeline.data import sources, world
 from pipeline.engine.blocks import find_blocks
 from pipeline.engine.coverage import Coverage
@@ -93,7 +94,8 @@ def _print_model(recipe: Recipe, model: nn.Module) -> None:
         return
     settings, calibrated = recipe.prune, recipe.calibration
     patterns = allocate(blocks, settings)
-    print(f"prune: {settings.method}, {settings.sparsity}, {len(patterns)} matrices")
+    steps = [it for key in registry.PRUNING if (it := registry.value_of(recipe, key)) != registry.NONE]
+    print(f"prune: {' + '.join(steps)}, {settings.sparsity}, {len(patterns)} matrices")
     for name, text in Coverage(coverage_entries(model, blocks), patterns.keys()).describe(patterns):
         print(f"  {name}: {text}")
     windows = torch.empty(calibrated.samples, calibrated.seq_len, dtype=torch.int32, device="meta")

@@ -6,6 +6,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from pipeline import registry
 from pipeline.engine.block_files import BlockResult
 from pipeline.engine.blocks import Block
 from pipeline.engine.matrices import Matrix, matrices
@@ -42,22 +43,23 @@ class BlockPruner:
         for key, members in _by_input(block_matrices, observed, patterns).items():
             weights = {name: matrix.weight_OI for name, matrix in members.items()}
             total, first = observed.totals.pop(key), next(iter(members.values()))
-            if first.routed and observed.tokens[key] < FEW_TOKENS:
+            if few := first.routed and observed.tokens[key] < FEW_TOKENS:
                 undersampled += [f"{name} ({observed.tokens[key]})" for name in members]
                 # as if all input features had the same norm
                 total = self.method.observe(torch.eye(first.weight_OI.shape[1], device=total.device)).double()
             check_finite(weights, total)
-            inputs.append((weights, total, observed.samples[key]))
-        self.method.compare_layer([(weights, total) for weights, total, _ in inputs])
+            inputs.append((weights, total, observed.samples[key], few))
+        # such experts have scores on a scale of their own
+        self.method.compare_layer([(weights, total) for weights, total, _, few in inputs if not few])
         while inputs:  # a sum is dropped as soon as its matrices are pruned
-            weights, total, sample_NI = inputs.pop(0)
+            weights, total, sample_NI, _ = inputs.pop(0)
             dense_OI = {name: weight.clone() for name, weight in weights.items()}
             masks_OI = self.method.prune(weights, total)
             for name, weight_OI in weights.items():
                 mask_OI, matrix = masks_OI[name], block_matrices[name]
                 pattern = self.method.pattern(name, mask_OI)
                 if problem := pattern.violation(mask_OI):
-                    raise UserError(f"{type(self.method).__name__} on {name}: {problem}")
+                    raise UserError(f"{self._label()} on {name}: {problem}: set another prune.method or prune.sparsity")
                 masks.add(name, matrix.stored(mask_OI), str(pattern), matrix.transposed)
                 sparsity, error = 1 - mask_OI.count_nonzero().item() / mask_OI.numel(), None
                 if len(sample_NI):  # empty for an expert that no token of this rank reached
@@ -67,9 +69,15 @@ class BlockPruner:
                 )
         if undersampled:
             processes.say(f"  fewer than {FEW_TOKENS} tokens, so pruned by weight alone: {', '.join(undersampled)}")
+        if empty := [name for name in masks if not masks.packed[name].kept]:
+            processes.say(f"  no weight is left in {len(empty)} matrices of this layer, such as {empty[0]}")
         for name in patterns.keys() & (block_matrices.keys() - observed.shared_input_key.keys()):
             processes.say(f"  stays dense, the calibration text never reaches it: {name}")
         return masks, rows
+
+    def _label(self) -> str:
+        settings = self.method.settings
+        return registry.pruned_with({key: getattr(settings, key.partition(".")[2]) for key in registry.PRUNING})
 
     def _log(self, walk: LayerWalk, block: Block, masks: Masks, rows: list[dict]) -> dict:
         seconds, sparsity = time.perf_counter() - self.started, masks.sparsity()

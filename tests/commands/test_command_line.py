@@ -126,6 +126,8 @@ def test_plan_predicts_what_a_run_does_and_writes_nothing(asked, tiny_llama, tmp
     output = asked("plan", *chosen, "prune.sparsity=0.5")
     assert "prune: runs again: prune.sparsity 2of4 -> 0.5" in output
     assert "evaluate: runs again, unless prune has the same outcome and no setting has changed" in output
+    output = asked("plan", *chosen, "prune.refine=swaps", "prune.update=least_squares")
+    assert "prune: wanda + swaps + least_squares, 2of4, 21 matrices" in output
     output = asked("plan", *chosen, "evaluate.windows=2")
     assert "prune: done before" in output and "evaluate: runs again: evaluate.windows None -> 2" in output
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

@@ -320,3 +320,14 @@ def test_damaged_weights_are_named_by_an_allocation_too(tiny_llama, tmp_path, al
     save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight holds weights that are not finite"):
         pruned(tmp_path / "model", tmp_path / "p", f"prune.allocation={allocation}", "prune.sparsity=0.5")
+
+
+def test_a_mask_that_breaks_its_pattern_is_told_with_what_was_chosen(tiny_llama, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from pipeline.pruning.method import PruneMethod\n"
+        "class Mine(PruneMethod):\n"
+        "    def prune(self, weights, total): return {name: it == it for name, it in weights.items()}\n"
+    )
+    with pytest.raises(UserError, match="^mine [+] OBS on model.layers.0.*: set another prune.method"):
+        pruned(tiny_llama, tmp_path / "p", f"prune.method={path}", "prune.update=obs")

@@ -14,6 +14,7 @@ from pipeline.pruning.block_pruner import BlockPruner
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
 from tests import textbook
+from tests.engine.test_decoder import small_model
 from tests.pruning.test_prune import Killed, pruned, settings
 
 
@@ -126,3 +127,23 @@ def test_the_first_layers_do_not_depend_on_what_was_pruned_before(tiny_llama, tm
 def test_a_group_that_means_nothing_is_refused(more):
     with pytest.raises(UserError, match="set prune.group=auto"):
         reader.load(["model=m", "stages=[prune]", *more])
+
+
+def test_experts_with_few_tokens_are_not_compared_with_the_layer():
+    """Their scores are those of their weights alone, on another scale than the rest of the layer's."""
+    model = small_model("mixtral")
+    windows = torch.randint(3, 61, (1, 24), generator=torch.Generator().manual_seed(0))
+    masks = espalier.prune(model, calibration=windows, sparsity=0.5, group="layer")
+    assert masks.sparsity() == pytest.approx(0.5, abs=0.01)
+    experts = [mask for name, mask in masks.items() if ".experts." in name]
+    assert experts and all((mask.sum(1) == mask.shape[1] // 2).all() for mask in experts)
+
+
+def test_matrices_that_lose_all_their_weights_are_reported(capsys):
+    model = small_model("llama")
+    model.model.layers[1].mlp.down_proj.weight.data *= 1e-6
+    windows = torch.randint(3, 61, (4, 24), generator=torch.Generator().manual_seed(0))
+    masks = espalier.prune(model, calibration=windows, sparsity=0.5, group="layer")
+    assert not masks["model.layers.1.mlp.down_proj.weight"].any()
+    output = capsys.readouterr().out
+    assert "matrices of this layer, such as model.layers.1." in output and "no weight is left in" in output
