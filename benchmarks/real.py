@@ -4,12 +4,11 @@
     python benchmarks/real.py ... --part methods --only wanda_2of4 wanda_0.5 --samples 32
     python benchmarks/real.py ... --only none                                             # only the tables of finished rows
 
-Each row is an ordinary command in its own run folder, `<work>/<row>`, and is printed before it runs; the same command
-resumes. A row that continues another row's finished stages has them linked into its folder.
+Each row is one command with the run folder `<work>/<row>`, printed before it runs. The same benchmark command resumes. A row
+that continues another row links that row's finished stages into its folder.
 
-The mirror holds WikiText-2: the tokenised validation split for calibration and training, and the raw test split, of which the
-first 32 windows of 1,024 tokens are measured. CPU minutes are the sum over all threads, halved: the time of the stage on two
-idle cores.
+The mirror holds WikiText-2: the tokenised validation split for calibration and training, and the raw test split, whose first 32
+windows of 1,024 tokens are evaluated. CPU minutes are summed over all threads and halved, which is the time on two idle cores.
 """
 
 import argparse
@@ -22,7 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -33,7 +32,7 @@ VALIDATION = "wikitext2:wikitext-2-v1@validation"
 PARTS = ("methods", "self", "groups", "recovery", "combinations")
 TASKS = ("arc_easy", "arc_challenge", "openbookqa")
 PATTERNS = ("2of4", "0.5", "4of8")
-SPARSE = "0.7"  # of the combinations
+SPARSE = "0.7"  # also used for the combinations
 SCORED = ("wanda", "sparsegpt", "longer", "recovered")  # rows with zero-shot tasks
 METHODS = {
     "wanda": (),
@@ -70,48 +69,45 @@ RECOVERY = {
 @dataclass(frozen=True)
 class Row:
     part: str
-    name: str  # its folder
+    name: str  # of the run folder
     method: str
     pattern: str
     settings: tuple[str, ...]
     stages: str = "prune"
-    after: str | None = None  # the row whose finished stages it continues
-    taken: tuple[str, ...] = field(default=())
+    after: str | None = None  # the row that it continues
+    linked: tuple[str, ...] = ()  # the finished stages of that row to link
 
 
 def rows() -> list[Row]:
-    """All rows, the most important first, so that an interrupted benchmark has a useful table."""
-    found = []
+    """All rows, the most important first, so that an interrupted benchmark leaves a useful table."""
+    every = []
     for method, settings in METHODS.items():
         for pattern in PATTERNS:
             if method != "owl" or pattern == "0.5":
-                found.append(Row("methods", f"{method}_{pattern}", method, pattern, settings))
+                every.append(Row("methods", f"{method}_{pattern}", method, pattern, settings))
     for group, settings in GROUPS.items():
         for pattern in ("0.5", "2of4")[: 2 if "dense" in group else 1]:
-            found.append(
-                Row("groups", f"wanda_{group.replace(' ', '_')}_{pattern}", f"wanda, {group}", pattern, settings)
-            )
+            name = f"wanda_{group.replace(' ', '_')}_{pattern}"
+            every.append(Row("groups", name, f"wanda, {group}", pattern, settings))
     for pattern, method, refine, update in product(
         (*PATTERNS, SPARSE), ("wanda", "sparsegpt", "ria", "magnitude"), REFINEMENTS, UPDATES
     ):
         steps = {key: value for key, value in (("refine", refine), ("update", update)) if value != "none"}
         settings = (*METHODS[method], *(f"prune.{key}={value}" for key, value in steps.items()))
         label = " + ".join((method, *steps.values()))
-        found.append(Row("combinations", f"{label.replace(' ', '')}_{pattern}", label, pattern, settings))
+        every.append(Row("combinations", f"{label.replace(' ', '')}_{pattern}", label, pattern, settings))
     for method in ("wanda", "sparsegpt"):
         for pattern in PATTERNS[:2]:
-            found.append(Row("self", f"{method}_{pattern}_self", method, pattern, (*METHODS[method], *SELF)))
+            every.append(Row("self", f"{method}_{pattern}_self", method, pattern, (*METHODS[method], *SELF)))
     for method, settings in RECOVERY.items():
         for pattern in PATTERNS[:2]:
-            stages = ["prune"] + ["reconstruct"] * ("reconstruct" in " ".join(settings))
-            stages += ["finetune"] * ("finetune" in " ".join(settings))
-            recovered = method == "recovered"
-            after = f"reconstructed_{pattern}" if recovered else f"wanda_{pattern}"
-            taken = ("prune", "reconstruct") if recovered else ("prune",)
-            found.append(
-                Row("recovery", f"{method}_{pattern}", method, pattern, settings, ",".join(stages), after, taken)
-            )
-    return found
+            sections = {setting.partition(".")[0] for setting in settings}
+            stages = ",".join(("prune", *(stage for stage in ("reconstruct", "finetune") if stage in sections)))
+            after, linked = f"wanda_{pattern}", ("prune",)
+            if method == "recovered":
+                after, linked = f"reconstructed_{pattern}", ("prune", "reconstruct")
+            every.append(Row("recovery", f"{method}_{pattern}", method, pattern, settings, stages, after, linked))
+    return every
 
 
 def command(row: Row, args: argparse.Namespace) -> list[str]:
@@ -138,9 +134,9 @@ def command(row: Row, args: argparse.Namespace) -> list[str]:
         "evaluate.tasks": f"[{','.join(TASKS if scored else ())}]",
         "evaluate.limit": args.limit if scored else "null",
     }
-    own = [setting.format(text=text) for setting in row.settings]
-    overridden = {setting.partition("=")[0] for setting in own}
-    return ["launch.py", *(f"{key}={value}" for key, value in common.items() if key not in overridden), *own]
+    specific = [setting.format(text=text) for setting in row.settings]
+    overridden = {setting.partition("=")[0] for setting in specific}
+    return ["launch.py", *(f"{key}={value}" for key, value in common.items() if key not in overridden), *specific]
 
 
 def write_text(mirror: Path, path: Path) -> None:
@@ -159,18 +155,18 @@ def write_text(mirror: Path, path: Path) -> None:
 
 def run(row: Row, args: argparse.Namespace) -> bool:
     folder = args.work / row.name
-    for stage in row.taken:
+    for stage in row.linked:
         source = args.work / row.after / stage
         if source.is_dir() and not (folder / stage).exists():
             shutil.copytree(source, folder / stage, copy_function=os.link)
     arguments = command(row, args)
     print(shlex.join(["python", *arguments]), flush=True)
-    note = folder / "command.json"
-    if note.exists() and json.loads(note.read_text()) == arguments:
+    record = folder / "command.json"
+    if record.exists() and json.loads(record.read_text()) == arguments:
         return True
     if subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode:
         return False
-    note.write_text(json.dumps(arguments))
+    record.write_text(json.dumps(arguments))
     return True
 
 
@@ -187,39 +183,37 @@ def minutes(row: Row, args: argparse.Namespace, stages: str) -> str:
 
 
 def layer_error(row: Row, args: argparse.Namespace) -> str:
-    """The mean over layers of the relative output error of their matrices, as pruned."""
+    """The mean over layers of their matrices' relative output error after pruning."""
     with open(args.work / row.name / "prune" / "layers.csv", newline="") as file:
         errors = [float(layer["relative_output_error"]) for layer in csv.DictReader(file)]
     return f"{sum(errors) / len(errors):.3f}"
 
 
 def cells(model: dict, dense: dict, pruned: dict) -> list[str]:
-    """Perplexity, the recovered share of the lost log-perplexity, and the tasks."""
+    """Perplexity, the recovered share of the lost log-perplexity, and the task accuracies."""
     value, error = model["perplexity"]["wikitext2"], model["perplexity_stderr"]["wikitext2"]
-    lost = [math.log(it["perplexity"]["wikitext2"]) for it in (pruned, model, dense)]
-    share = "" if model in (dense, pruned) else f"{(lost[0] - lost[1]) / (lost[0] - lost[2]):.0%}"
-    scores = [(model["zero_shot"].get(task) or {}) for task in TASKS]
-    shown = [f"{100 * it['acc']:.1f} ± {100 * it['acc_stderr']:.1f}" if it else "" for it in scores]
-    return [f"{value:.1f} ± {error:.1f}", share, *shown]
+    before, after, best = (math.log(it["perplexity"]["wikitext2"]) for it in (pruned, model, dense))
+    share = "" if model in (dense, pruned) else f"{(before - after) / (before - best):.0%}"
+    scores = [model["zero_shot"].get(task) for task in TASKS]
+    accuracies = [f"{100 * it['acc']:.1f} ± {100 * it['acc_stderr']:.1f}" if it else "" for it in scores]
+    return [f"{value:.1f} ± {error:.1f}", share, *accuracies]
 
 
 def table(part: str, args: argparse.Namespace) -> None:
-    found = [(row, it) for row in rows() if row.part == part and (it := results(row, args))]
-    if not found:
+    finished = [(row, content["models"]) for row in rows() if row.part == part and (content := results(row, args))]
+    if not finished:
         return
     columns = ("", "pattern", "perplexity", "recovered", *TASKS, "output error", "CPU minutes / 2", "violations")
     print(f"\n{part}\n\n| {' | '.join(columns)} |")
     print("| --- " * len(columns) + "|")
-    dense = next((it["models"]["dense"] for _, it in found if it["models"]["dense"]["zero_shot"]), None)
-    dense = dense or found[0][1]["models"]["dense"]
+    dense = next((models["dense"] for _, models in finished if models["dense"]["zero_shot"]), finished[0][1]["dense"])
     print("|", " | ".join(["dense", "", *cells(dense, dense, dense), "", "", ""]), "|")
-    for row, it in found:
-        models = it["models"]
+    for row, models in finished:
         last = models[list(models)[-1]]
-        spent = minutes(row, args, row.stages.removeprefix("prune,") if part == "recovery" else row.stages)
-        shown = cells(last, models["dense"], models["pruned"])
+        quality = cells(last, models["dense"], models["pruned"])
         error = "" if part == "recovery" else layer_error(row, args)
-        print("|", " | ".join([row.method, row.pattern, *shown, error, spent, str(last["mask_violations"])]), "|")
+        spent = minutes(row, args, row.stages.removeprefix("prune,") if part == "recovery" else row.stages)
+        print("|", " | ".join([row.method, row.pattern, *quality, error, spent, str(last["mask_violations"])]), "|")
 
 
 def main() -> int:
@@ -232,7 +226,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=128, help="calibration samples of 1,024 tokens")
     parser.add_argument("--limit", type=int, default=0, help="questions per task; 0: no tasks")
     args = parser.parse_args()
-    args.model, args.mirror, args.work = (it.resolve() for it in (args.model, args.mirror, args.work))
+    args.model, args.mirror, args.work = (path.resolve() for path in (args.model, args.mirror, args.work))
     args.work.mkdir(parents=True, exist_ok=True)
     write_text(args.mirror, args.work / "validation.jsonl")
     chosen = [row for row in rows() if row.part in args.part and (args.only is None or row.name in args.only)]

@@ -1,6 +1,7 @@
 """Shared fixtures: tiny real models, and the command as a user runs it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,16 @@ def make_tiny_llama(folder: Path) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def half_llama(tiny_llama, tmp_path_factory) -> Path:
+    """`tiny_llama` in float16, as LLaMA and OPT are stored."""
+    folder = tmp_path_factory.mktemp("half_llama")
+    LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16).save_pretrained(folder)
+    for path in tiny_llama.glob("*token*"):
+        shutil.copy(path, folder)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""The pattern of each matrix: `prune.sparsity`, changed by layer by an allocation and by name by `prune.overrides`."""
+"""The pattern of each matrix: `prune.sparsity`, modified per layer by an allocation and per name by `prune.overrides`."""
 
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -18,8 +18,8 @@ LARGEST = 0.99  # ratio of a layer
 
 
 class Allocation:
-    """Distributes the sparsity over the layers. If a subclass defines `measure`, a walk through the dense model calls it on
-    each layer first. A subclass in a user's file may set `label`, `description` and `citation` for checks and reports."""
+    """Distributes the sparsity over the layers. If a subclass defines `measure`, it is first called on each layer of the dense
+    model. A subclass in a user's file may set `label`, `description` and `citation` for checks and reports."""
 
     # (weights (O, I) by name, sums of the observed inputs by name) of a dense layer -> a number
     measure: Callable[[dict[str, Tensor], dict[str, Tensor]], float] | None = None
@@ -69,7 +69,7 @@ class Owl(Spread):
 
 
 class AlphaPruning(Spread):
-    """Layers whose spectra have lighter tails, which is taken for less training, are pruned more (Lu et al. 2024)."""
+    """Layers whose spectra have lighter tails, a sign of less training, are pruned more (Lu et al. 2024)."""
 
     def measure(self, weights: dict[str, Tensor], totals: dict[str, Tensor]) -> float:
         return sum(scores.tail_exponent(weight_OI) for weight_OI in weights.values()) / len(weights)
@@ -79,7 +79,7 @@ class AlphaPruning(Spread):
 
 
 class LayerError(Spread):
-    """Layers whose outputs Wanda at the recipe's ratio changes more are pruned less."""
+    """Layers whose outputs change more under Wanda at the recipe's ratio are pruned less."""
 
     def observe(self, input_NI: Tensor) -> Tensor:
         return obs.hessian(input_NI)
@@ -91,8 +91,8 @@ class LayerError(Spread):
             gram_II = obs.unpacked(totals[name].float(), weight_OI.shape[1])
             weight_OI = weight_OI.float()
             lost_OI = weight_OI.masked_fill(pattern.select(scores.wanda(weight_OI, gram_II.diagonal())), 0)
-            squares = [((it @ gram_II) * it).sum().item() for it in (lost_OI, weight_OI)]
-            errors.append((squares[0] / max(squares[1], torch.finfo(torch.float32).tiny)) ** 0.5)
+            lost, total = (((matrix @ gram_II) * matrix).sum().item() for matrix in (lost_OI, weight_OI))
+            errors.append((lost / max(total, torch.finfo(torch.float32).tiny)) ** 0.5)
         return sum(errors) / len(errors)
 
 
@@ -114,7 +114,7 @@ def patterns_by_layer(
 
 
 def allocate(blocks: list[Block], settings: Prune, by_block: dict[int, Pattern] | None = None) -> dict[str, Pattern]:
-    """The pattern of each matrix by parameter name, without the matrices that stay dense.
+    """The pattern of each matrix by parameter name, without those that stay dense.
 
     `by_block`: the result of `patterns_by_layer`; blocks without an entry have the recipe's pattern. `prune.overrides` maps
     globs over parameter names to a pattern or to `dense`; the last match counts. Raises `UserError` if a pattern does not
@@ -126,7 +126,7 @@ def allocate(blocks: list[Block], settings: Prune, by_block: dict[int, Pattern] 
         for block in blocks
         for name, matrix in matrices(block, blocks).items()
     }
-    overrides = {  # each parsed once, so that matrices of one override share a pattern
+    overrides = {  # parsed once each, so that the matrices of an override share a pattern
         glob: None if value == "dense" else patterns.parse(value, f"prune.overrides[{glob}]")
         for glob, value in settings.overrides.items()
     }

@@ -1,7 +1,7 @@
-"""The three choices of one-shot pruning together: a method's mask, its refinement, and new values of the kept weights.
+"""Combines a prune method with a refinement of its mask and an update of the kept weights.
 
-`prune_method` returns what a recipe chose. Shapes: O = out_features, I = in_features, R = rows of all matrices with the
-same inputs.
+`prune_method` returns the method or combination that a recipe chose. Shapes: O = out_features, I = in_features, R = rows of all
+matrices with the same inputs.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from pipeline.sparsity.patterns import Pattern
 
 
 def prune_method(settings: Prune, patterns: dict[str, Pattern]) -> PruneMethod:
-    """`prune.method` with `prune.refine` and `prune.update`. A method may be a name for a combination, such as dsnot."""
+    """`prune.method` with `prune.refine` and `prune.update`. Some methods, such as dsnot, are names for a combination."""
     entry = PRUNE_METHODS.entry(settings.method)
     method = entry.load()(settings, patterns)
     refine, update = entry.refine or settings.refine, entry.update or settings.update
@@ -41,34 +41,34 @@ class Combination(PruneMethod):
         super().__init__(method.settings, method.patterns)
         self.group = method.group
         self.method, self.refinement, self.weight_update = method, refinement, update
-        self.own = type(method).observe is not PruneMethod.observe  # a sum that only this method knows, put in front
+        # a method with a custom `observe`: its sum is put in front of the others
+        self.is_custom = type(method).observe is not PruneMethod.observe
+        self.custom_shapes: dict[int, torch.Size] = {}  # by the number of inputs
         needs = {*(refinement.needs if refinement else ()), *((GRAM,) if update else ())}
         if unknown := sorted(needs - OBSERVE.keys()):
             raise UserError(
                 f"{type(refinement).__name__}.needs names '{unknown[0]}'{did_you_mean(unknown[0], list(OBSERVE))}"
             )
-        self.sums = Sums(needs if self.own else needs | {method.statistic})
-        self.own_shapes: dict[int, torch.Size] = {}  # by the number of inputs
+        self.sums = Sums(needs if self.is_custom else needs | {method.statistic})
 
     def observe(self, input_NI: Tensor) -> Tensor:
         sums = self.sums.observe(input_NI)
-        if not self.own:
+        if not self.is_custom:
             return sums
-        own = self.method.observe(input_NI)
-        self.own_shapes[input_NI.shape[1]] = own.shape
-        return torch.cat([own.flatten(), sums])
+        custom = self.method.observe(input_NI)
+        self.custom_shapes[input_NI.shape[1]] = custom.shape
+        return torch.cat([custom.flatten(), sums])
 
     def prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
-        statistics, own = self._read(weights, total)
-        dense = {name: weight_OI.float() for name, weight_OI in weights.items()}
-        dense = {name: it.clone() if it is weights[name] else it for name, it in dense.items()}
-        chosen = self.method.prune(weights, own)
+        statistics, method_total = self._read(weights, total)
+        dense = {name: weight_OI.to(torch.float32, copy=True) for name, weight_OI in weights.items()}
+        chosen = self.method.prune(weights, method_total)
         if self.refinement:
             for name, weight_OI in weights.items():
-                mine = processes.share_of(len(weight_OI), _tile(weight_OI))
-                rows = (dense[name][mine], weight_OI[mine].float(), chosen[name][mine])
-                refined = self.refinement.refine(*rows, statistics, self.patterns[name])
-                _check_returned(self.refinement, "refine", refined, rows[2])
+                rows = processes.share_of(len(weight_OI), _tile(weight_OI))
+                local = (dense[name][rows], weight_OI[rows].float(), chosen[name][rows])
+                refined = self.refinement.refine(*local, statistics, self.patterns[name])
+                _check_returned(self.refinement, "refine", refined, local[2])
                 mask_OI = processes.gather_rows(refined)
                 if not torch.equal(mask_OI.sum(1), chosen[name].sum(1)):
                     raise UserError(
@@ -86,25 +86,25 @@ class Combination(PruneMethod):
         self.method.compare_layer([(weights, self._read(weights, total)[1]) for weights, total in inputs])
 
     def _read(self, weights: dict[str, Tensor], total: Tensor) -> tuple[Statistics, Tensor]:
-        """What was summed over the inputs of `weights`, for the steps after the method and for the method."""
+        """The statistics for the refinement and the update, and the total for the method."""
         inputs = next(iter(weights.values())).shape[1]
-        own_shape = self.own_shapes[inputs] if self.own else torch.Size([0])
-        own, sums = total.tensor_split([own_shape.numel()])
-        statistics = self.sums.read(sums, inputs)
-        if self.own:
-            return statistics, own.view(own_shape)
+        if self.is_custom:
+            shape = self.custom_shapes[inputs]
+            custom, sums = total.tensor_split([shape.numel()])
+            return self.sums.read(sums, inputs), custom.view(shape)
+        statistics = self.sums.read(total, inputs)
         return statistics, statistics.raw.get(self.method.statistic, statistics.square_sum_I)
 
     def _update(
         self, weights: dict[str, Tensor], dense: dict[str, Tensor], chosen: dict[str, Tensor], gram_II: Tensor
     ) -> None:
-        """All matrices with the same inputs at once: they share what an update makes of the Gram matrix."""
+        """Updates all matrices with the same inputs together, so that the update factorises their Gram matrix once."""
         dense_RI, mask_RI = torch.cat([dense[name] for name in weights]), torch.cat([chosen[name] for name in weights])
         weight_RI = torch.cat([weight_OI.float() for weight_OI in weights.values()])
-        mine = processes.share_of(len(dense_RI), _tile(dense_RI))
-        rows = (dense_RI[mine], weight_RI[mine], mask_RI[mine])
-        updated = self.weight_update.update(*rows, gram_II, next(iter(weights)))
-        _check_returned(self.weight_update, "update", updated, rows[1])
+        rows = processes.share_of(len(dense_RI), _tile(dense_RI))
+        local = (dense_RI[rows], weight_RI[rows], mask_RI[rows])
+        updated = self.weight_update.update(*local, gram_II, next(iter(weights)))
+        _check_returned(self.weight_update, "update", updated, local[1])
         updated_RI = processes.gather_rows(updated)
         for name, part_OI in zip(weights, updated_RI.split([len(weight_OI) for weight_OI in weights.values()])):
             store_(weights[name], part_OI, name, self.settings.damp)
@@ -119,5 +119,5 @@ def _check_returned(step: Refinement | WeightUpdate, name: str, got: Any, like: 
 
 
 def _tile(weight: Tensor) -> int:
-    """Rows that one rank has together: on a GPU the rounding of a product depends on its shape."""
+    """The rows per tile for `share_of`. On a GPU the rounding of a product depends on its shape, so tiles have a fixed size."""
     return obs.ROW_TILE if weight.is_cuda else 1

@@ -15,18 +15,17 @@ from pipeline.sparsity.patterns import Pattern, Unstructured
 class PruneMethod:
     """Sums `observe` of a matrix's inputs over all tokens and ranks, and prunes the weights with the lowest `score`.
 
-    `patterns`: the pattern of each matrix to prune, by parameter name. A method is a subclass with a `score`; one in a user's
+    `patterns`: the pattern of each matrix to prune, by parameter name. A subclass implements `score`. A subclass in a user's
     file may set `label`, `description` and `citation` for checks and reports.
     """
 
-    statistic = statistics.SQUARE_SUM  # of statistics.py, unless a subclass has an `observe`
+    statistic = statistics.SQUARE_SUM  # a name in statistics.py; not used if a subclass overrides `observe`
     whole_matrix = False  # unstructured patterns: compare scores over the matrix instead of within each output row
 
     def __init__(self, settings: Prune, patterns: dict[str, Pattern]) -> None:
         self.settings, self.patterns = settings, patterns
-        self.group = "matrix" if self.whole_matrix else "row"
-        if settings.group != "auto":
-            self.group = settings.group
+        default = "matrix" if self.whole_matrix else "row"
+        self.group = default if settings.group == "auto" else settings.group
         self._layer_masks: dict[str, Tensor] = {}
 
     def observe(self, input_NI: Tensor) -> Tensor:
@@ -61,8 +60,8 @@ class PruneMethod:
         return chosen
 
     def compare_layer(self, inputs: list[tuple[dict[str, Tensor], Tensor]]) -> None:
-        """With `prune.group=layer`, chooses the masks of all matrices of a layer that have the same ratio together, before
-        `prune` is called for each pair of weights and total."""
+        """With `prune.group=layer`, compares the scores of all matrices of a layer that have the same ratio, and stores their
+        masks for `select`. Called before `prune` is called for each pair of weights and total in `inputs`."""
         if self.group != "layer":
             return
         if type(self).score is PruneMethod.score:
@@ -72,21 +71,22 @@ class PruneMethod:
             for name, weight_OI in weights.items():
                 if isinstance(self.patterns[name], Unstructured):
                     scores_by_ratio[self.patterns[name].ratio][name] = self.score(weight_OI, total)
-        for ratio, found in scores_by_ratio.items():
-            all_scores = torch.cat([score_OI.flatten() for score_OI in found.values()])[None]
+        for ratio, scores in scores_by_ratio.items():
+            all_scores = torch.cat([score_OI.flatten() for score_OI in scores.values()])[None]
             kept = Unstructured(ratio).select(all_scores, whole_matrix=True)[0]
-            for (name, score_OI), part in zip(found.items(), kept.split([it.numel() for it in found.values()])):
+            parts = kept.split([score_OI.numel() for score_OI in scores.values()])
+            for (name, score_OI), part in zip(scores.items(), parts):
                 self._layer_masks[name] = part.view_as(score_OI)
 
     def pattern(self, name: str, mask_OI: Tensor) -> Pattern:
-        """The pattern of a mask: that of `patterns`, or the matrix's own share if the layer's scores were compared."""
+        """The pattern of a mask: that of `patterns`, or the matrix's actual ratio if scores were compared over the layer."""
         pattern = self.patterns[name]
         if self.group == "layer" and isinstance(pattern, Unstructured):
             pruned = 1 - mask_OI.count_nonzero().item() / mask_OI.numel()
-            return Unstructured(min(max(round(pruned, 4), 1e-4), 1 - 1e-4))  # a mask file names no ratio of 0 or 1
+            return Unstructured(min(max(round(pruned, 4), 1e-4), 1 - 1e-4))  # mask files have no ratio of 0 or 1
         return pattern
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Checks only the extremes, where NaN and infinities show: `isfinite().all()` would allocate a tensor of flags."""
+    """Checks only the extremes, which are NaN or infinite if any value is. `isfinite().all()` would allocate a mask."""
     return all(extreme.isfinite().item() for extreme in tensor.aminmax())

@@ -1,4 +1,4 @@
-"""What `prune.refine` may be: a better mask, from any mask, with as many weights kept in each row or group.
+"""The refinements of `prune.refine`: a better mask from any mask, with the same number of kept weights in each row or group.
 
 Shapes: R = rows (output features), I = in_features, G = groups of M consecutive inputs, C = candidates.
 """
@@ -12,14 +12,15 @@ from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Prune
 from pipeline.sparsity.patterns import NofM, Pattern, Unstructured
 
-CANDIDATES = 16  # weights of each kind whose pairs are compared in a row without groups; 64 gave the same error
-REFRESH = 32  # exchanges after which the products with the Gram matrix are computed anew, against rounding
-SMALLEST = 1e-6  # share of a row's error that an exchange must remove: fp32 sums are no more exact
+CANDIDATES = 16  # pruned and kept weights each whose pairs are compared in a row without groups; 64 gave the same error
+REFRESH = 32  # exchanges after which the products with the Gram matrix are recomputed, to limit rounding errors
+SMALLEST = 1e-6  # share of a row's error that an exchange must remove; smaller gains are below fp32 accuracy
 
 
 class Refinement:
-    """A subclass says what it `needs` of the inputs (names in statistics.py) and has a `refine`. Rows are independent: the
-    ranks share them. One in a user's file may set `label`, `description` and `citation` for checks and reports."""
+    """A subclass implements `refine` and lists in `needs` the statistics of the inputs that it uses (names in statistics.py).
+    Rows are independent and are divided among the ranks. A subclass in a user's file may set `label`, `description` and
+    `citation` for checks and reports."""
 
     needs: tuple[str, ...] = ()
 
@@ -29,8 +30,8 @@ class Refinement:
     def refine(
         self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, statistics: Statistics, pattern: Pattern
     ) -> Tensor:
-        """The new mask, (R, I), True = kept. `weight_RI`: the pruned weights as they are now, fp32; a weight that comes back
-        gets its value in `dense_RI`."""
+        """The new mask, (R, I), True = kept. `weight_RI`: the current pruned weights, fp32. A restored weight gets its
+        value in `dense_RI`."""
         raise NotImplementedError
 
 
@@ -46,7 +47,8 @@ class Dsnot(Refinement):
 
 
 class Swaps(Refinement):
-    """Exchanges of a pruned and a kept weight, the best for the output error first (Zimmer et al. 2025, SparseSwaps)."""
+    """Exchanges a pruned and a kept weight, always the pair that reduces the output error most (Zimmer et al. 2025,
+    SparseSwaps)."""
 
     needs = (GRAM,)
 
@@ -70,42 +72,43 @@ def group_of(pattern: Pattern) -> int | None:
 def swap(
     dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, group: int | None, budget: int
 ) -> Tensor:
-    """The mask after at most `budget` exchanges in each row, in each of which the output error of the row, e G e^T of
-    e = dense - weight, gets smaller; within groups of `group` consecutive inputs if given.
+    """The mask after at most `budget` exchanges in each row. Each exchange reduces the output error of the row, e G e^T with
+    e = dense - weight. If `group` is set, the exchanges stay within groups of `group` consecutive inputs.
 
-    An exchange moves e by s_p at the pruned weight p (to zero) and by s_k at the kept k (to the dense weight), so the error by
-    s_p (2 g_p + s_p G_pp) + s_k (2 g_k + s_k G_kk) + 2 s_p s_k G_pk with g = e G. Of all pairs in the groups the best is
-    taken; in a row without groups, of those of the `CANDIDATES` pruned and kept weights with the best terms of their own.
+    An exchange changes e by s_p at the pruned weight p (to zero) and by s_k at the kept weight k (to the dense weight). This
+    changes the error by s_p (2 g_p + s_p G_pp) + s_k (2 g_k + s_k G_kk) + 2 s_p s_k G_pk, with g = e G. The best of all pairs
+    within groups is chosen. In a row without groups, the pairs are those of the `CANDIDATES` pruned and the `CANDIDATES` kept
+    weights with the smallest s (2 g + s G).
     """
     weight_RI, mask_RI = weight_RI * mask_RI, mask_RI.clone()
     error_RI = dense_RI - weight_RI
     product_RI = obs.product(error_RI, gram_II)
     diagonal_I = gram_II.diagonal()
-    rows_R = torch.arange(len(mask_RI), device=mask_RI.device)  # those that may get better
+    rows_R = torch.arange(len(mask_RI), device=mask_RI.device)  # the rows that may still improve
     find = _best_pair if group is None else _best_pair_in_groups
     for number in range(1, budget + 1):
         step_RI = torch.where(mask_RI[rows_R], weight_RI[rows_R], -error_RI[rows_R])
         alone_RI = step_RI * (2 * product_RI[rows_R] + step_RI * diagonal_I)
-        change_R, grown_R, lost_R = find(step_RI, alone_RI, mask_RI[rows_R], gram_II, group)
+        change_R, restored_R, removed_R = find(step_RI, alone_RI, mask_RI[rows_R], gram_II, group)
         better_R = change_R < -SMALLEST * (error_RI[rows_R] * product_RI[rows_R]).sum(1)
         if not better_R.any():
             break
-        rows_R, grown_R, lost_R = rows_R[better_R], grown_R[better_R], lost_R[better_R]
-        steps_R2 = step_RI[better_R].gather(1, torch.stack([grown_R, lost_R], 1))
-        mask_RI[rows_R, grown_R], mask_RI[rows_R, lost_R] = True, False
-        weight_RI[rows_R, grown_R], weight_RI[rows_R, lost_R] = dense_RI[rows_R, grown_R], 0.0
-        error_RI[rows_R, grown_R], error_RI[rows_R, lost_R] = 0.0, dense_RI[rows_R, lost_R]
+        rows_R, restored_R, removed_R = rows_R[better_R], restored_R[better_R], removed_R[better_R]
+        steps_R2 = step_RI[better_R].gather(1, torch.stack([restored_R, removed_R], 1))
+        mask_RI[rows_R, restored_R], mask_RI[rows_R, removed_R] = True, False
+        weight_RI[rows_R, restored_R], weight_RI[rows_R, removed_R] = dense_RI[rows_R, restored_R], 0.0
+        error_RI[rows_R, restored_R], error_RI[rows_R, removed_R] = 0.0, dense_RI[rows_R, removed_R]
         if number % REFRESH == 0:
             product_RI = obs.product(error_RI, gram_II)
         else:
-            product_RI[rows_R] += steps_R2[:, :1] * gram_II[grown_R] + steps_R2[:, 1:] * gram_II[lost_R]
+            product_RI[rows_R] += steps_R2[:, :1] * gram_II[restored_R] + steps_R2[:, 1:] * gram_II[removed_R]
     return mask_RI
 
 
 def _best_pair(
     step_RI: Tensor, alone_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, group: None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The change of the error, the pruned weight and the kept weight of each row's best exchange, (R,) each."""
+    """The best exchange in each row: change of the error, pruned weight and kept weight, (R,) each."""
     count = min(CANDIDATES, alone_RI.shape[1])
     pruned_RC = alone_RI.masked_fill(mask_RI, torch.inf).topk(count, 1, largest=False)
     kept_RC = alone_RI.masked_fill(~mask_RI, torch.inf).topk(count, 1, largest=False)
@@ -122,7 +125,7 @@ def _best_pair(
 def _best_pair_in_groups(
     step_RI: Tensor, alone_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_best_pair`, of all pairs within groups of `group` inputs."""
+    """Like `_best_pair`, among all pairs within groups of `group` inputs."""
     inputs = gram_II.shape[1]
     start_G = torch.arange(0, inputs, group, device=gram_II.device)
     inside_GM = start_G[:, None] + torch.arange(group, device=gram_II.device)

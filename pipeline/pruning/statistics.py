@@ -1,4 +1,4 @@
-"""What is summed over the inputs of a matrix when several steps of pruning each need something.
+"""The sums over a matrix's inputs that several steps of pruning share.
 
 Shapes: I = in_features, N = tokens.
 """
@@ -21,8 +21,8 @@ OBSERVE: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class Statistics:
-    """Sums over all tokens. The square sum, (I,), is taken from the richest sum; `moments_3I` and `gram_II` (fp32) are None if
-    no step needs them. `raw`: the sums as observed, by name."""
+    """Sums over all tokens. `square_sum_I` is derived from the moments or the Gram matrix if those are summed. `moments_3I` and
+    `gram_II` (fp32) are None if no step needs them. `raw`: the observed sums by name."""
 
     square_sum_I: Tensor
     moments_3I: Tensor | None = None
@@ -31,7 +31,7 @@ class Statistics:
 
 
 class Sums:
-    """One flat vector that holds all sums in `needs`, as `LayerWalk.observe` adds up one tensor for a matrix."""
+    """Packs all sums in `needs` into one flat vector, because `LayerWalk.observe` sums one tensor per matrix."""
 
     def __init__(self, needs: set[str]) -> None:
         self.needs = [name for name in (GRAM, MOMENTS) if name in needs] or [SQUARE_SUM]
@@ -42,11 +42,11 @@ class Sums:
     def read(self, total: Tensor, inputs: int) -> Statistics:
         """`total`: the sum of `observe` over all tokens, in float64; `inputs`: I."""
         lengths = {SQUARE_SUM: inputs, MOMENTS: 3 * inputs, GRAM: obs.packed_length(inputs)}
-        found = dict(zip(self.needs, total.split([lengths[name] for name in self.needs])))
-        moments_3I = found[MOMENTS].view(3, inputs) if MOMENTS in found else None
-        gram_II = obs.unpacked(found[GRAM].float(), inputs) if GRAM in found else None
+        raw = dict(zip(self.needs, total.split([lengths[name] for name in self.needs])))
+        moments_3I = raw[MOMENTS].view(3, inputs) if MOMENTS in raw else None
+        gram_II = obs.unpacked(raw[GRAM].float(), inputs) if GRAM in raw else None
         if gram_II is not None:
             square_sum_I = gram_II.diagonal().clone()
         else:
-            square_sum_I = found[SQUARE_SUM] if moments_3I is None else moments_3I[0]
-        return Statistics(square_sum_I, moments_3I, gram_II, found)
+            square_sum_I = raw[SQUARE_SUM] if moments_3I is None else moments_3I[0]
+        return Statistics(square_sum_I, moments_3I, gram_II, raw)

@@ -1,7 +1,7 @@
-"""What `prune.update` may be: new values of the kept weights, for a given mask.
+"""The updates of `prune.update`: new values of the kept weights, for a fixed mask.
 
-All lessen the output error of each row, (w - w') G (w - w')^T, where G is the Gram matrix of the inputs, damped by
-`prune.damp` times its mean diagonal. Shapes: R = rows (output features), I = in_features.
+All reduce the output error of each row, (w - w') G (w - w')^T. G is the Gram matrix of the inputs, damped by `prune.damp`
+times its mean diagonal. Shapes: R = rows (output features), I = in_features.
 """
 
 import torch
@@ -12,24 +12,24 @@ from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Prune
 
-CONVERGED = 1e-7  # of the first residual's norm, at which a row of `LeastSquares` is done
+CONVERGED = 1e-7  # `LeastSquares` stops for a row at this share of the initial residual norm
 
 
 class WeightUpdate:
-    """A subclass has an `update`. Rows are independent: the ranks share them. One in a user's file may set `label`,
-    `description` and `citation` for checks and reports."""
+    """A subclass implements `update`. Rows are independent and are divided among the ranks. A subclass in a user's file may set
+    `label`, `description` and `citation` for checks and reports."""
 
     def __init__(self, settings: Prune) -> None:
         self.settings = settings
 
     def update(self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, name: str) -> Tensor:
-        """The new weights, (R, I) in fp32; those outside the mask are ignored. `weight_RI`: the pruned weights as they are
-        now; `gram_II` (fp32) may be changed; `name` of a matrix, for messages."""
+        """The new weights, (R, I) in fp32; those outside the mask are ignored. `weight_RI`: the current pruned weights.
+        `gram_II` (fp32) may be modified. `name`: a matrix name for messages."""
         raise NotImplementedError
 
 
 class ObsUpdate(WeightUpdate):
-    """Column by column, each error is compensated by the later columns (Frantar & Alistarh 2023, algorithm 1)."""
+    """Column by column; later columns compensate each error (Frantar & Alistarh 2023, algorithm 1)."""
 
     def update(self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, name: str) -> Tensor:
         factor_II, dead_I = obs.factor(gram_II, self.settings.damp, name, processes.say)
@@ -44,7 +44,7 @@ class Admm(WeightUpdate):
 
     def update(self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, name: str) -> Tensor:
         norm_I = gram_II.diagonal().sqrt()
-        norm_I = norm_I.masked_fill(norm_I == 0, 1)  # of a dead input, whose weights then stay as they are
+        norm_I = norm_I.masked_fill(norm_I == 0, 1)  # dead inputs, whose weights do not change
         gram_II = gram_II / norm_I / norm_I[:, None]
         gram_II.diagonal().add_(self.settings.damp * gram_II.diagonal().mean())
         target_RI = obs.product(dense_RI * norm_I, gram_II)
@@ -59,15 +59,15 @@ class Admm(WeightUpdate):
 
 
 class LeastSquares(WeightUpdate):
-    """The kept weights with the least output error, by conjugate gradients of all rows at once, `prune.update_steps` at most.
+    """The kept weights with the smallest output error, by at most `prune.update_steps` conjugate gradient steps for all rows.
 
-    Preconditioned by the diagonal. From the weights as they are: each step lessens the (damped) error.
+    Preconditioned by the diagonal. Starts from the current weights; each step reduces the damped error.
     """
 
     def update(self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, name: str) -> Tensor:
         dead_I = gram_II.diagonal() == 0
         gram_II.diagonal().add_(self.settings.damp * gram_II.diagonal().mean())
-        gram_II.diagonal()[dead_I] = 1  # with nothing else in its row and column: the dense weight
+        gram_II.diagonal()[dead_I] = 1  # the rest of the row and column is zero, so the solution is the dense weight
         inverse_I = gram_II.diagonal().reciprocal()
         weight_RI = weight_RI * mask_RI
         residual_RI = obs.product(dense_RI - weight_RI, gram_II).mul_(mask_RI)

@@ -1,4 +1,4 @@
-"""A recipe on simulated GPUs, for what can be counted without a real one: copies, synchronisations, bytes."""
+"""Runs a recipe on simulated GPUs, which count copies, synchronisations and bytes."""
 
 import json
 import shutil
@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -23,8 +22,8 @@ def _free_port() -> int:
 
 @pytest.fixture
 def simulated(tmp_path) -> Callable[..., list[dict]]:
-    """Types the command on `processes` simulated GPUs; returns what was counted in each process. `visible`: the GPU that
-    each sees alone, by name; else each sees all."""
+    """A function that runs the command on `processes` simulated GPUs and returns the counters of each process. `visible`: the
+    name of the only GPU that each process sees; by default all processes see all GPUs."""
     if not SIMULATOR.is_dir() or not shutil.which("g++"):
         pytest.skip("../shared or a C++ compiler is absent")
 
@@ -33,21 +32,23 @@ def simulated(tmp_path) -> Callable[..., list[dict]]:
         if processes > 1:
             common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "TORCHELASTIC_RUN_ID": "none"}
             common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        line = [sys.executable, "-m", "tests.gpu.simulated", str(SIMULATOR), *map(str, settings)]
+        command = [sys.executable, "-m", "tests.gpu.simulated", str(SIMULATOR), *map(str, settings)]
         running = []
         for rank in range(processes):
-            own = common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
-            own |= {"SIM_UUID": visible[rank]} if visible else {}
-            with open(tmp_path / f"said-{rank}.txt", "w") as said:
-                running.append(subprocess.Popen(line, cwd=ROOT, env=own, stdout=said, stderr=subprocess.STDOUT))
+            variables = common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
+            variables |= {"SIM_UUID": visible[rank]} if visible else {}
+            with open(tmp_path / f"output-{rank}.txt", "w") as file:
+                running.append(
+                    subprocess.Popen(command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT)
+                )
         try:
             codes = [process.wait(240) for process in running]
         finally:
             for process in running:
                 process.kill()
-        said = [(tmp_path / f"said-{rank}.txt").read_text() for rank in range(processes)]
-        assert codes == [0] * processes, "\n".join(text[-3000:] for text in said)
-        counts = [Path(f"{tmp_path}/counts-{rank}.json") for rank in range(processes)]
-        return [json.loads(path.read_text()) | {"said": text} for path, text in zip(counts, said)]
+        outputs = [(tmp_path / f"output-{rank}.txt").read_text() for rank in range(processes)]
+        assert codes == [0] * processes, "\n".join(output[-3000:] for output in outputs)
+        counts = [json.loads((tmp_path / f"counts-{rank}.json").read_text()) for rank in range(processes)]
+        return [count | {"output": output} for count, output in zip(counts, outputs)]
 
     return run

@@ -1,7 +1,7 @@
-"""Runs the command as if on GPUs, in a process of its own: `python -m tests.gpu.simulated SIMULATOR key=value ...`.
+"""Runs the command on simulated GPUs: `python -m tests.gpu.simulated SIMULATOR key=value ...`.
 
-The simulator (`sim`, `nccl`) must be there before torch's CUDA is first asked for. Here its NCCL is taught the two backends
-of a group (`cpu:gloo,cuda:nccl`), and what was counted goes as JSON to the file that SIM_COUNTS names.
+The simulator (modules `sim` and `nccl`) must be loaded before torch's CUDA is used. This module adds support for process groups
+with two backends (`cpu:gloo,cuda:nccl`) to its NCCL, and writes the counters as JSON to the file named by SIM_COUNTS.
 """
 
 import importlib.util
@@ -13,25 +13,25 @@ from pathlib import Path
 
 
 def prepare(simulator: Path) -> None:
-    """Loads the simulator, which is built at first use; then torch.cuda is available."""
-    found = importlib.util.spec_from_file_location("simulator_run", simulator / "run.py")
-    run = importlib.util.module_from_spec(found)
-    found.loader.exec_module(run)
+    """Loads the simulator, which makes torch.cuda available. Compiles it at first use."""
+    spec = importlib.util.spec_from_file_location("simulator_run", simulator / "run.py")
+    run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run)
     sys.path[:0] = [str(run.build().parent), str(simulator)]
     rank = os.environ.get("LOCAL_RANK", "0")
     if os.environ.get("SIM_GPUS") == "1":
-        os.environ["LOCAL_RANK"] = "0"  # the simulator takes its GPU's number from it
+        os.environ["LOCAL_RANK"] = "0"  # the simulator reads its GPU index from this variable
     import sim
 
     if os.environ.get("SIM_GPUS") == "1":
         os.environ["LOCAL_RANK"], sim.cu.current_device = rank, lambda: 0
     sim.Props.uuid = os.environ.get("SIM_UUID", rank)
     if os.environ.get("WORLD_SIZE"):
-        _two_backends()
+        _support_two_backends()
 
 
-def _two_backends() -> None:
-    """A group of `cpu:gloo,cuda:nccl` is the simulator's NCCL, which gives CPU tensors to gloo instead of refusing them."""
+def _support_two_backends() -> None:
+    """Makes `cpu:gloo,cuda:nccl` use the simulator's NCCL, which then passes CPU tensors to gloo instead of refusing them."""
     import nccl
     import torch.distributed as dist
 
@@ -43,7 +43,7 @@ def _two_backends() -> None:
             return
         nccl.chk = _check(refuse)
         dist.distributed_c10d._get_object_coll_device = lambda group=None: "cpu"
-        kwargs.pop("device_id")  # joins the communicators at once, as the simulated ones do anyway
+        kwargs.pop("device_id")  # only creates communicators early, as the simulated ones are
         nccl.REAL_INIT("simnccl", *args, **kwargs)
 
     dist.init_process_group = dist.distributed_c10d.init_process_group = init

@@ -1,4 +1,4 @@
-"""What a run does on GPUs, counted on simulated ones: they refuse what real ones refuse, and counts do not vary."""
+"""Runs on simulated GPUs, which refuse what real GPUs refuse and count copies, bytes and collectives exactly."""
 
 import pytest
 import torch
@@ -10,60 +10,48 @@ pytestmark = pytest.mark.slow
 RUN = (*QUICK, "stages=[prune,finetune]", "prune.method=sparsegpt")
 
 
-@pytest.fixture(scope="module")
-def half_llama(tiny_llama, tmp_path_factory):
-    """As LLaMA and OPT are stored."""
-    from transformers import AutoModelForCausalLM
-
-    folder = tmp_path_factory.mktemp("half")
-    AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16).save_pretrained(folder)
-    for path in tiny_llama.glob("*token*"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
 def test_a_trained_model_stays_on_its_gpu_until_it_is_written(half_llama, simulated, tmp_path):
-    """Lightning would take model and optimizer to the host, where they would be merged and checked."""
+    """Lightning moves the model and the optimizer to the host after training."""
     settings = (*RUN, f"model={half_llama}", f"run_dir={tmp_path}", "finetune.rank=1", "finetune.checkpoint_every=100")
     simulated(*settings, "stages=[prune]")
     (counts,) = simulated(*settings)
     model = dict(model_files.tensors(tmp_path / "finetune/model"))
     assert {tensor.dtype for tensor in model.values()} == {torch.float16}
-    # merged matrices, and the adapter with its optimizer in one checkpoint; it was 2.3 times the model
+    # the merged matrices, and one checkpoint with the adapter and its optimizer; with Lightning's teardown, 2.3 times the model
     assert counts["d2h_bytes"] < sum(tensor.nbytes for tensor in model.values()), counts
 
 
-def test_masks_are_those_of_one_gpu_on_two_and_with_one_for_each_task(half_llama, simulated, tmp_path):
+def test_masks_do_not_depend_on_the_number_of_gpus_or_their_visibility(half_llama, simulated, tmp_path):
     launches = {"one": {}, "two": {"processes": 2}, "tasks": {"processes": 2, "visible": ("a", "b")}}
     masks = []
     for name, launch in launches.items():
         counts = simulated(*RUN, f"model={half_llama}", f"run_dir={tmp_path / name}", "stages=[prune]", **launch)
         masks.append((tmp_path / name / "prune/masks.safetensors").read_bytes())
-        if launch:  # what is told and waited for goes by gloo, on the host
+        if launch:  # objects and barriers use gloo, on the host
             assert all(rank["collectives"]["host"] > 10 for rank in counts), counts
     assert masks[0] == masks[1] == masks[2]
 
 
-def test_two_gpus_train_whole_weights_shared_out(half_llama, simulated, tmp_path):
-    """Full fine-tuning under FSDP: gathered in bfloat16, kept in float32, merged where it trained."""
+def test_full_fine_tuning_is_sharded_over_two_gpus(half_llama, simulated, tmp_path):
+    """With FSDP, weights are gathered in bfloat16, stored in float32 and merged on the GPUs."""
     more = ("finetune.method=full", "finetune.strategy=fsdp", "prune.method=wanda")
     counts = simulated(*RUN, f"model={half_llama}", f"run_dir={tmp_path}", *more, processes=2)
     assert all(rank["collectives"]["_allgather_base"] for rank in counts)
-    # rank 1 writes nothing, so little but numbers leaves its GPU: Lightning took its shards and their optimizer to the host
+    # rank 1 writes no files, so only scalars leave its GPU; Lightning's teardown copied its shards and optimizer to the host
     assert counts[1]["d2h_bytes"] < 8000, counts[1]
 
 
-def test_what_was_trained_is_freed_before_it_is_evaluated(half_llama, simulated, tmp_path):
-    """The model, its gradients in DDP's buckets, and the optimizer: 12 bytes a weight stayed."""
+def test_training_memory_is_freed_before_the_evaluation(half_llama, simulated, tmp_path):
+    """The model, its gradients in DDP's buckets, and the optimizer. 12 bytes per weight were not freed."""
     few = ("evaluate.windows=2", "evaluate.continuations=0", "finetune.method=full", "stages=[prune,finetune,evaluate]")
     counts = simulated(*RUN, f"model={half_llama}", f"run_dir={tmp_path}", *few, processes=2)
-    assert all("gradients as views: True" in rank["said"] for rank in counts)
+    assert all("gradients as views: True" in rank["output"] for rank in counts)
     assert [rank["now"] for rank in counts] == [0, 0], counts
 
 
-def test_full_fine_tuning_takes_16_bytes_a_weight(simulated, tmp_path):
-    """Weights, gradients and two moments in float32: no temporaries of the optimizer, no gradients kept through the next
-    forward beside autocast's copies, masks at a bit a weight. It was 21."""
+def test_full_fine_tuning_takes_16_bytes_per_weight(simulated, tmp_path):
+    """Weights, gradients and two moments in float32. It was 21 with the optimizer's temporaries, with gradients kept during the
+    next forward, and with masks of a byte per weight."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from pipeline.data import world

@@ -1,4 +1,4 @@
-"""Refinements and updates: laws on small problems, against dense solvers and brute force."""
+"""Refinements and updates on small problems, compared with dense solvers and brute force."""
 
 import itertools
 import json
@@ -17,14 +17,14 @@ from pipeline.pruning.updates import Admm, LeastSquares, ObsUpdate
 from pipeline.registry import PRUNE_METHODS, REFINEMENTS, UPDATES
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Prune
-from pipeline.sparsity.patterns import NofM, Unstructured, parse
+from pipeline.sparsity.patterns import NofM, Pattern, Unstructured, parse
 from tests.pruning.test_prune import pruned
 
 PATTERNS = ("2of4", "4of8", "0.5", "0.7")
 
 
 def problem(rows=12, inputs=32, tokens=200, seed=0):
-    """Weights, and inputs that depend on each other as those of a model do."""
+    """Weights and correlated inputs."""
     torch.manual_seed(seed)
     inputs_NI = torch.randn(tokens, inputs) @ torch.randn(inputs, inputs) + torch.randn(inputs)
     return torch.randn(rows, inputs), inputs_NI
@@ -37,16 +37,16 @@ def errors(dense_RI, weight_RI, gram_II, damp=0.0):
 
 
 @pytest.mark.parametrize("needs", [{SQUARE_SUM}, {MOMENTS}, {GRAM}, {GRAM, MOMENTS}, {GRAM, MOMENTS, SQUARE_SUM}])
-def test_the_sums_are_read_as_they_were_observed(needs):
+def test_sums_are_unpacked_as_they_were_packed(needs):
     _, x_NI = problem()
     sums = Sums(needs)
     total = sum(sums.observe(part).double() for part in x_NI.split(50))
-    found = sums.read(total, x_NI.shape[1])
-    torch.testing.assert_close(found.square_sum_I.double(), x_NI.double().square().sum(0), rtol=1e-5, atol=0)
+    statistics = sums.read(total, x_NI.shape[1])
+    torch.testing.assert_close(statistics.square_sum_I.double(), x_NI.double().square().sum(0), rtol=1e-5, atol=0)
     if MOMENTS in needs:
-        torch.testing.assert_close(found.moments_3I[1], x_NI.double().sum(0), rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(statistics.moments_3I[1], x_NI.double().sum(0), rtol=1e-5, atol=1e-3)
     if GRAM in needs:
-        torch.testing.assert_close(found.gram_II, (x_NI.T @ x_NI), rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(statistics.gram_II, x_NI.T @ x_NI, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("sparsity", PATTERNS)
@@ -84,8 +84,8 @@ def test_one_swap_is_the_best_of_all(pattern):
             other_I[p], other_I[k] = True, False
             if other_I.sum() == mask_RI[row].sum() and pattern.violation(other_I[None]) is None:
                 best = torch.minimum(best, errors(dense_RI[row : row + 1], dense_RI[row : row + 1] * other_I, gram_II))
-        mine = errors(dense_RI[row : row + 1], dense_RI[row : row + 1] * new_RI[row], gram_II)
-        torch.testing.assert_close(mine, best, rtol=1e-4, atol=1e-4)
+        swapped = errors(dense_RI[row : row + 1], dense_RI[row : row + 1] * new_RI[row], gram_II)
+        torch.testing.assert_close(swapped, best, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("sparsity", PATTERNS)
@@ -93,30 +93,30 @@ def test_least_squares_is_the_solution_of_a_dense_solver(sparsity):
     dense_RI, x_NI = problem()
     gram_II, settings = x_NI.T @ x_NI, Prune(update_steps=300)
     mask_RI = parse(sparsity).select(dense_RI.abs())
-    found_RI = LeastSquares(settings).update(dense_RI, dense_RI * mask_RI, mask_RI, gram_II.clone(), "w")
+    solution_RI = LeastSquares(settings).update(dense_RI, dense_RI * mask_RI, mask_RI, gram_II.clone(), "w")
     damped_II = gram_II.double() + settings.damp * gram_II.diagonal().mean() * torch.eye(32)
     for row, mask_I in enumerate(mask_RI):
         kept = mask_I.nonzero().squeeze(1)
         target = damped_II[kept] @ dense_RI[row].double()
         expected = torch.linalg.solve(damped_II[kept][:, kept], target)
-        assert (found_RI[row, kept] - expected).norm() < 1e-5 * expected.norm()
-        assert (found_RI[row, ~mask_I] == 0).all()
+        assert (solution_RI[row, kept] - expected).norm() < 1e-5 * expected.norm()
+        assert (solution_RI[row, ~mask_I] == 0).all()
 
 
 @pytest.mark.parametrize("sparsity", PATTERNS)
-def test_updates_lessen_the_error_and_least_squares_most(sparsity):
+def test_updates_reduce_the_error_and_least_squares_most(sparsity):
     dense_RI, x_NI = problem(rows=40, inputs=64)
     gram_II, settings = x_NI.T @ x_NI, Prune(update_steps=300)
     mask_RI = parse(sparsity).select(dense_RI.abs())
     plain = errors(dense_RI, dense_RI * mask_RI, gram_II, settings.damp)
-    found = {}
+    updated = {}
     for kind in (ObsUpdate, Admm, LeastSquares):
         weight_RI = kind(settings).update(dense_RI.clone(), dense_RI * mask_RI, mask_RI, gram_II.clone(), "w") * mask_RI
-        found[kind] = errors(dense_RI, weight_RI, gram_II, settings.damp)
-        assert found[kind].sum() < plain.sum()
-    assert (found[LeastSquares] <= found[ObsUpdate] * (1 + 1e-4)).all()
-    assert (found[LeastSquares] <= found[Admm] * (1 + 1e-4)).all()
-    # few steps are already close, and none adds error
+        updated[kind] = errors(dense_RI, weight_RI, gram_II, settings.damp)
+        assert updated[kind].sum() < plain.sum()
+    assert (updated[LeastSquares] <= updated[ObsUpdate] * (1 + 1e-4)).all()
+    assert (updated[LeastSquares] <= updated[Admm] * (1 + 1e-4)).all()
+    # no step increases the error
     few = LeastSquares(Prune(update_steps=5)).update(dense_RI, dense_RI * mask_RI, mask_RI, gram_II.clone(), "w")
     assert (errors(dense_RI, few, gram_II, settings.damp) <= plain).all()
 
@@ -138,17 +138,16 @@ def test_every_combination_keeps_the_pattern(method, refine, update):
     for sparsity in ("2of4", "0.7"):
         dense_RI, x_NI = problem()
         pattern = parse(sparsity)
-        chosen = prune_method(Prune(method=method, refine=refine, update=update), {"a": pattern, "b": pattern})
-        total = sum(chosen.observe(part).double() for part in x_NI.split(100))
-        weights = {"a": dense_RI.clone(), "b": dense_RI.flip(0).clone().to(torch.bfloat16)}
-        masks = chosen.prune(weights, total)
+        combination = prune_method(Prune(method=method, refine=refine, update=update), {"a": pattern, "b": pattern})
+        total = sum(combination.observe(part).double() for part in x_NI.split(100))
+        dense = {"a": dense_RI, "b": dense_RI.flip(0).bfloat16()}
+        weights = {name: weight_OI.clone() for name, weight_OI in dense.items()}
+        masks = combination.prune(weights, total)
         for name, mask_OI in masks.items():
             assert pattern.violation(mask_OI) is None
             assert (weights[name][~mask_OI] == 0).all() and not weights[name][~mask_OI].signbit().any()
             if update == "none" and method != "sparsegpt":
-                assert torch.equal(
-                    weights[name][mask_OI], {"a": dense_RI, "b": dense_RI.flip(0).bfloat16()}[name][mask_OI]
-                )
+                assert torch.equal(weights[name][mask_OI], dense[name][mask_OI])
 
 
 @pytest.mark.parametrize("key", [{"method": "sparsegpt"}, *({"update": it} for it in UPDATES.entries if it != "none")])
@@ -161,26 +160,26 @@ def test_an_update_that_overflows_float16_is_refused(key):
         chosen.prune(weights, chosen.observe(x_NI).double())
 
 
-def test_names_for_combinations_are_these_combinations():
+def test_names_for_combinations_give_the_same_results():
     dense_RI, x_NI = problem()
-    for name, same in {
+    for name, steps in {
         "dsnot": {"method": "wanda", "refine": "dsnot"},
         "wanda_seq": {"method": "wanda", "update": "obs"},
         "magnitude_seq": {"method": "magnitude", "update": "obs"},
     }.items():
-        found = []
-        for settings in (Prune(method=name), Prune(**same)):
-            chosen = prune_method(settings, {"a": NofM(2, 4)})
+        results = []
+        for settings in (Prune(method=name), Prune(**steps)):
+            method = prune_method(settings, {"a": NofM(2, 4)})
             weights = {"a": dense_RI.clone()}
-            masks = chosen.prune(weights, chosen.observe(x_NI).double())
-            found.append((masks["a"], weights["a"]))
-        assert all(torch.equal(a, b) for a, b in zip(*found))
-    problem_text = PRUNE_METHODS.entry("dsnot").problem(Prune(method="dsnot", refine="swaps"))
-    assert "prune.refine=none" in problem_text
+            masks = method.prune(weights, method.observe(x_NI).double())
+            results.append((masks["a"], weights["a"]))
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+    message = PRUNE_METHODS.entry("dsnot").problem(Prune(method="dsnot", refine="swaps"))
+    assert "prune.refine=none" in message
 
 
-def test_a_method_with_a_sum_of_its_own_can_be_updated(tmp_path):
-    (tmp_path / "mine.py").write_text(
+def test_a_method_with_a_custom_statistic_can_be_combined(tmp_path):
+    (tmp_path / "largest.py").write_text(
         "from pipeline.pruning.method import PruneMethod\n"
         "class Largest(PruneMethod):\n"
         "    '''By the sum of absolute inputs'''\n"
@@ -191,10 +190,9 @@ def test_a_method_with_a_sum_of_its_own_can_be_updated(tmp_path):
         "        return weight_OI.abs() * total\n"
     )
     dense_RI, x_NI = problem()
-    settings = Prune(method=str(tmp_path / "mine.py"), refine="swaps", update="least_squares")
-    chosen = prune_method(settings, {"a": NofM(2, 4)})
-    weights = {"a": dense_RI.clone()}
-    mask_OI = chosen.prune(weights, chosen.observe(x_NI).double())["a"]
+    settings = Prune(method=str(tmp_path / "largest.py"), refine="swaps", update="least_squares")
+    method = prune_method(settings, {"a": NofM(2, 4)})
+    mask_OI = method.prune({"a": dense_RI.clone()}, method.observe(x_NI).double())["a"]
     assert NofM(2, 4).violation(mask_OI) is None
 
 
@@ -252,13 +250,13 @@ def test_statistics_are_observed_once():
 
 @pytest.mark.parametrize("kind", [Swaps, Dsnot])
 def test_a_refinement_refuses_a_pattern_that_it_does_not_know(kind):
-    class Odd(Unstructured.__mro__[1]):
+    class Custom(Pattern):
         ratio = 0.5
 
     dense_RI, x_NI = problem()
     statistics = Sums({GRAM, MOMENTS}).read(Sums({GRAM, MOMENTS}).observe(x_NI).double(), 32)
     with pytest.raises(UserError, match="set prune.refine=none"):
-        kind(Prune()).refine(dense_RI, dense_RI, dense_RI > 0, statistics, Odd())
+        kind(Prune()).refine(dense_RI, dense_RI, dense_RI > 0, statistics, Custom())
 
 
 @pytest.mark.parametrize("kind", [Swaps, Dsnot])
@@ -284,7 +282,7 @@ def test_a_power_law_gives_its_exponent():
 
 
 @pytest.mark.parametrize("allocation", ["alphapruning", "layer_error"])
-def test_an_allocation_prunes_the_layers_as_it_measures_them(tiny_llama, tmp_path, allocation):
+def test_an_allocation_follows_its_measurements(tiny_llama, tmp_path, allocation):
     more = (f"prune.allocation={allocation}", "prune.sparsity=0.6", "prune.allocation_spread=0.1")
     masks, _ = pruned(tiny_llama, tmp_path / "p", *more)
     measured = json.loads((tmp_path / "p/allocation.json").read_text())["measured"]

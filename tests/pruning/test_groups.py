@@ -1,4 +1,4 @@
-"""`prune.group` and `calibration.activations`, against a plain loop over a Llama's layers."""
+"""`prune.group` and `calibration.activations`, compared with a plain loop over a Llama's layers."""
 
 import contextlib
 
@@ -20,17 +20,17 @@ from tests.pruning.test_prune import Killed, pruned, settings
 
 @torch.no_grad()
 def plain(origin, chosen, group: str, activations: str, ratio: float) -> dict[str, torch.Tensor]:
-    """The masks by parameter name, of Wanda's score."""
+    """Wanda's masks by parameter name."""
     model = AutoModelForCausalLM.from_pretrained(origin)
     source = sources.source(chosen.calibration.dataset, chosen.mirror, "train")
     windows = token_windows.calibration(
         source, loading.tokenizer(origin, chosen), 8, chosen.calibration.seq_len, seed=0
     )
-    hidden, more, masks = [], {}, {}
+    hidden, arguments, masks = [], {}, {}
 
     def catch(module, args, kwargs) -> None:
         hidden.append(args[0] if args else kwargs.pop("hidden_states"))
-        more.update(kwargs)
+        arguments.update(kwargs)
         raise textbook.FirstLayerReached
 
     hook = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
@@ -40,23 +40,23 @@ def plain(origin, chosen, group: str, activations: str, ratio: float) -> dict[st
     hook.remove()
     for number, layer in enumerate(model.model.layers):
         modules = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        found = {name: textbook.Statistics(module, "wanda") for name, module in modules.items()}
-        hooks = [module.register_forward_hook(found[name].hook()) for name, module in modules.items()]
-        dense = [layer(h, **more) for h in hidden]
+        statistics = {name: textbook.Statistics(module, "wanda") for name, module in modules.items()}
+        hooks = [module.register_forward_hook(statistics[name].hook()) for name, module in modules.items()]
+        dense = [layer(h, **arguments) for h in hidden]
         for hook in hooks:
             hook.remove()
-        scores = {name: textbook.wanda(module.weight, found[name].norm()) for name, module in modules.items()}
-        everything = torch.cat([score.flatten() for score in scores.values()]).sort().values
+        scores = {name: textbook.wanda(module.weight, statistics[name].norm()) for name, module in modules.items()}
+        all_scores = torch.cat([score.flatten() for score in scores.values()]).sort().values
         for name, score in scores.items():
             if group == "row":
                 kept = torch.ones_like(score, dtype=torch.bool)
                 kept.scatter_(1, score.sort(dim=1, stable=True).indices[:, : int(score.shape[1] * ratio)], False)
             else:
-                ordered = score.flatten().sort().values if group == "matrix" else everything
+                ordered = score.flatten().sort().values if group == "matrix" else all_scores
                 kept = score > ordered[int(len(ordered) * ratio)]
             masks[f"model.layers.{number}.{name}.weight"] = kept
             modules[name].weight.data[~kept] = 0
-        hidden = dense if activations == "dense" else [layer(h, **more) for h in hidden]
+        hidden = dense if activations == "dense" else [layer(h, **arguments) for h in hidden]
     return masks
 
 
@@ -75,7 +75,7 @@ def test_masks_equal_a_plain_loop(tiny_llama, tmp_path, group, activations):
     assert masks.sparsity() == pytest.approx(0.6, abs=0.01)
 
 
-def test_in_memory_as_by_the_command(tiny_llama, tmp_path):
+def test_the_api_gives_the_same_masks_and_weights_as_the_command(tiny_llama, tmp_path):
     more = ("prune.group=layer", "calibration.activations=dense", "prune.sparsity=0.6", "calibration.batch_size=1")
     masks, weights = pruned(tiny_llama, tmp_path / "p", *more)
     chosen = settings(tiny_llama, *more)
@@ -83,13 +83,13 @@ def test_in_memory_as_by_the_command(tiny_llama, tmp_path):
     tokenizer = loading.tokenizer(tiny_llama, chosen)
     windows = token_windows.calibration(source, tokenizer, 8, chosen.calibration.seq_len, seed=0)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    mine = espalier.prune(model, sparsity=0.6, group="layer", activations="dense", calibration=windows)
-    assert all(torch.equal(mask, mine[name]) for name, mask in masks.items())
+    api_masks = espalier.prune(model, sparsity=0.6, group="layer", activations="dense", calibration=windows)
+    assert all(torch.equal(mask, api_masks[name]) for name, mask in masks.items())
     state = model.state_dict()
     assert all(torch.equal(weight, state[name]) for name, weight in weights.items())
 
 
-def test_killed_it_goes_on_with_dense_activations(tiny_llama, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_with_dense_activations(tiny_llama, tmp_path, monkeypatch):
     more = ("calibration.activations=dense",)
     _, whole = pruned(tiny_llama, tmp_path / "whole", *more)
     visit = BlockPruner.__call__
@@ -107,13 +107,13 @@ def test_killed_it_goes_on_with_dense_activations(tiny_llama, tmp_path, monkeypa
     assert (tmp_path / "p/masks.safetensors").read_bytes() == (tmp_path / "whole/masks.safetensors").read_bytes()
 
 
-def test_the_first_layers_do_not_depend_on_what_was_pruned_before(tiny_llama, tmp_path):
-    """With dense activations the masks of a layer are the same whether the layers before it are pruned or not."""
+def test_dense_activations_do_not_depend_on_pruned_layers(tiny_llama, tmp_path):
+    """With dense activations, the masks of a layer do not depend on whether earlier layers are pruned."""
     more = ("calibration.activations=dense",)
-    every, _ = pruned(tiny_llama, tmp_path / "every", *more)
+    whole, _ = pruned(tiny_llama, tmp_path / "whole", *more)
     last, _ = pruned(tiny_llama, tmp_path / "last", *more, 'prune.overrides={"*.layers.[01].*": dense}')
-    assert 0 < len(last) < len(every)
-    assert all(torch.equal(mask, every[name]) for name, mask in last.items())
+    assert 0 < len(last) < len(whole)
+    assert all(torch.equal(mask, whole[name]) for name, mask in last.items())
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_the_first_layers_do_not_depend_on_what_was_pruned_before(tiny_llama, tm
         ("prune.group=matrix", "prune.sparsity=0.5", "prune.method=wanda_variant"),
     ],
 )
-def test_a_group_that_means_nothing_is_refused(more):
+def test_a_group_that_the_method_or_pattern_does_not_support_is_refused(more):
     with pytest.raises(UserError, match="set prune.group=auto"):
         reader.load(["model=m", "stages=[prune]", *more])
 

@@ -1,4 +1,4 @@
-"""Rows of SparseGPT's column loop come out the same whichever others are with them, though products round by their shape."""
+"""SparseGPT's results for a row do not depend on the other rows, although the rounding of a product depends on its shape."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from pipeline.sparsity.patterns import parse
 
 
 @pytest.mark.parametrize("count, tile, ranks", [(10, 1, 3), (10, 4, 3), (1100, 512, 2), (100, 512, 2), (1536, 512, 8)])
-def test_shares_are_whole_tiles_of_all_rows_once(monkeypatch, count, tile, ranks):
+def test_the_shares_are_whole_tiles_and_cover_each_row_once(monkeypatch, count, tile, ranks):
     monkeypatch.setattr(processes, "world_size", lambda: ranks)
     rows = []
     for rank in range(ranks):
@@ -20,8 +20,8 @@ def test_shares_are_whole_tiles_of_all_rows_once(monkeypatch, count, tile, ranks
     assert rows == list(range(count))
 
 
-def shape_dependent(monkeypatch) -> None:
-    """As on a GPU, in the extreme: a product's last bits tell how many rows it had."""
+def make_rounding_depend_on_shape(monkeypatch) -> None:
+    """An exaggerated form of a GPU's behaviour."""
     real = torch.Tensor.addmm_
 
     def addmm_(self, left, right, *, alpha):
@@ -42,8 +42,8 @@ def test_tiles_make_rows_independent_of_the_share(monkeypatch):
         assert part_RI[~mask_RI].count_nonzero() == 0
         return part_RI
 
-    parts = [slice(0, 8), slice(8, 12), slice(12, 12)]  # a rank may have none
+    parts = [slice(0, 8), slice(8, 12), slice(12, 12)]  # a rank may have no rows
     assert torch.allclose(pruned(slice(0, 12), 4), pruned(slice(0, 12), None), atol=1e-4)
-    shape_dependent(monkeypatch)
+    make_rounding_depend_on_shape(monkeypatch)
     assert not torch.equal(torch.cat([pruned(part, None) for part in parts]), pruned(slice(0, 12), None))
     assert torch.equal(torch.cat([pruned(part, 4) for part in parts]), pruned(slice(0, 12), 4))

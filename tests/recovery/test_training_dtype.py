@@ -22,15 +22,6 @@ def settings(model, *more):
     return reader.load([*QUICK, f"model={model}", *more])
 
 
-@pytest.fixture
-def half_llama(tiny_llama, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16)
-    model.save_pretrained(tmp_path / "half")
-    for path in tiny_llama.glob("*token*"):
-        (tmp_path / "half" / path.name).write_bytes(path.read_bytes())
-    return tmp_path / "half"
-
-
 def test_a_float16_checkpoint_trains_in_bfloat16_and_ends_in_float16(half_llama, tmp_path):
     recipe = settings(half_llama, "finetune.precision=bf16-mixed")
     model = finetune.load(half_llama, recipe)
