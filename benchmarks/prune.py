@@ -84,9 +84,8 @@ def ours(model, windows, method: str, pattern: str, batch_size: int) -> dict[str
         run_layerwise(walk, ending.around(BlockPruner(chosen)), [writer])
         wait()
         seconds = time.perf_counter() - started - writing.total  # the textbook implementation writes no files
-    pruning = (
-        ending.total - passing.total + observing.total
-    )  # without the forward passes, but with the observers that run in them
+    # without the forward passes, but with the observers that run in them
+    pruning = ending.total - passing.total + observing.total
     return {"stage": seconds, "pruning": pruning, "writing": writing.total}
 
 

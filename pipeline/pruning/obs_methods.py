@@ -36,9 +36,9 @@ class Obs(PruneMethod):
         stacked_RI = torch.cat([weights[name].float() for name in names])
         stacked_RI[:, dead_I] = 0
         lengths = [len(weights[name]) for name in names]
-        # A product's rounding depends on its shape on a GPU: there all have the same, on any number of ranks
+        # on a GPU the rounding of a product depends on its shape: fixed tiles give the same shapes on any number of ranks
         tile = obs.ROW_TILE if stacked_RI.is_cuda else None
-        mine = processes.share_of(len(stacked_RI), tile or 1)
+        rows = processes.share_of(len(stacked_RI), tile or 1)
 
         def score(weight_RB: Tensor, columns: slice) -> Tensor:
             return self.obs_score(weight_RB, factor_II.diagonal()[columns], square_sum_I[columns])
@@ -46,10 +46,10 @@ class Obs(PruneMethod):
         def choose(weight_RB: Tensor, columns: slice) -> Tensor:
             """The threshold is over all rows of a matrix, so the ranks gather their rows' scores."""
             score_RB = processes.gather_rows(score(weight_RB, columns))
-            return torch.cat([pattern.select(part, self.whole_matrix) for part in score_RB.split(lengths)])[mine]
+            return torch.cat([pattern.select(part, self.whole_matrix) for part in score_RB.split(lengths)])[rows]
 
         n_of_m = pattern if isinstance(pattern, NofM) else None
-        rows_RI = stacked_RI[mine].clone()
+        rows_RI = stacked_RI[rows].clone()
         kept_RI = obs.prune_rows(rows_RI, factor_II, None if n_of_m else choose, score, n_of_m, tile)
         pruned_RI, kept_RI = processes.gather_rows(rows_RI), processes.gather_rows(kept_RI)
         for name, part_OI in zip(names, pruned_RI.split(lengths)):
