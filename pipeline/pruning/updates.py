@@ -1,7 +1,8 @@
 """What `prune.update` may be: new values of the kept weights, for a given mask.
 
 All lessen the output error of each row, (w - w') G (w - w')^T, where G is the Gram matrix of the inputs, damped by
-`prune.damp` times its mean diagonal. Shapes: R = rows (output features), I = in_features.
+`prune.damp` times its mean diagonal (by ADMM, which scales the inputs to norm 1 as its paper does, times each element of the
+diagonal). Shapes: R = rows (output features), I = in_features.
 """
 
 import torch
