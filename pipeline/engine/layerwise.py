@@ -212,9 +212,11 @@ class LayerwiseForwards:
                 tensor.data = tensor.data.to(self.device, non_blocking=True)
 
     def _remember_dense(self) -> None:
-        if self._shared or self.current.index in self._reached:
+        sharing = [it.name for it in self.blocks if any(id(p) in self._shared for p in it.module.parameters())]
+        if sharing or self.current.index in self._reached:
+            name = sharing[0] if sharing else self.current.name
             raise UserError(
-                f"{self.current.name} is run twice or shares weights with another layer: set calibration.activations=pruned"
+                f"{name} is run twice or shares weights with another layer: set calibration.activations=pruned"
             )
         self._reached.add(self.current.index)
         self._dense = [

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data import sampled, sources, token_windows
-from pipeline.engine.blocks import find_blocks
+from pipeline.engine.blocks import find_blocks, tensors_outside
 from pipeline.engine.matrices import Matrix, matrices
 from pipeline.models import loading
 from pipeline.runtime import memory, processes
@@ -56,7 +56,8 @@ def plan_memory(
     largest = max(blocks, key=memory.size_gib)
     layers = (1 + streams) * memory.size_gib(largest)
     training = per_weight * sum(parameter.numel() for parameter in largest.parameters()) / memory.GIB
-    outside = memory.size_gib(model) - sum(map(memory.size_gib, blocks))
+    # each once: embeddings may be tied, and layers may share weights
+    outside = sum(it.nbytes for it in {id(it): it for it in tensors_outside(model, found)}.values()) / memory.GIB
     config = model.config.get_text_config()
     width = getattr(config, "hidden_size", model.get_input_embeddings().weight.shape[1]) * model.dtype.itemsize
     # a paused forward keeps the embeddings as well as the hidden states

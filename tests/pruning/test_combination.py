@@ -121,6 +121,25 @@ def test_updates_reduce_the_error_and_least_squares_most(sparsity):
     assert (errors(dense_RI, few, gram_II, settings.damp) <= plain).all()
 
 
+def test_an_input_far_larger_than_the_rest_as_models_have():
+    """Rounding must not make refinements and updates add error; each is measured with its own damping."""
+    dense_RI, x_NI = problem(rows=40, inputs=64)
+    x_NI[:, 5] *= 3000
+    gram_II, settings = x_NI.T @ x_NI, Prune()
+    mask_RI = parse("0.6").select(dense_RI.abs() * gram_II.diagonal().sqrt())
+    masked_RI = dense_RI * mask_RI
+    new_RI = swap(dense_RI, masked_RI, mask_RI, gram_II, None, 100)
+    before = errors(dense_RI, masked_RI, gram_II)
+    assert (errors(dense_RI, dense_RI * new_RI, gram_II) <= before * (1 + 1e-6)).all()
+    for kind in (ObsUpdate, Admm, LeastSquares):
+        damp_II = settings.damp * gram_II.diagonal().diag()
+        if kind is not Admm:
+            damp_II = settings.damp * gram_II.diagonal().mean() * torch.eye(64)
+        weight_RI = kind(settings).update(dense_RI.clone(), masked_RI, mask_RI, gram_II.clone(), "w") * mask_RI
+        after = errors(dense_RI, weight_RI, gram_II + damp_II)
+        assert after.sum() < errors(dense_RI, masked_RI, gram_II + damp_II).sum(), kind
+
+
 @pytest.mark.parametrize("update", [name for name in UPDATES.entries if name != "none"])
 def test_an_input_that_is_always_zero(update):
     dense_RI, x_NI = problem()

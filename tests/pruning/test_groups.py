@@ -1,6 +1,7 @@
 """`prune.group` and `calibration.activations`, compared with a plain loop over a Llama's layers."""
 
 import contextlib
+import re
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
 from tests import textbook
 from tests.engine.test_decoder import small_model
+from tests.families import tiny
 from tests.pruning.test_prune import Killed, pruned, settings
 
 
@@ -147,3 +149,11 @@ def test_matrices_that_lose_all_their_weights_are_reported(capsys):
     assert not masks["model.layers.1.mlp.down_proj.weight"].any()
     output = capsys.readouterr().out
     assert "matrices of this layer, such as model.layers.1." in output and "no weight is left in" in output
+
+
+def test_dense_activations_refuse_layers_that_share_weights(capsys):
+    """The dense weights of a layer that runs again are gone. The memory plan counts shared weights once."""
+    windows = torch.randint(3, 61, (2, 20), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match="model.layers.2 is run twice or shares weights.*: set activations=pruned"):
+        espalier.prune(tiny("zamba2"), calibration=windows, activations="dense")
+    assert float(re.search(r"(-?[0-9.]+) MiB outside the layers", capsys.readouterr().out)[1]) > 0
