@@ -9,6 +9,7 @@ import os
 import shutil
 import stat
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,16 @@ def build(instructions: str, *more: str) -> Any:
 
 
 def _compile(name: str, flags: list[str], library: Path) -> None:
+    path = os.environ.get("PATH", os.defpath)
+    # pip puts ninja there, also if the virtual environment is not active
+    os.environ["PATH"] = os.pathsep.join((path, sysconfig.get_path("scripts")))
+    try:
+        _compile_with_tools(name, flags, library)
+    finally:
+        os.environ["PATH"] = path
+
+
+def _compile_with_tools(name: str, flags: list[str], library: Path) -> None:
     for tool, what in ((os.environ.get("CXX", "g++"), "a C++ compiler"), ("ninja", "ninja (pip install ninja)")):
         if shutil.which(tool) is None:
             raise RuntimeError(f"{tool} is not installed: install {what}")
