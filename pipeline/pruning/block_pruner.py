@@ -47,12 +47,15 @@ class BlockPruner:
                 undersampled += [f"{name} ({observed.tokens[key]})" for name in members]
                 # as if all input features had the same norm
                 total = self.method.observe(torch.eye(first.weight_OI.shape[1], device=total.device)).double()
-            check_finite(weights, total)
+            if self.method.group == "layer":
+                check_finite(weights, total)
             inputs.append((weights, total, observed.samples[key], few))
         # such experts have scores on a scale of their own
         self.method.compare_layer([(weights, total) for weights, total, _, few in inputs if not few])
         while inputs:  # a sum is dropped as soon as its matrices are pruned
             weights, total, sample_NI, _ = inputs.pop(0)
+            # only now: a weight whose update overflows makes the inputs of later matrices overflow, and is the one to name
+            check_finite(weights, total)
             dense_OI = {name: weight.clone() for name, weight in weights.items()}
             masks_OI = self.method.prune(weights, total)
             for name, weight_OI in weights.items():
