@@ -70,6 +70,9 @@ def print_table(columns: list[str], groups: summary.Groups, notes: list[str], co
             texts = [cell.value + summary.MARK * cell.significant for cell in cells]
             styles = ["bold" if cell.best else "" for cell in cells]
             table.add_row(Text(f"  {label}"), *map(Text, texts, styles))
+    # in 80 columns the labels of a table with five models would vanish
+    if (needed := 24 + 14 * len(columns)) > console.width and len(columns) > 4:
+        console.width = needed
     console.print(table)
     if any(cell.significant for _, rows in groups for _, cells in rows for cell in cells):
         console.print(Text(f"{summary.MARK} differs from dense by more than two standard errors of the difference"))

@@ -251,8 +251,8 @@ def test_two_processes_prune_as_one_with_every_method(tiny_llama, tmp_path):
             one, two = (tmp_path / n / f"{name}-{sparsity}" for n in "12")
             assert (one / "masks.safetensors").read_bytes() == (two / "masks.safetensors").read_bytes(), name
             other = dict(model_files.tensors(two / "model"))
-            for name, weight in model_files.tensors(one / "model"):
-                torch.testing.assert_close(other[name], weight, rtol=1e-5, atol=1e-6)
+            for tensor, weight in model_files.tensors(one / "model"):
+                torch.testing.assert_close(other[tensor], weight, rtol=1e-5, atol=1e-6)
 
 
 ALL_METHODS = """
