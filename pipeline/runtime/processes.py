@@ -102,6 +102,7 @@ def _settle(error: BaseException, timeout_minutes: float) -> BaseException:
     if isinstance(error, Stopped) or is_lost_peer(error):  # launchers signal the others when one process ends
         reason = _heartbeat.lost()
         if isinstance(reason, dict):
+            _heartbeat.ending.acquire()  # or its thread, which sees the reason too, would report it once more
             return ReportedByPeer(_heartbeat.end_with(reason))
         if reason:
             error = UserError(reason)
