@@ -18,6 +18,7 @@ from pipeline.settings import reader, schema
 from pipeline.sparsity.masks import Masks
 from pipeline.stages import keys, runner
 from tests.conftest import QUICK, ROOT, environment
+from tests.pruning.test_prune import sparsity_by_layer
 from tests.reporting.report_files import Page
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
@@ -77,10 +78,7 @@ def test_user_method_pattern_and_finetuning_appear_in_all_reports(runs):
 @pytest.mark.slow
 def test_a_user_allocation_appears_in_all_reports(runs):
     masks = Masks.load(runs / "runs/b/prune/masks.safetensors")
-    by_layer = []
-    for layer in range(3):
-        part = [mask for name, mask in masks.items() if f".{layer}." in name]
-        by_layer.append(1 - sum(int(mask.sum()) for mask in part) / sum(mask.numel() for mask in part))
+    by_layer = sparsity_by_layer(masks)
     assert by_layer == pytest.approx([0.4, 0.5, 0.6], abs=0.03)
     markdown = (runs / "runs/b/report/report.md").read_text()
     for text in (markdown, Page((runs / "runs/b/report/report.html").read_text()).text):

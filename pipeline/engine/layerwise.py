@@ -95,13 +95,11 @@ class LayerwiseForwards:
         self._offloaded: list[dict[int, TensorWeakRef]] = [{} for _ in self.batches]
         self._shared = shared_parameters(blocks)
         self._dropped = set(dropped)
-        self._dense: list[
-            tuple[Tensor, Tensor]
-        ] = []  # the parameters of the current block, and the data they came with
+        # the parameters of the current block, and the data they came with
+        self._dense: list[tuple[Tensor, Tensor]] = []
         self._reached: set[int] = set()  # with `dense_outputs`
-        self._home_data: list[
-            tuple[Tensor, Tensor]
-        ] = []  # tensors of the current block, and their data where it came from
+        # tensors of the current block, and their data where it came from
+        self._home_data: list[tuple[Tensor, Tensor]] = []
         self._outside_data: list[tuple[Tensor, Tensor]] = []  # the same for tensors outside the blocks
 
     def __enter__(self) -> "LayerwiseForwards":

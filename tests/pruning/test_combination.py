@@ -18,7 +18,7 @@ from pipeline.registry import PRUNE_METHODS, REFINEMENTS, UPDATES
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Prune
 from pipeline.sparsity.patterns import NofM, Pattern, Unstructured, parse
-from tests.pruning.test_prune import pruned
+from tests.pruning.test_prune import pruned, sparsity_by_layer
 
 PATTERNS = ("2of4", "4of8", "0.5", "0.7")
 
@@ -305,10 +305,7 @@ def test_an_allocation_follows_its_measurements(tiny_llama, tmp_path, allocation
     more = (f"prune.allocation={allocation}", "prune.sparsity=0.6", "prune.allocation_spread=0.1")
     masks, _ = pruned(tiny_llama, tmp_path / "p", *more)
     measured = json.loads((tmp_path / "p/allocation.json").read_text())["measured"]
-    by_layer = []
-    for layer in range(3):
-        part = [mask for name, mask in masks.items() if f".{layer}." in name]
-        by_layer.append(1 - sum(int(mask.sum()) for mask in part) / sum(mask.numel() for mask in part))
+    by_layer = sparsity_by_layer(masks)
     assert sum(by_layer) / 3 == pytest.approx(0.6, abs=0.02)
     assert max(by_layer) - min(by_layer) == pytest.approx(0.2, abs=0.03)
     most = max if allocation == "alphapruning" else min

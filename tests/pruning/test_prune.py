@@ -44,6 +44,12 @@ def pruned(model, folder, *more):
     return Masks.load(folder / "masks.safetensors"), dict(model_files.tensors(folder / "model"))
 
 
+def sparsity_by_layer(masks):
+    """Of the three layers of `tiny_llama`."""
+    layers = ([mask for name, mask in masks.items() if f".{layer}." in name] for layer in range(3))
+    return [1 - sum(int(mask.sum()) for mask in part) / sum(mask.numel() for mask in part) for part in layers]
+
+
 @pytest.mark.parametrize("sparsity", ["2of4", "4of8", "0.5", "0.7"])
 @pytest.mark.parametrize("method", [*textbook.SCORES, "sparsegpt"])
 def test_equals_the_textbook(tiny_llama, tmp_path, method, sparsity):
@@ -189,10 +195,7 @@ def test_owl_prunes_layers_with_outliers_less_and_keeps_the_mean(tiny_llama, tmp
     more = ("prune.allocation=owl", "prune.sparsity=0.6", "prune.owl_outliers=3", "prune.owl_spread=0.1")
     masks, _ = pruned(tiny_llama, tmp_path / "p", *more)
     shares = json.loads((tmp_path / "p/allocation.json").read_text())["measured"]
-    by_layer = []
-    for layer in range(3):
-        part = [mask for name, mask in masks.items() if f".{layer}." in name]
-        by_layer.append(1 - sum(int(mask.sum()) for mask in part) / sum(mask.numel() for mask in part))
+    by_layer = sparsity_by_layer(masks)
     assert sum(by_layer) / 3 == pytest.approx(0.6, abs=0.02)
     assert max(by_layer) - min(by_layer) == pytest.approx(0.2, abs=0.03)
     assert by_layer.index(min(by_layer)) == int(max(shares, key=shares.get))
