@@ -27,7 +27,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+if "--cuda" in sys.argv:
+    # the other check would initialise CUDA, and forked processes could not use it
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+else:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 import transformers
@@ -45,6 +50,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="FAMILY")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--cuda", action="store_true", help="the command uses the GPU; MODELS.md is not written")
     parser.add_argument("--json", type=Path, help="file for all findings")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for a family")
     asked = parser.parse_args()
@@ -59,7 +65,7 @@ def main() -> int:
     print(", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS))
     if asked.json:
         asked.json.write_text(json.dumps(results, indent=1))
-    if not asked.families:
+    if not asked.families and not asked.cuda:
         (ROOT / "benchmarks" / "MODELS.md").write_text(
             page(results, f"python benchmarks/models.py --jobs {asked.jobs}")
         )

@@ -11,8 +11,9 @@ from pipeline.engine.layerwise import LayerwiseForwards
 
 
 @torch.no_grad()
-def difference(model: nn.Module, batches: list[Tensor]) -> str | None:
-    """Where a walk differs from the model's own forward in any bit; each block runs once extra before it is advanced."""
+def difference(model: nn.Module, batches: list[Tensor], device: torch.device | None = None) -> str | None:
+    """Where a walk differs from the model's own forward in any bit; each block runs once extra before it is advanced. `device`:
+    where the blocks compute; the model and the batches must be there."""
     expected = [model(input_ids=batch, use_cache=False).logits for batch in batches]
     differences: list[str] = []
     results: list[Tensor] = []
@@ -24,7 +25,7 @@ def difference(model: nn.Module, batches: list[Tensor]) -> str | None:
     def call(batch: Tensor) -> Tensor:
         return model(input_ids=batch, use_cache=False).logits
 
-    with LayerwiseForwards(model, find_blocks(model), call, batches, torch.device("cpu")) as walk:
+    with LayerwiseForwards(model, find_blocks(model), call, batches, device or torch.device("cpu")) as walk:
         walk.start()
         while walk.current is not None:
             tried = [walk.run_block(i) for i in range(len(batches))]
