@@ -28,11 +28,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-if "--cuda" in sys.argv:
-    # the other check would initialise CUDA, and forked processes could not use it
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-else:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# no import may initialise CUDA, for forked processes could not use it then
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 import torch
 import transformers
@@ -54,6 +51,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for all findings")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for a family")
     asked = parser.parse_args()
+    if asked.cuda:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     # the command would use all cores, which is slow for such small models

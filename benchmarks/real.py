@@ -3,12 +3,14 @@
     python benchmarks/real.py --model ./smollm2 --mirror ./hub --work ./work              # hours on two cores
     python benchmarks/real.py ... --part methods --only wanda_2of4 wanda_0.5 --samples 32
     python benchmarks/real.py ... --only none                                             # only the tables of finished rows
+    OMP_NUM_THREADS=1 python benchmarks/real.py ... --jobs 12                             # minutes on a large GPU
 
 Each row is one command with the run folder `<work>/<row>`, printed before it runs. The same benchmark command resumes. A row
 that continues another row links that row's finished stages into its folder.
 
 The mirror holds WikiText-2: the tokenised validation split for calibration and training, and the raw test split, whose first 32
 windows of 1,024 tokens are evaluated. CPU minutes are summed over all threads and halved, which is the time on two idle cores.
+With `--jobs`, rows run at the same time and slow each other down: their times are no measurement.
 """
 
 import argparse
@@ -21,6 +23,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -33,7 +37,6 @@ PARTS = ("methods", "self", "groups", "recovery", "combinations")
 TASKS = ("arc_easy", "arc_challenge", "openbookqa")
 PATTERNS = ("2of4", "0.5", "4of8")
 SPARSE = "0.7"  # also used for the combinations
-SCORED = ("wanda", "sparsegpt", "longer", "recovered")  # rows with zero-shot tasks
 METHODS = {
     "wanda": (),
     "magnitude": ("prune.method=magnitude",),
@@ -111,7 +114,7 @@ def rows() -> list[Row]:
 
 
 def command(row: Row, args: argparse.Namespace) -> list[str]:
-    text, scored = args.work / "validation.jsonl", args.limit and row.method in SCORED
+    text = args.work / "validation.jsonl"
     common = {
         "model": args.model,
         "mirror": args.mirror,
@@ -129,10 +132,10 @@ def command(row: Row, args: argparse.Namespace) -> list[str]:
         "evaluate.perplexity": "[wikitext2]",
         "evaluate.windows": 32,
         "evaluate.seq_len": 1024,
-        "evaluate.batch_size": 4,
+        "evaluate.batch_size": args.batch_size,
         "evaluate.continuations": 0,
-        "evaluate.tasks": f"[{','.join(TASKS if scored else ())}]",
-        "evaluate.limit": args.limit if scored else "null",
+        "evaluate.tasks": f"[{','.join(TASKS if args.limit else ())}]",
+        "evaluate.limit": args.limit or "null",
     }
     specific = [setting.format(text=text) for setting in row.settings]
     overridden = {setting.partition("=")[0] for setting in specific}
@@ -153,6 +156,21 @@ def write_text(mirror: Path, path: Path) -> None:
     path.write_text("".join(json.dumps({"text": article}) + "\n" for article in articles))
 
 
+def run_all(chosen: list[Row], args: argparse.Namespace) -> list[str]:
+    """Runs `args.jobs` rows at a time, each after the row that it continues. Returns the names of the failed rows."""
+    failed, waiting, running = [], list(chosen), {}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        while waiting or running:
+            pending = {row.name for row in (*waiting, *running.values())}
+            for row in [row for row in waiting if row.after not in pending][: args.jobs - len(running)]:
+                waiting.remove(row)
+                running[pool.submit(run, row, args)] = row
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                row = running.pop(done)
+                failed += [] if done.result() else [row.name]
+    return failed
+
+
 def run(row: Row, args: argparse.Namespace) -> bool:
     folder = args.work / row.name
     for stage in row.linked:
@@ -164,8 +182,10 @@ def run(row: Row, args: argparse.Namespace) -> bool:
     record = folder / "command.json"
     if record.exists() and json.loads(record.read_text()) == arguments:
         return True
-    if subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode:
-        return False
+    folder.mkdir(exist_ok=True)
+    with open(folder / "output.txt", "a") if args.jobs > 1 else nullcontext() as output:
+        if subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=output, stderr=output).returncode:
+            return False
     record.write_text(json.dumps(arguments))
     return True
 
@@ -224,13 +244,17 @@ def main() -> int:
     parser.add_argument("--part", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--only", nargs="+", help="names of rows, such as wanda_2of4")
     parser.add_argument("--samples", type=int, default=128, help="calibration samples of 1,024 tokens")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="rows at a time; more than 1: output goes to <work>/<row>/output.txt"
+    )
     parser.add_argument("--limit", type=int, default=0, help="questions per task; 0: no tasks")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows or questions at a time, in evaluations")
     args = parser.parse_args()
     args.model, args.mirror, args.work = (path.resolve() for path in (args.model, args.mirror, args.work))
     args.work.mkdir(parents=True, exist_ok=True)
     write_text(args.mirror, args.work / "validation.jsonl")
     chosen = [row for row in rows() if row.part in args.part and (args.only is None or row.name in args.only)]
-    failed = [row.name for row in chosen if not run(row, args)]
+    failed = run_all(chosen, args)
     for part in args.part:
         table(part, args)
     if failed:

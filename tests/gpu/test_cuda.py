@@ -170,8 +170,8 @@ def test_nothing_stays_on_the_gpu(started):
     code, _, lines = started("stages=[prune,finetune,evaluate]")
     assert code == 0, lines
     assert memory.peak_gib(torch.device("cuda")) > 0
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_allocated() < 1 << 20
+    torch._C._cuda_clearCublasWorkspaces()  # 32 MiB, which torch's allocator counts
+    assert torch.cuda.memory_allocated() < 1 << 16
 
 
 def test_evaluation_agrees_with_the_cpu(tiny_llama):
