@@ -1,12 +1,13 @@
 """Times the stages on this machine's GPU (or CPU) against their floors, and prints where the time goes.
 
-    python benchmarks/gpu.py --shape 7b --work ./work                      # needs 40 GB of disk and a GPU of 80 GB
+    python benchmarks/gpu.py --shape 7b --work ./work                      # needs 40 GB of disk and a GPU of 140 GB
+    python benchmarks/gpu.py --shape 7b --layers 8 --work ./work           # a quarter of the layers: a quarter of the time
     python benchmarks/gpu.py --shape 170m --samples 2 --seq-len 64 --steps 2 --work ./work        # anywhere
 
 A Llama of random bf16 weights. The floor of a stage is the larger of its floating-point operations at the rate that a large
 product reaches here, and the bytes that it moves between host and device at the rate of a large copy. Attention, reading files
-and starting the process are not in the floor. `--profile` runs the prune stage once more, in this process, under torch's
-profiler.
+and starting the process are not in the floor. `--profile` runs the prune stage once more, with an eighth of the text, in
+this process, under torch's profiler.
 """
 
 import argparse
@@ -121,6 +122,7 @@ def print_profile(settings: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--layers", type=int, help="instead of the shape's own number")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=10, help="of fine-tuning")
@@ -129,6 +131,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     args = parser.parse_args()
     work = args.work.resolve()
+    if args.layers:
+        SHAPES[args.shape]["num_hidden_layers"] = args.layers
     write_model(work / "model", args.shape)
     ids = torch.randint(0, VOCABULARY, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0))
     Dataset.from_dict({"input_ids": ids.tolist()}).to_parquet(work / "ids.parquet")
@@ -172,7 +176,8 @@ def main() -> None:
                 seconds, floor = stage_seconds(run_dir, "prune"), floors.seconds(part)
             print(f"| {part} | {seconds:.2f} | {floor:.2f} | {seconds / floor:.1f} |", flush=True)
         if args.profile:
-            print_profile([*common, "stages=[prune]", f"run_dir={work}/profile/run"])
+            few = f"calibration.samples={max(1, args.samples // 8)}"  # the profiler keeps every operation
+            print_profile([*common, few, "stages=[prune]", f"run_dir={work}/profile/run"])
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
