@@ -70,7 +70,7 @@ def evaluate(
         for name, windows_NT in windows_by_name.items():
             logits, count = full_logits(model), placement.batch_number(batch_size)
             if model.device.type == "cuda":
-                count = placement.find_batch_size(batch_size, logits, windows_NT)
+                count = placement.find_batch_size(batch_size, logits, windows_NT, placement.Share(0, 1))
             losses = window_losses(logits, windows_NT, count).tolist()
             value = of_losses(torch.tensor(losses, dtype=torch.float64))
             results["perplexity"][name] = value

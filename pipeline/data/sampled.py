@@ -129,7 +129,7 @@ def _model(recipe: Recipe, dense: Path) -> nn.Module:
     def load(**where):
         return loading.load(dense, recipe, **where)
 
-    return placement.place(_placement(load), load)
+    return placement.place(placement.share_of_gpus(), load, _placement(load))
 
 
 def _placement(load: Callable[[], nn.Module]) -> str:

@@ -71,7 +71,8 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
     # created at first use: everything may be in the cache
     tokenizer = functools.cache(lambda: loading.tokenizer(subject.folder, recipe))
     where = functools.cache(lambda: placement.choose(settings.placement, lambda: subject.load(recipe)))
-    model = functools.cache(lambda: placement.place(where(), functools.partial(subject.load, recipe)))
+    share = functools.cache(lambda: placement.share(where(), lambda: subject.load(recipe)))
+    model = functools.cache(lambda: _placed(subject, recipe, where(), share()))
     identity_hash = processes.from_main(subject.identity() if processes.is_main() else None)
     model_key = {"model": identity_hash, "dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation}
     model_key |= {"code": code.fingerprint(__name__)}
@@ -92,12 +93,13 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
                 loading.check_vocabulary(layerwise.config, windows_NT, source)
                 logits = streamed_logits(layerwise, processes.device(), report)
                 at_once = placement.batch_number(settings.batch_size)
+                part = (processes.rank(), processes.world_size())
             else:
                 loading.check_vocabulary(model().config, windows_NT, source)
                 logits = full_logits(model())
-                at_once = placement.find_batch_size(settings.batch_size, logits, windows_NT)
-            ranks = (processes.rank(), processes.world_size(), _all_sum)
-            return window_losses(logits, windows_NT, at_once, *ranks, report).tolist()
+                at_once = placement.find_batch_size(settings.batch_size, logits, windows_NT, share())
+                part = share()[:2]
+            return window_losses(logits, windows_NT, at_once, *part, _all_sum, report).tolist()
 
         cache_key = model_key | {"text": str(source), "data": sources.identity(source), "seq_len": settings.seq_len}
         cache_key |= {key: value for key in ("column", "windows", "bos") if (value := getattr(settings, key))}
@@ -129,6 +131,7 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
                 processes.rank(),
                 processes.world_size(),
                 processes.progress(f"  {name}: {task}, "),
+                share()[:2],
             )
 
         task_identity = processes.from_main(
@@ -151,7 +154,7 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
         found["zero_shot_mean"] = sum(accuracies) / len(accuracies)
 
     def measure_continuations() -> list[str] | None:
-        where()  # all ranks decide the placement together
+        share()  # all ranks decide the placement together
         if processes.is_main():
             return continuations.continuations(model(), tokenizer(), protocol["prompts"], settings.continuation_tokens)
 
@@ -161,19 +164,20 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
     return found, {"losses": losses, "correct": correct}
 
 
+def _placed(subject: Subject, recipe: Recipe, where: str, share: placement.Share) -> nn.Module:
+    """The model where it computes, or without weights if this process has nothing to compute."""
+    if share.number == placement.IDLE:
+        return loading.skeleton(subject.folder, recipe)
+    return placement.place(share, functools.partial(subject.load, recipe), where)
+
+
 def _cached(cache: Path, again: bool, key: dict, find: Callable[[], Any]) -> Any:
     """The cached measurement; else, or if `again`, the result of `find`, which is then cached. The same on all ranks."""
     path = cache / f"{files.digest(key)}.json"
     before = None if again else processes.from_main(files.read_json(path))
     if before is not None:
         return before["measured"]
-    try:
-        measured = find()
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "the GPU has too little memory: set evaluate.batch_size=1 or evaluate.batch_size=auto, or "
-            f"evaluate.placement=stream ({str(error).splitlines()[0]})"
-        ) from error
+    measured = find()
     if processes.is_main():
         files.write_json(path, {"about": key, "measured": measured})
     return measured

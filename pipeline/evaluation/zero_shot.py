@@ -34,6 +34,7 @@ def zero_shot(
     rank: int = 0,
     world_size: int = 1,
     report: Callable[[str], None] = lambda text: None,
+    share: tuple[int, int] | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[float]]]:
     """({task: {"acc", "acc_stderr", "acc_norm", ...}}, {task: [acc of each question]}) of a Hugging Face causal LM on its
     device.
@@ -42,14 +43,15 @@ def zero_shot(
     world_size > 1 the questions are split over the ranks of the default process group, and every rank returns the same. A
     group with its own aggregate (mmlu) is one entry without questions; any other group or tag is replaced by its tasks.
     Every name is seeded separately, so scores do not depend on the other names. The tokenizer is fixed where needed
-    (`special_tokens.for_questions`). `report` gets the progress of this rank.
+    (`special_tokens.for_questions`). `report` gets the progress of this rank. `share` = (number, of): this rank answers every
+    `of`-th question from `number` on; without one, (rank, world_size). A rank whose share is empty needs no weights.
     """
     scores: dict[str, dict[str, float]] = {}
     correct: dict[str, list[float]] = {}
     with _quiet(rank):
         from lm_eval.evaluator import evaluate
 
-        lm = _language_model(model, tokenizer, batch_size, rank, world_size, report)
+        lm = _language_model(model, tokenizer, batch_size, rank, world_size, report, share or (rank, world_size))
         for name in dict.fromkeys(names):
             random.seed(SEED)
             np.random.seed(OTHER_SEED)
@@ -85,7 +87,13 @@ def _numbers(result: dict[str, Any]) -> dict[str, float]:
 
 
 def _language_model(
-    model: torch.nn.Module, tokenizer: Any, batch_size: int | str, rank: int, world_size: int, report: Callable
+    model: torch.nn.Module,
+    tokenizer: Any,
+    batch_size: int | str,
+    rank: int,
+    world_size: int,
+    report: Callable,
+    share: tuple[int, int],
 ) -> Any:
     """lm-eval's wrapper of the model, changed to compute only this rank's share of the answers and return all.
 
@@ -98,7 +106,7 @@ def _language_model(
     fixed_tokenizer, _ = special_tokens.for_questions(tokenizer, model.config)
     lm = HFLM(pretrained=model, tokenizer=fixed_tokenizer, batch_size=batch_size)
     for method in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-        setattr(lm, method, functools.partial(_shared, getattr(lm, method), rank, world_size, model, report))
+        setattr(lm, method, functools.partial(_shared, getattr(lm, method), rank, world_size, share, model, report))
     return lm
 
 
@@ -106,6 +114,7 @@ def _shared(
     answer: Callable,
     rank: int,
     world_size: int,
+    share: tuple[int, int],
     model: Any,
     report: Callable,
     requests: list,
@@ -113,8 +122,8 @@ def _shared(
 ) -> list:
     """The answers to all requests, in order, on every rank. The choices of a question stay on one rank."""
     order = dict.fromkeys((request.task_name, request.doc_id) for request in requests)
-    owner = {question: number % world_size for number, question in enumerate(order)}
-    mine = [i for i, request in enumerate(requests) if owner[request.task_name, request.doc_id] == rank]
+    owner = {question: number % share[1] for number, question in enumerate(order)}
+    mine = [i for i, request in enumerate(requests) if owner[request.task_name, request.doc_id] == share[0]]
     rows = 0
 
     def count(module: torch.nn.Module, arguments: Any, output: Any) -> None:

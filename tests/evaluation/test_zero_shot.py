@@ -18,6 +18,7 @@ from pipeline.data import world
 from pipeline.evaluation import tasks
 from pipeline.evaluation.tasks import check_tasks, load_tasks
 from pipeline.evaluation.zero_shot import zero_shot
+from pipeline.models import placement
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Evaluate
 from tests.conftest import SHARED, byte_tokenizer
@@ -186,6 +187,27 @@ def test_two_processes_compute_the_same(mirror, tmp_path):
     mp.spawn(_run, (2, str(tmp_path), cases), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second == [list(zero_shot(*_loaded(case))) for case in cases]
+
+
+def _run_with_an_idle_rank(rank: int, folder: str, case: tuple) -> None:
+    torch.set_num_threads(1)
+    datasets.config.HF_DATASETS_CACHE = Path(folder, "cache")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model, *rest = _loaded(case)
+    if rank == 1:
+        model = model.to("meta")
+    share = (placement.IDLE if rank else 0, 1)
+    results = zero_shot(model, *rest, rank=rank, world_size=2, share=share)
+    Path(folder, f"{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_process_without_a_model_returns_the_same(mirror, tmp_path):
+    case = (None, ["arc_easy"], mirror, 3, None, 2)
+    mp.spawn(_run_with_an_idle_rank, (str(tmp_path), case), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second == list(zero_shot(*_loaded(case)))
 
 
 @with_shared

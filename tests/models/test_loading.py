@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from pipeline.commands.verify import check_matrices
-from pipeline.models import file_names, loading, model_files
+from pipeline.models import file_names, loading, model_files, placement
 from pipeline.models.model_files import Tensors
 from pipeline.models.rewrite import layers, parameters, rewrite
 from pipeline.runtime.errors import UserError
@@ -351,3 +351,24 @@ def test_all_other_files_are_copied(tiny_llama, tmp_path):
     for path in origin.rglob("*"):
         if path.is_file() and path.suffix != ".safetensors":
             assert (tmp_path / "target" / path.relative_to(origin)).read_bytes() == path.read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    "needed, visible, expected",
+    [
+        (1, 4, [(0, (0,)), (1, (1,)), (2, (2,)), (3, (3,))]),
+        (2, 4, [(0, (0, 1)), (1, (2, 3)), (None, ()), (None, ())]),
+        (3, 4, [(0, (0, 1, 2, 3)), (None, ()), (None, ()), (None, ())]),
+        (9, 4, [(0, (0, 1, 2, 3)), (None, ()), (None, ()), (None, ())]),
+        (2, 8, [(0, (0, 1)), (1, (2, 3)), (2, (4, 5)), (3, (6, 7))]),
+        (2, 1, [(0, (5,)), (1, (5,)), (2, (5,)), (3, (5,))]),  # each process sees only its own GPU
+    ],
+)
+def test_the_gpus_of_a_node_are_divided_into_groups_that_hold_the_model(needed, visible, expected):
+    """On each of two nodes with four processes."""
+    shares = [placement.divide(needed, visible, rank, 4, node, 2, 5) for node in range(2) for rank in range(4)]
+    holders = [share for share in shares if share.number != placement.IDLE]
+    assert [share.number for share in holders] == list(range(len(holders)))
+    assert all(share.of == len(holders) for share in shares)
+    own = [(None if share.number == placement.IDLE else share.number, share.gpus) for share in shares[:4]]
+    assert own == expected and [share.gpus for share in shares[4:]] == [gpus for _, gpus in expected]
