@@ -75,8 +75,8 @@ def load_compact(
 ) -> nn.Module:
     """Loads a compact folder in evaluation mode, for `generate` or any other inference.
 
-    On a GPU (`device="cuda"`), `form` says how pruned matrices are held: `bitmask`; `semi-structured`, for those that are 2:4 in
-    16 bits; `dense`; or `auto`, the fastest of these here for `tokens` tokens at a time, which is the batch size of decoding.
+    On a GPU (`device="cuda"`), `form` says how pruned matrices are held: `bitmask`; `semi-structured`, for those that are 2:4
+    in 16 bits; `dense`; or `auto`, the fastest of these here for `tokens` tokens at a time, the batch size of decoding.
     The choices and times are in `model.compact_forms`, see `Forms.table`.
 
     Checks sizes, headers, and that each mask has as many bits as values; `expand` also checks the hashes.

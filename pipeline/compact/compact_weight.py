@@ -53,8 +53,8 @@ class CompactWeight:
     def from_compact(
         cls, compact: Compact, dtype: torch.dtype, memory: Callable[[Tensor], Tensor] = torch.clone
     ) -> "CompactWeight":
-        """`memory` copies a tensor to where it stays. Raises `UserError` unless the mask has as many bits as values, since kernels
-        read unchecked."""
+        """`memory` copies a tensor to where it stays. Raises `UserError` unless the mask has as many bits as values, since
+        kernels read unchecked."""
         *experts, _, columns = compact.layout.shape_OI
         bits = compact.bits.numpy()
         if columns % 8:

@@ -1,7 +1,7 @@
 """Chooses the form of each matrix of a compact model on a GPU: bitmask, semi-structured (2:4 in 16 bits), or dense.
 
 The first matrix of each kind (shape, dtype, share of kept weights, 2:4 or not) is measured in all forms that it can have. A
-matrix is held in one form, for prefill too: the fastest for the tokens of a decoding step; dense only if faster than the others.
+matrix is held in one form, for prefill too: the fastest for the tokens of a decoding step; dense only if it is faster.
 """
 
 import statistics

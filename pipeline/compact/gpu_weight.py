@@ -143,7 +143,7 @@ def error_of(found: Tensor, expected: Tensor) -> float:
 
 
 class SemiStructuredWeight(CompactWeight):
-    """A 2:4 matrix (R, I) of a 16-bit dtype as torch's semi-structured tensor, for sparse tensor cores (cuSPARSELt, CUTLASS)."""
+    """A 2:4 matrix (R, I) of a 16-bit dtype as torch's semi-structured tensor, for sparse tensor cores."""
 
     def __init__(self, dense: Tensor, transposed: bool) -> None:
         """`dense` (R, I), contiguous. Raises torch's error if its shape or the GPU is not supported."""
