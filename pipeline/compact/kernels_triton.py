@@ -1,8 +1,8 @@
 """Triton kernels for a compact matrix on a GPU: times a few tokens, or made dense. Triton's interpreter runs them on a CPU.
 
 Shapes: R = rows, I = columns, W = ceil(I / 32), N = tokens. Memory of a matrix: `words` (R, W) int32, the mask, lowest bit
-first; `bases` (R, W) int16, read as unsigned, the number of the row's values before each word; `offsets` (R + 1,) int64, the start
-of each row in `values` (kept + 1,), of the inputs' dtype, or int8 with `scales` (R,) float32.
+first; `bases` (R, W) int16, read as unsigned, the number of the row's values before each word; `offsets` (R + 1,) int64, the
+start of each row in `values` (kept + 1,), of the inputs' dtype, or int8 with `scales` (R,) float32.
 
 A thread takes a byte of the mask (8 columns) in several rows. So the lanes of a warp read neighbouring values of a row, and a
 thread's inputs serve all of its rows. `bases` tell where a byte's values start, so no thread waits for another. In a byte, the

@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for GPUs that need not be here: `python -m tests.compact.compile_kernels 80 90`.
 
-Prints a line for each: compute capability, name, dtype, whether the values are int8; of the tile (bytes, rows) how many lanes of
-a warp lie along the bytes; the stack in bytes. Not with TRITON_INTERPRET=1.
+Prints a line for each: compute capability, name, dtype, whether the values are int8; of the tile (bytes, rows) how many lanes
+of a warp lie along the bytes; the stack in bytes. Not with TRITON_INTERPRET=1.
 """
 
 import re
