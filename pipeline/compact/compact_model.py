@@ -98,7 +98,7 @@ def _checked(device: str | torch.device) -> torch.device:
         raise UserError(f"device={device}: a compact model runs on cpu or cuda")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={device}: there are {torch.cuda.device_count()} GPUs here; set device=cpu")
-    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else found
+    return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
 
 
 def _load(folder: str | Path, recipe: Recipe, device: torch.device, forms: Forms | None) -> nn.Module:

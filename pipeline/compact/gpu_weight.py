@@ -150,7 +150,11 @@ class SemiStructuredWeight(CompactWeight):
         self.columns, self.dtype, self.transposed, self.experts = dense.shape[1], dense.dtype, transposed, 0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the API is a prototype
-            self.packed = torch.sparse.to_sparse_semi_structured(dense)
+            sparse, has_library = torch.sparse, torch.backends.cusparselt.is_available()
+            kind = (
+                sparse.SparseSemiStructuredTensorCUSPARSELT if has_library else sparse.SparseSemiStructuredTensorCUTLASS
+            )
+            self.packed = kind.from_dense(dense)
 
     @property
     def rows(self) -> int:
@@ -165,7 +169,7 @@ class SemiStructuredWeight(CompactWeight):
         return sum(part.nbytes for part in (self.packed.packed, self.packed.meta) if part is not None)
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        out_NR = F.linear(x.reshape(-1, self.columns), self.packed)
+        out_NR = F.linear(x.reshape(-1, self.columns).contiguous(), self.packed)
         return (out_NR if bias is None else out_NR + bias).reshape(*x.shape[:-1], self.rows)
 
     def _rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:

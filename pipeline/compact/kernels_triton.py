@@ -75,7 +75,7 @@ def _product_kernel(
     tl.store(out + row_R, sum_R.to(out.dtype.element_ty), mask=row_R < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _products_kernel(
     x, words, bases, offsets, values, scales, bias, out, rows, tokens, width,
     HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, CHUNKS: tl.constexpr,
@@ -158,7 +158,7 @@ def product(
     constants |= {"R": height, "B": chunk, "CHUNKS": triton.cdiv(width * 4, chunk), "num_warps": warps}
     with torch.cuda.device_of(values):
         if on_tensor_cores:
-            x = F.pad(x_NI, (0, width * 32 - columns)).view(tokens, -1, 8).transpose(1, 2).contiguous()
+            x = F.pad(x_NI, (0, width * 32 - columns)).reshape(tokens, -1, 8).transpose(1, 2).contiguous()
             _products_kernel[grid](x, *matrix, rows, tokens, width, **constants, N=FEW, num_stages=2)
         else:
             _product_kernel[grid](x_NI.contiguous(), *matrix, rows, columns, width, **constants)

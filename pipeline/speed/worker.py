@@ -1,8 +1,8 @@
 """`python -m pipeline.speed.worker DESCRIPTOR ...`: one worker process per model, so that models share no memory or threads.
 
 A single worker is this process. Several workers are forked from a process that has only imported the libraries, because
-imports take seconds. Each worker reads requests from its socket, given as a file descriptor. A request is a JSON line: a list of
-the name of a method of `Worker` and its arguments. The answer is a JSON line too.
+imports take seconds. Each worker reads requests from its socket, given as a file descriptor. A request is a JSON line: a list
+of the name of a method of `Worker` and its arguments. The answer is a JSON line too.
 """
 
 import gc
