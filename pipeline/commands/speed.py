@@ -1,8 +1,8 @@
-"""`espalier speed FOLDER [OTHER ...] [speed.KEY=VALUE ...] [out=FILE]`: measures models on this machine's CPU.
+"""`espalier speed FOLDER [OTHER ...] [speed.KEY=VALUE ...] [out=FILE]`: measures models on this machine's GPU or CPU.
 
 Folders are ordinary or compact model folders. Measures size, load time, memory, prefill and decode speed of each model, and the
 time of one product by matrix shape. The other models are compared with the first one. `espalier keys speed` lists the settings;
-docs/speed.md explains the figures. `out=FILE` writes them as JSON.
+docs/speed.md explains the figures; `speed.device=cpu` measures the CPU although there is a GPU. `out=FILE` writes them as JSON.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
     for number, (name, model) in enumerate(results["models"].items(), 1):
         print(f"{number}  {name}: {model['format']}, {model['dtype']}")
     numbers = tuple(map(str, range(1, len(folders) + 1)))
-    for header, rows in (costs.table(None, results, numbers), costs.products(results, numbers)):
+    for header, rows in (costs.table(None, results, numbers), costs.products(results, numbers), costs.forms(results)):
         if rows:
             print()
             print("\n".join(lines([header, *rows])))

@@ -1,4 +1,4 @@
-"""`load_compact(folder)`: a transformers model on the CPU whose pruned matrices stay in compact form."""
+"""`load_compact(folder)`: a transformers model whose pruned matrices stay in compact form, on the CPU or a GPU."""
 
 import functools
 from pathlib import Path
@@ -12,13 +12,14 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.compact import empty_model, kernels
 from pipeline.compact.compact_weight import FEW, CompactWeight
 from pipeline.compact.file_format import Compact, CompactFolder
+from pipeline.compact.forms import AUTO, BITMASK, Forms
+from pipeline.compact.gpu_weight import HALVES
 from pipeline.compact.memory import HugePages
 from pipeline.models import file_names
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 
 SMALL = 1 << 16  # weights; torch handles smaller dense matrices
-HALVES = (torch.bfloat16, torch.float16)
 
 
 class CompactModule:
@@ -26,10 +27,11 @@ class CompactModule:
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         for weight in self._compact.values():
-            probe = fn(torch.empty(0, dtype=weight.dtype))
-            if probe.dtype != weight.dtype or probe.device.type != "cpu":
+            probe = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
+            if probe.dtype != weight.dtype or probe.device != weight.device:
                 raise UserError(
-                    "a compact model cannot change device or dtype: make it dense with `python launch.py expand`"
+                    "a compact model cannot change device or dtype: pass device= to load_compact, or make it dense with "
+                    "`python launch.py expand`"
                 )
         return super()._apply(fn, recurse)
 
@@ -64,13 +66,43 @@ class FewTokensLinear(nn.Linear):
         return kernels.load().dense.default(weight, x, self.bias)
 
 
-def load_compact(folder: str | Path, recipe: Recipe | None = None) -> nn.Module:
+def load_compact(
+    folder: str | Path,
+    recipe: Recipe | None = None,
+    device: str | torch.device = "cpu",
+    form: str = AUTO,
+    tokens: int = 1,
+) -> nn.Module:
     """Loads a compact folder in evaluation mode, for `generate` or any other inference.
 
+    On a GPU (`device="cuda"`), `form` says how pruned matrices are held: `bitmask`; `semi-structured`, for those that are 2:4
+    in 16 bits; `dense`; or `auto`, the fastest of these here for `tokens` tokens at a time, the batch size of decoding.
+    The choices and times are in `model.compact_forms`, see `Forms.table`.
+
     Checks sizes, headers, and that each mask has as many bits as values; `expand` also checks the hashes.
-    Raises `UserError` if the folder is not a compact model, or is damaged.
+    Raises `UserError` if the folder is not a compact model, or is damaged, or if there is no such device.
     """
-    recipe = recipe or Recipe()
+    device = _checked(device)
+    forms = Forms(device, form, tokens)
+    if device.type == "cpu" and form not in (AUTO, BITMASK):
+        raise UserError(f'form={form} needs a GPU: pass device="cuda" to load_compact')
+    return _load(folder, recipe or Recipe(), device, forms if device.type == "cuda" else None)
+
+
+def _checked(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device={device} is unknown: set device=cpu or device=cuda") from error
+    if found.type not in ("cpu", "cuda"):
+        raise UserError(f"device={device}: a compact model runs on cpu or cuda")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={device}: there are {torch.cuda.device_count()} GPUs here; set device=cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
+
+
+def _load(folder: str | Path, recipe: Recipe, device: torch.device, forms: Forms | None) -> nn.Module:
+    """`forms`: of pruned matrices on a GPU; None for the CPU's form."""
     found = CompactFolder(Path(folder).expanduser())
     model = empty_model.skeleton(found, recipe)
     aliases = {name: [name] for name in found.shapes}
@@ -78,19 +110,31 @@ def load_compact(folder: str | Path, recipe: Recipe | None = None) -> nn.Module:
         if other not in found.shapes:
             aliases[kept].append(other)
     empty_model.compute_buffers(model, set(found.shapes))
-    copy = HugePages().copy  # of every tensor: one view of a file would keep all that was read of it in memory
+    # on the CPU a copy of every tensor: one view of a file would keep all that was read of it in memory
+    memory = HugePages().copy if forms is None else (lambda tensor: tensor)
     for shard in found.shards:
         for name, it in found.read(shard):
             dtype = empty_model.dtype_in_memory(model, name, found.dtype)
             if isinstance(it, Compact):
-                _attach(model, aliases[name], CompactWeight.from_compact(it, dtype, copy))
+                weight = CompactWeight.from_compact(it, dtype, memory)
+                weight = weight if forms is None else forms.place(weight)
             else:
-                empty_model.place(model, aliases[name], copy(it.to(dtype)))
-    for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype in HALVES and module.weight.numel() >= SMALL:
-            module.__class__ = FewTokensLinear
+                weight = memory(it.to(device, dtype))
+            if isinstance(weight, CompactWeight):
+                _attach(model, aliases[name], weight)
+            else:
+                empty_model.place(model, aliases[name], weight)
+    if forms is None:
+        for module in model.modules():
+            if type(module) is nn.Linear and module.weight.dtype in HALVES and module.weight.numel() >= SMALL:
+                module.__class__ = FewTokensLinear
     if model.can_generate() and (found.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(found.folder)
+    if forms is not None:
+        model.to(device)  # buffers that no file holds
+        model.compact_forms = forms.table
+        if model.can_generate():
+            model.generation_config.disable_compile = True  # of static caches: compact products cannot be traced
     model.save_pretrained = functools.partial(_refuse_to_save, found.folder)
     return model.eval()
 

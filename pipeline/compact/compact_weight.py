@@ -1,8 +1,9 @@
-"""A compact matrix in use: kernels multiply it with a few tokens, dense tiles with many.
+"""A compact matrix in use on the CPU: kernels multiply it with a few tokens, dense tiles with many. On a GPU: gpu_weight.py.
 
 Shapes: E = experts, O = out_features, I = in_features, N = tokens.
 """
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -50,10 +51,10 @@ class CompactWeight:
 
     @classmethod
     def from_compact(
-        cls, compact: Compact, dtype: torch.dtype, copy: Callable[[Tensor], Tensor] = torch.clone
+        cls, compact: Compact, dtype: torch.dtype, memory: Callable[[Tensor], Tensor] = torch.clone
     ) -> "CompactWeight":
-        """`copy` chooses the memory. Raises `UserError` unless the mask has as many bits as values, since kernels read
-        unchecked."""
+        """`memory` copies a tensor to where it stays. Raises `UserError` unless the mask has as many bits as values, since
+        kernels read unchecked."""
         *experts, _, columns = compact.layout.shape_OI
         bits = compact.bits.numpy()
         if columns % 8:
@@ -69,13 +70,18 @@ class CompactWeight:
                 f"{compact.name} is damaged: its mask keeps {offsets[-1]} weights, but there are {len(compact.values)}"
             )
         values = compact.values.to(dtype) if compact.scales is None else compact.values.view(torch.uint8) ^ OFFSET
-        values, mask = copy(values), copy(torch.from_numpy(mask))
+        values, mask = memory(values), memory(torch.from_numpy(mask))
         scales = None if compact.scales is None else compact.scales.clone()
         return cls(mask, values, scales, torch.from_numpy(offsets), columns, dtype, compact.layout.transposed, *experts)
 
     @property
+    def rows(self) -> int:
+        """Of all experts."""
+        return len(self.mask)
+
+    @property
     def shape(self) -> torch.Size:
-        matrix = (len(self.mask) // max(1, self.experts), self.columns)
+        matrix = (self.rows // max(1, self.experts), self.columns)
         return torch.Size((*([self.experts] if self.experts else []), *(matrix[::-1] if self.transposed else matrix)))
 
     @property
@@ -91,7 +97,9 @@ class CompactWeight:
     def T(self) -> Any:
         if self.experts:
             return self.dense().T
-        return self._part(slice(None), self.offsets, not self.transposed)
+        other = copy.copy(self)
+        other.transposed = not self.transposed
+        return other
 
     def t(self) -> Any:
         return self.T
@@ -106,14 +114,15 @@ class CompactWeight:
         )
         if not self.experts or not is_single_index:
             return self.dense()[index]
-        expert = range(self.experts)[int(index)]
-        rows = len(self.mask) // self.experts
-        part = slice(expert * rows, (expert + 1) * rows)
-        return self._part(part, self.offsets[part.start : part.stop + 1], self.transposed)
+        expert, rows = range(self.experts)[int(index)], self.rows // self.experts
+        return self._part(expert * rows, (expert + 1) * rows)
 
-    def _part(self, rows: slice, offsets: Tensor, transposed: bool) -> "CompactWeight":
-        scales = None if self.scales is None else self.scales[rows]
-        return CompactWeight(self.mask[rows], self.values, scales, offsets, self.columns, self.dtype, transposed)
+    def _part(self, start: int, stop: int) -> "CompactWeight":
+        """Rows start to stop as a matrix of their own, in the same memory."""
+        part = copy.copy(self)
+        part.mask, part.offsets, part.experts = self.mask[start:stop], self.offsets[start : stop + 1], 0
+        part.scales = None if self.scales is None else self.scales[start:stop]
+        return part
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -138,14 +147,22 @@ class CompactWeight:
         dtype, grad = self.dtype, torch.is_grad_enabled()
         needs_grad = grad and (x.requires_grad or (bias is not None and bias.requires_grad))
         same = x.dtype is dtype and x.shape[-1] == self.columns and (bias is None or bias.dtype is dtype)
-        if not same or needs_grad or not x.is_cpu or torch.is_autocast_enabled("cpu"):
-            return F.linear(x, self._rows(0, len(self.mask)), bias)
-        if x.numel() <= FEW * self.columns and dtype in kernels.DTYPES and (operators := kernels.load()) is not None:
+        if not same or needs_grad or x.device != self.device or torch.is_autocast_enabled(self.device.type):
+            return F.linear(x, self._rows(0, self.rows), bias)
+        return self._linear(x, bias)
+
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`linear` without gradients, for an `x` of this device and dtype."""
+        if (
+            x.numel() <= FEW * self.columns
+            and self.dtype in kernels.DTYPES
+            and (operators := kernels.load()) is not None
+        ):
             return operators.product.default(self.mask, self.values, self.scales, self.offsets, x, bias)
-        return self._by_tiles(x.reshape(-1, self.columns), bias).view(*x.shape[:-1], len(self.mask))
+        return self._by_tiles(x.reshape(-1, self.columns), bias).view(*x.shape[:-1], self.rows)
 
     def _by_tiles(self, x_NI: Tensor, bias: Tensor | None) -> Tensor:
-        rows, height = len(self.mask), max(1, TILE // (self.columns * self.dtype.itemsize))
+        rows, height = self.rows, max(1, TILE // (self.columns * self.dtype.itemsize))
         scratch = _scratch.__dict__.setdefault(self.dtype, torch.empty(0, dtype=self.dtype))
         if len(scratch) < (needed := min(rows, height) * self.columns):
             scratch = _scratch.__dict__[self.dtype] = torch.empty(needed, dtype=self.dtype)
@@ -158,7 +175,7 @@ class CompactWeight:
 
     def dense(self) -> Tensor:
         """The dense weight as the model stores it."""
-        dense = self._rows(0, len(self.mask))
+        dense = self._rows(0, self.rows)
         dense = dense.view(self.experts, -1, self.columns) if self.experts else dense
         return dense.transpose(-1, -2) if self.transposed else dense
 

@@ -10,13 +10,17 @@ from pipeline.runtime import files
 
 MIB = 2**20
 RUN = ("ordinary", "compact")  # the models that a run measures
+FORMS = ("bitmask", "semi-structured", "dense")  # of `Forms.table`
 BATCH = "1"  # the batch size of the decode speed in headlines and comparisons
 Table = tuple[list[str], list[list[str]]]  # header and rows
 EXPLAINED = (
     "Tokens per second: the median of the repeats, with the least and the most in brackets; ×: the median of the ratios within "
-    "each repeat. Decoding is greedy generation with a cache, including the prompt of {prompt} tokens. Memory: the growth of "
-    "the process."
+    "each repeat. Decoding is greedy generation with a cache, including the prompt of {prompt} tokens. Memory: {memory}."
 )
+MEMORY = {
+    "cpu": "the growth of the process",
+    "cuda": "the most that is allocated on the GPU for one token; products: the GPU's own time, without launches",
+}
 
 
 class Measure(NamedTuple):
@@ -85,11 +89,13 @@ def circumstances(speed: dict) -> list[str]:
     """Two paragraphs: the machine and the notes, and what the figures mean."""
     machine, settings = speed["machine"], speed["settings"]
     kernels = f"kernels for {machine['kernels']}" if machine["kernels"] else "no kernels for compact matrices"
+    instructions = ", ".join(machine["flags"]) or "no known instructions"
+    where = "on its GPU" if on_gpu(speed) else instructions
     conditions = (
-        f"Measured on {machine['hardware']} ({', '.join(machine['flags']) or 'no known instructions'}; {kernels}), "
+        f"Measured on {machine['hardware']} ({where}; {kernels}), "
         f"{threads(speed)}, torch {machine['torch']}, load average before: {machine['load']:g}; {settings['repeats']} repeats."
     )
-    meaning = EXPLAINED.format(prompt=settings["prompt"])
+    meaning = EXPLAINED.format(prompt=settings["prompt"], memory=MEMORY["cuda" if on_gpu(speed) else "cpu"])
     first = next(iter(speed["models"]))
     for name, share in speed["same_tokens"].items():
         meaning += f" Of {settings['new_tokens']} tokens that {name} generates, {share:.0%} equal those of {first}."
@@ -103,7 +109,7 @@ def headline(sizes: dict | None, speed: dict | None) -> str:
         parts.append(f"{_times(size_ratio(sizes))} the bytes of the ordinary one")
     if (gain := speed_ratio(speed)) is not None:
         slower = " (slower)" if round(gain, 2) < 1 else ""
-        parts.append(f"{_times(gain)} its decode speed{slower} at batch {BATCH} on {threads(speed)} of the CPU")
+        parts.append(f"{_times(gain)} its decode speed{slower} at batch {BATCH} on {_place(speed)}")
     return f"The compact folder has {' and '.join(parts)}." if parts else ""
 
 
@@ -116,6 +122,33 @@ def speed_ratio(speed: dict | None) -> float | None:
     """The compact model's decode speed at batch 1 relative to the ordinary model's; None if it was not measured."""
     rates = [get(speed, "models", name, "decode", BATCH, "all") for name in RUN]
     return statistics.median(Measure("", rates).ratios()[0]) if all(rates) else None
+
+
+def forms(speed: dict) -> Table:
+    """How a GPU holds the pruned matrices of each kind, with the microseconds of a product in each form; empty on a CPU."""
+    rows = []
+    kinds = [kind for model in speed["models"].values() for kind in model.get("forms", [])]
+    for kind in kinds:
+        times = {
+            form: ", ".join(f"{value:,.1f}" for value in by_tokens.values())
+            for form, by_tokens in kind["microseconds"].items()
+        }
+        tokens = ", ".join(map(str, next(iter(kind["microseconds"].values()), {})))
+        about = [kind["shape"], str(kind["matrices"]), f"{kind['dtype']}, {kind['pattern']}", kind["form"], tokens]
+        rows.append([*about, *(times.get(form, "–") for form in FORMS)])
+    return (
+        ["matrix (out x in)", "matrices", "weights", "form", "tokens", *(f"{form}, µs" for form in FORMS)]
+        if rows
+        else []
+    ), rows
+
+
+def on_gpu(speed: dict) -> bool:
+    return speed["machine"].get("device") == "cuda"
+
+
+def _place(speed: dict) -> str:
+    return "the GPU" if on_gpu(speed) else f"{threads(speed)} of the CPU"
 
 
 def threads(speed: dict) -> str:

@@ -98,6 +98,7 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> tuple[dict[str, Any], di
         ("Stages", stages, [[name, *_cost(stage)] for name, stage in about.items()]),
         ("Weights of the layers", ["", ""], coverage.describe(logs["coverage"])),
         ("Products by shape of the matrix", *(costs.products(speed) if speed else ([], []))),
+        ("Forms of the pruned matrices on the GPU", *(costs.forms(speed) if speed else ([], []))),
         ("Protocol", ["", ""], _protocol(results.get("protocol") or {})),
         ("Environment", ["", ""], _environment(recipe, results, about)),
     ]

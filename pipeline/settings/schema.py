@@ -238,8 +238,9 @@ class Export:
 
 @dataclass
 class Speed:
-    """What the ordinary and the compact model cost, measured on this machine's CPU."""
+    """What the ordinary and the compact model cost, measured on this machine."""
 
+    device: str = setting("auto", "auto: the GPU if there is one, else the CPU", choices=("auto", "cpu", "cuda"))
     repeats: int = setting(5, "measurements of each kind; a first one is not counted", low=1)
     prompt_lengths: list[int] = setting([128, 512], "tokens of the prompts of a prefill; none: []", low=1)
     new_tokens: int = setting(64, "tokens that are generated after a prompt of 16", low=1)

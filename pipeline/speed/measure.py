@@ -26,25 +26,27 @@ def measure(folders: dict[str, Path], settings: Speed, trust_remote_code: bool =
     {"models": {name: {"format", "dtype", "file_bytes", "memory_bytes", "load_seconds", "first_token_seconds",
     "prefill": {tokens: rates}, "decode": {batch: rates}}}, "products": [{"shape", "matrices", "tokens", "microseconds": {name:
     median}}], "same_tokens": {name: share}, "machine", "settings", "notes"}. Rates are {"median", "least", "most", "all"} in
-    tokens per second, "all" in the order of the repeats. "same_tokens" is the share of greedily generated tokens that equal the
-    first model's.
+    tokens per second, "all" in the order of the repeats. A model on a GPU has "forms" too, see
+    `Forms.table`. "same_tokens" is the share of greedily generated tokens that equal the first model's.
 
     Raises `UserError` if a folder cannot be loaded, or if its process dies.
     """
-    threads, notes = settings.threads or torch.get_num_threads(), []
-    operators = kernels.load()  # compiles them here, once, if necessary
+    threads, notes, device = settings.threads or torch.get_num_threads(), [], _device(settings)
+    operators = kernels.load() if device == "cpu" else None  # compiles them here, once, if necessary
     load_average = os.getloadavg()[0]
-    if operators is None:
-        notes.append(
-            "no kernels for compact matrices on this machine: a compact model expands each matrix that it uses"
-        )
-    with start_processes(folders) as running:
+    with start_processes(folders, device) as running:
         models = {}
         for name, process in running.items():
             try:
-                models[name] = process.ask("load", str(process.folder), threads, trust_remote_code)
+                models[name] = process.ask("load", str(process.folder), threads, trust_remote_code, device)
             except MeasurementError as error:
                 raise UserError(f"{process.folder} cannot be measured: {error}") from error
+        triton, *_ = [model.pop("triton") for model in models.values()]
+        served_by = triton and f"Triton {triton}" if device == "cuda" else operators and kernels.best()
+        if not served_by:
+            notes.append(
+                "no kernels for compact matrices on this machine: a compact model expands each matrix that it uses"
+            )
         positions = min(filter(None, [model.pop("positions") for model in models.values()]), default=None)
         repeats = _Repeats(running, settings.repeats, notes)
         lengths = _clipped(settings.prompt_lengths, positions, notes)
@@ -66,7 +68,7 @@ def measure(folders: dict[str, Path], settings: Speed, trust_remote_code: bool =
         "models": models,
         "products": products,
         "same_tokens": next((_same_tokens(answers) for answers in decode.values() if answers), {}),
-        "machine": _machine(threads, load_average, operators is not None),
+        "machine": _machine(threads, load_average, device, served_by),
         "settings": {"repeats": settings.repeats, "prompt": PROMPT, "new_tokens": new, "threads": threads},
         "notes": notes,
     }
@@ -148,11 +150,18 @@ def _rates(tokens: int, seconds: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values), "all": values}
 
 
-def _machine(threads: int, load_average: float, has_kernels: bool) -> dict[str, Any]:
+def _device(settings: Speed) -> str:
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("speed.device=cuda, but there is no GPU here: set speed.device=auto")
+    return "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _machine(threads: int, load_average: float, device: str, served_by: str | None) -> dict[str, Any]:
     return {
+        "device": device,
         "hardware": hardware.machine(),
         "flags": sorted(set(FLAGS) & kernels.cpu_flags()),
-        "kernels": kernels.best() if has_kernels else None,
+        "kernels": served_by or None,
         "threads": threads,
         "torch": torch.__version__,
         "load": round(load_average, 1),  # before the measurement

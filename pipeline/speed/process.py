@@ -59,25 +59,28 @@ class Process:
 
 
 @contextmanager
-def start_processes(folders: dict[str, Path]) -> Iterator[dict[str, Process]]:
+def start_processes(folders: dict[str, Path], device: str = "cpu") -> Iterator[dict[str, Process]]:
     """Starts a process for each folder, by name. All end with the block, or with this process."""
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment["CUDA_VISIBLE_DEVICES"] = ""  # only the CPU is measured
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     with ExitStack() as stack:
         output = stack.enter_context(tempfile.TemporaryFile())
         pairs = [tuple(map(stack.enter_context, socket.socketpair())) for _ in folders]
         descriptors = [remote.fileno() for _, remote in pairs]
-        parent = subprocess.Popen(
-            [sys.executable, "-m", worker.__name__, *map(str, descriptors)],
-            env=environment,
-            pass_fds=descriptors,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,  # a process group that can be killed as a whole, and that Ctrl-C does not reach
-        )
-        stack.callback(_kill, parent)
+        # CUDA may not be used after a fork from a process whose libraries have looked for GPUs
+        for group in [descriptors] if device == "cpu" else [[descriptor] for descriptor in descriptors]:
+            parent = subprocess.Popen(
+                [sys.executable, "-m", worker.__name__, *map(str, group)],
+                env=environment,
+                pass_fds=group,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # a process group that can be killed as a whole, and that Ctrl-C does not reach
+            )
+            stack.callback(_kill, parent)
         for _, remote in pairs:
             remote.close()  # or reading would not end when a worker does
         yield {name: Process(folder, local, output) for (name, folder), (local, _) in zip(folders.items(), pairs)}
