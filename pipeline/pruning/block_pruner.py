@@ -111,15 +111,18 @@ class BlockPruner:
         processes.say(
             f"  layer {block.index + 1}/{len(walk.blocks)}: sparsity {sparsity:.4f}, output error {error:.3f}, {seconds:.1f} s"
         )
-        return {
-            "layer": block.index,
-            "seconds": round(seconds, 4),
-            "tokens_per_second": round(walk.tokens * processes.world_size() / seconds, 1),
-            "sparsity": sparsity,
-            "relative_output_error": error,
-            "memory_gib": round(peak_gib(walk.device), 3),
-            "matrices": rows,
-        }
+        # rank 0's, whichever rank writes it: the errors are of its samples
+        return processes.from_main(
+            {
+                "layer": block.index,
+                "seconds": round(seconds, 4),
+                "tokens_per_second": round(walk.tokens * processes.world_size() / seconds, 1),
+                "sparsity": sparsity,
+                "relative_output_error": error,
+                "memory_gib": round(peak_gib(walk.device), 3),
+                "matrices": rows,
+            }
+        )
 
 
 def _by_input(block_matrices: dict[str, Matrix], observed: Observed, patterns: dict) -> dict[str, dict[str, Matrix]]:
