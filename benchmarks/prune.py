@@ -80,6 +80,7 @@ def ours(model, windows, method: str, pattern: str, batch_size: int) -> dict[str
         writer = LayerWriter()
         writing = Clock()
         writer.write_on_batch_end = writing.around(writer.write_on_batch_end)
+        writer.on_predict_end = writing.around(writer.on_predict_end)  # waits for the last block
         wait()
         started = time.perf_counter()
         run_layerwise(walk, ending.around(BlockPruner(chosen)), [writer])

@@ -1,15 +1,19 @@
 """Writes the weights and masks of each block that a walk has finished, and builds the new model folder from them."""
 
 import csv
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.engine.blocks import Block
 from pipeline.models import file_names, model_files
-from pipeline.runtime import checksums, files, processes
+from pipeline.runtime import checksums, files, processes, tensor_files
+from pipeline.runtime.background import Background
+from pipeline.runtime.copies import HostCopies
 from pipeline.sparsity.masks import Masks
 
 
@@ -38,13 +42,22 @@ class BlockStore:
         return f"{block.name}.{name}" in self._names
 
     def write(self, block: Block, result: BlockResult) -> None:
-        """Keeps the result of a finished block."""
+        """Keeps the result of a finished block; called on every rank."""
         raise NotImplementedError
+
+    def wait(self) -> None:
+        """Waits until what this rank writes is on disk; raises the error if that failed."""
+
+    def flush(self) -> None:
+        """Waits until what all ranks write is on disk."""
 
 
 class BlockFiles(BlockStore):
     """The files of a walk in `folder`: per block a weight shard and a mask file. A block counts as finished when both match
-    their recorded checksums; `restore` loads it back."""
+    their recorded checksums; `restore` loads it back.
+
+    Written in the background while the next blocks are computed: rank `i % world_size` writes block i, one at a time, so that
+    its host holds one block more. The caller must not change a block's weights after `write`."""
 
     def __init__(self, folder: Path, model: nn.Module, blocks: list[Block]) -> None:
         super().__init__(model)
@@ -52,8 +65,11 @@ class BlockFiles(BlockStore):
         # files whose names or shapes differ from the model's cannot be read back block by block
         self._converts = file_names.converts(model)
         self.finished_before = processes.from_main(self._find_finished() if processes.is_main() else frozenset())
+        self._written: set[int] = set()  # by this run, on any rank
+        self._writer, self._copies = Background(), HostCopies()
 
     def _find_finished(self) -> frozenset[int]:
+        checksums.adopt(self.folder, sorted((self.folder / "masks").glob("*.json")))
         damaged = checksums.damaged(self.folder)
         if damaged:
             processes.say(f"  damaged files, to be made again: {', '.join(damaged)}")
@@ -69,14 +85,42 @@ class BlockFiles(BlockStore):
     def masks_file(self, index: int) -> Path:
         return self.folder / "masks" / f"{index:05d}.safetensors"
 
+    def note(self, index: int) -> Path:
+        """The checksums of a block's two files, written after them."""
+        return self.folder / "masks" / f"{index:05d}.json"
+
     def write(self, block: Block, result: BlockResult) -> None:
-        """Writes the weights and masks of a finished block, with checksums."""
-        result.masks.save(self.masks_file(block.index), result.log)
-        self._save(block.index, self._state(block))
-        checksums.record(self.folder, self.masks_file(block.index), self.shard(block.index))
+        """Starts to write the weights and masks of a finished block, on one rank. Waits for the block that this rank wrote
+        before, whose error it raises."""
+        self._written.add(block.index)
+        if block.index % processes.world_size() != processes.rank():
+            self._writer.check()
+            return
+        self._writer.wait()  # its copies are freed before others are made
+        copies = self._copies.take(self._state(block))
+        self._writer.start(functools.partial(self._write, block.index, result, *copies))
+
+    def _write(self, index: int, result: BlockResult, state: dict[str, Tensor], arrived: Callable[[], None]) -> None:
+        try:
+            masks, shard = self.masks_file(index), self.shard(index)
+            result.masks.save(masks, result.log)
+            arrived()
+            known = {masks: files.sha256(masks), shard: tensor_files.save(state, shard)}
+            checksums.note(self.folder, self.note(index), known)
+        finally:
+            state.clear()  # the thread may hold it for longer
+
+    def wait(self) -> None:
+        self._writer.wait()
+
+    def flush(self) -> None:
+        self.wait()
+        processes.barrier()
 
     def restore(self, block: Block) -> None:
         """Loads the block's weights, as a lazy view of the file."""
+        if block.index in self._written:  # reached again; all ranks are here
+            self.flush()
         weights = load_file(self.shard(block.index))
         for name, parameter in block.module.named_parameters():
             weight = weights.get(f"{block.name}.{name}")
@@ -85,9 +129,11 @@ class BlockFiles(BlockStore):
 
     def write_remaining(self, origin: Path, dtype: str) -> None:
         """Completes the model folder: blocks that were never reached, the weights outside the blocks, the index, and from
-        `origin` all other files (config, tokenizer)."""
+        `origin` all other files (config, tokenizer). Called on one rank, after `flush` on all."""
+        checksums.adopt(self.folder, map(self.note, self._written))
+        reached = self._reached()
         for block in self.blocks:
-            if not self.shard(block.index).exists():
+            if block.index not in reached:
                 processes.say(f"  {block.name} stays dense: the model never reaches it with calibration text")
                 self._save(block.index, self._state(block))
         inside = tuple(f"{block.name}." for block in self.blocks)
@@ -111,7 +157,11 @@ class BlockFiles(BlockStore):
 
     def masks_files(self) -> list[Path]:
         """The mask files of all finished blocks, in block order."""
-        return [path for block in self.blocks if (path := self.masks_file(block.index)).exists()]
+        return [self.masks_file(index) for index in sorted(self._reached())]
+
+    def _reached(self) -> set[int]:
+        # not what exists: another machine's files may become visible here only after a while
+        return self._written | self.finished_before
 
     def _state(self, block: Block) -> dict[str, Tensor]:
         state = {f"{block.name}.{name}": tensor for name, tensor in block.module.state_dict().items()}
@@ -122,8 +172,7 @@ class BlockFiles(BlockStore):
 
 
 def _save(state: dict[str, Tensor], path: Path) -> None:
-    with files.atomic_write(path) as tmp:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, tmp, {"format": "pt"})
+    tensor_files.save({name: tensor.cpu() for name, tensor in state.items()}, path)
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

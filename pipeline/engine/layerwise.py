@@ -7,6 +7,7 @@ output all work. Greenlets stay in one thread, so device, stream and autocast ar
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.weak import TensorWeakRef
 from transformers import Cache
 
 from pipeline.engine.blocks import Block, shared_parameters, tensors_outside
+from pipeline.engine.read_ahead import ReadAhead
 from pipeline.runtime.errors import UserError
 
 SMALL = 4096  # elements; moving smaller arguments (such as a position scale) to the host is not worth it
@@ -65,12 +67,13 @@ def _pausable(index: int, forward: Callable) -> Callable:
 class LayerwiseForwards:
     """The forwards of one model over several batches, all paused at the same block, `current` (None at the end).
 
-    `call(batch)` calls the model. Each block is moved to `device` when it is reached. The arguments of paused forwards wait
-    on `store` (None: where they are). `restore(block)` loads a block's weights. With it, the caller may change weights: every
-    block's weights are dropped once it is passed, and the blocks in `dropped` start with dropped weights. Without it,
-    the weights stay loaded, and the caller must not change them, unless `keeps`: then changed weights are copied back to
-    where the block came from. `dense_outputs`: the next block gets what the block returned with the weights it came with, not
-    with changed ones; then no block may be reached twice, or share weights with another.
+    `call(batch)` calls the model. Each block is moved to `device` when it is reached, or to a GPU while the one before it is
+    computed. The arguments of paused forwards wait on `store` (None: where they are). `restore(block)` loads a block's
+    weights. With it, the caller may change weights: every block's weights are dropped once it is passed, and the blocks in
+    `dropped` start with dropped weights. Without it, the weights stay loaded, and the caller must not change them, unless
+    `keeps`: then changed weights are copied back to where the block came from. `dense_outputs`: the next block gets what the
+    block returned with the weights it came with, not with changed ones; then no block may be reached twice, or share weights
+    with another.
     A context manager: inside, the blocks' `forward` is replaced; at its end, everything that was moved is moved back.
     """
 
@@ -94,6 +97,7 @@ class LayerwiseForwards:
         self.forwards: list[PausedForward] = []
         self._offloaded: list[dict[int, TensorWeakRef]] = [{} for _ in self.batches]
         self._shared = shared_parameters(blocks)
+        self._ahead = ReadAhead(device, self._shared)
         self._dropped = set(dropped)
         # the parameters of the current block, and the data they came with
         self._dense: list[tuple[Tensor, Tensor]] = []
@@ -124,6 +128,8 @@ class LayerwiseForwards:
                 forward.throw()
         torch.set_grad_enabled(outer)  # forwards that ended here left their own mode
         self.forwards = []
+        with suppress(RuntimeError):  # after a fault of the GPU
+            self._ahead.take(None)
         self._move_home()  # the last block, or one in which a fault ended the walk
         for tensor, home in self._outside_data:
             tensor.data = home
@@ -197,6 +203,7 @@ class LayerwiseForwards:
             )
         index = next(iter(reached), None)
         self.current = None if index is None else self.blocks[index]
+        copies = self._ahead.take(self.current)
         if self.current is None:
             return
         if self.dense_outputs:
@@ -207,7 +214,10 @@ class LayerwiseForwards:
         for tensor in self.current.tensors():
             if tensor.device != self.device:
                 self._home_data.append((tensor, tensor.data))
-                tensor.data = tensor.data.to(self.device, non_blocking=True)
+                copy = copies.get(id(tensor))
+                tensor.data = tensor.data.to(self.device, non_blocking=True) if copy is None else copy
+        if index + 1 < len(self.blocks) and index + 1 not in self._dropped:
+            self._ahead.start(self.blocks[index + 1])
 
     def _remember_dense(self) -> None:
         sharing = [it.name for it in self.blocks if any(id(p) in self._shared for p in it.module.parameters())]

@@ -1,5 +1,6 @@
 """The walk over a model's blocks: `Trainer.predict` with one block per batch; `run_layerwise` is given what to do with each."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,11 @@ class LayerWalk(LightningModule):
             with observer.batch():
                 self.forwards.run_block(i)
         observed, known = observer.observed, {}
+        tokens: Counter[str] = Counter()
         # some ranks may have no token for an expert
-        for keys_of_rank in processes.all_ranks(observed.shared_input_key):
+        for keys_of_rank, tokens_of_rank in processes.all_ranks((observed.shared_input_key, observed.tokens)):
             known = keys_of_rank | known
+            tokens += tokens_of_rank
         routed = {name for name, matrix in matrices.items() if matrix.routed}
         if routed & known.keys():
             known |= {name: name for name in routed - known.keys()}
@@ -127,8 +130,7 @@ class LayerWalk(LightningModule):
                 observed.samples[key] = weight_OI.new_zeros(0, weight_OI.shape[1])
                 observed.totals[key] = observe(observed.samples[key]).double()
             observed.totals[key] = processes.all_sum(observed.totals[key])
-            tokens = torch.tensor(observed.tokens[key], device=weight_OI.device)
-            observed.tokens[key] = int(processes.all_sum(tokens)) if matrices[key].routed else observed.tokens[key]
+        observed.tokens = tokens
         return observed
 
 

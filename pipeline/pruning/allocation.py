@@ -88,7 +88,7 @@ class LayerError(Spread):
         errors = []
         pattern = patterns.parse(self.settings.sparsity)
         for name, weight_OI in weights.items():
-            gram_II = obs.unpacked(totals[name].float(), weight_OI.shape[1])
+            gram_II = obs.unpacked(totals[name], weight_OI.shape[1])
             weight_OI = weight_OI.float()
             lost_OI = weight_OI.masked_fill(pattern.select(scores.wanda(weight_OI, gram_II.diagonal())), 0)
             lost, total = (((matrix @ gram_II) * matrix).sum().item() for matrix in (lost_OI, weight_OI))

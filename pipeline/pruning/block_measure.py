@@ -4,8 +4,9 @@ from pipeline.engine.blocks import Block
 from pipeline.engine.matrices import matrices
 from pipeline.engine.walk import LayerWalk
 from pipeline.pruning.allocation import Allocation
-from pipeline.pruning.block_pruner import check_finite
+from pipeline.pruning.block_pruner import check_inputs
 from pipeline.runtime import processes
+from pipeline.runtime.readings import Readings
 
 
 class BlockMeasure:
@@ -20,8 +21,9 @@ class BlockMeasure:
         observed = walk.observe(block_matrices, self.allocation.observe)
         weights = {name: block_matrices[name].weight_OI for name in observed.shared_input_key}
         totals = {name: observed.totals[key] for name, key in observed.shared_input_key.items()}
-        for name, weight_OI in weights.items():
-            check_finite({name: weight_OI}, totals[name])
+        with Readings() as readings:
+            for name, weight_OI in weights.items():
+                check_inputs(readings, {name: weight_OI}, totals[name])
         if weights:
             self.measured[block.index] = value = float(self.allocation.measure(weights, totals))
             label = type(self.allocation).__name__

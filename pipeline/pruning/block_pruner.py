@@ -13,11 +13,12 @@ from pipeline.engine.matrices import Matrix, matrices
 from pipeline.engine.observe import Observed
 from pipeline.engine.walk import LayerWalk
 from pipeline.pruning import scores
-from pipeline.pruning.method import PruneMethod, is_finite
+from pipeline.pruning.method import PruneMethod, check_finite
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.memory import peak_gib
-from pipeline.sparsity.masks import Masks
+from pipeline.runtime.readings import Readings
+from pipeline.sparsity.masks import Masks, Packed, pack
 
 FEW_TOKENS = 32  # an expert with fewer is pruned by its weights alone: its statistics would be noise
 
@@ -31,73 +32,97 @@ class BlockPruner:
         """Prunes the block's weights in place, unless an earlier run did. Returns its masks and log entry."""
         result = None
         if not walk.is_finished(block):
-            masks, rows = self._prune(walk, block)
-            result = BlockResult(masks, self._log(walk, block, masks, rows))
+            masks, kept, rows = self._prune(walk, block)
+            result = BlockResult(masks, self._log(walk, block, masks, kept, rows))
         self.started = time.perf_counter()
         return result
 
-    def _prune(self, walk: LayerWalk, block: Block) -> tuple[Masks, list[dict]]:
+    def _prune(self, walk: LayerWalk, block: Block) -> tuple[Masks, dict[str, int], list[dict]]:
+        """The masks, their numbers of kept weights, and the rows of `matrices.csv`.
+
+        All that is read of the GPU's results is read at the end, at once."""
         block_matrices, patterns = matrices(block, walk.blocks), self.method.patterns
         observed = walk.observe(block_matrices, self.method.observe)
-        masks, rows, undersampled, inputs = Masks(), [], [], []
-        for key, members in _by_input(block_matrices, observed, patterns).items():
-            weights = {name: matrix.weight_OI for name, matrix in members.items()}
-            total, first = observed.totals.pop(key), next(iter(members.values()))
-            if few := first.routed and observed.tokens[key] < FEW_TOKENS:
-                undersampled += [f"{name} ({observed.tokens[key]})" for name in members]
-                # as if all input features had the same norm
-                total = self.method.observe(torch.eye(first.weight_OI.shape[1], device=total.device)).double()
-            if self.method.group == "layer":
-                check_finite(weights, total)
-            inputs.append((weights, total, observed.samples[key], few))
-        # such experts have scores on a scale of their own
-        self.method.compare_layer([(weights, total) for weights, total, _, few in inputs if not few])
-        while inputs:  # a sum is dropped as soon as its matrices are pruned
-            weights, total, sample_NI, _ = inputs.pop(0)
-            # only now: a weight whose update overflows makes the inputs of later matrices overflow, and is the one to name
-            check_finite(weights, total)
-            dense_OI = {name: weight.clone() for name, weight in weights.items()}
-            masks_OI = self.method.prune(weights, total)
-            for name, weight_OI in weights.items():
-                mask_OI, matrix = masks_OI[name], block_matrices[name]
-                pattern = self.method.pattern(name, mask_OI)
-                if problem := pattern.violation(mask_OI):
-                    raise UserError(f"{self._label()} on {name}: {problem}: set another prune.method or prune.sparsity")
-                masks.add(name, matrix.stored(mask_OI), str(pattern), matrix.transposed)
-                sparsity, error = 1 - mask_OI.count_nonzero().item() / mask_OI.numel(), None
-                if len(sample_NI):  # empty for an expert that no token of this rank reached
-                    error = scores.relative_error(sample_NI, dense_OI[name], weight_OI)
-                rows.append(
-                    {"layer": block.index, "matrix": name, "sparsity": sparsity, "relative_output_error": error}
-                )
+        rows, undersampled, inputs = {}, [], []
+        packed: dict[str, Packed] = {}
+        kept: dict[str, int] = {}
+        with self.method.readings as readings:
+            for key, members in _by_input(block_matrices, observed, patterns).items():
+                weights = {name: matrix.weight_OI for name, matrix in members.items()}
+                total, first = observed.totals.pop(key), next(iter(members.values()))
+                if few := first.routed and observed.tokens[key] < FEW_TOKENS:
+                    undersampled += [f"{name} ({observed.tokens[key]})" for name in members]
+                    # as if all input features had the same norm
+                    total = self.method.observe(torch.eye(first.weight_OI.shape[1], device=total.device)).double()
+                if self.method.group == "layer":
+                    check_inputs(readings, weights, total)
+                inputs.append((weights, total, observed.samples[key], few))
+            # such experts have scores on a scale of their own
+            self.method.compare_layer([(weights, total) for weights, total, _, few in inputs if not few])
+            while inputs:  # a sum is dropped as soon as its matrices are pruned
+                weights, total, sample_NI, _ = inputs.pop(0)
+                # only now: a weight whose update overflows makes the inputs of later matrices overflow, and is the one to name
+                check_inputs(readings, weights, total)
+                dense_OI = {name: weight.clone() for name, weight in weights.items()}
+                masks_OI = self.method.prune(weights, total)
+                for name, weight_OI in weights.items():
+                    mask_OI, matrix = masks_OI[name], block_matrices[name]
+                    pattern = self.method.pattern(name, mask_OI)
+                    stored = matrix.stored(mask_OI)
+                    packed[name] = Packed(pack(stored), tuple(stored.shape), str(pattern), matrix.transposed)
+                    rows[name] = {"layer": block.index, "matrix": name, "sparsity": None, "relative_output_error": None}
+
+                    def use(broken: float, left: float, error: float | None = None, name: str = name) -> None:
+                        if broken:
+                            self._refuse(name, packed[name])
+                        kept[name] = int(left)
+                        rows[name] |= {"sparsity": 1 - left / packed[name].weights, "relative_output_error": error}
+
+                    numbers = [pattern.is_broken(mask_OI), mask_OI.count_nonzero()]
+                    if len(sample_NI):  # empty for an expert that no token of this rank reached
+                        numbers.append(scores.relative_error(sample_NI, dense_OI[name], weight_OI))
+                    readings.add(numbers, use)
+        masks = Masks()
+        masks.add_packed(packed)
         if undersampled:
             processes.say(f"  fewer than {FEW_TOKENS} tokens, so pruned by weight alone: {', '.join(undersampled)}")
-        if empty := [name for name in masks if not masks.packed[name].kept]:
+        if empty := [name for name in masks if not kept[name]]:
             processes.say(f"  no weight is left in {len(empty)} matrices of this layer, such as {empty[0]}")
         for name in patterns.keys() & (block_matrices.keys() - observed.shared_input_key.keys()):
             processes.say(f"  stays dense, the calibration text never reaches it: {name}")
-        return masks, rows
+        return masks, kept, list(rows.values())
+
+    def _refuse(self, name: str, packed: Packed) -> None:
+        mask = packed.unpack()
+        pattern = self.method.pattern(name, mask)
+        problem = pattern.violation(mask.T if packed.transposed else mask)
+        raise UserError(f"{self._label()} on {name}: {problem}: set another prune.method or prune.sparsity")
 
     def _label(self) -> str:
         settings = self.method.settings
         return registry.pruned_with({key: getattr(settings, key.partition(".")[2]) for key in registry.PRUNING})
 
-    def _log(self, walk: LayerWalk, block: Block, masks: Masks, rows: list[dict]) -> dict:
-        seconds, sparsity = time.perf_counter() - self.started, masks.sparsity()
+    def _log(self, walk: LayerWalk, block: Block, masks: Masks, kept: dict[str, int], rows: list[dict]) -> dict:
+        seconds = time.perf_counter() - self.started
+        weights = sum(entry.weights for entry in masks.packed.values())
+        sparsity = (weights - sum(kept.values())) / max(1, weights)
         errors = [row["relative_output_error"] for row in rows if row["relative_output_error"] is not None]
         error = sum(errors) / max(1, len(errors))
         processes.say(
             f"  layer {block.index + 1}/{len(walk.blocks)}: sparsity {sparsity:.4f}, output error {error:.3f}, {seconds:.1f} s"
         )
-        return {
-            "layer": block.index,
-            "seconds": round(seconds, 4),
-            "tokens_per_second": round(walk.tokens * processes.world_size() / seconds, 1),
-            "sparsity": sparsity,
-            "relative_output_error": error,
-            "memory_gib": round(peak_gib(walk.device), 3),
-            "matrices": rows,
-        }
+        # rank 0's, whichever rank writes it: the errors are of its samples
+        return processes.from_main(
+            {
+                "layer": block.index,
+                "seconds": round(seconds, 4),
+                "tokens_per_second": round(walk.tokens * processes.world_size() / seconds, 1),
+                "sparsity": sparsity,
+                "relative_output_error": error,
+                "memory_gib": round(peak_gib(walk.device), 3),
+                "matrices": rows,
+            }
+        )
 
 
 def _by_input(block_matrices: dict[str, Matrix], observed: Observed, patterns: dict) -> dict[str, dict[str, Matrix]]:
@@ -109,12 +134,11 @@ def _by_input(block_matrices: dict[str, Matrix], observed: Observed, patterns: d
     return groups
 
 
-def check_finite(weights: dict[str, Tensor], total: Tensor) -> None:
-    """Raises `UserError` for damaged weights, and for the sums of damaged inputs."""
+def check_inputs(readings: Readings, weights: dict[str, Tensor], total: Tensor) -> None:
+    """Makes `readings` raise `UserError` for damaged weights, and for the sums of damaged inputs."""
     for name, weight in weights.items():
-        if not is_finite(weight):
-            raise UserError(f"{name} holds weights that are not finite: the files are damaged or the training diverged")
-    if not is_finite(total):
-        half = any(weight.dtype == torch.float16 for weight in weights.values())
-        hint = "set dtype=bfloat16 or dtype=float32" if half else "earlier weights are damaged or too large"
-        raise UserError(f"the inputs of {' and '.join(weights)} are not finite: {hint}")
+        problem = f"{name} holds weights that are not finite: the files are damaged or the training diverged"
+        check_finite(readings, weight, problem)
+    half = any(weight.dtype == torch.float16 for weight in weights.values())
+    hint = "set dtype=bfloat16 or dtype=float32" if half else "earlier weights are damaged or too large"
+    check_finite(readings, total, f"the inputs of {' and '.join(weights)} are not finite: {hint}")

@@ -15,6 +15,8 @@ from pipeline.runtime import memory, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Calibration, Recipe
 
+COUNTS = {2: "two", 3: "three", 4: "four"}
+
 
 def batches(recipe: Recipe, text: Calibration, section: str, origin: Path, model: nn.Module) -> list[Tensor]:
     """This rank's batches of tokens, each (batch_size, seq_len). `section`: the recipe's section that sets `text`."""
@@ -47,14 +49,16 @@ def plan_memory(
 ) -> torch.device:
     """Prints the memory that a walk needs and what is free. Returns the device that holds the hidden states between layers.
 
-    Each of `streams` (models walked at once) has paused forwards and one loaded layer; one of them also has the next layer.
+    Each of `streams` (models walked at once) has paused forwards and one loaded layer; on a GPU also the next layer, which is
+    read ahead. On a CPU, one more layer is being written.
     Training a layer takes `per_weight` bytes per weight; pruning one needs the sums of `observe` over its inputs.
     """
     device = processes.device()
     found = find_blocks(model)
     blocks = [block.module for block in found]
     largest = max(blocks, key=memory.size_gib)
-    layers = (1 + streams) * memory.size_gib(largest)
+    count = 2 * streams if device.type == "cuda" else 1 + streams
+    layers = count * memory.size_gib(largest)
     training = per_weight * sum(parameter.numel() for parameter in largest.parameters()) / memory.GIB
     # each once: embeddings may be tied, and layers may share weights
     outside = sum(it.nbytes for it in {id(it): it for it in tensors_outside(model, found)}.values()) / memory.GIB
@@ -69,7 +73,7 @@ def plan_memory(
     fits = needed + 1.5 * hidden < 0.8 * free
     store = device if device.type == "cpu" or where == "gpu" or (where == "auto" and fits) else torch.device("cpu")
     processes.say(
-        f"  memory: {memory.text(layers)} for {'two' if streams == 1 else 'three'} layers, "
+        f"  memory: {memory.text(layers)} for {COUNTS[count]} layers, "
         + (f"{memory.text(training)} to train one, " if training else "")
         + f"{memory.text(outside)} outside the layers, {memory.text(working)} to compute with, {memory.text(hidden)} "
         f"of hidden states on the {'GPU' if store.type == 'cuda' else 'host'}; {memory.text(free)} free"

@@ -41,6 +41,7 @@ class Combination(PruneMethod):
         super().__init__(method.settings, method.patterns)
         self.group = method.group
         self.method, self.refinement, self.weight_update = method, refinement, update
+        self.readings = method.readings
         # a method with a custom `observe`: its sum is put in front of the others
         self.is_custom = type(method).observe is not PruneMethod.observe
         self.custom_shapes: dict[int, torch.Size] = {}  # by the number of inputs
@@ -107,7 +108,7 @@ class Combination(PruneMethod):
         _check_returned(self.weight_update, "update", updated, local[1])
         updated_RI = processes.gather_rows(updated)
         for name, part_OI in zip(weights, updated_RI.split([len(weight_OI) for weight_OI in weights.values()])):
-            store_(weights[name], part_OI, name, self.settings.damp)
+            store_(weights[name], part_OI, name, self.settings.damp, self.readings)
             masks.apply_(weights[name], chosen[name])
 
 

@@ -1,5 +1,6 @@
 """The base class of prune methods."""
 
+import math
 from collections import defaultdict
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from pipeline.pruning import statistics
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.readings import Readings
 from pipeline.settings.schema import Prune
 from pipeline.sparsity import masks
 from pipeline.sparsity.patterns import Pattern, Unstructured
@@ -27,6 +29,7 @@ class PruneMethod:
         default = "matrix" if self.whole_matrix else "row"
         self.group = default if settings.group == "auto" else settings.group
         self._layer_masks: dict[str, Tensor] = {}
+        self.readings = Readings()  # what the pruner reads at the end of a layer
 
     def observe(self, input_NI: Tensor) -> Tensor:
         """The statistic to sum (in float64) over a matrix's inputs. Default: the square sum of each feature, (I,)."""
@@ -53,8 +56,7 @@ class PruneMethod:
         chosen = {}
         for name, weight_OI in weights.items():
             score_OI = self.score(weight_OI, total)
-            if not is_finite(score_OI):
-                raise UserError(f"{type(self).__name__}'s scores of {name} are not finite")
+            check_finite(self.readings, score_OI, f"{type(self).__name__}'s scores of {name} are not finite")
             chosen[name] = self.select(name, score_OI)
             masks.apply_(weight_OI, chosen[name])
         return chosen
@@ -87,6 +89,12 @@ class PruneMethod:
         return pattern
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Checks only the extremes, which are NaN or infinite if any value is. `isfinite().all()` would allocate a mask."""
-    return all(extreme.isfinite().item() for extreme in tensor.aminmax())
+def check_finite(readings: Readings, tensor: Tensor, problem: str) -> None:
+    """Makes `readings` raise `UserError(problem)` unless all values are finite. Reads only the extremes, which are NaN or
+    infinite if any value is: `isfinite().all()` would allocate a mask."""
+
+    def check(lowest: float, highest: float) -> None:
+        if not (math.isfinite(lowest) and math.isfinite(highest)):
+            raise UserError(problem)
+
+    readings.add(tensor.aminmax(), check)

@@ -4,6 +4,7 @@ Shapes: R = rows (of one matrix, or of several with the same input, stacked), I 
 N = tokens.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -20,13 +21,35 @@ WIDTH = 32  # columns within a block that are updated one by one, before one pro
 
 def hessian(input_NI: Tensor) -> Tensor:
     """X^T X in fp32, its upper triangle packed into one row for `unpacked`: half the products, and half the numbers to sum
-    over batches and ranks. A common factor (SparseGPT: 2/n) changes neither masks nor updates."""
-    input_NI = input_NI.float()
+    over batches and ranks. A common factor (SparseGPT: 2/n) changes neither masks nor updates.
+
+    On GPUs that can, 16-bit inputs are multiplied on tensor cores, whose products are exact and are summed in fp32."""
+    in_16_bits = multiplies_16_bits(input_NI.device, input_NI.dtype)
+    if not in_16_bits:
+        input_NI = input_NI.float()
     inputs = input_NI.shape[1]
-    packed = input_NI.new_empty(packed_length(inputs))
+    packed = input_NI.new_empty(packed_length(inputs), dtype=torch.float32)
     for first, rows, band in _views(packed, inputs):
-        torch.mm(input_NI[:, first : first + rows].T, input_NI[:, first:], out=band)
+        left, right = input_NI[:, first : first + rows].T, input_NI[:, first:]
+        if in_16_bits:
+            torch.mm(left, right, out_dtype=torch.float32, out=band)
+        else:
+            torch.mm(left, right, out=band)
     return packed
+
+
+@functools.cache
+def multiplies_16_bits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `torch.mm` multiplies 16-bit inputs with fp32 results: on CUDA since torch 2.8. Tried once."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    try:
+        inputs = torch.full((8, 16), 256.0, dtype=dtype, device=device)  # sums of 8 * 2^16, too large for fp16
+        out = torch.empty(8, 16, dtype=torch.float32, device=device)
+        torch.mm(inputs[:, :8].T, inputs, out_dtype=torch.float32, out=out)
+        return bool((out == 2.0**19).all())
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
 
 
 def packed_length(inputs: int) -> int:
@@ -34,11 +57,11 @@ def packed_length(inputs: int) -> int:
 
 
 def unpacked(packed: Tensor, inputs: int) -> Tensor:
-    """The Hessian, (I, I), in the dtype of `packed`."""
-    hessian_II = packed.new_empty(inputs, inputs)
+    """The Hessian, (I, I), in fp32."""
+    hessian_II = packed.new_empty(inputs, inputs, dtype=torch.float32)
     for first, rows, band in _views(packed, inputs):
         hessian_II[first : first + rows, first:] = band
-        hessian_II[first + rows :, first : first + rows] = band[:, rows:].T
+        hessian_II[first + rows :, first : first + rows] = hessian_II[first : first + rows, first + rows :].T
     return hessian_II
 
 
@@ -61,7 +84,7 @@ def factor(hessian_II: Tensor, damp: float, name: str, say: Callable[[str], None
     Adds `damp` times the mean of the diagonal, and ten times more for as long as the factorisation fails.
     """
     dead_I = hessian_II.diagonal() == 0
-    hessian_II.diagonal()[dead_I] = 1
+    hessian_II.diagonal().masked_fill_(dead_I, 1)  # an index by bools would wait for the GPU
     mean = hessian_II.diagonal().mean()
     while damp <= 10:
         # With rows and columns reversed, H = V V^T with an upper V, and inverse(V) is the factor: half the work of
@@ -69,10 +92,9 @@ def factor(hessian_II: Tensor, damp: float, name: str, say: Callable[[str], None
         reversed_II = hessian_II.flip(0, 1)
         reversed_II.diagonal().add_(damp * mean)
         lower_II, failed = torch.linalg.cholesky_ex(reversed_II)
-        if not failed:
-            factor_II = _inverse(lower_II.flip(0, 1))
-            if factor_II.isfinite().all():
-                return factor_II, dead_I
+        factor_II = _inverse(lower_II.flip(0, 1))
+        if (failed == 0) & factor_II.isfinite().all():  # read at once
+            return factor_II, dead_I
         stronger = max(10 * damp, 1e-4)
         say(f"  {name}: the Hessian is singular at damping {damp:g}: trying {stronger:g}")
         damp = stronger

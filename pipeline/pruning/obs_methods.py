@@ -30,11 +30,11 @@ class Obs(PruneMethod):
         pattern = self.patterns[names[0]]
         if any(self.patterns[name] != pattern for name in names):  # one column loop needs one pattern
             return {k: v for name in names for k, v in self.prune({name: weights[name]}, total).items()}
-        hessian_II = obs.unpacked(total.float(), weights[names[0]].shape[1])
+        hessian_II = obs.unpacked(total, weights[names[0]].shape[1])
         square_sum_I = hessian_II.diagonal().clone()
         factor_II, dead_I = obs.factor(hessian_II, self.settings.damp, names[0], processes.say)
         stacked_RI = torch.cat([weights[name].float() for name in names])
-        stacked_RI[:, dead_I] = 0
+        stacked_RI.masked_fill_(dead_I, 0)
         lengths = [len(weights[name]) for name in names]
         # on a GPU the rounding of a product depends on its shape: fixed tiles give the same shapes on any number of ranks
         tile = obs.ROW_TILE if stacked_RI.is_cuda else None
@@ -53,7 +53,7 @@ class Obs(PruneMethod):
         kept_RI = obs.prune_rows(rows_RI, factor_II, None if n_of_m else choose, score, n_of_m, tile)
         pruned_RI, kept_RI = processes.gather_rows(rows_RI), processes.gather_rows(kept_RI)
         for name, part_OI in zip(names, pruned_RI.split(lengths)):
-            store_(weights[name], part_OI, name, self.settings.damp)
+            store_(weights[name], part_OI, name, self.settings.damp, self.readings)
         return dict(zip(names, kept_RI.split(lengths)))
 
 

@@ -10,15 +10,22 @@ from torch import Tensor
 def square_sum(input_NI: Tensor) -> Tensor:
     """Sum over tokens of the squared inputs, (I,). fp32 within the batch; float64 across batches, so that neither their order
     nor the number of ranks changes a mask."""
+    if input_NI.is_cuda:  # one kernel, which reads 16-bit inputs as they are
+        return norm_square_sum(input_NI)
     input_NI = input_NI.float()
     return (input_NI * input_NI).sum(0).double()  # 6x faster than a norm over tokens, 300x than einsum (2 cores)
+
+
+def norm_square_sum(input_NI: Tensor) -> Tensor:
+    """`square_sum` without a temporary of the inputs' size."""
+    return torch.linalg.vector_norm(input_NI, dim=0, dtype=torch.float32).double().square()
 
 
 def moments(input_NI: Tensor) -> Tensor:
     """(3, I) in float64: square sum, sum, number of tokens."""
     tokens, inputs = input_NI.shape
     count = torch.full((inputs,), tokens, dtype=torch.float64, device=input_NI.device)
-    return torch.stack([square_sum(input_NI), input_NI.float().sum(0).double(), count])
+    return torch.stack([square_sum(input_NI), input_NI.sum(0, dtype=torch.float32).double(), count])
 
 
 def wanda(weight_OI: Tensor, square_sum_I: Tensor) -> Tensor:
@@ -126,7 +133,7 @@ def spread_ratios(values: list[float], ratio: float, spread: float) -> list[floa
     return (ratio - (kept_L - kept_L.mean())).tolist()
 
 
-def relative_error(input_NI: Tensor, dense_OI: Tensor, pruned_OI: Tensor) -> float:
-    """||X W^T - X W'^T|| / ||X W^T||, Frobenius; the products are computed in the weights' dtype."""
+def relative_error(input_NI: Tensor, dense_OI: Tensor, pruned_OI: Tensor) -> Tensor:
+    """||X W^T - X W'^T|| / ||X W^T||, Frobenius, (); the products are computed in the weights' dtype."""
     dense_NO, error_NO = input_NI @ dense_OI.T, input_NI @ (dense_OI - pruned_OI).T
-    return float(error_NO.float().norm() / dense_NO.float().norm().clamp_min(torch.finfo(torch.float32).tiny))
+    return error_NO.float().norm() / dense_NO.float().norm().clamp_min(torch.finfo(torch.float32).tiny)

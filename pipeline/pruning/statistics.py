@@ -44,7 +44,7 @@ class Sums:
         lengths = {SQUARE_SUM: inputs, MOMENTS: 3 * inputs, GRAM: obs.packed_length(inputs)}
         raw = dict(zip(self.needs, total.split([lengths[name] for name in self.needs])))
         moments_3I = raw[MOMENTS].view(3, inputs) if MOMENTS in raw else None
-        gram_II = obs.unpacked(raw[GRAM].float(), inputs) if GRAM in raw else None
+        gram_II = obs.unpacked(raw[GRAM], inputs) if GRAM in raw else None
         if gram_II is not None:
             square_sum_I = gram_II.diagonal().clone()
         else:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pipeline.pruning import obs
+from pipeline.pruning.method import check_finite
 from pipeline.runtime import processes
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.readings import Readings
 from pipeline.settings.schema import Prune
 
 CONVERGED = 1e-7  # `LeastSquares` stops for a row at this share of the initial residual norm
@@ -90,10 +91,10 @@ class LeastSquares(WeightUpdate):
         return weight_RI
 
 
-def store_(weight_OI: Tensor, updated_OI: Tensor, name: str, damp: float) -> None:
-    """Puts updated fp32 weights into the model's own, which may be float16. Raises `UserError` if they overflow there."""
+def store_(weight_OI: Tensor, updated_OI: Tensor, name: str, damp: float, readings: Readings) -> None:
+    """Puts updated fp32 weights into the model's own, which may be float16. `readings` raises `UserError` if they overflow
+    there."""
     weight_OI.copy_(updated_OI)
-    if not weight_OI.isfinite().all():
-        more = f"prune.damp={min(max(10 * damp, 0.01), 10):g}"
-        more += " or dtype=bfloat16" if weight_OI.dtype == torch.float16 else ""
-        raise UserError(f"the updates of {name} overflow: set {more}, unless its weights are damaged")
+    more = f"prune.damp={min(max(10 * damp, 0.01), 10):g}"
+    more += " or dtype=bfloat16" if weight_OI.dtype == torch.float16 else ""
+    check_finite(readings, weight_OI, f"the updates of {name} overflow: set {more}, unless its weights are damaged")

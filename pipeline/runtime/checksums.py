@@ -5,6 +5,7 @@ as recorded, only the blocks of `files.fingerprint` are read, so that two models
 read whole. Damage that leaves the time of a large file unchanged (a bad disk) is therefore noticed only within those blocks.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,21 @@ DIGEST = "digest"  # key of the digest of all other keys
 
 
 def write(folder: Path, content: dict[str, Any]) -> None:
-    files.write_json(folder / STAGE_FILE, content | {DIGEST: files.digest(content)})
+    write_whole(folder / STAGE_FILE, content)
 
 
 def read(folder: Path) -> dict[str, Any] | None:
     """None if stage.json is missing or damaged."""
-    content = files.read_json(folder / STAGE_FILE) or {}
+    return read_whole(folder / STAGE_FILE)
+
+
+def write_whole(path: Path, content: dict[str, Any]) -> None:
+    """Writes JSON with a digest of itself."""
+    files.write_json(path, content | {DIGEST: files.digest(content)})
+
+
+def read_whole(path: Path) -> dict[str, Any] | None:
+    content = files.read_json(path) or {}
     return content if content.pop(DIGEST, None) == files.digest(content) else None
 
 
@@ -30,6 +40,21 @@ def record(folder: Path, *paths: Path) -> None:
     known = {name: entry for name, entry in content.get("artefacts", {}).items() if (folder / name).exists()}
     known |= {_name(folder, path): _entry(path) for path in paths}
     write(folder, content | {"artefacts": known})
+
+
+def note(folder: Path, path: Path, known: dict[Path, str]) -> None:
+    """Writes the entries of files of a stage whose SHA-256 is `known` to a file of their own, for `adopt`: the processes of a
+    run must not write stage.json at the same time."""
+    write_whole(path, {"artefacts": {_name(folder, file): _entry(file, sha256) for file, sha256 in known.items()}})
+
+
+def adopt(folder: Path, notes: Iterable[Path]) -> None:
+    """Adds what `note` wrote to the entries of the stage; ignores damaged notes."""
+    content, noted = read(folder) or {}, {}
+    for path in notes:
+        noted |= (read_whole(path) or {}).get("artefacts", {})
+    if noted:
+        write(folder, content | {"artefacts": content.get("artefacts", {}) | noted})
 
 
 def recorded(folder: Path) -> dict[str, dict[str, Any]]:
@@ -64,8 +89,8 @@ def _name(folder: Path, path: Path) -> str:
     return str(path.resolve().relative_to(folder.resolve()))
 
 
-def _entry(path: Path) -> dict[str, Any]:
-    sha256 = files.sha256(path)
+def _entry(path: Path, sha256: str | None = None) -> dict[str, Any]:
+    sha256 = sha256 or files.sha256(path)
     size, changed = _stamp(path)
     blocks = {"blocks": files.fingerprint([path])} if size > files.READ_WHOLE else {}
     return {"bytes": size, "changed_ns": changed, "sha256": sha256} | blocks

@@ -7,7 +7,7 @@ access. The mask file is the authority: a mask is never inferred from zeros.
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +97,14 @@ class Masks(Mapping[str, Tensor]):
     def add(self, name: str, mask: Tensor, pattern: str, transposed: bool = False) -> None:
         """Packs and stores a mask in the shape of its stored parameter."""
         self.packed[name] = Packed(pack(mask).cpu(), tuple(mask.shape), str(pattern), transposed)
+
+    def add_packed(self, packed: dict[str, Packed]) -> None:
+        """Stores masks packed on a device, which are copied from it together: each copy of its own waits for the GPU."""
+        bits = [entry.bits for entry in packed.values()]
+        if any(it.device.type != "cpu" for it in bits):
+            bits = list(torch.cat(bits).cpu().split([len(it) for it in bits]))
+        for (name, entry), host in zip(packed.items(), bits):
+            self.packed[name] = replace(entry, bits=host)
 
     def on(self, device: torch.device, name: str) -> Tensor:
         """A mask unpacked on the device, where only its bits are copied to."""

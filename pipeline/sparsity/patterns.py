@@ -14,6 +14,8 @@ from torch import Tensor
 from pipeline.registry.patterns import PATTERNS
 
 CHUNK = 64  # rows per task
+WIDEST = 16  # groups of up to so many are ranked by comparing all pairs on a GPU
+RANKED = 1 << 28  # pairs compared at once: 256 MiB of bools each time
 
 
 class Pattern:
@@ -37,6 +39,10 @@ class Pattern:
         """What is wrong with a mask that claims this pattern, or None."""
         return None
 
+    def is_broken(self, mask_OI: Tensor) -> Tensor:
+        """Whether `violation` finds something, as a bool on the mask's device where that needs no synchronisation."""
+        return torch.tensor(self.violation(mask_OI) is not None)
+
 
 @dataclass(frozen=True)
 class Unstructured(Pattern):
@@ -56,10 +62,13 @@ class Unstructured(Pattern):
 
     def violation(self, mask_OI: Tensor) -> str | None:
         # methods round differently: per row, per matrix, per column block, or to a tolerance
-        pruned = 1 - mask_OI.count_nonzero().item() / mask_OI.numel()
-        if abs(pruned - self.ratio) <= 0.01 + 1 / mask_OI.shape[1]:
+        if not self.is_broken(mask_OI):
             return None
-        return f"{pruned:.4f} of the weights are pruned, not {self}"
+        return f"{1 - mask_OI.count_nonzero().item() / mask_OI.numel():.4f} of the weights are pruned, not {self}"
+
+    def is_broken(self, mask_OI: Tensor) -> Tensor:
+        pruned = 1 - mask_OI.count_nonzero().double() / mask_OI.numel()
+        return (pruned - self.ratio).abs() > 0.01 + 1 / mask_OI.shape[1]
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,8 @@ class NofM(Pattern):
     def select(self, score_OI: Tensor, whole_matrix: bool = False) -> Tensor:
         """Ties are broken as by `torch.topk(group, M - N, largest=False)`."""
         score_OGM = score_OI.unflatten(1, (-1, self.m))
+        if score_OI.is_cuda and self.m <= WIDEST:
+            return self._by_rank(score_OGM).flatten(1)
         if (self.n, self.m) != (2, 4):
             return self._by_topk(score_OGM).flatten(1)
         # fast path: keep what is at least the second highest of four; ties keep too many and are redone by topk
@@ -99,38 +110,75 @@ class NofM(Pattern):
         lowest = torch.topk(score, self.m - self.n, dim=-1, largest=False).indices
         return torch.ones_like(score, dtype=torch.bool).scatter_(-1, lowest, False)
 
+    def _by_rank(self, score_OGM: Tensor) -> Tensor:
+        """For GPUs, whose topk takes a block of threads for each group. Neither this nor its ties need a synchronisation: the
+        first of equal scores count as lower, as CUDA's topk picks them."""
+        places_M = torch.arange(self.m, device=score_OGM.device)
+        earlier_MM = places_M < places_M[:, None]
+        parts = []
+        for part in score_OGM.split(max(1, RANKED // (score_OGM.shape[1] * self.m**2))):
+            mine, other = part[..., :, None], part[..., None, :]
+            lower = torch.where(earlier_MM, other <= mine, other < mine).sum(-1, dtype=torch.uint8)
+            parts.append(lower >= self.m - self.n)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def violation(self, mask_OI: Tensor) -> str | None:
-        # add M slices: a sum over so short a dimension is many times slower
-        kept_OG = sum(part.to(torch.uint8) for part in mask_OI.unflatten(1, (-1, self.m)).unbind(2))
-        wrong = (kept_OG != self.n).nonzero()
+        wrong = self._wrong(mask_OI).nonzero()
         if len(wrong) == 0:
             return None
         row, group = wrong[0].tolist()
         inputs = f"inputs {group * self.m} to {(group + 1) * self.m - 1}"
         return f"{len(wrong)} groups break {self}, the first in row {row}, {inputs}"
 
+    def is_broken(self, mask_OI: Tensor) -> Tensor:
+        return self._wrong(mask_OI).any()
+
+    def _wrong(self, mask_OI: Tensor) -> Tensor:
+        """(O, G). Adds M slices: a sum over so short a dimension is many times slower."""
+        first, *others = mask_OI.contiguous().view(torch.uint8).unflatten(1, (-1, self.m)).unbind(2)
+        kept_OG = first.clone()
+        for part in others:
+            kept_OG += part
+        return kept_OG != self.n
+
 
 def kth_lowest(score_OI: Tensor, k: int) -> Tensor:
     """The k-th lowest score of each row, counted from 1, (O, 1)."""
     k = min(k, score_OI.shape[1])
     if score_OI.is_cuda:
-        return torch.kthvalue(score_OI, k, dim=1, keepdim=True).values
+        return _kth_lowest_of_one(score_OI, k) if len(score_OI) == 1 else score_OI.kthvalue(k, keepdim=True).values
     return torch.from_numpy(np.partition(score_OI.float().numpy(), k - 1, axis=1)[:, k - 1 : k])
+
+
+def _kth_lowest_of_one(score_1I: Tensor, k: int) -> Tensor:
+    """On a GPU kthvalue reads each row with one block of threads, so that one long row leaves the rest of the GPU idle; topk
+    uses all of it. (1, 1)"""
+    from_top = score_1I.shape[1] - k + 1
+    if k <= from_top:
+        return score_1I.topk(k, largest=False, sorted=False).values.amax(1, keepdim=True)
+    return score_1I.topk(from_top, sorted=False).values.amin(1, keepdim=True)
 
 
 def all_but_lowest(score_OI: Tensor, k: int) -> Tensor:
     """False for the first k of each row in stable ascending order, without sorting."""
     if k == 0:
         return torch.ones_like(score_OI, dtype=torch.bool)
-    kept_OI = score_OI > kth_lowest(score_OI, k) if score_OI.is_cuda else _above_kth(score_OI.float(), k)
+    if score_OI.is_cuda:  # no look for ties first, which would wait for the GPU
+        kth_O1 = kth_lowest(score_OI, k)
+        return ~_lowest(score_OI, kth_O1, k)
+    kept_OI = _above_kth(score_OI.float(), k)
     left = score_OI.shape[1] - k
     if kept_OI.count_nonzero() != left * len(kept_OI):  # ties with the k-th: keep the later ones
         rows = (kept_OI.sum(1) < left).nonzero().squeeze(1)
-        kth_O1 = kth_lowest(score_OI[rows], k)
-        below, tied = score_OI[rows] < kth_O1, score_OI[rows] == kth_O1
-        room_O1 = k - below.sum(1, keepdim=True)
-        kept_OI[rows] = ~(below | (tied & (tied.cumsum(1) <= room_O1)))
+        kept_OI[rows] = ~_lowest(score_OI[rows], kth_lowest(score_OI[rows], k), k)
     return kept_OI
+
+
+def _lowest(score_OI: Tensor, kth_O1: Tensor, k: int) -> Tensor:
+    """True for the first k of each row in stable ascending order; `kth_O1`: the k-th lowest score."""
+    below, tied = score_OI < kth_O1, score_OI == kth_O1
+    room_O1 = k - below.sum(1, keepdim=True)
+    return below | (tied & (tied.cumsum(1, dtype=torch.int32) <= room_O1))
 
 
 def _above_kth(score_OI: Tensor, k: int) -> Tensor:

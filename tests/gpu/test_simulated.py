@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pipeline.models import model_files
-from tests.conftest import QUICK
+from pipeline.sparsity.masks import Masks
+from tests.conftest import PRUNE, QUICK, llama_config
 
 pytestmark = pytest.mark.slow
 RUN = (*QUICK, "stages=[prune,finetune]", "prune.method=sparsegpt")
@@ -67,3 +68,51 @@ def test_full_fine_tuning_takes_16_bytes_per_weight(simulated, tmp_path):
         *RUN, "prune.method=wanda", *few, f"model={tmp_path / 'model'}", f"run_dir={tmp_path / 'run'}"
     )
     assert counts["peak"] / sum(parameter.numel() for parameter in model.parameters()) < 16.6
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A function that saves a float16 Llama of a number of layers; returns its folder and the bytes of a layer."""
+    from transformers import LlamaForCausalLM
+
+    from pipeline.data import world
+
+    tokenizer, where = world.tokenizer(), tmp_path_factory.mktemp("deep")
+
+    def make(layers: int):
+        config = llama_config(len(tokenizer), num_hidden_layers=layers, hidden_size=128, intermediate_size=256)
+        model = LlamaForCausalLM(config).to(torch.float16)
+        if not (where / str(layers)).exists():
+            model.save_pretrained(where / str(layers))
+            tokenizer.save_pretrained(where / str(layers))
+        return where / str(layers), sum(it.nbytes for it in model.model.layers[0].parameters())
+
+    return make
+
+
+# Launches for the 8 forward passes of a layer (4 batches, twice) with the sums over the inputs, and for its 7 matrices.
+# Synchronisations: the numbers and the masks are read once each; SparseGPT also reads whether its 4 factors succeeded.
+LAYER = {"wanda": (2, 830), "sparsegpt": (6, 6100)}  # synchronisations, launches
+
+
+@pytest.mark.parametrize(("method", "processes"), [("wanda", 1), ("wanda", 2), ("sparsegpt", 1)])
+def test_what_a_layer_of_the_walk_takes(deep, simulated, tmp_path, method, processes):
+    """The difference of five and three layers. It was 80 synchronisations for Wanda, 242 for SparseGPT."""
+    found = []
+    for layers in (3, 5):
+        folder, layer_bytes = deep(layers)
+        chosen = (f"prune.method={method}", f"run_dir={tmp_path}/{layers}")
+        found.append(simulated(*PRUNE, *chosen, f"model={folder}", processes=processes))
+    syncs, launches = LAYER[method]
+    for few, more in zip(*found):
+        layer = {name: (more[name] - few[name]) / 2 for name in ("syncs", "launches", "d2h_bytes", "h2d_bytes")}
+        assert layer["syncs"] == syncs and layer["launches"] <= launches, layer
+        assert layer["h2d_bytes"] == layer_bytes, layer  # the weights, once, on every GPU
+        # the weights once, on one GPU, a bit per weight, and 8 bytes for each number
+        masks = layer_bytes / 16 + 100 * 8
+        assert layer["d2h_bytes"] <= layer_bytes * (1 if processes == 1 else 0.5) + masks, layer
+    # what was read ahead are the layers' weights
+    dense, masks = dict(model_files.tensors(folder)), Masks.load(tmp_path / "5/prune/masks.safetensors")
+    for name, weight in model_files.tensors(tmp_path / "5/prune/model"):
+        if method != "sparsegpt":
+            assert torch.equal(weight, dense[name] * masks[name] if name in masks else dense[name]), name

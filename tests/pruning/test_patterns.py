@@ -67,3 +67,37 @@ def test_a_broken_group_is_found():
     assert patterns.NofM(2, 4).violation(mask) is None
     mask[3, 8:12] = torch.tensor([True, True, True, False])
     assert "row 3, inputs 8 to 11" in patterns.NofM(2, 4).violation(mask)
+
+
+@pytest.mark.parametrize("pattern", ["2of4", "4of8", "1of4", "3of4"])
+def test_the_forms_for_gpus_select_the_same_groups(pattern, monkeypatch):
+    """They neither wait for the GPU nor look for ties first; equal scores are pruned from the left."""
+    pattern = patterns.parse(pattern)
+    score = torch.rand(30, 8 * pattern.m)
+    assert torch.equal(pattern._by_rank(score.unflatten(1, (-1, pattern.m))).flatten(1), pattern.select(score))
+    tied = torch.randint(0, 3, score.shape).float()
+    mask = pattern._by_rank(tied.unflatten(1, (-1, pattern.m)))
+    order = tied.unflatten(1, (-1, pattern.m)).sort(dim=2, stable=True).indices
+    expected = torch.ones_like(mask).scatter_(2, order[..., : pattern.m - pattern.n], False)
+    assert torch.equal(mask, expected)
+    monkeypatch.setattr(patterns, "RANKED", 1)  # row by row
+    assert torch.equal(pattern._by_rank(tied.unflatten(1, (-1, pattern.m))), expected)
+
+
+@pytest.mark.parametrize("values", [3, 1000])
+@pytest.mark.parametrize("k", [1, 10, 18, 36, 37])
+def test_the_forms_for_gpus_select_the_same_rows_and_threshold(k, values):
+    score = torch.randint(0, values, (9, 37)).float()
+    kth = score.kthvalue(k, keepdim=True).values
+    assert torch.equal(~patterns._lowest(score, kth, k), patterns.all_but_lowest(score, k))
+    for row in score:
+        assert torch.equal(patterns._kth_lowest_of_one(row[None], k), patterns.kth_lowest(row[None], k))
+
+
+@pytest.mark.parametrize("pattern", ["2of4", "3of4", "0.5"])
+def test_is_broken_says_whether_there_is_a_violation(pattern):
+    pattern = patterns.parse(pattern)
+    good = pattern.select(torch.rand(4, 16))
+    for mask in (good, ~good, torch.ones_like(good), torch.zeros_like(good)):
+        assert bool(pattern.is_broken(mask)) == (pattern.violation(mask) is not None)
+    assert not pattern.is_broken(good) and pattern.is_broken(torch.ones_like(good))
