@@ -51,6 +51,11 @@ GROUPS = {
     "dense activations": ("calibration.activations=dense",),
 }
 REFINEMENTS, UPDATES = ("none", "swaps"), ("none", "obs", "admm", "least_squares")
+# masked LoRA from better starts than Wanda's weights
+STARTS = {
+    "sparsegpt": METHODS["sparsegpt"],
+    "wanda + swaps + least_squares": ("prune.refine=swaps", "prune.update=least_squares"),
+}
 SELF = ("calibration.dataset=self",)
 FULL = ("finetune.method=full", "finetune.lr=4e-4")
 DISTILL = ("finetune.distill=0.5",)
@@ -88,6 +93,25 @@ def rows() -> list[Row]:
         for pattern in PATTERNS:
             if method != "owl" or pattern == "0.5":
                 every.append(Row("methods", f"{method}_{pattern}", method, pattern, settings))
+    for method, settings in RECOVERY.items():
+        for pattern in PATTERNS[:2]:
+            sections = {setting.partition(".")[0] for setting in settings}
+            stages = ",".join(("prune", *(stage for stage in ("reconstruct", "finetune") if stage in sections)))
+            after, linked = f"wanda_{pattern}", ("prune",)
+            if method == "recovered":
+                after, linked = f"reconstructed_{pattern}", ("prune", "reconstruct")
+            every.append(Row("recovery", f"{method}_{pattern}", method, pattern, settings, stages, after, linked))
+    for start, settings in STARTS.items():
+        for pattern in PATTERNS[:2]:
+            after = f"{start.replace(' ', '')}_{pattern}"
+            settings_of_both, name = (*settings, *RECOVERY["lora"]), f"lora_from_{after}"
+            stages = "prune,finetune"
+            every.append(
+                Row("recovery", name, f"lora from {start}", pattern, settings_of_both, stages, after, ("prune",))
+            )
+    for method in ("wanda", "sparsegpt"):
+        for pattern in PATTERNS[:2]:
+            every.append(Row("self", f"{method}_{pattern}_self", method, pattern, (*METHODS[method], *SELF)))
     for group, settings in GROUPS.items():
         for pattern in ("0.5", "2of4")[: 2 if "dense" in group else 1]:
             name = f"wanda_{group.replace(' ', '_')}_{pattern}"
@@ -99,17 +123,6 @@ def rows() -> list[Row]:
         settings = (*METHODS[method], *(f"prune.{key}={value}" for key, value in steps.items()))
         label = " + ".join((method, *steps.values()))
         every.append(Row("combinations", f"{label.replace(' ', '')}_{pattern}", label, pattern, settings))
-    for method in ("wanda", "sparsegpt"):
-        for pattern in PATTERNS[:2]:
-            every.append(Row("self", f"{method}_{pattern}_self", method, pattern, (*METHODS[method], *SELF)))
-    for method, settings in RECOVERY.items():
-        for pattern in PATTERNS[:2]:
-            sections = {setting.partition(".")[0] for setting in settings}
-            stages = ",".join(("prune", *(stage for stage in ("reconstruct", "finetune") if stage in sections)))
-            after, linked = f"wanda_{pattern}", ("prune",)
-            if method == "recovered":
-                after, linked = f"reconstructed_{pattern}", ("prune", "reconstruct")
-            every.append(Row("recovery", f"{method}_{pattern}", method, pattern, settings, stages, after, linked))
     return every
 
 
@@ -223,17 +236,19 @@ def table(part: str, args: argparse.Namespace) -> None:
     finished = [(row, content["models"]) for row in rows() if row.part == part and (content := results(row, args))]
     if not finished:
         return
-    columns = ("", "pattern", "perplexity", "recovered", *TASKS, "output error", "CPU minutes / 2", "violations")
+    columns = ("", "pattern", "perplexity", "recovered", *TASKS, "output error", "CPU minutes / 2", "GiB", "violations")
     print(f"\n{part}\n\n| {' | '.join(columns)} |")
     print("| --- " * len(columns) + "|")
     dense = next((models["dense"] for _, models in finished if models["dense"]["zero_shot"]), finished[0][1]["dense"])
-    print("|", " | ".join(["dense", "", *cells(dense, dense, dense), "", "", ""]), "|")
+    print("|", " | ".join(["dense", "", *cells(dense, dense, dense), "", "", "", ""]), "|")
     for row, models in finished:
         last = models[list(models)[-1]]
         quality = cells(last, models["dense"], models["pruned"])
         error = "" if part == "recovery" else layer_error(row, args)
         spent = minutes(row, args, row.stages.removeprefix("prune,") if part == "recovery" else row.stages)
-        print("|", " | ".join([row.method, row.pattern, *quality, error, spent, str(last["mask_violations"])]), "|")
+        memory = json.loads((args.work / row.name / row.stages.split(",")[-1] / "stage.json").read_text())["memory_gib"]
+        ending = (error, spent, f"{memory:.1f}", str(last["mask_violations"]))
+        print("|", " | ".join([row.method, row.pattern, *quality, *ending]), "|")
 
 
 def main() -> int:
@@ -254,6 +269,7 @@ def main() -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     write_text(args.mirror, args.work / "validation.jsonl")
     chosen = [row for row in rows() if row.part in args.part and (args.only is None or row.name in args.only)]
+    chosen = list({row.name: row for row in reversed(chosen)}.values())[::-1]  # some rows are in two tables
     failed = run_all(chosen, args)
     for part in args.part:
         table(part, args)

@@ -70,9 +70,7 @@ def prune(shape: Shape, gpus: int, samples: int, length: int, disk: float, metho
     """Seconds of each term of a layer. Those of `beside` run at the same time as the forwards."""
     mine = math.ceil(samples / gpus)  # the rank with the most samples decides
     terms = {
-        "forwards": max(
-            2 * forward(shape, mine * length, length) / (SHARE * PRODUCT), 2 * mine * FORWARD * LAUNCH
-        ),
+        "forwards": max(2 * forward(shape, mine * length, length) / (SHARE * PRODUCT), 2 * mine * FORWARD * LAUNCH),
         "statistics": 2 * mine * length * shape.inputs / MEMORY,
         "masks": SELECT * shape.weights / MEMORY,
         "exchange": 0.0,
