@@ -98,7 +98,7 @@ def tune() -> None:
                 try:
                     times[tile] = 1e6 * graph_seconds(lambda: [it.linear(x) for it in copies]) / len(copies)  # noqa: B023
                 except Exception as error:  # of Triton's compiler
-                    print(f"{tile}: {str(error).splitlines()[0]}")
+                    print(f"{tile}: {str(error).splitlines()[0][:200]}")
             setattr(kernels_triton, name, usual)
             ranked = ", ".join(f"{tile} {value:.1f}" for tile, value in sorted(times.items(), key=lambda item: item[1]))
             print(

@@ -25,7 +25,7 @@ def llama(layers: int, hidden: int = 4096, mlp: int = 11008, heads: int = 32, de
         dtype=torch.bfloat16,
     )
     with torch.device(device):
-        return LlamaForCausalLM(config).bfloat16().eval()
+        return LlamaForCausalLM(config).bfloat16().to(device).eval()
 
 
 def decoding_step(model: nn.Module, batch: int) -> Callable[[], Tensor]:
@@ -75,7 +75,7 @@ def decoding(layers: int, write: Callable[[dict], None]) -> None:
                 try:
                     graph = graph_seconds(decoding_step(model, batch), STEPS)
                 except RuntimeError as error:
-                    print(f"no graph of a step: {str(error).splitlines()[0]}")
+                    print(f"no graph of a step: {str(error).splitlines()[0][:200]}")
                     graph = float("nan")
                 gain = dense_seconds.setdefault(batch, graph) / graph
                 size = weight_bytes(model)

@@ -90,4 +90,4 @@ def forms_of(rows: int, columns: int, pattern: str) -> Iterator[tuple[str, Compa
         try:
             yield "semi-structured", SemiStructuredWeight(dense, False)
         except (RuntimeError, NotImplementedError) as error:
-            print(f"no semi-structured form: {str(error).splitlines()[0]}")
+            print(f"no semi-structured form: {str(error).splitlines()[0][:200]}")

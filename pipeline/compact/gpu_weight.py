@@ -155,6 +155,7 @@ class SemiStructuredWeight(CompactWeight):
                 sparse.SparseSemiStructuredTensorCUSPARSELT if has_library else sparse.SparseSemiStructuredTensorCUTLASS
             )
             self.packed = kind.from_dense(dense)
+            self._linear(dense.new_zeros(1, self.columns), None)  # some GPUs can compress but not multiply
 
     @property
     def rows(self) -> int:

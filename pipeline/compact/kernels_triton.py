@@ -9,7 +9,9 @@ thread's inputs serve all of its rows. `bases` tell where a byte's values start,
 pointer advances with each set bit. Values are loaded before their bit is looked at, without a predicate; that reads one value
 past the last one, hence kept + 1. The caller must have checked that mask, offsets and values fit each other.
 
-Tiles are (B bytes, R rows), not (R, B): the compiler finds no contiguous access, and then puts lanes along the first dimension.
+Which lanes take what is the compiler's choice: it puts them along the dimension in which addresses are contiguous. Here none
+are, so hints (`max_contiguous`, `multiple_of`) say that two are along B, but not aligned: that decides the order, and lets it
+vectorise nothing. A hint must be where the pointers are computed; tests/compact/compile_kernels.py shows what it did.
 """
 
 import torch
@@ -32,13 +34,15 @@ def _ones(word):
 
 
 @triton.jit
-def _load_bytes(words, bases, byte_B, row_R, rows, width):
-    """Bytes of the mask, and the place in its row of each byte's first value, both (B, R) int32; 0 outside of the matrix."""
-    here = (byte_B < width * 4)[:, None] & (row_R < rows)[None, :]
-    at = row_R.to(tl.int64)[None, :] * width + (byte_B // 4)[:, None]
-    word = tl.load(words + at, mask=here, other=0)
-    base = tl.load(bases + at, mask=here, other=0).to(tl.int32) & 0xFFFF
-    shift = ((byte_B % 4) * 8)[:, None]
+def _load_bytes(words, bases, row_R, byte_B, rows, width):
+    """Bytes of the mask, and the place in its row of each byte's first value, both (R, B) int32; 0 outside of the matrix."""
+    here = (row_R < rows)[:, None] & (byte_B < width * 4)[None, :]
+    at = row_R.to(tl.int64)[:, None] * width + (byte_B // 4)[None, :]
+    words_RB = tl.max_contiguous(tl.multiple_of(words + at, (1, 1)), (1, 2))
+    bases_RB = tl.max_contiguous(tl.multiple_of(bases + at, (1, 1)), (1, 2))
+    word = tl.load(words_RB, mask=here, other=0)
+    base = tl.load(bases_RB, mask=here, other=0).to(tl.int32) & 0xFFFF
+    shift = ((byte_B % 4) * 8)[None, :]
     return (word >> shift) & 0xFF, base + _ones(word & ((1 << shift) - 1))
 
 
@@ -53,21 +57,22 @@ def _product_kernel(
     out += tl.program_id(1) * rows
     byte_B = tl.arange(0, B)
     start_R = tl.load(offsets + row_R, mask=row_R < rows, other=0)
-    sums_BR = tl.zeros((B, R), tl.float32)
-    bits, place = _load_bytes(words, bases, byte_B, row_R, rows, width)
+    sums_RB = tl.zeros((R, B), tl.float32)
+    bits, place = _load_bytes(words, bases, row_R, byte_B, rows, width)
     for chunk in range(CHUNKS):
         first = chunk * B
         # the next bytes, while this chunk's values are on their way
-        next_bits, next_place = _load_bytes(words, bases, first + B + byte_B, row_R, rows, width)
-        at = (values + start_R)[None, :] + place
+        next_bits, next_place = _load_bytes(words, bases, row_R, first + B + byte_B, rows, width)
+        at = tl.max_contiguous(tl.multiple_of((values + start_R)[:, None] + place, (1, 1)), (1, 2))
         for bit in tl.static_range(8):
-            column_B = (first + byte_B) * 8 + bit
-            x_B = tl.load(x + column_B[:, None], mask=(column_B < columns)[:, None], other=0).to(tl.float32)
+            column_1B = ((first + byte_B) * 8 + bit)[None, :]
+            inputs_1B = tl.max_contiguous(tl.multiple_of(x + column_1B, (1, 1)), (1, 2))
+            x_1B = tl.load(inputs_1B, mask=column_1B < columns, other=0).to(tl.float32)
             kept = (bits & (1 << bit)) != 0
-            sums_BR = tl.where(kept, sums_BR + tl.load(at).to(tl.float32) * x_B, sums_BR)
-            at = tl.where(kept, at + 1, at)
+            sums_RB = tl.where(kept, sums_RB + tl.load(at).to(tl.float32) * x_1B, sums_RB)
+            at = tl.max_contiguous(tl.multiple_of(tl.where(kept, at + 1, at), (1, 1)), (1, 2))
         bits, place = next_bits, next_place
-    sum_R = tl.sum(sums_BR, 0)
+    sum_R = tl.sum(sums_RB, 1)
     if HAS_SCALES:
         sum_R *= tl.load(scales + row_R, mask=row_R < rows, other=0)
     if HAS_BIAS:
@@ -86,20 +91,19 @@ def _products_kernel(
     byte_B, token_N = tl.arange(0, B), tl.arange(0, N)
     start_R = tl.load(offsets + row_R, mask=row_R < rows, other=0)
     sums_NR = tl.zeros((N, R), tl.float32)
-    bits, place = _load_bytes(words, bases, byte_B, row_R, rows, width)
+    bits, place = _load_bytes(words, bases, row_R, byte_B, rows, width)
     for chunk in range(CHUNKS):
         first = chunk * B
-        next_bits, next_place = _load_bytes(words, bases, first + B + byte_B, row_R, rows, width)
-        at = (values + start_R)[None, :] + place
+        next_bits, next_place = _load_bytes(words, bases, row_R, first + B + byte_B, rows, width)
+        at = tl.max_contiguous(tl.multiple_of((values + start_R)[:, None] + place, (1, 1)), (1, 2))
         here = (token_N < tokens)[:, None] & (first + byte_B < width * 4)[None, :]
         for bit in tl.static_range(8):
-            x_NB = tl.load(
-                x + ((token_N * 8 + bit) * (width * 4))[:, None] + (first + byte_B)[None, :], mask=here, other=0
-            )
+            inputs_NB = x + ((token_N * 8 + bit) * (width * 4))[:, None] + (first + byte_B)[None, :]
+            x_NB = tl.load(inputs_NB, mask=here, other=0)
             kept = (bits & (1 << bit)) != 0
-            weight_BR = tl.where(kept, tl.load(at), 0).to(x.dtype.element_ty)
-            sums_NR = tl.dot(x_NB, weight_BR, sums_NR, input_precision="ieee")
-            at = tl.where(kept, at + 1, at)
+            weight_RB = tl.where(kept, tl.load(at), 0).to(x.dtype.element_ty)
+            sums_NR = tl.dot(x_NB, tl.trans(weight_RB), sums_NR, input_precision="ieee")
+            at = tl.max_contiguous(tl.multiple_of(tl.where(kept, at + 1, at), (1, 1)), (1, 2))
         bits, place = next_bits, next_place
     if HAS_SCALES:
         sums_NR *= tl.load(scales + row_R, mask=row_R < rows, other=0)[None, :]
@@ -118,11 +122,8 @@ def _expand_kernel(
     row_R = tl.program_id(0) * R + tl.arange(0, R)
     byte_B = tl.program_id(1) * B + tl.arange(0, B)
     bit_8 = tl.arange(0, 8)[None, None, :]
-    bits, place = _load_bytes(words, bases, byte_B, row_R, rows, width)
-    bits, place = (
-        tl.trans(bits)[:, :, None],
-        tl.trans(place)[:, :, None],
-    )  # (R, B, 1), as the output
+    bits, place = _load_bytes(words, bases, row_R, byte_B, rows, width)
+    bits, place = bits[:, :, None], place[:, :, None]
     start_R = tl.load(offsets + row_R, mask=row_R < rows, other=0)[:, None, None]
     kept = ((bits >> bit_8) & 1) != 0
     value = tl.load(values + start_R + (place + _ones(bits & ((1 << bit_8) - 1))), mask=kept, other=0)
@@ -149,10 +150,10 @@ def product(
     constants = {"HAS_SCALES": scales is not None, "HAS_BIAS": bias is not None}
     # a pointer that is not used must be one all the same
     matrix = (words, bases, offsets, values, offsets if scales is None else scales, out if bias is None else bias, out)
-    supported = x_NI.dtype == torch.float16 or (
-        x_NI.dtype == torch.bfloat16 and x_NI.is_cuda
-    )  # the interpreter: not bf16
-    on_tensor_cores = tokens > 1 and supported
+    # Triton's interpreter multiplies no bf16
+    on_tensor_cores = tokens > 1 and x_NI.dtype in (
+        (torch.float16, torch.bfloat16) if x_NI.is_cuda else (torch.float16,)
+    )
     height, chunk, warps = (few_tokens if on_tensor_cores else one_token)(rows, width)
     grid = (triton.cdiv(rows, height), 1 if on_tensor_cores else tokens)
     constants |= {"R": height, "B": chunk, "CHUNKS": triton.cdiv(width * 4, chunk), "num_warps": warps}

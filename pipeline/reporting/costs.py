@@ -88,7 +88,11 @@ def products(speed: dict, heads: tuple[str, ...] = RUN) -> Table:
 def circumstances(speed: dict) -> list[str]:
     """Two paragraphs: the machine and the notes, and what the figures mean."""
     machine, settings = speed["machine"], speed["settings"]
-    kernels = f"kernels for {machine['kernels']}" if machine["kernels"] else "no kernels for compact matrices"
+    kernels = (
+        f"kernels {'of' if on_gpu(speed) else 'for'} {machine['kernels']}"
+        if machine["kernels"]
+        else "no kernels for compact matrices"
+    )
     instructions = ", ".join(machine["flags"]) or "no known instructions"
     where = "on its GPU" if on_gpu(speed) else instructions
     conditions = (

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for GPUs that need not be here: `python -m tests.compact.compile_kernels 80 90`.
 
-Prints a line for each: compute capability, name, dtype, whether the values are int8; of the tile (bytes, rows) how many lanes
+Prints a line for each: compute capability, name, dtype, whether the values are int8; of the tile (rows, bytes) how many lanes
 of a warp lie along the bytes; the stack in bytes. Not with TRITON_INTERPRET=1.
 """
 
@@ -57,7 +57,7 @@ def main(capabilities: list[str]) -> None:
             for name, constants in tiles.items():
                 made = compiled(getattr(kernels, name), dtype, is_int8, capability, constants | {"HAS_SCALES": is_int8})
                 layout = re.search(r"tensor<\d+x\d+x!tt.ptr<i32>, (#\w+)>", made.asm["ttgir"]).group(1)
-                lanes = re.search(rf"{layout} = .*threadsPerWarp = \[(\d+),", made.asm["ttgir"]).group(1)
+                lanes = re.search(rf"{layout} = .*threadsPerWarp = \[\d+, (\d+)\]", made.asm["ttgir"]).group(1)
                 print(capability, name, dtype, is_int8, lanes, stack(made.asm["cubin"]))
 
 

@@ -75,6 +75,21 @@ def test_missing_kernels_and_notes_are_shown():
     assert "75% equal those of ordinary" in costs.circumstances(make_speed())[1]
 
 
+def test_a_gpu_is_named_with_the_forms_of_the_matrices():
+    speed = make_speed(kernels="Triton 3.6.0")
+    assert costs.forms(speed) == ([], [])
+    speed["machine"]["device"] = "cuda"
+    times = {"bitmask": {"1": 8.04, "16": 12.0}, "dense": {"1": 12.0, "16": 13.0}}
+    kind = {"shape": "48 x 32", "dtype": "bfloat16", "pattern": "50% kept", "matrices": 6, "form": "bitmask"}
+    speed["models"]["compact"]["forms"] = [kind | {"microseconds": times}]
+    header, rows = costs.forms(speed)
+    assert rows == [["48 x 32", "6", "bfloat16, 50% kept", "bitmask", "1, 16", "8.0, 12.0", "–", "12.0, 13.0"]]
+    assert len(header) == len(rows[0])
+    assert "batch 1 on the GPU" in costs.headline(SIZES, speed)
+    measured, meaning = costs.circumstances(speed)
+    assert "on its GPU; kernels of Triton 3.6.0" in measured and "allocated on the GPU" in meaning
+
+
 def test_a_report_without_the_stages_says_how_to_run_them(tmp_path):
     page, text = write_report(tmp_path, make_results(*PLAIN))
     for found in (Page(page).text, text):
