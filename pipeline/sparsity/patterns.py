@@ -4,7 +4,6 @@ Shapes: O = out_features, I = in_features, G = groups of M consecutive inputs.
 A pattern returns a mask (True = kept) and changes nothing. Ties are broken as in the published code.
 """
 
-import functools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -114,7 +113,8 @@ class NofM(Pattern):
     def _by_rank(self, score_OGM: Tensor) -> Tensor:
         """For GPUs, whose topk takes a block of threads for each group. Neither this nor its ties need a synchronisation: the
         first of equal scores count as lower, as CUDA's topk picks them."""
-        earlier_MM = _earlier(self.m, score_OGM.device)
+        places_M = torch.arange(self.m, device=score_OGM.device)
+        earlier_MM = places_M < places_M[:, None]
         parts = []
         for part in score_OGM.split(max(1, RANKED // (score_OGM.shape[1] * self.m**2))):
             mine, other = part[..., :, None], part[..., None, :]
@@ -140,13 +140,6 @@ class NofM(Pattern):
         for part in others:
             kept_OG += part
         return kept_OG != self.n
-
-
-@functools.cache
-def _earlier(count: int, device: torch.device) -> Tensor:
-    """Which place is before which, (count, count)."""
-    places = torch.arange(count, device=device)
-    return places < places[:, None]
 
 
 def kth_lowest(score_OI: Tensor, k: int) -> Tensor:
