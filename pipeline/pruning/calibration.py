@@ -31,10 +31,12 @@ def batches(recipe: Recipe, text: Calibration, section: str, origin: Path, model
     loading.check_vocabulary(config, windows_NT, source)
     # split into batches first, so that each batch is the same for any number of processes
     all_batches = windows_NT.split(text.batch_size)
-    if len(all_batches) < processes.world_size():
+    smaller = text.samples // processes.world_size()
+    if len(all_batches) < processes.world_size():  # not split here: in other shapes, products are rounded otherwise
         raise UserError(
             f"{len(all_batches)} batches of {section} samples cannot be shared by {processes.world_size()} processes: "
-            f"set {section}.samples={text.batch_size * processes.world_size()} or more"
+            + (f"set {section}.batch_size={smaller}, or " if smaller else "set ")
+            + f"{section}.samples={text.batch_size * processes.world_size()} or more"
         )
     return list(all_batches[processes.rank() :: processes.world_size()])
 

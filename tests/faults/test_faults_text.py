@@ -61,6 +61,7 @@ def test_fewer_batches_than_processes(tiny_llama, tmp_path):
     seen = espalier(*settings, processes=2, expect=None)
     output = [line for line in seen.splitlines() if line.startswith("espalier: ")]
     assert output == [
-        "espalier: 1 batches of calibration samples cannot be shared by 2 processes: set calibration.samples=4 or more"
+        "espalier: 1 batches of calibration samples cannot be shared by 2 processes: set calibration.batch_size=1, or "
+        "calibration.samples=4 or more"
     ]
     assert not (tmp_path / "prune").exists()
