@@ -105,8 +105,13 @@ def expand_by_torch(weight: GpuWeight, out: Tensor) -> Tensor:
 @functools.cache
 def load(device: torch.device) -> ModuleType | None:
     """The module kernels_triton, checked on the device. None without Triton, or if a check fails, which is reported once."""
-    name, instead = "pipeline.compact.kernels_triton", "expanding each matrix that is used"
-    return triton_kernels.load(name, device, _check, "compact matrices", instead)
+    return triton_kernels.load(_imported, device, _check, "compact matrices", "expanding each matrix that is used")
+
+
+def _imported() -> ModuleType:
+    from pipeline.compact import kernels_triton  # imports triton
+
+    return kernels_triton
 
 
 def _check(kernels: ModuleType, device: torch.device) -> None:

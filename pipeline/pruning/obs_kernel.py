@@ -18,8 +18,14 @@ def load(device: torch.device) -> obs.PruneBlock | None:
     if device.type != "cuda":
         return None
     instead = "each column takes several launches, which is slow"
-    kernels = triton_kernels.load("pipeline.pruning.obs_triton", device, check, "the column loop", instead)
+    kernels = triton_kernels.load(_imported, device, check, "the column loop", instead)
     return kernels and kernels.prune_block
+
+
+def _imported() -> ModuleType:
+    from pipeline.pruning import obs_triton  # imports triton
+
+    return obs_triton
 
 
 def check(kernels: ModuleType, device: torch.device) -> None:

@@ -1,6 +1,5 @@
 """Loads modules of Triton kernels, which need Triton, its compilers and a driver, and so may fail in many ways."""
 
-import importlib
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -12,12 +11,17 @@ from pipeline.runtime.errors import one_line
 
 
 def load(
-    name: str, device: torch.device, check: Callable[[ModuleType, torch.device], None], purpose: str, instead: str
+    imported: Callable[[], ModuleType],
+    device: torch.device,
+    check: Callable[[ModuleType, torch.device], None],
+    purpose: str,
+    instead: str,
 ) -> ModuleType | None:
-    """The module `name`, after `check(module, device)`, which runs its kernels and raises if a result is wrong. None if any of
-    it fails; a line then says for which `purpose` and what is done `instead`. Callers cache the result."""
+    """The module that `imported` imports and returns, after `check(module, device)`, which runs its kernels and raises if a
+    result is wrong. None if any of it fails; a line then says for which `purpose` and what is done `instead`. Callers cache the
+    result, and name the module in an import statement, so that it counts as their code (code.py)."""
     try:
-        module = importlib.import_module(name)  # imports triton
+        module = imported()
         if device.type == "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "0":
             raise RuntimeError("TRITON_INTERPRET is set")  # thousands of times slower
         check(module, device)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.pruning import obs, obs_kernel
 from pipeline.pruning.obs_methods import MagnitudeIter, SparseGpt, WandaIter
+from pipeline.runtime import code
 from pipeline.sparsity.patterns import NofM, Unstructured, parse
 from tests.conftest import ROOT
 
@@ -148,6 +149,12 @@ def test_where_it_is_not_used(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert obs_kernel.load.__wrapped__(torch.device("cuda", 0)) is None
     assert "no Triton kernels for the column loop: TRITON_INTERPRET is set" in capsys.readouterr().out
+
+
+def test_it_counts_as_code_of_the_methods():
+    """Else a stage would not run again after the kernel is edited."""
+    for module in ("pipeline.pruning.obs_methods", "pipeline.pruning.updates"):
+        assert Path(obs_triton.__file__) in code.used(module)
 
 
 @pytest.mark.slow
