@@ -9,7 +9,7 @@ from pipeline.pruning import obs
 from pipeline.runtime import triton_kernels
 from pipeline.sparsity.patterns import NofM
 
-TOLERANCE = 1e-4  # of a weight or an error after 40 columns in fp32, relative to the largest
+TOLERANCE = 1e-4  # of a weight or an error after 48 columns in fp32, relative to the largest
 
 
 @functools.cache
@@ -31,7 +31,7 @@ def _imported() -> ModuleType:
 def check(kernels: ModuleType, device: torch.device) -> None:
     """Compares the kernels with torch's loop on a small matrix. Raises `RuntimeError` if they differ."""
     generator = torch.Generator().manual_seed(0)
-    rows, columns = 32, 40
+    rows, columns = 32, 48  # multiples of 16, as most are: the kernel is compiled for those
     weight_BR = torch.randn(columns, rows, generator=generator)
     given_BR = torch.rand(columns, rows, generator=generator) < 0.5
     factor_BB = 0.2 * torch.randn(columns, columns, generator=generator).triu(1)

@@ -31,7 +31,7 @@ def _select(weight_BR, kept_BR, scale_B1, column_B1, first, N: tl.constexpr, M: 
     return tl.where(in_group_B1, (lower_BR >= M - N).to(tl.int32), kept_BR)
 
 
-@triton.jit(do_not_specialize=["columns"])
+@triton.jit
 def _block_kernel(
     weight, kept, factor, inverse, scale, error, rows, columns,
     SELECTS: tl.constexpr, SQUARED: tl.constexpr, N: tl.constexpr, M: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
@@ -73,9 +73,8 @@ def prune_block(
     assert weight_BR.is_contiguous() and kept_BR.is_contiguous()
     error_BR = torch.empty_like(weight_BR)
     inverse_B = factor_BB.diagonal().reciprocal()
-    scale_B = (
-        inverse_B if score is None else score.scale_I.contiguous()
-    )  # a pointer that is not used must be one all the same
+    # a pointer that is not used must be one all the same
+    scale_B = inverse_B if score is None else score.scale_I.contiguous()
     with torch.cuda.device_of(weight_BR):
         _block_kernel[(triton.cdiv(rows, ROWS),)](
             *(weight_BR, kept_BR.view(torch.uint8), factor_BB.contiguous(), inverse_B, scale_B, error_BR),
