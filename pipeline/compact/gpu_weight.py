@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.compact.compact_weight import FEW, OFFSET, CompactWeight
-from pipeline.runtime import processes
-from pipeline.runtime.errors import one_line
+from pipeline.runtime import triton_kernels
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of inputs that the kernels support
 HALVES = DTYPES[:2]  # of matrices that torch's semi-structured tensors support
@@ -106,15 +105,13 @@ def expand_by_torch(weight: GpuWeight, out: Tensor) -> Tensor:
 @functools.cache
 def load(device: torch.device) -> ModuleType | None:
     """The module kernels_triton, checked on the device. None without Triton, or if a check fails, which is reported once."""
-    try:
-        from pipeline.compact import kernels_triton  # imports triton
+    return triton_kernels.load(_imported, device, _check, "compact matrices", "expanding each matrix that is used")
 
-        _check(kernels_triton, device)
-        return kernels_triton
-    except Exception as error:  # of the import, Triton's compiler, its C compiler, the driver
-        reason = one_line(error)[:300] or type(error).__name__
-        processes.say(f"no Triton kernels for compact matrices: {reason} (expanding each matrix that is used)")
-        return None
+
+def _imported() -> ModuleType:
+    from pipeline.compact import kernels_triton  # imports triton
+
+    return kernels_triton
 
 
 def _check(kernels: ModuleType, device: torch.device) -> None:

@@ -6,6 +6,7 @@ N = tokens.
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -123,53 +124,90 @@ def product(rows_RI: Tensor, matrix_II: Tensor) -> Tensor:
     return torch.cat([tile_RI @ matrix_II for tile_RI in rows_RI.split(ROW_TILE)])
 
 
+@dataclass(frozen=True)
+class Score:
+    """The importance of updated weights: w^2 / scale if `squared`, else |w| * scale. `scale_I`: fp32, one for each column."""
+
+    scale_I: Tensor
+    squared: bool = False
+
+    def __getitem__(self, columns: slice) -> "Score":
+        return Score(self.scale_I[columns], self.squared)
+
+    def of(self, weight_RI: Tensor) -> Tensor:
+        return weight_RI**2 / self.scale_I if self.squared else weight_RI.abs() * self.scale_I
+
+
+# prune_block(weight_BR, kept_BR, factor_BB, score, pattern): prunes a block in place and returns its errors, (B, R)
+PruneBlock = Callable[[Tensor, Tensor, Tensor, Score | None, NofM | None], Tensor]
+
+
 def prune_rows(
     weight_RI: Tensor,
     factor_II: Tensor,
     choose: Callable[[Tensor, slice], Tensor] | None,
-    score: Callable[[Tensor, slice], Tensor] | None = None,
+    score: Score | None = None,
     pattern: NofM | None = None,
     tile: int | None = None,
+    prune_block: PruneBlock | None = None,
 ) -> Tensor:
     """Prunes column by column, in place, compensating each error in the later columns. Returns the mask, (R, I).
 
     `choose(weight_RB, columns)` returns the mask of a block before its columns are visited. If it is None, `pattern` selects
-    from `score(weight_RM, columns)` of each group of M columns when the loop reaches it. `tile`: the largest number of rows
-    of a product, so that a row's result does not depend on the other rows; None is no limit.
+    by `score` in each group of M columns when the loop reaches it. `tile`: the largest number of rows of a product, so that a
+    row's result does not depend on the other rows; None is no limit. `prune_block`: a kernel for blocks of at most `BLOCK`
+    columns; None is the loop in torch.
     """
+    if choose:
+        score = pattern = None
     inputs = weight_RI.shape[1]
-    block = BLOCK if choose or pattern is None else max(1, BLOCK // pattern.m) * pattern.m
-    width = WIDTH if choose or pattern is None else max(1, WIDTH // pattern.m) * pattern.m
+    block = BLOCK if pattern is None else max(1, BLOCK // pattern.m) * pattern.m
+    if prune_block is None or block > BLOCK:
+        prune_block = functools.partial(prune_block_by_torch, tile=tile)
     weight_IR = weight_RI.T.contiguous()  # columns are contiguous: every step works on whole columns
     kept_IR = torch.empty_like(weight_IR, dtype=torch.bool)
     for start in range(0, inputs, block):
         stop = min(start + block, inputs)
         columns = slice(start, stop)
-        factor_BB = factor_II[columns, columns]
-        inverse_B1 = factor_BB.diagonal().reciprocal()[:, None]
         weight_BR, kept_BR = weight_IR[columns], kept_IR[columns]
-        error_BR = torch.empty_like(weight_BR)
-        scale_BR = torch.empty_like(weight_BR)  # a weight's error is weight * scale: 0 if it is kept
         if choose:
             kept_BR[:] = choose(weight_BR.T, columns).T
-            torch.mul(~kept_BR, inverse_B1, out=scale_BR)
-        for first in range(0, stop - start, width):
-            last = min(first + width, stop - start)
-            for i in range(first, last):
-                if choose is None and i % pattern.m == 0:
-                    group = slice(i, i + pattern.m)
-                    score_RM = score(weight_BR[group].T, slice(start + i, start + i + pattern.m))
-                    kept_BR[group] = pattern.select(score_RM).T
-                    torch.mul(~kept_BR[group], inverse_B1[group], out=scale_BR[group])
-                torch.mul(weight_BR[i], scale_BR[i], out=error_BR[i])
-                if i + 1 < last:
-                    weight_BR[i + 1 : last].addr_(factor_BB[i, i + 1 : last], error_BR[i], alpha=-1)
-            _push_on(weight_BR[last:], factor_BB[first:last, last:], error_BR[first:last], tile)
+        error_BR = prune_block(weight_BR, kept_BR, factor_II[columns, columns], score and score[columns], pattern)
         _push_on(weight_IR[stop:], factor_II[columns, stop:], error_BR, tile)
     weight_RI.copy_(weight_IR.T)
     mask_RI = kept_IR.T.contiguous()
     apply_(weight_RI, mask_RI)
     return mask_RI
+
+
+def prune_block_by_torch(
+    weight_BR: Tensor,
+    kept_BR: Tensor,
+    factor_BB: Tensor,
+    score: Score | None,
+    pattern: NofM | None,
+    tile: int | None = None,
+) -> Tensor:
+    """Updates the columns of a block in place and returns their errors, (B, R). With a pattern it writes `kept_BR`, without it
+    reads it. Pruned weights keep the values of which the errors were computed; the caller zeroes them."""
+    width = WIDTH if pattern is None else max(1, WIDTH // pattern.m) * pattern.m
+    inverse_B1 = factor_BB.diagonal().reciprocal()[:, None]
+    error_BR = torch.empty_like(weight_BR)
+    scale_BR = torch.empty_like(weight_BR)  # a weight's error is weight * scale: 0 if it is kept
+    if pattern is None:
+        torch.mul(~kept_BR, inverse_B1, out=scale_BR)
+    for first in range(0, len(weight_BR), width):
+        last = min(first + width, len(weight_BR))
+        for i in range(first, last):
+            if pattern is not None and i % pattern.m == 0:
+                group = slice(i, i + pattern.m)
+                kept_BR[group] = pattern.select(score[group].of(weight_BR[group].T)).T
+                torch.mul(~kept_BR[group], inverse_B1[group], out=scale_BR[group])
+            torch.mul(weight_BR[i], scale_BR[i], out=error_BR[i])
+            if i + 1 < last:
+                weight_BR[i + 1 : last].addr_(factor_BB[i, i + 1 : last], error_BR[i], alpha=-1)
+        _push_on(weight_BR[last:], factor_BB[first:last, last:], error_BR[first:last], tile)
+    return error_BR
 
 
 def _push_on(weight_CR: Tensor, factor_BC: Tensor, error_BR: Tensor, tile: int | None) -> None:

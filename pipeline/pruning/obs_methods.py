@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pipeline.pruning import obs
+from pipeline.pruning import obs, obs_kernel
 from pipeline.pruning.method import PruneMethod
 from pipeline.pruning.statistics import GRAM
 from pipeline.pruning.updates import store_
@@ -21,9 +21,9 @@ class Obs(PruneMethod):
     statistic = GRAM
     whole_matrix = True
 
-    def obs_score(self, weight_RB: Tensor, diagonal_B: Tensor, square_sum_B: Tensor) -> Tensor:
-        """The importance of updated weights. `diagonal_B`: of the factor; `square_sum_B`: the Hessian's diagonal."""
-        return weight_RB**2 / diagonal_B**2
+    def obs_score(self, diagonal_I: Tensor, square_sum_I: Tensor) -> obs.Score:
+        """The importance of updated weights. `diagonal_I`: of the factor; `square_sum_I`: the Hessian's diagonal."""
+        return obs.Score(diagonal_I**2, squared=True)
 
     def prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
         names = list(weights)
@@ -40,17 +40,17 @@ class Obs(PruneMethod):
         tile = obs.ROW_TILE if stacked_RI.is_cuda else None
         rows = processes.share_of(len(stacked_RI), tile or 1)
 
-        def score(weight_RB: Tensor, columns: slice) -> Tensor:
-            return self.obs_score(weight_RB, factor_II.diagonal()[columns], square_sum_I[columns])
+        score = self.obs_score(factor_II.diagonal(), square_sum_I)
 
         def choose(weight_RB: Tensor, columns: slice) -> Tensor:
             """The threshold is over all rows of a matrix, so the ranks gather their rows' scores."""
-            score_RB = processes.gather_rows(score(weight_RB, columns))
+            score_RB = processes.gather_rows(score[columns].of(weight_RB))
             return torch.cat([pattern.select(part, self.whole_matrix) for part in score_RB.split(lengths)])[rows]
 
         n_of_m = pattern if isinstance(pattern, NofM) else None
         rows_RI = stacked_RI[rows].clone()
-        kept_RI = obs.prune_rows(rows_RI, factor_II, None if n_of_m else choose, score, n_of_m, tile)
+        kernel = obs_kernel.load(rows_RI.device)
+        kept_RI = obs.prune_rows(rows_RI, factor_II, None if n_of_m else choose, score, n_of_m, tile, kernel)
         pruned_RI, kept_RI = processes.gather_rows(rows_RI), processes.gather_rows(kept_RI)
         for name, part_OI in zip(names, pruned_RI.split(lengths)):
             store_(weights[name], part_OI, name, self.settings.damp, self.readings)
@@ -62,13 +62,13 @@ class SparseGpt(Obs):
 
 
 class _ByMagnitude:
-    def obs_score(self, weight_RB: Tensor, diagonal_B: Tensor, square_sum_B: Tensor) -> Tensor:
-        return weight_RB.abs()
+    def obs_score(self, diagonal_I: Tensor, square_sum_I: Tensor) -> obs.Score:
+        return obs.Score(torch.ones_like(square_sum_I))
 
 
 class _ByWanda:
-    def obs_score(self, weight_RB: Tensor, diagonal_B: Tensor, square_sum_B: Tensor) -> Tensor:
-        return weight_RB.abs() * square_sum_B.sqrt()
+    def obs_score(self, diagonal_I: Tensor, square_sum_I: Tensor) -> obs.Score:
+        return obs.Score(square_sum_I.sqrt())
 
 
 class MagnitudeIter(_ByMagnitude, Obs):

@@ -8,7 +8,7 @@ R = rows (output features), I = in_features.
 import torch
 from torch import Tensor
 
-from pipeline.pruning import obs
+from pipeline.pruning import obs, obs_kernel
 from pipeline.pruning.method import check_finite
 from pipeline.runtime import processes
 from pipeline.runtime.readings import Readings
@@ -37,7 +37,10 @@ class ObsUpdate(WeightUpdate):
         factor_II, dead_I = obs.factor(gram_II, self.settings.damp, name, processes.say)
         rows_RI = dense_RI.masked_fill(dead_I, 0)
         tile = obs.ROW_TILE if rows_RI.is_cuda else None
-        obs.prune_rows(rows_RI, factor_II, lambda weight_RB, columns: mask_RI[:, columns], tile=tile)
+        kernel = obs_kernel.load(rows_RI.device)
+        obs.prune_rows(
+            rows_RI, factor_II, lambda weight_RB, columns: mask_RI[:, columns], tile=tile, prune_block=kernel
+        )
         return rows_RI
 
 

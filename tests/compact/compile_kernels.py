@@ -21,11 +21,9 @@ ROWS, WIDTH = 4096, 128
 POINTERS = {"words": "*i32", "bases": "*i16", "offsets": "*i64", "scales": "*fp32"}
 
 
-def compiled(kernel: Any, dtype: str, is_int8: bool, capability: int, constants: dict) -> Any:
+def compiled(kernel: Any, kinds: dict[str, str], capability: int, constants: dict) -> Any:
+    """`kinds`: the types of the pointers. Other arguments are `constants` or int32."""
     warps = constants.pop("warps")
-    kinds = (
-        POINTERS | dict.fromkeys(("x", "bias", "out", "values"), f"*{dtype}") | ({"values": "*i8"} if is_int8 else {})
-    )
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
     # as the launcher finds them: tensors are aligned, sizes are multiples of 16
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
@@ -47,6 +45,8 @@ def stack(cubin: bytes) -> int:
 def main(capabilities: list[str]) -> None:
     for capability in map(int, capabilities):
         for dtype, is_int8 in (("bf16", False), ("fp16", False), ("fp32", False), ("bf16", True)):
+            kinds = POINTERS | dict.fromkeys(("x", "bias", "out", "values"), f"*{dtype}")
+            kinds |= {"values": "*i8"} if is_int8 else {}
             tiles = {"_expand_kernel": {"R": 4, "B": 64, "warps": 4}}
             for name, choose in (("_product_kernel", kernels.one_token), ("_products_kernel", kernels.few_tokens)):
                 height, chunk, warps = choose(ROWS, WIDTH)
@@ -55,7 +55,7 @@ def main(capabilities: list[str]) -> None:
             if dtype == "fp32":
                 del tiles["_products_kernel"]
             for name, constants in tiles.items():
-                made = compiled(getattr(kernels, name), dtype, is_int8, capability, constants | {"HAS_SCALES": is_int8})
+                made = compiled(getattr(kernels, name), kinds, capability, constants | {"HAS_SCALES": is_int8})
                 layout = re.search(r"tensor<\d+x\d+x!tt.ptr<i32>, (#\w+)>", made.asm["ttgir"]).group(1)
                 lanes = re.search(rf"{layout} = .*threadsPerWarp = \[\d+, (\d+)\]", made.asm["ttgir"]).group(1)
                 print(capability, name, dtype, is_int8, lanes, stack(made.asm["cubin"]))

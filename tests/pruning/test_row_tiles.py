@@ -38,7 +38,7 @@ def test_tiles_make_rows_independent_of_the_share(monkeypatch):
 
     def pruned(rows: slice, tile: int | None) -> torch.Tensor:
         part_RI = weight_RI[rows].clone()
-        mask_RI = obs.prune_rows(part_RI, factor_II, None, lambda w, columns: w.abs(), pattern, tile)
+        mask_RI = obs.prune_rows(part_RI, factor_II, None, obs.Score(torch.ones(256)), pattern, tile)
         assert part_RI[~mask_RI].count_nonzero() == 0
         return part_RI
 
