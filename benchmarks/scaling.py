@@ -1,10 +1,9 @@
 """A model of the time that stages take on GPUs: prints the tables of docs/scaling.md.
 
-    python benchmarks/scaling.py [--disk 3] [--samples 128]
+    python benchmarks/scaling.py [--disk 10] [--samples 128]
 
 Each term is a count of the code (floating-point operations, bytes, launches, collectives) divided by a rate. The counts of
-launches and synchronisations are those that tests/gpu/test_simulated.py asserts; the rates were measured on one H200 by
-benchmarks/gpu.py, or are stated here as assumptions. Times are of one layer unless a name says otherwise.
+launches are those that tests/gpu/test_simulated.py asserts; the rates were measured on one H200, or are stated here as assumptions.
 """
 
 import argparse
@@ -12,19 +11,20 @@ import math
 from dataclasses import dataclass
 
 PRODUCT = 790e12  # bf16 operations per second of a large product, measured
-SHARE = 0.6  # of that rate, which a model's forward reaches, measured
+SHARE = 0.6  # of that rate, which a model's forward reaches: assumed
 FP32 = 50e12  # operations per second of a float32 product
 MEMORY = 4.3e12  # bytes per second of a copy on the device, measured
 LINK = 55e9  # bytes per second from the host to a device, measured
 NVLINK, NETWORK = 300e9, 40e9  # bytes per second of an all-reduce inside a node and between nodes: assumed
-LAUNCH = 6e-6  # seconds of the host for a launch, measured
+LAUNCH = 6e-6  # seconds of the host for a launch: assumed
 HOST = 1e-3  # seconds of a collective of objects on the host, between nodes twice that: assumed
 START = 15.0  # seconds until the first layer: imports, the process group, tokens
 NODE = 8  # GPUs
 
 FORWARD = 100  # launches of one forward of a layer, with the sums over its inputs
 SELECT = 120  # bytes of memory traffic per weight for the scores, the mask, its check, its packing and the output error
-COLUMN = 8  # launches of SparseGPT for a column of a group of matrices with the same input
+COLUMNS = 128  # of one kernel of SparseGPT
+TILE = 512  # rows of one product of SparseGPT's errors with the later columns
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,14 @@ class Shape:
         return 3 * self.hidden + self.inner
 
     @property
-    def rows_by_inputs_squared(self) -> float:
+    def groups(self) -> tuple[tuple[int, int], ...]:
+        """(rows, inputs) of the matrices with the same input."""
         hidden, inner = self.hidden, self.inner
-        return (2 * hidden + 2 * self.kv + 2 * inner) * hidden**2 + hidden * inner**2
+        return (hidden + 2 * self.kv, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)
+
+    @property
+    def rows_by_inputs_squared(self) -> float:
+        return sum(rows * inputs**2 for rows, inputs in self.groups)
 
 
 SHAPES = {
@@ -82,8 +87,10 @@ def prune(shape: Shape, gpus: int, samples: int, length: int, disk: float, metho
         squares = 3 * shape.hidden**2 + shape.inner**2
         terms["statistics"] = mine * length * squares * 9 / 8 / (SHARE * PRODUCT)
         cubes = 3 * shape.hidden**3 + shape.inner**3
-        terms["factors"] = 2 * cubes / FP32  # Cholesky and the inverse of the factor, on each rank
-        terms["columns"] = max(shape.inputs * COLUMN * LAUNCH, 2 * shape.rows_by_inputs_squared / gpus / FP32)
+        # Cholesky and the inverse of the factor take a third of the cube each, at a third of a product's rate, on each rank
+        terms["factors"] = 2 * cubes / FP32
+        launches = sum(inputs / COLUMNS * (3 + rows / gpus / TILE) for rows, inputs in shape.groups)
+        terms["columns"] = launches * LAUNCH + shape.rows_by_inputs_squared / gpus / FP32
     if method == "least squares":
         squares = 3 * shape.hidden**2 + shape.inner**2
         terms["statistics"] = mine * length * squares * 9 / 8 / (SHARE * PRODUCT)
@@ -142,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--disk", type=float, default=8.0, help="GB/s that all nodes together can write")
+    parser.add_argument("--disk", type=float, default=10.0, help="GB/s that all nodes together can write")
     asked = parser.parse_args()
     prune_table(asked.samples, asked.seq_len, asked.disk * 1e9)
     print()

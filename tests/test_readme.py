@@ -42,6 +42,14 @@ def test_keys_and_methods_exist():
         assert f"`{method}`" in table
 
 
+def test_the_tables_of_scaling_are_those_of_its_script():
+    printed = subprocess.run(
+        [sys.executable, "benchmarks/scaling.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    page = (ROOT / "docs/scaling.md").read_text()
+    assert printed.strip() and all(table.strip() in page for table in printed.split("\n\n"))
+
+
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 
 
