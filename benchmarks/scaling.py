@@ -3,7 +3,7 @@
     python benchmarks/scaling.py [--disk 10] [--samples 128]
 
 Each term is a count of the code (floating-point operations, bytes, launches, collectives) divided by a rate. The counts of
-launches are those that tests/gpu/test_simulated.py asserts; the rates were measured on one H200, or are stated here as assumptions.
+launches are those that tests/gpu/test_simulated.py asserts; the rates were measured on one H200, or are assumptions, as stated.
 """
 
 import argparse
