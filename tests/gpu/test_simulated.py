@@ -1,9 +1,12 @@
 """Runs on simulated GPUs, which refuse what real GPUs refuse and count copies, bytes and collectives exactly."""
 
+import json
+
 import pytest
 import torch
 
 from pipeline.models import model_files
+from pipeline.registry import PRUNE_METHODS, REFINEMENTS, UPDATES
 from pipeline.sparsity.masks import Masks
 from tests.conftest import PRUNE, QUICK, llama_config
 
@@ -118,3 +121,32 @@ def test_what_a_layer_of_the_walk_takes(deep, simulated, tmp_path, method, proce
     for name, weight in model_files.tensors(tmp_path / "5/prune/model"):
         if method != "sparsegpt":
             assert torch.equal(weight, dense[name] * masks[name] if name in masks else dense[name]), name
+
+
+STEPS = (f"prune.refine={','.join(REFINEMENTS.entries)}", f"prune.update={','.join(UPDATES.entries)}")
+
+
+@pytest.mark.parametrize(
+    "cells, number",
+    [
+        (
+            (f"prune.method={','.join(PRUNE_METHODS.entries)}", "prune.sparsity=2of4,0.5"),
+            2 * len(PRUNE_METHODS.entries),
+        ),
+        ((*STEPS, "prune.sparsity=2of4"), len(REFINEMENTS.entries) * len(UPDATES.entries)),
+    ],
+)
+def test_all_methods_run_on_a_gpu(half_llama, simulated, tmp_path, cells, number):
+    simulated(*PRUNE, f"model={half_llama}", f"run_dir={tmp_path / 'runs'}", *cells)
+    found = list(tmp_path.glob("runs/*/prune/masks.safetensors"))
+    assert len(found) == number
+    for path in found:
+        Masks.load(path).check_patterns()
+
+
+def test_a_quantised_model_is_trained_and_a_streamed_one_is_measured(half_llama, simulated, tmp_path):
+    few = ("stages=[prune,finetune,evaluate]", "finetune.max_steps=2", "evaluate.windows=2", "evaluate.continuations=0")
+    more = ("finetune.quantize=nf4", "evaluate.placement=stream")
+    simulated(*RUN, f"model={half_llama}", f"run_dir={tmp_path}", "prune.method=wanda", *few, *more)
+    models = json.loads((tmp_path / "evaluate/results.json").read_text())["models"]
+    assert models["finetuned"]["mask_violations"] == 0
