@@ -38,9 +38,10 @@ def check(recipe: Recipe) -> None:
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes `results.json`: {"models": {"dense", "pruned", ...}, "protocol", "versions", "methods"}.
 
-    Each model has "perplexity" and "perplexity_stderr" by data set, "zero_shot" by task, "continuations" of the protocol's
-    "prompts", "differences" from each earlier model (`paired.difference`), the "hash" of its folder, "sparsity" and
-    "mask_violations". The protocol holds the sha256 of the "masks" file. "methods": see `registry.describe`.
+    Each model has "perplexity" and "perplexity_stderr" by data set, "zero_shot" by task, "accuracy" by data set of
+    images, "continuations" of the protocol's "prompts", "differences" from each earlier model (`paired.difference`), the
+    "hash" of its folder, "sparsity" and "mask_violations". The protocol holds the sha256 of the "masks" file. "methods": see
+    `registry.describe`.
     """
     settings, dense = recipe.evaluate, loading.dense_folder(recipe, inputs)
     _check_length(dense, recipe)
@@ -50,8 +51,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         protocol["notes"].append("trust_remote_code=true: the model's own code was run")
     if quantized := loading.quantization(dense):
         protocol["notes"].append(f"the dense model's files are quantised ({quantized}): its weights were dequantised")
-    tokenizer = loading.tokenizer(dense, recipe)
-    if settings.perplexity and not settings.bos and special_tokens.adds_bos(tokenizer):
+    tokenizer = loading.tokenizer(dense, recipe) if settings.perplexity else None
+    if tokenizer and not settings.bos and special_tokens.adds_bos(tokenizer):
         protocol["notes"].append(
             f"the tokenizer begins each text with {tokenizer.bos_token}, so only a text's first window has it, as in the "
             "papers: set evaluate.bos=true for models that need it, such as Gemma"
