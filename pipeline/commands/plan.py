@@ -89,9 +89,8 @@ def _skeleton(recipe: Recipe) -> nn.Module:
 def _print_model(recipe: Recipe, model: nn.Module) -> None:
     blocks, weights = find_blocks(model), sum(parameter.numel() for parameter in model.parameters())
     dtype = str(model.dtype).removeprefix("torch.")
-    print(
-        f"model: {recipe.model or pretrain.toy(recipe.pretrain).name}: {weights:,} weights, {len(blocks)} layers, {dtype}"
-    )
+    name = recipe.model or f"a {pretrain.toy(recipe.pretrain).name}"
+    print(f"model: {name}: {weights:,} weights, {len(blocks)} layers, {dtype}")
     if "prune" not in recipe.stages:
         return
     settings, calibrated = recipe.prune, recipe.calibration

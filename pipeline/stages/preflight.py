@@ -92,7 +92,7 @@ def _model(recipe: Recipe) -> tuple[Any, PreTrainedConfig, str]:
     """Tokenizer or image processor, config and name of the dense model."""
     if recipe.model is None:
         toy = pretrain.toy(recipe.pretrain)
-        return toy.processor, toy.config, toy.name
+        return toy.processor, toy.config, f"the {toy.name}"
     folder = loading.locate(recipe.model, recipe.revision)
     config = loading.config(folder, recipe)
     return tasks.of(config).processor(folder, recipe), config, recipe.model

@@ -49,7 +49,7 @@ def _llama(settings: Pretrain) -> Toy:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Toy("the small Llama", LlamaForCausalLM, config, tokenizer)
+    return Toy("small Llama", LlamaForCausalLM, config, tokenizer)
 
 
 def _vit(settings: Pretrain) -> Toy:
@@ -70,7 +70,7 @@ def _vit(settings: Pretrain) -> Toy:
     )
     size = {"height": digits.SIZE, "width": digits.SIZE}
     processor = ViTImageProcessorPil(size=size, image_mean=[0.5], image_std=[0.5])
-    return Toy("the small ViT", ViTForImageClassification, config, processor)
+    return Toy("small ViT", ViTForImageClassification, config, processor)
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:

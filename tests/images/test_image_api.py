@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from transformers import AutoModelForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import pipeline.api as espalier
 from pipeline.runtime.errors import UserError
@@ -44,8 +45,6 @@ def test_pixel_values_and_data_sets_in_memory():
     assert len(rows) == 2
     kinds = Features({"image": ImageFeature(), "label": Dataset.from_dict({"label": [0]}).features["label"]})
     rows = Dataset.from_dict({"image": [picture(level) for level in (20, 90, 200)], "label": [0, 1, 2]}, kinds)
-    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
     espalier.finetune(model, masks, rows, processor, max_steps=2, batch_size=3)
     assert "images" in espalier.evaluate(model, processor, accuracy=[rows])["accuracy"]
