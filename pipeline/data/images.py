@@ -59,10 +59,15 @@ class Images(Dataset):
         if place not in self._kept:
             image = self.rows.image(place, self.channels)
             try:
-                pixels_CHW = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+                found = self.processor(images=image, return_tensors="pt")
             except Exception as error:  # depends on the processor and its settings
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"{self.rows.name(place)}: the model's image processor fails: {reason}") from error
+            if more := found.keys() - {"pixel_values"}:
+                raise UserError(
+                    f"the model reads {', '.join(sorted(more))} beside the pixels of images: this is not supported"
+                )
+            pixels_CHW = found["pixel_values"][0]
             if self._free < pixels_CHW.nbytes:
                 return pixels_CHW
             self._free -= pixels_CHW.nbytes

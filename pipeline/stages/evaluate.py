@@ -4,7 +4,6 @@ Measurements are cached (`evaluation/measure.py`): a killed evaluation resumes, 
 runs in the same parent folder measure their dense model once.
 """
 
-import re
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ from pipeline.evaluation import continuations, paired
 from pipeline.evaluation.measure import Subject, measure
 from pipeline.evaluation.tasks import check_tasks
 from pipeline.models import loading, verification
+from pipeline.reporting import series
 from pipeline.runtime import files, memory, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import STAGES, Recipe
@@ -126,10 +126,10 @@ def _weights(name: str, folder: Path, masks: Masks, recipe: Recipe) -> dict[str,
             f"{folder} does not match its masks: {worst.count} pruned weights of {worst.name} are not zero, the first at "
             f"{list(worst.first)} ({len(violations)} such matrices in the {name} model)"
         )
-    layers: dict[tuple[str, int], list[verification.CheckedMatrix]] = defaultdict(list)
+    layers: dict[tuple[str, int, str, int], list[verification.CheckedMatrix]] = defaultdict(list)
     for matrix in matrices:
-        match = re.match(r"(.*?)\.(\d+)\.", matrix.name)  # model.layers.3.mlp.up_proj.weight: layer 3 of model.layers
-        layers[match[1], int(match[2])].append(matrix)
+        stack, number, inner, place = series.LAYER.match(matrix.name).groups()
+        layers[stack, int(number), inner or "", int(place or 0)].append(matrix)
     sparsity = {
         "overall": _share(matrices),
         "by_layer": [_share(layers[layer]) for layer in sorted(layers)],

@@ -11,6 +11,7 @@ from pipeline.engine.blocks import find_blocks
 from pipeline.engine.layerwise import LayerwiseForwards
 from pipeline.models import loading
 from pipeline.models.verification import check_matrices
+from pipeline.reporting import series
 from pipeline.settings.schema import Calibration, Prune, Recipe
 from pipeline.sparsity.masks import Masks
 from pipeline.stages import prune as prune_stage
@@ -93,6 +94,36 @@ def test_the_masks_are_those_of_a_plain_loop(name, group, activations):
     for matrix in masks:
         assert torch.equal(masks[matrix], expected[matrix]), matrix
     assert not masks.violations(model.named_parameters())
+
+
+METHODS = {
+    "sparsegpt": {},
+    "magnitude": {"allocation": "owl", "sparsity": 0.6},
+    "ria": {"refine": "swaps"},
+    "wanda": {"update": "least_squares"},
+    "dsnot": {"sparsity": 0.5},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["ConvNextV2", "Swin"])
+def test_other_methods_keep_their_patterns(name, method):
+    recipe = Recipe(model="in memory", prune=Prune(**{"method": method, "sparsity": "2of4"} | METHODS[method]))
+    model = tiny(name)
+    masks = prune_stage.in_memory(model, BATCHES, recipe)
+    masks.check_patterns()
+    assert not masks.violations(model.named_parameters())
+    # OWL's ratios have this mean over layers, whose sizes differ here
+    assert masks.sparsity() == pytest.approx(METHODS[method].get("sparsity", 0.5), abs=0.05)
+    assert model(BATCHES[0]).logits.isfinite().all()
+
+
+def test_the_layers_of_stages_are_layers_in_the_report():
+    names = [
+        f"swin.encoder.layers.{s}.blocks.{b}.attention.{m}.weight" for s, b in ((0, 0), (0, 1), (1, 0)) for m in "qk"
+    ]
+    rows = [{"layer": str(i // 2), "matrix": name, "sparsity": "0.5"} for i, name in enumerate(names)]
+    assert list(series.by_type(rows, "sparsity").columns) == ["q", "k"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -186,6 +186,15 @@ def test_a_model_without_names_needs_as_many_classes(tmp_path):
         read(folders(tmp_path), config=ViTConfig(num_labels=4))
 
 
+def test_processors_that_give_more_than_pixels_are_refused(tmp_path):
+    def processor(images, return_tensors):
+        return PROCESSOR(images=images, return_tensors=return_tensors) | {"spatial_shapes": torch.zeros(1)}
+
+    source = sources.source(str(folders(tmp_path)))
+    with pytest.raises(UserError, match="the model reads spatial_shapes beside the pixels"):
+        images.drawn(source, processor, CONFIG, 1, seed=0)[0]
+
+
 def test_texts_and_labels_are_not_mistaken(tmp_path):
     with pytest.raises(UserError, match="world holds text, not images"):
         read("world")
