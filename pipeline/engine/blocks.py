@@ -32,13 +32,14 @@ def find_blocks(model: nn.Module) -> list[Block]:
     They are the items of the outermost module lists that hold matrices. Vision towers and other non-text submodels are
     skipped. A list of plain matrices, such as Gemma 3n's projections next to its layers, does not count.
     Raises `UserError` if there are none, or if lists of layers are nested. Of an image model they are the items of the
-    innermost lists, since its stages hold the lists of its layers.
+    innermost lists, since its stages hold the lists of its layers; timm's lists are nn.Sequential.
     """
-    lists: dict[str, nn.ModuleList] = {}
+    lists: dict[str, nn.ModuleList | nn.Sequential] = {}
     staged = reads_images(model)
+    kind = nn.ModuleList | nn.Sequential if staged else nn.ModuleList
     for name, module in language_model(model):
         outer = [it for it in lists if name.startswith(f"{it}.")]
-        if isinstance(module, nn.ModuleList) and any(map(_has_matrices, module)) and (staged or not outer):
+        if isinstance(module, kind) and any(map(_has_matrices, module)) and (staged or not outer):
             for stage in outer:
                 del lists[stage]
             lists[name] = module
@@ -56,7 +57,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
     return [Block(index, name, module) for index, (module, name) in enumerate(found.items())]
 
 
-def _items(name: str, modules: nn.ModuleList) -> Iterator[tuple[str, nn.Module]]:
+def _items(name: str, modules: nn.ModuleList | nn.Sequential) -> Iterator[tuple[str, nn.Module]]:
     """The layers of a list, nested lists flattened."""
     for i, item in enumerate(modules):
         if isinstance(item, nn.ModuleList):

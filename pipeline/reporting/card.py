@@ -38,8 +38,9 @@ def write_model_card(folder: Path, recipe: Recipe, stage: str, compact: bool = F
 
 def reads_images(folder: Path) -> bool:
     """Whether the model in a folder is an image classifier, by its config.json."""
-    named = (files.read_json(folder / "config.json") or {}).get("architectures") or [""]
-    return "ForImageClassification" in named[0]
+    config = files.read_json(folder / "config.json") or {}
+    named = config.get("architectures") or [""]
+    return "ForImageClassification" in named[0] or "pretrained_cfg" in config  # timm's own
 
 
 def on_hub(model: str) -> str:

@@ -59,7 +59,7 @@ class ImageClassification(Task):
         return images.repeated(source, processor, config, count, seed)
 
     def forward(self, model: nn.Module, batch: Tensor) -> Any:
-        return model.base_model(pixel_values=batch.to(model.dtype))
+        return model.base_model(batch.to(model.dtype))  # timm's models do not call it pixel_values
 
     def logits(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         return model(pixel_values=inputs["pixel_values"].to(model.dtype)).logits

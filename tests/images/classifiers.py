@@ -1,5 +1,6 @@
 """Tiny random image classifiers of several families, and images to give them."""
 
+import pytest
 import torch
 import transformers
 from PIL import Image
@@ -19,13 +20,26 @@ FAMILIES = {
     "Swin": WINDOWS | {"patch_size": 2},
     "Swinv2": WINDOWS | {"patch_size": 2},
 }
+# of timm, with arguments of its constructors
+TIMM = {
+    "mixer_s16_224": {"img_size": SIZE},
+    "vit_tiny_patch16_224": {"img_size": SIZE, "patch_size": 8, "depth": 2, "embed_dim": 16, "num_heads": 2},
+    "swin_tiny_patch4_window7_224": {
+        **{"img_size": SIZE, "patch_size": 2, "window_size": 4, "embed_dim": 8},
+        **{"depths": (2, 1), "num_heads": (1, 2)},
+    },
+}
 
 
 def tiny(name: str, **changes) -> transformers.PreTrainedModel:
     """A classifier of three classes with weights that are all random: some families start a scale or a bias at zero."""
-    config = getattr(transformers, f"{name}Config")(**FAMILIES[name] | changes)
+    kind, sizes = name, FAMILIES.get(name)
+    if name in TIMM:
+        pytest.importorskip("timm")
+        kind, sizes = "TimmWrapper", {"architecture": name, "num_labels": 3, "model_args": TIMM[name]}
+    config = getattr(transformers, f"{kind}Config")(**sizes | changes)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForImageClassification")(config).eval()
+    model = getattr(transformers, f"{kind}ForImageClassification")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.dim() > 1 else 0.2) / 2)

@@ -15,13 +15,15 @@ from pipeline.reporting import series
 from pipeline.settings.schema import Calibration, Prune, Recipe
 from pipeline.sparsity.masks import Masks
 from pipeline.stages import prune as prune_stage
-from tests.images.classifiers import FAMILIES, pixels, tiny
+from tests.images.classifiers import FAMILIES, TIMM, pixels, tiny
 
 BATCHES = [pixels(2, seed) for seed in range(3)] + [pixels(1, 3)]
-LAYERS = {"ConvNext": 3, "ConvNextV2": 3, "Swin": 3, "Swinv2": 3}  # of all stages; others have two
+ALL = [*FAMILIES, *TIMM]
+# of all stages; others have two
+LAYERS = {"mixer_s16_224": 8, "ConvNext": 3, "ConvNextV2": 3, "Swin": 3, "Swinv2": 3, "swin_tiny_patch4_window7_224": 3}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
 def test_a_walk_equals_the_forward_to_the_bit(name):
     model = tiny(name)
@@ -80,7 +82,7 @@ def plain_masks(model: nn.Module, activations: str, group: str, ratio: float) ->
 
 @pytest.mark.parametrize("activations", ["dense", "pruned"])
 @pytest.mark.parametrize("group", ["row", "layer"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_the_masks_are_those_of_a_plain_loop(name, group, activations):
     recipe = Recipe(
         model="in memory",
@@ -126,7 +128,7 @@ def test_the_layers_of_stages_are_layers_in_the_report():
     assert list(series.by_type(rows, "sparsity").columns) == ["q", "k"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_an_ordinary_load_gives_the_pruned_model(name, tmp_path):
     """The stage's files, with their own names, hold what pruning in memory gives; everything outside the blocks is dense."""
     dense = tiny(name)

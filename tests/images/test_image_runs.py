@@ -127,6 +127,28 @@ def test_other_recoveries_and_reconstruction_work(again, tmp_path, method):
     assert list(models(tmp_path / "run")) == ["dense", "pruned", "reconstructed", "finetuned"]
 
 
+@pytest.mark.slow
+def test_a_folder_of_timm_keeps_its_names(again, tmp_path):
+    """The pruned files load into timm's own model."""
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 8, "patch_size": 2, "depth": 2, "embed_dim": 16, "num_heads": 2}
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **sizes)
+    timm.models.save_for_hf(model, tmp_path / "model", safe_serialization=True)
+    about = tmp_path / "model/config.json"  # timm 1.0.31 repeats num_classes in model_args, which transformers refuses
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"model_args": sizes}))
+    code, _, lines = again("stages=[prune]", f"model={tmp_path}/model", f"run_dir={tmp_path}/run")
+    assert code == 0, lines
+    state = {}
+    for path in (tmp_path / "run/prune/model").glob("*.safetensors"):
+        state |= load_file(path)
+    model.load_state_dict(state)
+    masks = Masks.load(tmp_path / "run/prune/masks.safetensors")
+    assert len(masks) == 8
+    assert not masks.violations((f"timm_model.{name}", parameter) for name, parameter in model.named_parameters())
+    assert "8 images of digits" in (tmp_path / "run/prune/model/README.md").read_text()
+
+
 WRONG = {
     "evaluate.perplexity=[world]": "is an image classifier, which reads no text: set evaluate.perplexity=[] ",
     "evaluate.tasks=[world_homes]": "is an image classifier, which reads no text: set evaluate.tasks=[] ",
