@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
+from pipeline.commands.main import main
 from pipeline.compact.compact_model import load_compact
 from pipeline.sparsity.masks import Masks
 from tests import launches
 from tests.conftest import QUICK, espalier, typing
-from tests.images.classifiers import pixels
+from tests.images.classifiers import picture, pixels
 
 SHORT = ("recipe=tiny_vision", "pretrain.steps=60", "finetune.max_steps=20", "finetune.checkpoint_every=2")
 
@@ -168,6 +169,25 @@ def test_settings_that_do_not_fit_are_refused_before_any_work(again, tmp_path, s
     code, _, lines = again(setting, f"run_dir={tmp_path}/run")
     assert code == 2 and len(lines) == 1 and WRONG[setting] in lines[0], lines
     assert not (tmp_path / "run/prune").exists()
+
+
+@pytest.mark.slow
+def test_a_damaged_image_stops_a_training_in_one_line(again, tmp_path):
+    for name in map(str, range(10)):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(2):
+            picture(20 * int(name) + i, "L", size=8).save(tmp_path / f"train/{name}/{i}.png")
+    damaged = tmp_path / "train/7/1.png"
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    code, _, lines = again(f"finetune.dataset={tmp_path}", "finetune.batch_size=20", f"run_dir={tmp_path}/run")
+    assert code == 2 and len(lines) == 1 and f"{damaged} is damaged or no image" in lines[0], lines
+    assert (tmp_path / "run/prune").exists() and not (tmp_path / "run/finetune").exists()
+
+
+@pytest.mark.slow
+def test_speed_is_for_models_that_generate(whole, capsys):
+    assert main(["speed", str(whole / "finetune/model")]) == 2
+    assert "is an image classifier, and speed measures models that generate text" in capsys.readouterr().err
 
 
 @pytest.mark.slow

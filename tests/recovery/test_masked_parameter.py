@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from pipeline.recovery import lora, sharding, training
 from pipeline.recovery.lora import MaskedLinear, MaskedParameter
@@ -250,6 +251,7 @@ def test_only_the_target_is_adapted_if_names_have_the_same_suffix():
         return nn.ModuleList([nn.Sequential(nn.Linear(8, 8))])
 
     model = nn.Module()
+    model.config = PreTrainedConfig()
     model.layers, model.other, model.deep = layers(), layers(), nn.Module()
     model.deep.layers = layers()
     masks = Masks()
