@@ -45,7 +45,7 @@ class Training:
             masks.add(name, mask_OI, "2of4")
         settings = Finetune(rank=args.rank, alpha=2.0 * args.rank)
         if way == WAYS[0]:
-            self.model = get_peft_model(model, lora.lora_config(masks, settings))
+            self.model = get_peft_model(model, lora.lora_config(model, masks, settings))
         else:
             self.model = lora.attach(model, masks, settings, cached=way == WAYS[1])
         self.masked = way != WAYS[0]

@@ -3,6 +3,7 @@
 import csv
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback
@@ -20,7 +21,7 @@ class StepLog(Callback):
     def __init__(self, path: Path, held_out: HeldOut | None = None, lines: int = 10) -> None:
         self.path, self.held_out, self.lines = path, held_out, lines
         self.losses: list[Tensor] = []
-        self.tokens = 0
+        self.tokens = 0  # or images
 
     def on_train_start(self, trainer, module) -> None:
         self.started = time.perf_counter()
@@ -31,9 +32,9 @@ class StepLog(Callback):
             with files.atomic_write(self.path) as tmp, tmp.open("w", newline="") as file:
                 csv.writer(file).writerows([COLUMNS, *(row for row in complete if int(row[0]) <= self.step)])
 
-    def on_train_batch_end(self, trainer, module, outputs, batch: Tensor, index: int) -> None:
+    def on_train_batch_end(self, trainer, module, outputs, batch: Any, index: int) -> None:
         self.losses.append(outputs["loss"].detach())
-        self.tokens += batch.numel() * trainer.world_size
+        self.tokens += module.task.size(batch) * trainer.world_size
         if trainer.global_step == self.step:
             return  # still accumulating
         self.step = trainer.global_step
@@ -57,7 +58,7 @@ class StepLog(Callback):
         every = max(1, trainer.max_steps // self.lines)
         if self.step % every == 0 or self.step == trainer.max_steps:
             processes.say(
-                f"  step {self.step}/{trainer.max_steps}: loss {loss:.4f}, {speed:,.0f} tokens/s, "
+                f"  step {self.step}/{trainer.max_steps}: loss {loss:.4f}, {speed:,.0f} {module.task.unit}/s, "
                 f"memory {memory.text(row['memory_gib'])}"
             )
         self.losses, self.tokens, self.started = [], 0, time.perf_counter()

@@ -11,8 +11,8 @@ from tests.conftest import ROOT
 
 # each package imports only those before it; only the stages use the callbacks
 ORDER = (
-    *("runtime", "registry", "sparsity", "settings", "models", "data", "engine", "pruning", "recovery", "compact"),
-    *("evaluation", "speed", "callbacks", "reporting", "stages", "api", "commands"),
+    *("runtime", "registry", "sparsity", "settings", "models", "data", "tasks", "engine", "pruning", "recovery"),
+    *("compact", "evaluation", "speed", "callbacks", "reporting", "stages", "api", "commands"),
 )
 FILES = sorted([*ROOT.glob("pipeline/*/*.py"), *ROOT.glob("callbacks/*.py")])
 MATH = (

@@ -1,4 +1,4 @@
-"""The Python API, installed as `espalier`: prunes, recovers and measures a Hugging Face causal LM that is in memory.
+"""The Python API, installed as `espalier`: prunes, recovers and measures a Hugging Face model that is in memory.
 
     masks = espalier.prune(model, tokenizer, method="wanda", sparsity="2:4", calibration=texts)
     espalier.finetune(model, masks, texts, max_steps=200)
@@ -9,7 +9,8 @@ All functions work in place, in one process, and write no files (except `export`
 error during `prune`, `reconstruct` or full fine-tuning leaves the weights partly changed.
 
 A text is a list of strings, a `datasets.Dataset` (with a column `text`, `input_ids`, or of conversations), the name of a data
-set as in recipes ("c4", "wikitext2", a hub id, a path), or a tensor of token ids.
+set as in recipes ("c4", "wikitext2", a hub id, a path), or a tensor of token ids. Image classifiers read images in place of
+texts: a `datasets.Dataset` (with columns `image` and `label`), the name of a data set, or a folder of class folders.
 """
 
 from importlib.metadata import PackageNotFoundError, version

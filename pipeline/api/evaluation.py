@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.data import special_tokens, token_windows
+from pipeline.data import images, sources, special_tokens, token_windows
 from pipeline.evaluation import paired
+from pipeline.evaluation.accuracy import right_answers, scores
 from pipeline.evaluation.perplexity import full_logits, window_losses, windows
 from pipeline.evaluation.perplexity import perplexity as of_losses
 from pipeline.evaluation.tasks import check_tasks
@@ -18,7 +19,7 @@ from pipeline.models import loading, placement
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Evaluate
 
-from . import inputs, model_state
+from . import image_inputs, inputs, model_state
 from .inputs import Texts
 
 
@@ -26,8 +27,9 @@ from .inputs import Texts
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    perplexity: Sequence[Texts] | Mapping[str, Texts] = ("wikitext2",),
+    perplexity: Sequence[Texts] | Mapping[str, Texts] | None = None,
     tasks: Sequence[str] = (),
+    accuracy: Sequence[Texts] | Mapping[str, Texts] = (),
     *,
     seq_len: int = 2048,
     batch_size: int | str = 8,
@@ -45,12 +47,21 @@ def evaluate(
     `perplexity`: a list of texts, or a dict of texts by name; unnamed ones are called "text", "text 2" and so on. Each is cut
     into consecutive windows of `seq_len` tokens (`windows`: only the first so many; `bos`: each begins with BOS). A tensor of
     token ids is one text (tokens,), or windows (N, T). `tasks`: names of lm-eval or .yaml files, with `limit` questions each
-    and `fewshot` examples. `batch_size`: windows or questions at a time.
+    and `fewshot` examples. `batch_size`: windows, questions or images at a time.
+
+    Of an image classifier only `accuracy`, a list or dict of data sets of images, is measured: {"accuracy": {data set: {"acc",
+    "acc_stderr", "acc_top5", ...}}}, on `limit` images of each; `tokenizer` is its image processor.
 
     Runs on the model's device. Raises `UserError`.
     """
     inputs.check_model(model)
-    texts = _named(perplexity)
+    if image_inputs.are_read_by(model):
+        if perplexity or tasks:
+            raise UserError(f"{type(model).__name__} reads images: set accuracy=[...] instead of perplexity and tasks")
+        return _image_accuracy(model, tokenizer, accuracy, batch_size, column, limit, mirror)
+    if accuracy:
+        raise UserError(f"accuracy is for image classifiers, and {type(model).__name__} is none: leave it out")
+    texts = _named(("wikitext2",) if perplexity is None else perplexity)
     if isinstance(tasks, str):
         raise UserError(f"tasks is a string: set tasks=['{tasks}']")
     if not texts and not tasks:
@@ -85,19 +96,41 @@ def evaluate(
     return results
 
 
-def _named(texts: Any) -> dict[str, Texts]:
+def _image_accuracy(
+    model: PreTrainedModel,
+    processor: Any,
+    sets: Any,
+    batch_size: int | str,
+    column: str | None,
+    limit: int | None,
+    mirror: str | None,
+) -> dict[str, Any]:
+    if not sets:
+        raise UserError("nothing to evaluate: set accuracy=[...] to data sets of images")
+    processor, found = image_inputs.processor_of(model, processor), {}
+    with model_state.preserved(model):
+        for name, data in _named(sets, "accuracy", "images").items():
+            split = sources.held_out_split(data) if isinstance(data, str) else "test"
+            source = image_inputs.source(data, "evaluate", f"accuracy[{name}]", column, mirror, split)
+            shown = images.evaluated(source, processor, model.config, limit)
+            right = right_answers(model, shown, placement.batch_number(batch_size))
+            found[name] = scores(right)
+    return {"accuracy": found}
+
+
+def _named(texts: Any, argument: str = "perplexity", kind: str = "text") -> dict[str, Texts]:
     if isinstance(texts, Mapping) and not any(not isinstance(name, str) for name in texts):
         return dict(texts)
     if not isinstance(texts, list | tuple):
         raise UserError(
-            f"perplexity is a {type(texts).__name__}: a list of texts, or a dict of texts by name, is needed"
+            f"{argument} is a {type(texts).__name__}: a list of {kind.rstrip('s')}s, or a dict of them by name, is needed"
         )
     named: dict[str, Texts] = {}
     for text in texts:
-        name = text if isinstance(text, str) else "text" if "text" not in named else f"text {len(named) + 1}"
+        name = text if isinstance(text, str) else kind if kind not in named else f"{kind} {len(named) + 1}"
         if len(name) > 200:
             raise UserError(
-                "a string in perplexity is the name of a data set: for a text set perplexity={'mine': [...]}"
+                f"a string in {argument} is the name of a data set: for a text set {argument}={{'mine': [...]}}"
             )
         named[name] = text
     return named

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.data import token_windows
+from pipeline.data import images, token_windows
 from pipeline.engine.blocks import find_blocks
 from pipeline.models import loading
 from pipeline.pruning.allocation import allocate
@@ -15,8 +15,9 @@ from pipeline.settings.schema import Calibration, reconstruction_text
 from pipeline.sparsity.masks import Masks
 from pipeline.stages import prune as prune_stage
 from pipeline.stages import reconstruct as reconstruct_stage
+from pipeline.tasks.task import Samples
 
-from . import inputs, model_state
+from . import image_inputs, inputs, model_state
 from .inputs import Texts
 
 
@@ -45,6 +46,9 @@ def prune(
     windows per forward. `column`: the column with the text. `mirror`: a folder laid out as the hub. `settings`: any other key
     of the recipe's section `prune` (`espalier keys prune`), such as `overrides` or `damp`.
 
+    An image classifier is pruned with `samples` images, or with a tensor of pixel values (N, C, H, W), which needs no
+    processor; `tokenizer` is its image processor.
+
     If there is a GPU, it is used, one layer at a time, wherever the model is. Raises `UserError`.
     """
     inputs.check_model(model)
@@ -53,9 +57,9 @@ def prune(
     text["activations"] = activations
     recipe = inputs.recipe(["prune"], seed, mirror, prune=chosen, calibration=text)
     allocate(find_blocks(model), recipe.prune)  # raises before any text is read
-    windows_NT = _windows(calibration, "calibration", recipe.calibration, "calibration", tokenizer, model, seed, mirror)
+    found = _samples(calibration, "calibration", recipe.calibration, "calibration", tokenizer, model, seed, mirror)
     with model_state.preserved(model):
-        return prune_stage.in_memory(model, list(windows_NT.split(batch_size)), recipe)
+        return prune_stage.in_memory(model, _batches(found, batch_size), recipe)
 
 
 @inputs.api_function
@@ -91,14 +95,14 @@ def reconstruct(
     _check_dense(model, dense)
     text = {"samples": samples, "seq_len": seq_len, "batch_size": batch_size, "column": column}
     if isinstance(calibration, Tensor):
-        text |= dict(zip(("samples", "seq_len"), inputs.token_windows(calibration, "calibration", model).shape))
+        shape = _checked(calibration, "calibration", model).shape
+        text |= dict(zip(("samples", "seq_len"), shape[:1] if image_inputs.are_read_by(model) else shape))
     chosen = {"batch_size": batch_size, **settings}
     recipe = inputs.recipe(["prune", "reconstruct"], seed, mirror, calibration=text, reconstruct=chosen)
     steps = reconstruct_stage.plan_steps(reconstruction_text(recipe), recipe.reconstruct.accumulate, 1)
-    windows_NT = _windows(calibration, "reconstruct", recipe.calibration, "calibration", tokenizer, model, seed, mirror)
+    found = _samples(calibration, "reconstruct", recipe.calibration, "calibration", tokenizer, model, seed, mirror)
     with model_state.preserved(model, dense):
-        batches = list(windows_NT.split(batch_size))
-        return reconstruct_stage.in_memory(model, dense, masks, batches, recipe, steps)
+        return reconstruct_stage.in_memory(model, dense, masks, _batches(found, batch_size), recipe, steps)
 
 
 def refuse_violations(model: PreTrainedModel, masks: Masks) -> None:
@@ -113,7 +117,17 @@ def _check_dense(model: PreTrainedModel, dense: PreTrainedModel) -> None:
         raise UserError(f"dense is another model than model: they differ in {min(different)[0]}")
 
 
-def _windows(
+def _checked(data: Tensor, name: str, model: PreTrainedModel) -> Tensor:
+    """Token windows (N, T), or pixel values (N, C, H, W)."""
+    check = image_inputs.pixels if image_inputs.are_read_by(model) else inputs.token_windows
+    return check(data, name, model)
+
+
+def _batches(samples: Samples, batch_size: int) -> list[Tensor]:
+    return [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+
+
+def _samples(
     data: Texts,
     section: str,
     text: Calibration,
@@ -122,10 +136,14 @@ def _windows(
     model: PreTrainedModel,
     seed: int,
     mirror: str | None,
-) -> Tensor:
-    """The calibration windows, (N, T), drawn as the command does."""
+) -> Samples:
+    """The calibration windows, (N, T), or images, drawn as the command does."""
     if isinstance(data, Tensor):
-        return inputs.token_windows(data, name, model)
+        return _checked(data, name, model)
+    if image_inputs.are_read_by(model):
+        source = image_inputs.source(data, section, name, text.column, mirror, text.split)
+        processor = image_inputs.processor_of(model, tokenizer)
+        return images.drawn(source, processor, model.config, text.samples, seed, section)
     loading.check_length(model.config, "seq_len", text.seq_len)
     tokenizer = inputs.tokenizer_of(model) if tokenizer is None else tokenizer
     inputs.check_tokenizer(tokenizer, model)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.data import token_windows
+from pipeline.data import images, token_windows
 from pipeline.models import loading
 from pipeline.recovery.training import sequences_per_step
 from pipeline.recovery.training_dtype import frozen_dtype, trains_in_float32
@@ -18,8 +18,9 @@ from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune
 from pipeline.sparsity.masks import Masks
 from pipeline.stages import finetune as finetune_stage
+from pipeline.tasks.task import Samples
 
-from . import inputs, model_state
+from . import image_inputs, inputs, model_state
 from .inputs import Texts
 from .pruning import refuse_violations
 
@@ -58,7 +59,8 @@ def finetune(
     `method`: "lora" (a masked LoRA, merged at the end), "full" (every kept weight), or a .py file. `max_steps` optimizer steps
     of `batch_size` windows of `seq_len` tokens. `texts` are shuffled with `seed` and packed, as the command does; a tensor
     (N, T) of token ids is used in its order, repeatedly if it is too short. `tokenizer`: by default that of the folder or
-    repository the model was loaded from. `validation`: held-out text, measured every `validate_every` steps. `teacher`: the
+    repository the model was loaded from. An image classifier is trained on images with labels, and `tokenizer` is its image
+    processor. `validation`: held-out text, measured every `validate_every` steps. `teacher`: the
     dense model, for `distill`. `settings`: any other key of the recipe's section `finetune` (`espalier keys finetune`), such
     as `rank`, `targets`, `accumulate` or `precision`.
 
@@ -80,11 +82,11 @@ def finetune(
     _check_teacher(model, teacher, finetune)
     refuse_violations(model, masks)
     count = finetune.max_steps * sequences_per_step(finetune)
-    windows_NT = _windows(texts, "texts", count, finetune, tokenizer, model, seed, mirror, "train")
-    held_out_NT = None
+    found = _samples(texts, "texts", count, finetune, tokenizer, model, seed, mirror, "train")
+    held_out = None
     if validation is not None:
         count = finetune.validation_samples
-        held_out_NT = _windows(validation, "validation", count, finetune, tokenizer, model, 0, mirror, "validation")
+        held_out = _samples(validation, "validation", count, finetune, tokenizer, model, 0, mirror, "validation")
 
     models = [model] if teacher is None else [model, teacher]
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder, model_state.preserved(*models):
@@ -97,7 +99,7 @@ def finetune(
                 if parameter.dtype == stored:
                     parameter.data = parameter.data.to(getattr(torch, dtype))
         recovery = finetune_stage.train(
-            trained, masks, windows_NT, held_out_NT, finetune, seed, Path(folder), teacher, checkpoints=False
+            trained, masks, found, held_out, finetune, seed, Path(folder), teacher, checkpoints=False
         )
         with torch.no_grad():
             merged: set[int] = set()
@@ -124,7 +126,7 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None, sett
         raise UserError("teacher is the pruned model itself: load the dense model again")
 
 
-def _windows(
+def _samples(
     data: Texts,
     name: str,
     count: int,
@@ -134,8 +136,17 @@ def _windows(
     seed: int,
     mirror: str | None,
     split: str,
-) -> Tensor:
-    """(count, T) windows; tokens without loss are stored as their complement, see `pipeline.data.token_windows`."""
+) -> Samples:
+    """(count, T) windows; tokens without loss are stored as their complement, see `pipeline.data.token_windows`. Or `count`
+    images with labels."""
+    if image_inputs.are_read_by(model):
+        if isinstance(data, Tensor):
+            raise UserError(
+                f"{name} is a tensor, which has no labels: pass a datasets.Dataset, a data set's name, or a folder"
+            )
+        source = image_inputs.source(data, "finetune", name, settings.column, mirror, split)
+        processor = image_inputs.processor_of(model, tokenizer)
+        return images.repeated(source, processor, model.config, count, seed)
     if isinstance(data, Tensor):
         windows_NT = inputs.token_windows(data, name, model)
         return windows_NT[torch.arange(count) % len(windows_NT)]

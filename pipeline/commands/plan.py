@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
 
-from pipeline import registry
-from pipeline.data import sources, world
+from pipeline import registry, tasks
+from pipeline.data import sources
 from pipeline.engine.blocks import find_blocks
 from pipeline.engine.coverage import Coverage
 from pipeline.engine.matrices import coverage_entries
@@ -81,7 +80,8 @@ def _stages(recipe: Recipe, external: dict | None) -> Iterator[str]:
 def _skeleton(recipe: Recipe) -> nn.Module:
     if recipe.model is None:
         with torch.device("meta"):
-            return LlamaForCausalLM(pretrain.configuration(recipe.pretrain, world.tokenizer()))
+            toy = pretrain.toy(recipe.pretrain)
+            return toy.model_class(toy.config)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     return loading.skeleton(loading.locate(recipe.model, recipe.revision), recipe, dtype)
 
@@ -89,7 +89,8 @@ def _skeleton(recipe: Recipe) -> nn.Module:
 def _print_model(recipe: Recipe, model: nn.Module) -> None:
     blocks, weights = find_blocks(model), sum(parameter.numel() for parameter in model.parameters())
     dtype = str(model.dtype).removeprefix("torch.")
-    print(f"model: {recipe.model or 'a small Llama'}: {weights:,} weights, {len(blocks)} layers, {dtype}")
+    name = recipe.model or f"a {pretrain.toy(recipe.pretrain).name}"
+    print(f"model: {name}: {weights:,} weights, {len(blocks)} layers, {dtype}")
     if "prune" not in recipe.stages:
         return
     settings, calibrated = recipe.prune, recipe.calibration
@@ -98,20 +99,22 @@ def _print_model(recipe: Recipe, model: nn.Module) -> None:
     print(f"prune: {' + '.join(steps)}, {settings.sparsity}, {len(patterns)} matrices")
     for name, text in Coverage(coverage_entries(model, blocks), patterns.keys()).describe(patterns):
         print(f"  {name}: {text}")
-    windows = torch.empty(calibrated.samples, calibrated.seq_len, dtype=torch.int32, device="meta")
+    shape = tasks.of(model.config).sample_shape(model.config, calibrated.seq_len)
+    windows = torch.empty(calibrated.samples, *shape, dtype=torch.int32, device="meta")
     observe = observed_by(settings, patterns)
     calibration.plan_memory(model, list(windows.split(calibrated.batch_size)), settings.hidden_states, observe=observe)
 
 
 def _texts(recipe: Recipe) -> Iterator[str]:
-    text, tune = reconstruction_text(recipe), recipe.finetune
-    steps = f"{tune.max_steps} steps of {tune.batch_size * tune.accumulate} windows of {tune.seq_len} tokens"
-    amount = {
-        "prune": f"{recipe.calibration.samples} windows of {recipe.calibration.seq_len} tokens",
-        "reconstruct": f"{text.samples} windows of {text.seq_len} tokens",
-        "finetune": steps,
-        "evaluate": f"windows of {recipe.evaluate.seq_len} tokens",
-    }
+    text, first, tune = reconstruction_text(recipe), recipe.calibration, recipe.finetune
+    if recipe.evaluate.accuracy:
+        windows = dict.fromkeys(("prune", "reconstruct", "finetune", "evaluate"), "images")
+    else:
+        lengths = {"prune": first, "reconstruct": text, "finetune": tune, "evaluate": recipe.evaluate}
+        windows = {stage: f"windows of {it.seq_len} tokens" for stage, it in lengths.items()}
+    counts = {"prune": f"{first.samples} ", "reconstruct": f"{text.samples} ", "evaluate": ""}
+    counts["finetune"] = f"{tune.max_steps} steps of {tune.batch_size * tune.accumulate} "
+    amount = {stage: counts[stage] + windows[stage] for stage in windows}
     for stage in preflight.READERS:
         if stage in recipe.stages:
             for source in sources.of_stage(recipe, stage):

@@ -7,6 +7,7 @@ docs/speed.md explains the figures; `speed.device=cpu` measures the CPU although
 
 from pathlib import Path
 
+from pipeline import tasks
 from pipeline.commands.table import lines
 from pipeline.compact.file_format import MANIFEST, CompactFolder
 from pipeline.models import loading
@@ -30,6 +31,9 @@ def main(arguments: list[str]) -> None:
     for folder in folders.values():
         _check(folder)
     recipe = reader.checked([{"model": next(iter(folders)), "stages": ["prune"]}, reader.typed(settings)])
+    for name, folder in folders.items():
+        if not tasks.of(loading.config(folder, recipe)).reads_text:
+            raise UserError(f"{name} is an image classifier, and speed measures models that generate text")
     results = measure(folders, recipe.speed, recipe.trust_remote_code)
     for number, (name, model) in enumerate(results["models"].items(), 1):
         print(f"{number}  {name}: {model['format']}, {model['dtype']}")

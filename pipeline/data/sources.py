@@ -1,7 +1,7 @@
 """Resolves a data set's name to the files of one split: from the hub, a mirror or local files.
 
-A data set is a known name (c4, wikitext2, ptb, world), `self` (text written by the dense model, see data/sampled.py), a hub
-id, or a local file or folder (data/text_files.py has the rules for these, and for mirrors).
+A data set is a known name (c4, wikitext2, ptb, world; of images: imagenet, digits), `self` (text written by the dense model,
+see data/sampled.py), a hub id, or a local file or folder (data/text_files.py and data/image_files.py have the rules for these).
 """
 
 import os
@@ -11,21 +11,22 @@ from typing import Any
 
 from datasets import Dataset
 
-from pipeline.data import text_files, text_rows
+from pipeline.data import digits, image_files, text_files, text_rows
 from pipeline.data.text_rows import documents, first_rows
 from pipeline.runtime import files
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe, reconstruction_text
 
-__all__ = ["documents", "first_rows", "identity", "of_stage", "of_text", "source"]
+__all__ = ["documents", "first_rows", "held_out_split", "identity", "of_stage", "of_text", "source"]
 
 TOKENISED_WIKITEXT = "wikitext-2-v1"
 SELF = "self"
+GENERATED = ("world", SELF)  # text that no file holds
 
 
 @dataclass(frozen=True)
 class Known:
-    """A dataset of the pruning papers: its hub repository and how the papers read it."""
+    """A dataset of the pruning papers, or of images: its hub repository and how the papers read it."""
 
     path: str
     config: str | None
@@ -33,6 +34,7 @@ class Known:
     separators: dict | None = None  # between documents when joined, by split
     shards: dict | None = None  # the single file per split that the papers read
     revision: str | None = None
+    held_out: str = "test"  # the split that is evaluated
 
 
 KNOWN = {
@@ -41,6 +43,7 @@ KNOWN = {
         "en",
         shards={"train": "c4-train.00000-of-01024.json.gz", "validation": "c4-validation.00000-of-00008.json.gz"},
         separators={"validation": " "},
+        held_out="validation",
     ),
     "wikitext2": Known("Salesforce/wikitext", "wikitext-2-raw-v1", separators={"train": " "}),
     "ptb": Known(
@@ -50,6 +53,9 @@ KNOWN = {
         separators={"train": " ", "test": " "},
         revision="refs/convert/parquet",  # the main branch is a script, which datasets 4+ does not run
     ),
+    "imagenet": Known(
+        "ILSVRC/imagenet-1k", None, column="image", held_out="validation"
+    ),  # its test split has no labels
 }
 
 
@@ -98,14 +104,17 @@ def source(
     name, chosen_config, chosen_split = _parts(spec)
     split, config = chosen_split or split, chosen_config or config
     reads = {"columns": ((column,),) if column else text_rows.COLUMNS, "section": section}
-    if name in ("world", SELF):
+    if name in (*GENERATED, digits.NAME):
         return Source(name, name, None, split, **reads)
     where = _path(name)
     if name.startswith((".", "/", "~")) or (where.exists() and name not in KNOWN and not _in_mirror(mirror, name)):
+        if images := image_files.find(where, split, named=bool(chosen_split)):
+            paths = tuple(map(str, images))
+            return Source(name, name, config, split, paths, form=image_files.IMAGES, **reads)
         found = text_files.find(where, split, config, named=bool(chosen_split))
         return Source(name, name, config, split, _absolute(found), form=found.form, **reads)
     known = KNOWN.get(name, Known(name, None))
-    if name in KNOWN:
+    if name in KNOWN and known.column != "image":
         reads["columns"] = (("input_ids",), (known.column,))
     fixed = bool(chosen_config)
     config = config or known.config
@@ -128,10 +137,10 @@ def of_text(text: Any, mirror: str | None, section: str) -> Source:
 def of_stage(recipe: Recipe, stage: str) -> list[Source]:
     """The texts that a stage reads. Raises `UserError` as `source` does."""
     if stage == "evaluate":
-        column = recipe.evaluate.column
+        settings = recipe.evaluate
         return [
-            source(spec, recipe.mirror, "validation" if spec == "c4" else "test", None, column, "evaluate")
-            for spec in recipe.evaluate.perplexity
+            source(spec, recipe.mirror, held_out_split(spec), None, settings.column, "evaluate")
+            for spec in (*settings.perplexity, *settings.accuracy)
         ]
     settings, section = {
         "prune": (recipe.calibration, "calibration"),
@@ -145,8 +154,15 @@ def of_stage(recipe: Recipe, stage: str) -> list[Source]:
     return found
 
 
+def held_out_split(spec: str) -> str:
+    """The split to evaluate, unless the name of a data set has another."""
+    return KNOWN[spec].held_out if spec in KNOWN else "test"
+
+
 def identity(source: Source) -> str:
-    """Changes with the text: a fingerprint of local files, else the hub revision."""
+    """Changes with the data: a fingerprint of local files, else the hub revision."""
+    if source.form == image_files.IMAGES:
+        return image_files.identity(source.files)
     return files.fingerprint(map(Path, source.files)) if source.is_local else str(source.revision)
 
 

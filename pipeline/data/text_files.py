@@ -83,11 +83,11 @@ def find(path: Path, split: str, config: str | None = None, named: bool = False)
         raise UserError(f"no dataset at {path}: set a .parquet, .json(l)(.gz), .csv or .txt file, or a folder of them")
     if saved_dataset := _saved_dataset(path, split, named):
         return _check_readable(path, saved_dataset)
-    files = {p: p.relative_to(path) for p in sorted(path.glob("**/*")) if _is_data(p, path)}
+    files = {p: p.relative_to(path) for p in sorted(path.glob("**/*")) if is_data(p, path)}
     if not files:
         raise UserError(
             f"no dataset at {path}: it holds no file of text, the formats are {', '.join(FORMATS)} (metadata such as "
-            "dataset_info.json or README.txt is skipped)"
+            "dataset_info.json or README.txt is skipped), and no class folders of images"
         )
     chosen = _files_of_split(path, files, split, named)
     forms = {form_of(p): p.name for p in chosen}
@@ -147,7 +147,8 @@ def _split_of_saved(folder: Path) -> str | None:
         return None
 
 
-def _is_data(path: Path, root: Path) -> bool:
+def is_data(path: Path, root: Path) -> bool:
+    """Whether a file in the folder `root` holds rows of a data set, rather than describes it."""
     if any(part.startswith(".") for part in path.relative_to(root).parts) or not path.is_file():
         return False
     form = form_of(path)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, load_dataset, load_from_disk
 
-from pipeline.data import chat, text_files
+from pipeline.data import chat, digits, image_files, text_files
 from pipeline.runtime import caches
 from pipeline.runtime.errors import UserError
 
@@ -35,7 +35,7 @@ def documents(source: "Source") -> Dataset:
         from pipeline.data import world
 
         return Dataset.from_dict({"text": world.documents(source.split)})
-    rows = _loaded(source)
+    rows = loaded(source)
     columns = _columns(source, rows)
     if columns[0] not in rows.column_names:
         rows = rows.flatten()
@@ -52,7 +52,7 @@ def documents(source: "Source") -> Dataset:
 
 def first_rows(source: "Source") -> Iterator[dict[str, Any]]:
     """Yields non-empty rows of a local source in the form of `documents`, without reading ahead."""
-    rows = iter(_loaded(source, streaming=source.form != text_files.SAVED))
+    rows = iter(loaded(source, streaming=source.form != text_files.SAVED))
     columns: list[str] = []
     while True:
         try:
@@ -70,9 +70,12 @@ def first_rows(source: "Source") -> Iterator[dict[str, Any]]:
         yield {name: row[column] for name, column in zip(names, columns)}
 
 
-def _loaded(source: "Source", streaming: bool = False):
+def loaded(source: "Source", streaming: bool = False):
+    """The rows as they are stored. Raises `UserError` if they cannot be read."""
     if source.rows is not None:
         return source.rows
+    if source.form == image_files.IMAGES or source.name == digits.NAME:
+        raise UserError(f"{source} holds images, not text: set {source.section} to a data set of text")
     try:
         if source.form == text_files.SAVED:
             return load_from_disk(str(Path(source.files[0]).parent))

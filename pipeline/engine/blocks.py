@@ -1,4 +1,4 @@
-"""Finds a model's decoder layers ("blocks") as an ordered list, by structure, not by model name."""
+"""Finds a model's layers ("blocks") as an ordered list, by structure, not by model name."""
 
 import re
 from collections import Counter
@@ -14,7 +14,7 @@ OTHER_INPUT = re.compile("Audio|Image|Speech|Video|Vision")  # in a class name
 
 
 class Block:
-    """A decoder layer: `index` is its position in the model, `name` its path, such as "model.layers.3"."""
+    """A layer: `index` is its position in the model, `name` its path, such as "model.layers.3"."""
 
     __slots__ = ("index", "module", "name")
 
@@ -31,19 +31,24 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
     They are the items of the outermost module lists that hold matrices. Vision towers and other non-text submodels are
     skipped. A list of plain matrices, such as Gemma 3n's projections next to its layers, does not count.
-    Raises `UserError` if there are none, or if lists of layers are nested.
+    Raises `UserError` if there are none, or if lists of layers are nested. Of an image model they are the items of the
+    innermost lists, since its stages hold the lists of its layers; timm's lists are nn.Sequential.
     """
-    lists: dict[str, nn.ModuleList] = {}
+    lists: dict[str, nn.ModuleList | nn.Sequential] = {}
+    staged = reads_images(model)
+    kind = nn.ModuleList | nn.Sequential if staged else nn.ModuleList
     for name, module in language_model(model):
-        inside = name.startswith(tuple(f"{outer}." for outer in lists))
-        if isinstance(module, nn.ModuleList) and not inside and any(map(_has_matrices, module)):
+        outer = [it for it in lists if name.startswith(f"{it}.")]
+        if isinstance(module, kind) and any(map(_has_matrices, module)) and (staged or not outer):
+            for stage in outer:
+                del lists[stage]
             lists[name] = module
     kinds = Counter(re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name) for name in lists)
     found: dict[nn.Module, str] = {}
     for outer, modules in lists.items():
         for name, module in _items(outer, modules):
             found.setdefault(module, name)  # the same module listed twice is one block
-    if not found or max(kinds.values()) > 1:
+    if not found or (max(kinds.values()) > 1 and not staged):
         what = f"lists inside of layers ({next(iter(lists))} and others)" if found else "no list of layers"
         raise UserError(
             f"{type(model).__name__} is not supported: expected module lists of layers with Linear or Conv1D matrices, "
@@ -52,7 +57,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
     return [Block(index, name, module) for index, (module, name) in enumerate(found.items())]
 
 
-def _items(name: str, modules: nn.ModuleList) -> Iterator[tuple[str, nn.Module]]:
+def _items(name: str, modules: nn.ModuleList | nn.Sequential) -> Iterator[tuple[str, nn.Module]]:
     """The layers of a list, nested lists flattened."""
     for i, item in enumerate(modules):
         if isinstance(item, nn.ModuleList):
@@ -61,8 +66,17 @@ def _items(name: str, modules: nn.ModuleList) -> Iterator[tuple[str, nn.Module]]
             yield f"{name}.{i}", item
 
 
+def reads_images(model: nn.Module) -> bool:
+    """Whether a model reads images and no text. Those that generate text also say that pixels are their main input."""
+    pixels = getattr(model, "main_input_name", "") == "pixel_values"
+    return pixels and not (hasattr(model, "can_generate") and model.can_generate())
+
+
 def language_model(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a model by name, without those of submodels that do not read text."""
+    """The modules of a model by name, without those of submodels that do not read text; of an image model all."""
+    if reads_images(model):
+        yield from model.named_modules()
+        return
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
         decoder = model  # some models return their head

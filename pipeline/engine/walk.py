@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from pipeline import tasks
 from pipeline.engine.block_files import BlockFiles, BlockResult, BlockStore
 from pipeline.engine.block_memory import BlocksInMemory
 from pipeline.engine.blocks import Block, find_blocks
@@ -46,7 +47,8 @@ class LayerWalk(LightningModule):
         object.__setattr__(self, "model", model)  # not in _modules: Lightning must not move, wrap or save the model
         self.blocks = find_blocks(model)
         self.batches, self.store = batches, store
-        self.tokens = sum(batch.numel() for batch in batches)
+        self.task = tasks.of(model.config)
+        self.tokens = sum(map(self.task.size, batches))  # or images
         self.files: BlockStore | None = None
         if folder or in_memory:
             self.files = BlockFiles(folder, model, self.blocks) if folder else BlocksInMemory(model)
@@ -62,8 +64,8 @@ class LayerWalk(LightningModule):
     ) -> LayerwiseForwards:
         """Paused forwards of `model` over this rank's batches."""
 
-        def call(batch_BT: Tensor) -> None:
-            model.base_model(input_ids=batch_BT, use_cache=False)
+        def call(batch: Tensor) -> None:
+            self.task.forward(model, batch)
 
         known: dict[str, Any] = {"dense_outputs": dense_outputs}
         if isinstance(files, BlockFiles):

@@ -1,5 +1,5 @@
-"""Measures a model (perplexity, tasks, continuations) and caches the results in `<runs>/.measured/` by model, settings and the
-code that measures."""
+"""Measures a model (perplexity, tasks, accuracy, continuations) and caches the results in `<runs>/.measured/` by model,
+settings and the code that measures."""
 
 import functools
 from collections.abc import Callable
@@ -11,10 +11,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from pipeline import tasks
 from pipeline.compact.compact_model import load_compact, make_dense
 from pipeline.compact.file_format import MANIFEST
-from pipeline.data import sources, special_tokens, token_windows
-from pipeline.evaluation import continuations, paired
+from pipeline.data import images, sources, special_tokens, token_windows
+from pipeline.evaluation import accuracy, continuations, paired
 from pipeline.evaluation.perplexity import full_logits, perplexity, streamed_logits, window_losses, windows
 from pipeline.evaluation.tasks import identity
 from pipeline.evaluation.zero_shot import zero_shot
@@ -70,6 +71,7 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
     settings, name = recipe.evaluate, subject.name
     # created at first use: everything may be in the cache
     tokenizer = functools.cache(lambda: loading.tokenizer(subject.folder, recipe))
+    read = dict(zip([*settings.perplexity, *settings.accuracy], sources.of_stage(recipe, "evaluate"), strict=True))
     where = functools.cache(lambda: placement.choose(settings.placement, lambda: subject.load(recipe)))
     share = functools.cache(lambda: placement.share(where(), lambda: subject.load(recipe)))
     model = functools.cache(lambda: _placed(subject, recipe, where(), share()))
@@ -80,8 +82,10 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
     found: dict[str, Any] = {"hash": identity_hash, "perplexity": {}, "perplexity_stderr": {}, "zero_shot": {}}
     losses: dict[str, list[float]] = {}
     correct: dict[str, list[float]] = {}
+    seen: dict[str, list[float]] = {}  # images
 
-    for spec, source in zip(settings.perplexity, sources.of_stage(recipe, "evaluate"), strict=True):
+    for spec in settings.perplexity:
+        source = read[spec]
 
         def measure_losses(spec=spec, source=source) -> list[float]:
             report = processes.progress(f"  {name}: perplexity on {spec}, ")
@@ -153,6 +157,24 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
     if accuracies:
         found["zero_shot_mean"] = sum(accuracies) / len(accuracies)
 
+    for spec in settings.accuracy:
+        source = read[spec]
+
+        def measure_accuracy(spec=spec, source=source) -> dict[str, list[float]]:
+            config = loading.config(subject.folder, recipe)
+            processor = tasks.of(config).processor(subject.folder, recipe)
+            shown = images.evaluated(source, processor, config, settings.limit)
+            ranks = (processes.rank(), processes.world_size(), _all_sum)
+            report = processes.progress(f"  {name}: accuracy on {spec}, ")
+            return accuracy.right_answers(model(), shown, placement.batch_number(settings.batch_size), *ranks, report)
+
+        cache_key = model_key | {"images": str(source), "data": sources.identity(source), "limit": settings.limit}
+        right = cached(cache_key | {"column": settings.column}, measure_accuracy)
+        scores = found.setdefault("accuracy", {})[spec] = accuracy.scores(right)
+        seen[spec] = right["acc"]
+        protocol["datasets"][spec] = f"{source}, {len(seen[spec])} images"
+        processes.say(f"  {name}: accuracy on {spec} {100 * scores['acc']:.1f}%")
+
     def measure_continuations() -> list[str] | None:
         share()  # all ranks decide the placement together
         if processes.is_main():
@@ -161,7 +183,7 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
     if protocol["prompts"]:
         cache_key = model_key | {"prompts": protocol["prompts"], "tokens": settings.continuation_tokens}
         found["continuations"] = processes.from_main(cached(cache_key, measure_continuations))
-    return found, {"losses": losses, "correct": correct}
+    return found, {"losses": losses, "correct": correct, "images": seen}
 
 
 def _placed(subject: Subject, recipe: Recipe, where: str, share: placement.Share) -> nn.Module:

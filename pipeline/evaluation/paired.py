@@ -15,15 +15,19 @@ def standard_error(values: list[float]) -> float | None:
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """The differences ours - theirs: {"perplexity": {data set: {"log", "stderr"}}, "zero_shot": {task: {"acc", "stderr"}}}.
+    """The differences ours - theirs: {"perplexity": {data set: {"log", "stderr"}}, "zero_shot": {task: {"acc", "stderr"}},
+    "accuracy": {data set: {"acc", "stderr"}}}.
 
-    `ours` and `theirs` are {"losses": {data set: [loss of each window]}, "correct": {task: [0 or 1 for each question]}}.
+    `ours` and `theirs` are {"losses": {data set: [loss of each window]}, "correct": {task: [0 or 1 for each question]}, and of
+    image classifiers "images": {data set: [0 or 1 for each image]}}.
     Entries that only one model has, and those with a single value, are left out.
     """
-    return {
+    found = {
         "perplexity": _means(ours["losses"], theirs["losses"], "log"),
         "zero_shot": _means(ours["correct"], theirs["correct"], "acc"),
     }
+    images = _means(ours.get("images", {}), theirs.get("images", {}), "acc")
+    return found | ({"accuracy": images} if images else {})
 
 
 def _means(ours: dict[str, list], theirs: dict[str, list], name: str) -> dict[str, dict[str, float]]:

@@ -1,11 +1,11 @@
-"""Chooses the class that loads a checkpoint: the one that config.json names, if it is a language model."""
+"""Chooses the class that loads a checkpoint: the one that config.json names, if it is of a supported kind."""
 
 import inspect
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from pipeline.runtime.errors import UserError
@@ -22,15 +22,31 @@ LANGUAGE = {
     | _names(modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
 }
 
+CLASSIFIERS = _names(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+
+
+def classifies_images(config: PreTrainedConfig) -> bool:
+    """Whether a model is an image classifier: its config.json names such a class, or its type has no other."""
+    if config.architectures:
+        return config.architectures[0] in CLASSIFIERS or _has_own(config, AutoModelForImageClassification)
+    is_text = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    return not is_text and type(config) in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+
+def _has_own(config: PreTrainedConfig, auto_class: type) -> bool:
+    return auto_class.__name__ in (getattr(config, "auto_map", None) or {})
+
 
 def model_class(folder: Path, config: PreTrainedConfig, own_code: bool) -> Any:
-    """The class to load a checkpoint with. AutoModelForCausalLM if config.json names no known class, or if the model brings
-    its own code and `own_code` allows it. All have `from_pretrained` and `_from_config` or `from_config`.
+    """The class to load a checkpoint with. An Auto class if config.json names no known class, or if the model brings its own
+    code and `own_code` allows it. All have `from_pretrained`, and `from_config` (Auto classes) or `_from_config`.
 
-    Raises `UserError` if the folder holds no causal language model.
+    Raises `UserError` if the folder holds neither a causal language model nor an image classifier.
     """
+    if classifies_images(config):
+        return _classifier_class(folder, config, own_code)
     known = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and (own_code or not known):
+    if _has_own(config, AutoModelForCausalLM) and (own_code or not known):
         return AutoModelForCausalLM  # refuses the code unless trust_remote_code is set
     named = (config.architectures or [""])[0]
     found = getattr(transformers, LANGUAGE.get(named.casefold(), ""), None)
@@ -45,11 +61,23 @@ def model_class(folder: Path, config: PreTrainedConfig, own_code: bool) -> Any:
         return found
     if known and (not named or named.endswith(("ForCausalLM", "LMHeadModel"))):
         return AutoModelForCausalLM
-    raise _refusal(folder, named or type(config).__name__, "not a causal language model")
+    raise _refusal(folder, named or type(config).__name__, "neither a causal language model nor an image classifier")
+
+
+def _classifier_class(folder: Path, config: PreTrainedConfig, own_code: bool) -> Any:
+    named = (config.architectures or [""])[0]
+    found = getattr(transformers, named, None) if named in CLASSIFIERS else None
+    if _has_own(config, AutoModelForImageClassification) and (own_code or found is None):
+        return AutoModelForImageClassification  # refuses the code unless trust_remote_code is set
+    if found is None:
+        return AutoModelForImageClassification
+    if found.main_input_name != "pixel_values":
+        raise _refusal(folder, named, f"no classifier of pixel values: it reads {found.main_input_name}")
+    return found
 
 
 def _refusal(folder: Path, named: str, why: str) -> UserError:
     return UserError(
-        f"{folder} holds a {named} (config.json), which is {why}: set model=... to a ...ForCausalLM, or a multimodal model "
-        "that generates text"
+        f"{folder} holds a {named} (config.json), which is {why}: set model=... to a ...ForCausalLM, a multimodal model "
+        "that generates text, or a ...ForImageClassification"
     )

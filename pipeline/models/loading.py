@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from pipeline.models import dequantize, file_names, model_files
 from pipeline.models.architecture import model_class
@@ -77,6 +77,22 @@ def tokenizer(folder: Path, recipe: Recipe):
         ) from error
 
 
+def image_processor(folder: Path, recipe: Recipe):
+    """The image processor in a model folder, which scales and normalises images. Raises `UserError` if it is unusable."""
+    from transformers import AutoImageProcessor
+
+    try:
+        # with Pillow, whether or not torchvision is installed: the two differ in the last bits
+        return AutoImageProcessor.from_pretrained(
+            folder, backend="pil", trust_remote_code=recipe.trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # a missing or damaged file, or a package that is not installed
+        raise UserError(
+            f"{folder} has no usable image processor: {model_files.problem(folder, error, 'preprocessor_config.json')}: copy "
+            "preprocessor_config.json there from the original model"
+        ) from error
+
+
 def config(folder: Path, recipe: Recipe) -> PreTrainedConfig:
     """The model's config.json. Raises `UserError` if it is unreadable."""
     try:
@@ -92,7 +108,7 @@ def skeleton(folder: Path, recipe: Recipe, dtype: torch.dtype | None = None) -> 
     chosen = model_class(folder, found, recipe.trust_remote_code)
     try:
         with torch.device("meta"):
-            if chosen is AutoModelForCausalLM:
+            if hasattr(chosen, "from_config"):  # an Auto class
                 return chosen.from_config(found, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
             return chosen._from_config(found, dtype=dtype)
     except Exception as error:

@@ -18,7 +18,8 @@ from pipeline.runtime import files
 from pipeline.runtime.errors import UserError
 
 WEIGHTS = ("*.safetensors", "*.bin")
-IDENTITY = ("config.json", "tokenizer*", "vocab*", "merges*", "*.model", "*.py")  # besides the weights
+# besides the weights
+IDENTITY = ("config.json", "*processor_config.json", "tokenizer*", "vocab*", "merges*", "*.model", "*.py")
 OTHER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "additional_chat_templates/*.jinja")
 # in transformers' order of preference; each may have an index instead
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")

@@ -1,4 +1,4 @@
-"""The inputs of a walk: this rank's batches of calibration text, and the device that holds the hidden states."""
+"""The inputs of a walk: this rank's batches of calibration data, and the device that holds the hidden states."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline.data import sampled, sources, token_windows
+from pipeline import tasks
 from pipeline.engine.blocks import find_blocks, tensors_outside
 from pipeline.engine.matrices import Matrix, matrices
-from pipeline.models import loading
 from pipeline.runtime import memory, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Calibration, Recipe
@@ -19,26 +18,20 @@ COUNTS = {2: "two", 3: "three", 4: "four"}
 
 
 def batches(recipe: Recipe, text: Calibration, section: str, origin: Path, model: nn.Module) -> list[Tensor]:
-    """This rank's batches of tokens, each (batch_size, seq_len). `section`: the recipe's section that sets `text`."""
-    config = model.config
-    loading.check_length(config, f"{section}.seq_len", text.seq_len)
-    source = sources.of_text(text, recipe.mirror, section)
-    if source.name == sources.SELF:
-        windows_NT = sampled.samples(recipe, sampled.dense_folder(recipe), text.samples, text.seq_len)
-    else:
-        tokenizer = loading.tokenizer(origin, recipe)
-        windows_NT = token_windows.calibration(source, tokenizer, text.samples, text.seq_len, recipe.seed, section)
-    loading.check_vocabulary(config, windows_NT, source)
+    """This rank's batches of tokens, each (batch_size, seq_len), or of images. `section`: the recipe's section that sets
+    `text`."""
+    samples = tasks.of(model.config).calibration(recipe, text, section, origin, model.config)
     # split into batches first, so that each batch is the same for any number of processes
-    all_batches = windows_NT.split(text.batch_size)
+    starts = range(0, len(samples), text.batch_size)
     smaller = text.samples // processes.world_size()
-    if len(all_batches) < processes.world_size():  # not split here: in other shapes, products are rounded otherwise
+    if len(starts) < processes.world_size():  # not split here: in other shapes, products are rounded otherwise
         raise UserError(
-            f"{len(all_batches)} batches of {section} samples cannot be shared by {processes.world_size()} processes: "
+            f"{len(starts)} batches of {section} samples cannot be shared by {processes.world_size()} processes: "
             + (f"set {section}.batch_size={smaller}, or " if smaller else "set ")
             + f"{section}.samples={text.batch_size * processes.world_size()} or more"
         )
-    return list(all_batches[processes.rank() :: processes.world_size()])
+    mine = starts[processes.rank() :: processes.world_size()]
+    return [samples[start : start + text.batch_size] for start in mine]
 
 
 def plan_memory(
@@ -64,11 +57,10 @@ def plan_memory(
     training = per_weight * sum(parameter.numel() for parameter in largest.parameters()) / memory.GIB
     # each once: embeddings may be tied, and layers may share weights
     outside = sum(it.nbytes for it in {id(it): it for it in tensors_outside(model, found)}.values()) / memory.GIB
-    config = model.config.get_text_config()
-    width = getattr(config, "hidden_size", model.get_input_embeddings().weight.shape[1]) * model.dtype.itemsize
+    sizes = [tasks.of(model.config).hidden_size(model, batch) for batch in batches]
     # a paused forward keeps the embeddings as well as the hidden states
-    hidden = 2 * streams * sum(batch.numel() for batch in batches) * width / memory.GIB
-    free, tokens = memory.free_gib(device), max((batch.numel() for batch in batches), default=0)
+    hidden = 2 * streams * sum(count * width for count, width in sizes) * model.dtype.itemsize / memory.GIB
+    free, tokens = memory.free_gib(device), max((count for count, _ in sizes), default=0)
     working = _activations(largest, tokens, model.dtype.itemsize, bool(per_weight))
     working += _statistics(matrices(found[blocks.index(largest)], found), observe) if observe else 0.0
     needed = layers + training + outside + working

@@ -1,6 +1,6 @@
-"""The distillation loss: next-token cross-entropy mixed with the divergence from the dense model. Pure math.
+"""The distillation loss: cross-entropy mixed with the divergence from the dense model. Pure math.
 
-Shapes: B = sequences, T = tokens, V = vocabulary, P = predicted tokens of a chunk.
+Shapes: P = predictions (tokens of all sequences, or images), V = vocabulary or classes.
 """
 
 import torch
@@ -12,31 +12,29 @@ TOKENS = 1024  # per chunk: float32 logits of a whole batch would be its largest
 
 
 def loss(
-    student_BTV: Tensor,
-    teacher_BTV: Tensor | None,
-    labels_BT: Tensor,
+    student_PV: Tensor,
+    teacher_PV: Tensor | None,
+    labels_P: Tensor,
     share: float,
     temperature: float,
     count: float | None = None,
 ) -> Tensor:
-    """(1 - share) * cross-entropy of the next token + share * t^2 * KL(teacher || student) at temperature t, the mean
-    over all predicted tokens in nats (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2).
+    """(1 - share) * cross-entropy + share * t^2 * KL(teacher || student) at temperature t, the mean over all predictions in
+    nats (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2).
 
-    Labels of -100 are ignored. `count` replaces the number of predicted tokens as the divisor. Without a teacher it is the
+    Labels below 0 are ignored. `count` replaces the number of predictions as the divisor. Without a teacher it is the
     cross-entropy alone.
     """
-    vocabulary = student_BTV.shape[-1]
-    student = student_BTV[:, :-1].reshape(-1, vocabulary).split(TOKENS)
-    targets = labels_BT[:, 1:].reshape(-1).split(TOKENS)
-    if teacher_BTV is None:
+    student, targets = student_PV.split(TOKENS), labels_P.split(TOKENS)
+    if teacher_PV is None:
         teacher, share = [None] * len(student), 0.0
     else:
-        teacher = teacher_BTV[:, :-1].reshape(-1, vocabulary).split(TOKENS)
+        teacher = teacher_PV.split(TOKENS)
     sums = [
         checkpoint(_chunk, s, t, i, share, temperature, use_reentrant=False)
         for s, t, i in zip(student, teacher, targets)
     ]
-    return torch.stack(sums).sum() / (labels_BT[:, 1:].numel() if count is None else max(count, 1e-9))
+    return torch.stack(sums).sum() / (labels_P.numel() if count is None else max(count, 1e-9))
 
 
 def _chunk(student_PV: Tensor, teacher_PV: Tensor | None, ids_P: Tensor, share: float, temperature: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Measures the perplexity of held-out text while a model trains, and keeps the weights that were best."""
+"""Measures the perplexity of held-out data while a model trains, and keeps the weights that were best."""
 
 import math
 from collections.abc import Callable
@@ -6,22 +6,23 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from pipeline.data import token_windows
+from pipeline import tasks
 from pipeline.recovery import sharding
-from pipeline.recovery.training import next_token_loss
 from pipeline.runtime import checksums, files, processes
 from pipeline.runtime.errors import UserError
+from pipeline.tasks.task import Samples
 
 
 class HeldOut:
     """With `patience`, a training is over after so many measurements without progress; `restore` then puts back the weights
     that were best, kept in the stage's `folder`."""
 
-    def __init__(self, windows_NT: Tensor, batch_size: int, patience: int, folder: Path) -> None:
-        self.windows_NT, self.batch_size, self.patience = windows_NT, batch_size, patience
+    def __init__(self, samples: Samples, batch_size: int, patience: int, folder: Path) -> None:
+        self.samples, self.batch_size, self.patience = samples, batch_size, patience
         self.folder, self.best = folder, folder / "checkpoints/best.safetensors"
         self.step, self.perplexity = 0, math.nan  # the last measurement
         self.lowest, self.since = math.inf, 0  # the best measurement, and how many came after it
@@ -52,20 +53,20 @@ class HeldOut:
     def measure(
         self, model: nn.Module, device: torch.device, context: Callable[[], AbstractContextManager] = nullcontext
     ) -> float:
-        """exp of the mean loss of all tokens that bear one, the same on any number of processes; `context`: the precision's,
-        in which Lightning calls no hook."""
-        world_size, rank = processes.world_size(), processes.rank()
-        batches = self.windows_NT.split(self.batch_size)
+        """exp of the mean loss of all predictions that bear one, the same on any number of processes; `context`: the
+        precision's, in which Lightning calls no hook."""
+        task, world_size, rank = tasks.of(model.config), processes.world_size(), processes.rank()
+        starts = range(0, len(self.samples), self.batch_size)
         total = torch.zeros(2, dtype=torch.float64, device=device)
         model.eval()
-        for start in range(0, len(batches), world_size):
-            mine = min(start + rank, len(batches) - 1)  # a sharded model needs every rank, a rank without a batch too
-            ids_BT, labels_BT = token_windows.ids_and_labels(batches[mine].long().to(device))
+        for first in range(0, len(starts), world_size):
+            mine = min(first + rank, len(starts) - 1)  # a sharded model needs every rank, a rank without a batch too
+            batch = self.samples[starts[mine] : starts[mine] + self.batch_size]
+            inputs, labels = task.inputs_and_labels(move_data_to_device(batch, device))
             with context():
-                logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-                loss = next_token_loss(logits_BTV, labels_BT, "sum")
-            if mine == start + rank:
-                total += torch.stack([loss.double(), (labels_BT[:, 1:] >= 0).sum().double()])
+                loss = task.cross_entropy(task.logits(model, inputs), labels, "sum")
+            if mine == first + rank:
+                total += torch.stack([loss.double(), (task.targets(labels) >= 0).sum().double()])
         model.train()
         loss, count = processes.all_sum(total).tolist()
         return math.exp(min(loss / max(count, 1.0), 700.0))

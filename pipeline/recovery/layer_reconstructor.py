@@ -41,8 +41,6 @@ class LayerReconstructor:
         self.dense.start()
         self.targets = [torch.empty(0)] * len(walk.batches)
         self.judging = range(self.steps[-1].stop, len(walk.batches))
-        tokens = sum(walk.batches[i].numel() for i in self.judging)
-        self.tokens = processes.all_sum(torch.tensor(tokens, device=walk.device)).item()
 
     def __call__(self, walk: LayerWalk, block: Block) -> BlockResult | None:
         """Trains a block that is not finished, in place."""
@@ -86,10 +84,11 @@ class LayerReconstructor:
 
         def judge() -> float:
             """Root of the mean over tokens."""
-            total = torch.zeros((), dtype=torch.float64, device=walk.device)
+            total = torch.zeros(2, dtype=torch.float64, device=walk.device)
             for batch in self.judging:
-                total += error(batch)
-            found = math.sqrt(processes.all_sum(total).item() / self.tokens)
+                total += torch.stack([error(batch).double(), total.new_tensor(self.targets[batch][..., 0].numel())])
+            sum_, tokens = processes.all_sum(total).tolist()
+            found = math.sqrt(sum_ / tokens)
             epoch, seconds = next(epochs_done), time.perf_counter() - started
             if seconds > PATIENCE:
                 processes.say(f"    epoch {epoch}/{epochs}: held-out error {found:.4f}, {seconds:.0f} s")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pipeline import tasks
 from pipeline.engine.blocks import find_blocks
 from pipeline.recovery import sharding
 from pipeline.recovery.masked_linear import ADAPTER, MaskedLinear
@@ -61,10 +62,10 @@ def attach(model: nn.Module, masks: Masks, settings: Finetune, cached: bool | No
     `cached`: see `MaskedLinear`; None decides by `settings`, device and free memory.
     """
     cached = _should_cache(model, settings) if cached is None else cached
-    return _attach(model, masks, lora_config(masks, settings), cached, not settings.checkpoint_activations)
+    return _attach(model, masks, lora_config(model, masks, settings), cached, not settings.checkpoint_activations)
 
 
-def lora_config(masks: Masks, settings: Finetune) -> LoraConfig:
+def lora_config(model: nn.Module, masks: Masks, settings: Finetune) -> LoraConfig:
     """peft's configuration for the masked matrices that `settings` chooses."""
     return LoraConfig(
         r=settings.rank,
@@ -72,7 +73,7 @@ def lora_config(masks: Masks, settings: Finetune) -> LoraConfig:
         lora_dropout=settings.dropout,
         bias=settings.bias,
         target_modules=targets(masks, settings.targets),
-        task_type="CAUSAL_LM",
+        task_type=tasks.of(model.config).peft_type,
     )
 
 

@@ -58,7 +58,7 @@ class PlainLora(FinetuneMethod):
     def attach(self, model: nn.Module, masks: Masks, settings: Finetune) -> nn.Module:
         """Raises `UserError` if peft would not adapt exactly the targets: it has no LoRA for some experts and names, and
         redirects some targets."""
-        config = lora.lora_config(masks, settings)
+        config = lora.lora_config(model, masks, settings)
         wanted, why = set(config.target_modules), ""
         modules = {name for name, _ in model.named_modules()}
         adapted = wanted & modules

@@ -1,16 +1,17 @@
-"""Trains a causal LM on token windows, for pretrain and finetune. A resumed training gives the same bits."""
+"""Trains a model on samples of its task, for pretrain and finetune. A resumed training gives the same bits."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import get_cosine_schedule_with_warmup
 
-from pipeline.data import token_windows
+from pipeline import tasks
 from pipeline.recovery import distillation, sharding
 from pipeline.recovery.checkpoints import AtomicCheckpoints, newest_checkpoint
 from pipeline.recovery.training_dtype import mixed_dtype, precision, trains_in_float32
@@ -18,6 +19,7 @@ from pipeline.registry import FINETUNE_METHODS
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune
+from pipeline.tasks.task import Samples
 
 
 def sequences_per_step(settings: Finetune) -> int:
@@ -37,13 +39,6 @@ def batch_per_process(settings: Finetune, world_size: int) -> tuple[int, int]:
     return size, each // size
 
 
-def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor, reduction: str = "mean") -> Tensor:
-    """Next-token cross-entropy in nats; labels of -100 are ignored. The model's `.loss` is not used: GIT skips the first
-    positions, which hold its image, and other models add a router loss."""
-    next_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)  # the last token predicts nothing
-    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), next_BT.flatten(), reduction=reduction)
-
-
 class _ReachAll(torch.autograd.Function):
     """Returns the loss unchanged, with a graph edge without gradient to each parameter. DDP waits for all parameters, and fails
     on those that get no gradient (idle experts, an image encoder, an indexer that is not differentiable). DDP's option
@@ -58,10 +53,10 @@ class _ReachAll(torch.autograd.Function):
         return grad, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
-class CausalLM(LightningModule):
+class TrainedModel(LightningModule):
     """The training module. `teacher` is the dense model to distil from, weighted by `finetune.distill`.
 
-    `counts` is set if windows hold tokens without loss: for each batch, the divisor of its summed loss (the step's tokens with
+    `counts` is set if samples hold tokens without loss: for each batch, the divisor of its summed loss (the step's tokens with
     loss, divided by accumulation and processes). This gives all tokens of a step the same weight in any split into batches.
     """
 
@@ -75,6 +70,7 @@ class CausalLM(LightningModule):
     ) -> None:
         super().__init__()
         self.model, self.settings, self.seed, self.counts = model, settings, seed, counts
+        self.task = tasks.of(model.config)
         object.__setattr__(self, "teacher", teacher)  # not in _modules, so it is not wrapped, trained or saved
         self.strict_loading = False  # checkpoints hold only the trained parameters
         self._hooks: list = []
@@ -100,10 +96,10 @@ class CausalLM(LightningModule):
             hook.remove()  # the hooks form a reference cycle through this module, which would keep the weights alive
         self._hooks = []
 
-    def training_step(self, ids_BT: Tensor, index: int) -> Tensor:
+    def training_step(self, batch: Any, index: int) -> Tensor:
         # seeded by batch, so that a resumed run has the same dropout
         torch.manual_seed((self.seed * 1_000_003 + index) * processes.world_size() + processes.rank())
-        loss = self._loss(ids_BT, index)
+        loss = self._loss(batch, index)
         if not loss.isfinite():
             raise UserError(
                 f"the loss at step {self.trainer.global_step + 1} is {loss.item()}: set a smaller lr than "
@@ -145,18 +141,18 @@ class CausalLM(LightningModule):
     def _trained_names(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def _loss(self, windows_BT: Tensor, index: int) -> Tensor:
-        ids_BT, labels_BT = token_windows.ids_and_labels(windows_BT)
-        teacher_BTV = None
+    def _loss(self, batch: Any, index: int) -> Tensor:
+        task, (inputs, labels) = self.task, self.task.inputs_and_labels(batch)
+        teacher = None
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_BTV = self.teacher(input_ids=ids_BT, use_cache=False).logits
-        student_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
-        if self.teacher is None and self.counts is None:
-            return next_token_loss(student_BTV, labels_BT)
+                teacher = task.predictions(task.logits(self.teacher, inputs))
+        student = task.logits(self.model, inputs)
+        if teacher is None and self.counts is None:
+            return task.cross_entropy(student, labels)
         count = self.counts[index] if self.counts else None
         share, temperature = self.settings.distill, self.settings.temperature
-        return distillation.loss(student_BTV, teacher_BTV, labels_BT, share, temperature, count)
+        return distillation.loss(task.predictions(student), teacher, task.targets(labels), share, temperature, count)
 
     def configure_optimizers(self) -> dict:
         settings = self.settings
@@ -194,27 +190,27 @@ class CausalLM(LightningModule):
 
 def fit(
     model: nn.Module,
-    windows_NT: Tensor,
+    samples: Samples,
     settings: Finetune,
     seed: int,
     folder: Path,
     callbacks: Sequence[Callback] = (),
     teacher: nn.Module | None = None,
 ) -> None:
-    """Trains `model` in place on (steps * sequences, T) windows, in order, resuming from a checkpoint in `folder` if any.
+    """Trains `model` in place on `samples` (as many as all steps take), in order, resuming from a checkpoint in `folder` if
+    any.
 
-    Windows may hold tokens without loss (see `token_windows.ids_and_labels`). The callbacks write checkpoints and logs (see
+    The callbacks write checkpoints and logs (see
     `callbacks.of_training`). The caller removes the checkpoints when its stage is complete. Raises `UserError` if the loss
     is not finite or the checkpoint does not fit.
     """
     rank, world_size = processes.rank(), processes.world_size()
     batch_size, accumulate = batch_per_process(settings, world_size)
-    by_step = windows_NT.view(settings.max_steps, sequences_per_step(settings), -1)
+    order = torch.arange(len(samples)).view(settings.max_steps, sequences_per_step(settings))
+    mine = Subset(samples, order[:, rank::world_size].flatten().tolist())
     counts = None
-    if (windows_NT < 0).any():
-        with_loss = (by_step[..., 1:] >= 0).sum((1, 2)) / (accumulate * world_size)
-        counts = [count for count in with_loss.tolist() for _ in range(accumulate)]
-    local_windows = by_step[:, rank::world_size].flatten(0, 1).long()
+    if with_loss := tasks.of(model.config).with_loss(samples, settings.max_steps):
+        counts = [count / (accumulate * world_size) for count in with_loss for _ in range(accumulate)]
     trainer = Trainer(
         max_steps=settings.max_steps,
         accumulate_grad_batches=accumulate,
@@ -232,11 +228,11 @@ def fit(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     # a plain DataLoader resumed mid-epoch repeats early batches and drops later ones
-    loader = StatefulDataLoader(local_windows, batch_size=batch_size)
+    loader = StatefulDataLoader(mine, batch_size=batch_size)
     last = newest_checkpoint(folder)
     if last:
         processes.say(f"  resuming from {last.name}")
-    trainer.fit(CausalLM(model, settings, seed, teacher, counts), loader, ckpt_path=last, weights_only=True)
+    trainer.fit(TrainedModel(model, settings, seed, teacher, counts), loader, ckpt_path=last, weights_only=True)
     if "wandb" in settings.loggers:
         import wandb
 

@@ -7,6 +7,7 @@ from pipeline import registry
 from pipeline.registry import ALLOCATIONS, FINETUNE_METHODS
 from pipeline.reporting import page
 from pipeline.reporting.summary import label_of, model_name, pruned_with, short
+from pipeline.runtime import files
 from pipeline.settings.schema import Recipe
 
 
@@ -21,15 +22,25 @@ def write_model_card(folder: Path, recipe: Recipe, stage: str, compact: bool = F
     made = f"{name}, pruned with {pruned_with(recipe, methods)} to {pattern}"
     if ALLOCATIONS.entry(prune.allocation).shares_ratio:
         made += f" shared out by {allocation}"
-    made += f" ({text.samples} samples of {text.seq_len} tokens of {text.dataset})"
+    images = reads_images(folder)
+    samples = "images" if images else f"samples of {text.seq_len} tokens"
+    made += f" ({text.samples} {samples} of {text.dataset})"
     if stage != "prune" and "reconstruct" in recipe.stages:
         made += ", its layers reconstructed"
     if stage == "finetune":
         made += f", then fine-tuned within its masks: {FINETUNE_METHODS.entry(tune.method).in_words(tune)}"
-        made += f" ({tune.max_steps} steps of {tune.batch_size * tune.accumulate} x {tune.seq_len} tokens of {tune.dataset})"
+        each = "images" if images else f"x {tune.seq_len} tokens"
+        made += f" ({tune.max_steps} steps of {tune.batch_size * tune.accumulate} {each} of {tune.dataset})"
     facts = {"base_model": on_hub(model_name(recipe)), "title": f"{name} {pattern}", "summary": f"{made}."}
-    facts["compact"] = compact
+    facts |= {"compact": compact, "images": images}
     page.write(folder / "README.md", page.render("model_card.md.jinja", **facts))
+
+
+def reads_images(folder: Path) -> bool:
+    """Whether the model in a folder is an image classifier, by its config.json."""
+    config = files.read_json(folder / "config.json") or {}
+    named = config.get("architectures") or [""]
+    return "ForImageClassification" in named[0] or "pretrained_cfg" in config  # timm's own
 
 
 def on_hub(model: str) -> str:

@@ -107,6 +107,9 @@ def _measured(model: dict, tasks: list[str]) -> Iterator[dict]:
     for name, value in (model.get("perplexity") or {}).items():
         error = get(model, "perplexity_stderr", name)
         yield dict(measure=f"{name} {PERPLEXITY}", value=value, error=error, text=summary.perplexity(value, error))
+    for name, found in (model.get("accuracy") or {}).items():
+        value, error, text = found["acc"], found.get("acc_stderr"), summary.accuracy(found, "acc")
+        yield dict(measure=f"{name} accuracy, %", value=100 * value, error=error and 100 * error, text=text)
     if tasks:
         scores = [model["zero_shot"][task] for task in tasks]
         mean, error = sum(score["acc"] for score in scores) / len(scores), summary.mean_error(scores)

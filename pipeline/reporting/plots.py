@@ -88,7 +88,7 @@ def reconstruction(figure: Figure, before: pd.Series, after: pd.Series) -> None:
 @picture
 def loss(figure: Figure, training: pd.Series, validation: pd.Series) -> None:
     """Nats per token by step; the solid line is a running mean of the faint one."""
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats)")
     places = np.arange(len(training)) // math.ceil(len(training) / POINTS)
     thinned = training.reset_index().groupby(places).mean().set_index(training.index.name)[training.name]
     window = max(1, len(thinned) // 20)

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.engine import coverage
-from pipeline.reporting import card, costs, page, published, series, summary
+from pipeline.reporting import card, costs, headline, page, published, series, summary
 from pipeline.runtime import checksums, files
 from pipeline.settings.schema import STAGES, Recipe, plain
 
@@ -42,7 +42,8 @@ def write(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     page.write(folder / "report.html", page.html(text, title=f"{facts['title']} {facts['pattern']}", kind="report"))
     # for the hub; tables in place of the pictures
     facts["tables"] = _tables(logs) + facts["tables"]
-    front = page.render("front.md.jinja", base_model=card.on_hub(summary.model_name(recipe)))
+    matter = {"base_model": card.on_hub(summary.model_name(recipe)), "images": bool(recipe.evaluate.accuracy)}
+    front = page.render("front.md.jinja", **matter)
     page.write(folder / "report.md", f"{front}\n{page.render('report.md.jinja', **facts, figures=[])}")
 
 
@@ -105,7 +106,7 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> tuple[dict[str, Any], di
     facts = {
         "title": summary.short(summary.model_name(recipe)),
         "pattern": summary.label_of(recipe, "prune.sparsity", results) if "pruned" in results["models"] else "",
-        "headline": f"{summary.headline(recipe, results)} {costs.headline(sizes, speed)}".strip(),
+        "headline": f"{headline.headline(recipe, results)} {costs.headline(sizes, speed)}".strip(),
         "cost": f"It took {total} on {'; '.join(machines)}." if machines else "",
         "columns": summary.columns(results),
         "groups": summary.groups(results, reference),
@@ -134,7 +135,7 @@ def _tables(logs: dict[str, series.Rows]) -> list[Section]:
         "Layers": series.numbers(logs["layers"], "layer", "sparsity", "relative_output_error", "seconds"),
         "Relative output error of each matrix over the layers": spread,
         "Relative output error of each layer, before and after reconstruction": rebuilt,
-        "Fine-tuning loss (nats per token)": loss.iloc[[0, -1]] if len(loss) else loss,
+        "Fine-tuning loss (nats)": loss.iloc[[0, -1]] if len(loss) else loss,
     }
     return [(it, [name.replace("_", " ") for name in rows], _cells(rows)) for it, rows in frames.items() if len(rows)]
 

@@ -1,12 +1,15 @@
 """The numbers that stages log, as tables to draw."""
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 Rows = list[dict[str, str]]
+# the layer in a parameter's name: model.layers.3.mlp.up_proj.weight, or in a stage, encoder.stages.1.layers.0.fc1.weight
+LAYER = re.compile(r"^(.*?)\.(\d+)\.(?:(\w+)\.(\d+)\.)?")
 
 
 def read(path: Path) -> Rows:
@@ -35,7 +38,7 @@ def by_type(rows: Rows, y: str) -> pd.DataFrame:
     if y not in (frame := numbers(rows, "layer", y)):
         return frame
     # model.layers.3.mlp.experts.down_proj[5] -> mlp.experts.down_proj -> down_proj, where the end is unique
-    kinds = pd.Series([row["matrix"] for row in rows]).str.split(r"\.\d+\.", n=1, regex=True).str[-1]
+    kinds = pd.Series([row["matrix"] for row in rows]).str.replace(LAYER, "", regex=True)
     kinds = kinds.str.replace(r"\[\d+\]$|\.weight$", "", regex=True)
     ends = kinds.str.rpartition(".")[2]
     frame["type"] = ends.where(kinds.groupby(ends).transform("nunique") == 1, kinds)

@@ -10,6 +10,7 @@ from pipeline.settings.schema import STAGES, Recipe, Stage
 
 MODEL_STAGES = {stage.model: stage for stage in STAGES.values() if stage.model}  # the stage that writes each model
 MODELS = ("dense", *MODEL_STAGES)
+METRICS = {"acc_top5": "top 5"}  # as reports call them
 SHARES = ("acc", "exact_match", "zero_shot_mean")  # metrics in 0..1, by their beginnings
 MARK = "*"
 
@@ -25,7 +26,7 @@ Groups = list[tuple[str, list[tuple[str, list[Cell]]]]]  # (title, rows), a row 
 EXPLAINED = (
     "±: standard error. In brackets: the difference to the dense model (perplexity: in percent, or as a factor from "
     f"2 on; accuracy: in points) and its paired standard error; {MARK}: more than two standard errors. "
-    "Recovered: the regained share of the log-perplexity that pruning lost."
+    "Recovered: the regained share of the log-perplexity, or of the accuracy, that pruning lost."
 )
 
 
@@ -36,27 +37,42 @@ def columns(results: dict) -> list[str]:
 def groups(results: dict, published: dict[str, float] | None = None) -> Groups:
     """All rows of the table; what no model has is left out. `published`: perplexities on wikitext2, by model."""
     models, published = {name: results["models"][name] for name in columns(results)}, published or {}
-    language, tasks, weights = [], [], []
+    language, weights = [], []
     for dataset in keys(model.get("perplexity") for model in models.values()):
-        language += _row(dataset + _part(results), [perplexity_cell(model, dataset) for model in models.values()])
+        language += _row(dataset + part(results), [perplexity_cell(model, dataset) for model in models.values()])
         if dataset == "wikitext2":
             language += _row(f"{dataset}, published", [_cell(published.get(it), perplexity) for it in models], "")
-        shares = [_recovered(models, name, dataset) for name in models]
+        shares = [recovered_of(models, name, "perplexity", dataset) for name in models]
         language += _row(f"{dataset}, recovered", [_cell(it, "{:.0%}".format) for it in shares], "")
-    for task in keys(model.get("zero_shot") for model in models.values()):
-        for metric in keys(get(model, "zero_shot", task) for model in models.values()):
-            if not metric.endswith("_stderr"):
-                label = task if metric == "acc" else f"{task}, {metric}"
-                label += "" if metric.startswith(SHARES) else " (not in %)"
-                tasks += _row(label, [_score_cell(model, task, metric) for model in models.values()])
+    tasks = _accuracies(models, "zero_shot")
     tasks += _row("mean", [_mean_cell(model) for model in models.values()])
     sparsity = [get(model, "sparsity", "overall") for model in models.values()]
     weights += _row("sparsity, %", [_cell(it, lambda it: f"{100 * it:.2f}") for it in sparsity])
     weights += _row("mask violations", [_cell(model.get("mask_violations"), str) for model in models.values()])
     fewshot = get(results, "protocol", "fewshot")
     shots = f"{fewshot}-shot" if fewshot else "Zero-shot"
-    titles = ("Perplexity (lower is better)", f"{shots}, % (higher is better)", "Weights")
-    return [(title, rows) for title, rows in zip(titles, (language, tasks, weights), strict=True) if rows]
+    titled = {
+        "Perplexity (lower is better)": language,
+        f"{shots}, % (higher is better)": tasks,
+        "Accuracy, % (higher is better)": _accuracies(models, "accuracy"),
+        "Weights": weights,
+    }
+    return [(title, rows) for title, rows in titled.items() if rows]
+
+
+def _accuracies(models: dict[str, dict], kind: str) -> list[tuple[str, list[Cell]]]:
+    """The rows of the tasks, or of the data sets of images, in a section of the results."""
+    rows = []
+    for task in keys(model.get(kind) for model in models.values()):
+        for metric in keys(get(model, kind, task) for model in models.values()):
+            if not metric.endswith("_stderr"):
+                label = task if metric == "acc" else f"{task}, {METRICS.get(metric, metric)}"
+                label += "" if metric.startswith(SHARES) else " (not in %)"
+                rows += _row(label, [_score_cell(model, kind, task, metric) for model in models.values()])
+        if kind == "accuracy":
+            shares = [recovered_of(models, name, kind, task) for name in models]
+            rows += _row(f"{task}, recovered", [_cell(it, "{:.0%}".format) for it in shares], "")
+    return rows
 
 
 def _row(label: str, cells: list[Cell | None], missing: str = "-") -> list[tuple[str, list[Cell]]]:
@@ -68,7 +84,7 @@ def _cell(value: Any, form: Callable[[Any], str]) -> Cell | None:
     return None if value is None else Cell(_signed(form(value)))
 
 
-def _part(results: dict) -> str:
+def part(results: dict) -> str:
     """Marks perplexities of the beginning of a text only."""
     windows = get(results, "protocol", "windows")
     return f" (first {windows} windows)" if windows else ""
@@ -89,11 +105,11 @@ def perplexity_cell(model: dict, dataset: str) -> Cell | None:
     return Cell(text, _signed(change), abs(difference["log"]) > 2 * error)
 
 
-def _score_cell(model: dict, task: str, metric: str) -> Cell:
+def _score_cell(model: dict, kind: str, task: str, metric: str) -> Cell:
     """`61.2 ± 1.0`, and as difference `−2.1 ± 0.8`."""
     text, difference = (
-        accuracy(get(model, "zero_shot", task) or {}, metric),
-        get(model, "differences", "dense", "zero_shot", task),
+        accuracy(get(model, kind, task) or {}, metric),
+        get(model, "differences", "dense", kind, task),
     )
     if metric not in (difference or {}):
         return Cell(text)
@@ -136,9 +152,16 @@ def recovered(dense: float | None, pruned: float | None, after: float | None) ->
     return math.log(pruned / after) / math.log(pruned / dense)
 
 
-def _recovered(models: dict, name: str, dataset: str | None) -> float | None:
-    numbers = [get(models, model, "perplexity", dataset) for model in (*MODELS[:2], name)]
-    return None if name in MODELS[:2] else recovered(*numbers)
+def recovered_of(models: dict, name: str, kind: str, dataset: str | None) -> float | None:
+    """The regained share of what pruning lost on a data set: of the log-perplexity, or of the accuracy."""
+    path = (kind, dataset, "acc") if kind == "accuracy" else (kind, dataset)
+    numbers = [get(models, model, *path) for model in (*MODELS[:2], name)]
+    if name in MODELS[:2]:
+        return None
+    if kind == "perplexity":
+        return recovered(*numbers)
+    dense, pruned, after = numbers
+    return None if None in numbers or pruned >= dense else (after - pruned) / (dense - pruned)
 
 
 def perplexity(value: float, error: float | None = None) -> str:
@@ -168,51 +191,16 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
-def headline(recipe: Recipe, results: dict) -> str:
-    """What was pruned, how, to what sparsity, and what became of the first perplexity, or else of the mean accuracy."""
-    models, sentence = {name: results["models"][name] for name in columns(results)}, short(model_name(recipe))
-    if "pruned" in models:
-        overall = get(models, "pruned", "sparsity", "overall")
-        share = "" if overall is None else f" ({overall:.2%} of the prunable weights are zero)"
-        pattern = label_of(recipe, "prune.sparsity", results)
-        sentence += f", pruned with {pruned_with(recipe, results)} to {pattern}{share}"
-    dataset = next(iter(keys(model.get("perplexity") for model in models.values())), None)
-    if dataset:
-        measure, form = f"{dataset}{_part(results)} perplexity", perplexity
-        values = {name: get(model, "perplexity", dataset) for name, model in models.items()}
-    else:
-        measure, form = "mean zero-shot accuracy (%)", lambda value: f"{100 * value:.1f}"
-        values = {name: model.get("zero_shot_mean") for name, model in models.items()}
-    values = {name: value for name, value in values.items() if value is not None}
-    if not values:
-        return f"{sentence} was evaluated."
-    parts = [f"{form(value)} {_state(recipe, results, name)}" for name, value in values.items()]
-    sentence += f": {measure} {' → '.join(parts)}."
-    share = _recovered(models, list(values)[-1], dataset)
-    if share is None:
-        return sentence
-    return f"{sentence} {f'{share:.0%} of the lost log-perplexity' if share > 0 else 'Nothing'} was recovered."
-
-
 def stage_label(stage: Stage, label: Callable[[str], str]) -> str:
     """What reports call a stage that recovers a model; `label` gives the label of a setting that a registry lists."""
     key = f"{stage.name}.method"
     return label(key) if key in registry.REGISTRIES else stage.label or stage.name
 
 
-def _state(recipe: Recipe, results: dict, model: str) -> str:
-    """A model in the headline: `pruned`, `after LoRA for 300 steps`."""
-    if model in ("dense", "pruned"):
-        return model
-    stage = MODEL_STAGES[model]
-    steps = getattr(getattr(recipe, stage.name, None), "max_steps", None)
-    text = f"after {stage_label(stage, lambda key: label_of(recipe, key, results))}"
-    return f"{text} for {steps} steps" if steps else text
-
-
 def model_name(recipe: Recipe) -> str:
     shape = recipe.pretrain
-    return recipe.model or f"A small Llama trained here ({shape.layers} layers, {shape.hidden_size} wide)"
+    kind = "Llama" if shape.dataset == "world" else "ViT"
+    return recipe.model or f"A small {kind} trained here ({shape.layers} layers, {shape.hidden_size} wide)"
 
 
 def short(model: str) -> str:

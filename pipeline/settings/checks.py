@@ -80,7 +80,8 @@ def _check_stages(recipe: Recipe) -> None:
             "report needs evaluate in stages (a finished stage is not run again): set stages=[...,evaluate,report]"
         )
     datasets = {"finetune.dataset": [recipe.finetune.dataset], "finetune.validation": [recipe.finetune.validation]}
-    for key, names in (datasets | {"evaluate.perplexity": recipe.evaluate.perplexity}).items():
+    datasets |= {f"evaluate.{key}": getattr(recipe.evaluate, key) for key in ("perplexity", "accuracy")}
+    for key, names in datasets.items():
         if "self" in names:
             raise UserError(f"{key}=self: text that the model writes is for calibration only: set {key} to a data set")
 

@@ -4,7 +4,6 @@ Measurements are cached (`evaluation/measure.py`): a killed evaluation resumes, 
 runs in the same parent folder measure their dense model once.
 """
 
-import re
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ from pipeline.evaluation import continuations, paired
 from pipeline.evaluation.measure import Subject, measure
 from pipeline.evaluation.tasks import check_tasks
 from pipeline.models import loading, verification
+from pipeline.reporting import series
 from pipeline.runtime import files, memory, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import STAGES, Recipe
@@ -38,9 +38,10 @@ def check(recipe: Recipe) -> None:
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes `results.json`: {"models": {"dense", "pruned", ...}, "protocol", "versions", "methods"}.
 
-    Each model has "perplexity" and "perplexity_stderr" by data set, "zero_shot" by task, "continuations" of the protocol's
-    "prompts", "differences" from each earlier model (`paired.difference`), the "hash" of its folder, "sparsity" and
-    "mask_violations". The protocol holds the sha256 of the "masks" file. "methods": see `registry.describe`.
+    Each model has "perplexity" and "perplexity_stderr" by data set, "zero_shot" by task, "accuracy" by data set of
+    images, "continuations" of the protocol's "prompts", "differences" from each earlier model (`paired.difference`), the
+    "hash" of its folder, "sparsity" and "mask_violations". The protocol holds the sha256 of the "masks" file. "methods": see
+    `registry.describe`.
     """
     settings, dense = recipe.evaluate, loading.dense_folder(recipe, inputs)
     _check_length(dense, recipe)
@@ -50,8 +51,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         protocol["notes"].append("trust_remote_code=true: the model's own code was run")
     if quantized := loading.quantization(dense):
         protocol["notes"].append(f"the dense model's files are quantised ({quantized}): its weights were dequantised")
-    tokenizer = loading.tokenizer(dense, recipe)
-    if settings.perplexity and not settings.bos and special_tokens.adds_bos(tokenizer):
+    tokenizer = loading.tokenizer(dense, recipe) if settings.perplexity else None
+    if tokenizer and not settings.bos and special_tokens.adds_bos(tokenizer):
         protocol["notes"].append(
             f"the tokenizer begins each text with {tokenizer.bos_token}, so only a text's first window has it, as in the "
             "papers: set evaluate.bos=true for models that need it, such as Gemma"
@@ -125,10 +126,10 @@ def _weights(name: str, folder: Path, masks: Masks, recipe: Recipe) -> dict[str,
             f"{folder} does not match its masks: {worst.count} pruned weights of {worst.name} are not zero, the first at "
             f"{list(worst.first)} ({len(violations)} such matrices in the {name} model)"
         )
-    layers: dict[tuple[str, int], list[verification.CheckedMatrix]] = defaultdict(list)
+    layers: dict[tuple[str, int, str, int], list[verification.CheckedMatrix]] = defaultdict(list)
     for matrix in matrices:
-        match = re.match(r"(.*?)\.(\d+)\.", matrix.name)  # model.layers.3.mlp.up_proj.weight: layer 3 of model.layers
-        layers[match[1], int(match[2])].append(matrix)
+        stack, number, inner, place = series.LAYER.match(matrix.name).groups()
+        layers[stack, int(number), inner or "", int(place or 0)].append(matrix)
     sparsity = {
         "overall": _share(matrices),
         "by_layer": [_share(layers[layer]) for layer in sorted(layers)],

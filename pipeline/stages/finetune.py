@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig
 
 from callbacks import of_training
 from callbacks.mask_keeper import MaskKeeper
 from callbacks.validation import Validation
-from pipeline.data import sources, token_windows
+from pipeline import tasks
+from pipeline.data import sources
 from pipeline.engine.blocks import find_blocks
 from pipeline.models import loading
 from pipeline.models.rewrite import rewrite
@@ -26,6 +27,7 @@ from pipeline.runtime import deterministic, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune, Recipe
 from pipeline.sparsity.masks import Masks
+from pipeline.tasks.task import Samples
 
 
 def check(recipe: Recipe) -> None:
@@ -77,28 +79,24 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     settings, method = recipe.finetune, FINETUNE_METHODS.entry(recipe.finetune.method)
     origin, masks_file = inputs.get("reconstruct", inputs["prune"]) / "model", inputs["prune"] / "masks.safetensors"
     masks = Masks.load(masks_file)
-    tokenizer = loading.tokenizer(origin, recipe)
     batch_per_process(settings, processes.world_size())  # raises before the model is loaded
 
     pruned = load(origin, recipe)
     loading.check_length(pruned.config, "finetune.seq_len", settings.seq_len)
+    task = tasks.of(pruned.config)
+    processor, seed = task.processor(origin, recipe), recipe.seed
     source, *validation = sources.of_stage(recipe, "finetune")
-    samples = settings.max_steps * sequences_per_step(settings)
-    windows_NT = token_windows.packed(source, tokenizer, settings.seq_len, samples, recipe.seed, loss=settings.loss)
-    ids_NT = token_windows.ids_and_labels(windows_NT)[0] if settings.loss != "all" else windows_NT
-    loading.check_vocabulary(pruned.config, ids_NT, source)
-
-    held_out_NT = None
+    count = settings.max_steps * sequences_per_step(settings)
+    samples, held_out = task.training(source, processor, pruned.config, settings, count, seed), None
     if validation:
-        held_out_NT = token_windows.packed(
-            validation[0], tokenizer, settings.seq_len, settings.validation_samples, 0, loss=settings.loss
-        )
+        count = settings.validation_samples
+        held_out = task.training(validation[0], processor, pruned.config, settings, count, 0)
     teacher = None
     if settings.distill:
         dense = loading.dense_folder(recipe, inputs)
         teacher = loading.load(dense, recipe, frozen(dense, recipe))
     with deterministic.training(recipe.deterministic):
-        recovery = train(pruned, masks, windows_NT, held_out_NT, settings, recipe.seed, folder, teacher)
+        recovery = train(pruned, masks, samples, held_out, settings, seed, folder, teacher)
 
     recovery.save(folder, masks_file)
     if method.leaves_model:
@@ -113,25 +111,25 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
 def train(
     model: nn.Module,
     masks: Masks,
-    windows_NT: Tensor,
-    held_out_NT: Tensor | None,
+    samples: Samples,
+    validation: Samples | None,
     settings: Finetune,
     seed: int,
     folder: Path,
     teacher: nn.Module | None = None,
     checkpoints: bool = True,
 ) -> FinetuneMethod:
-    """Trains the model with `finetune.method` on the windows in their order, and returns the method's object. Resumes from a
+    """Trains the model with `finetune.method` on the samples in their order, and returns the method's object. Resumes from a
     checkpoint in `folder`."""
     torch.manual_seed(seed)  # for A; B starts at zero
     recovery = FINETUNE_METHODS.entry(settings.method).load()(model, masks, settings)
-    held_out, validation = None, None
-    if held_out_NT is not None:
-        held_out = HeldOut(held_out_NT, settings.batch_size, settings.patience, folder)
-        validation = Validation(held_out, settings.validate_every)
+    held_out, measured = None, None
+    if validation is not None:
+        held_out = HeldOut(validation, settings.batch_size, settings.patience, folder)
+        measured = Validation(held_out, settings.validate_every)
     checkpoint_every = settings.checkpoint_every if checkpoints else None
-    callbacks = [MaskKeeper(recovery), *of_training(folder, checkpoint_every, validation)]
-    fit(recovery.model, windows_NT, settings, seed, folder, callbacks, teacher)
+    callbacks = [MaskKeeper(recovery), *of_training(folder, checkpoint_every, measured)]
+    fit(recovery.model, samples, settings, seed, folder, callbacks, teacher)
     if held_out:
         held_out.restore(recovery.model)
     assert recovery.reapply() == 0

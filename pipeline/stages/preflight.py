@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from pipeline import registry
-from pipeline.data import chat, sampled, sources, special_tokens, token_windows
+from pipeline import registry, tasks
+from pipeline.data import chat, digits, images, sampled, sources, special_tokens, token_windows
 from pipeline.evaluation.perplexity import windows
 from pipeline.evaluation.tasks import hub_data
 from pipeline.models import loading
@@ -52,31 +52,50 @@ def check_disk(recipe: Recipe) -> None:
 
 def _check(recipe: Recipe) -> list[str]:
     """Returns warnings."""
-    tokenizer, config, folder = _model(recipe)
-    special_tokens.check(tokenizer, config, folder)
-    _check_lengths(recipe, config)
-    warnings = [f"the tokenizer of {folder}: {text}" for text in _check_prompts(recipe, tokenizer, config)]
+    processor, config, folder = _model(recipe)
+    task = tasks.of(config)
+    task.check(recipe, folder)
+    warnings = _check_language(recipe, processor, config, folder) if task.reads_text else []
     warnings += registry.ignored(recipe)
     _check_packages(recipe)
-    _check_task_data(recipe)
     reading = [stage for stage in READERS if stage in recipe.stages]
     texts = [(stage, source) for stage in reading for source in sources.of_stage(recipe, stage)]
-    if any(source.name not in ("world", sources.SELF) for _, source in texts):
+    if any(source.name not in (*sources.GENERATED, digits.NAME) for _, source in texts):
         caches.check_datasets()
     for stage, source in texts:
-        _check_text(recipe, stage, source, tokenizer, config)
+        if task.reads_text:
+            _check_text(recipe, stage, source, processor, config)
+        elif not _is_done(recipe, stage):
+            _check_images(recipe, stage, source, processor, config)
     return warnings
 
 
-def _model(recipe: Recipe) -> tuple[Any, PreTrainedConfig, str]:
-    """Tokenizer, config and name of the dense model."""
-    if recipe.model is None:
-        from pipeline.data import world
+def _check_language(recipe: Recipe, tokenizer: Any, config: PreTrainedConfig, folder: str) -> list[str]:
+    """The checks of language models alone; returns warnings."""
+    special_tokens.check(tokenizer, config, folder)
+    _check_lengths(recipe, config)
+    _check_task_data(recipe)
+    return [f"the tokenizer of {folder}: {text}" for text in _check_prompts(recipe, tokenizer, config)]
 
-        tokenizer = world.tokenizer()
-        return tokenizer, pretrain.configuration(recipe.pretrain, tokenizer), "the small Llama"
+
+def _check_images(recipe: Recipe, stage: str, source: sources.Source, processor: Any, config: PreTrainedConfig) -> None:
+    """Raises `UserError` if the first image cannot be read, there are too few, or the classes are not the model's."""
+    settings = {"prune": recipe.calibration, "reconstruct": reconstruction_text(recipe)}.get(stage)
+    if settings:
+        found = images.drawn(source, processor, config, settings.samples, recipe.seed, source.section)
+    else:
+        found = images.evaluated(source, processor, config, None)
+    found[0]
+
+
+def _model(recipe: Recipe) -> tuple[Any, PreTrainedConfig, str]:
+    """Tokenizer or image processor, config and name of the dense model."""
+    if recipe.model is None:
+        toy = pretrain.toy(recipe.pretrain)
+        return toy.processor, toy.config, f"the {toy.name}"
     folder = loading.locate(recipe.model, recipe.revision)
-    return loading.tokenizer(folder, recipe), loading.config(folder, recipe), recipe.model
+    config = loading.config(folder, recipe)
+    return tasks.of(config).processor(folder, recipe), config, recipe.model
 
 
 def _check_lengths(recipe: Recipe, config: PreTrainedConfig) -> None:

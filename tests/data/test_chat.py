@@ -16,6 +16,7 @@ from pipeline.recovery.held_out import HeldOut
 from pipeline.recovery.training import fit
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune
+from pipeline.tasks.language_modeling import LanguageModeling
 from tests.conftest import QUICK, byte_tokenizer
 from tests.engine.test_decoder import small_model
 
@@ -219,8 +220,9 @@ def test_validation_is_the_mean_over_the_assistants_tokens(tmp_path):
 
 def test_without_a_teacher_the_loss_is_the_models_own():
     model, ids = small_model("llama"), WINDOWS[:4].where(WINDOWS[:4] >= 0, ~WINDOWS[:4])
-    expected = model(ids, labels=ids).loss
-    torch.testing.assert_close(distillation.loss(model(ids).logits, None, ids, 0.0, 1.0), expected)
+    expected, task = model(ids, labels=ids).loss, LanguageModeling()
+    predicted, targets = task.predictions(model(ids).logits), task.targets(ids)
+    torch.testing.assert_close(distillation.loss(predicted, None, targets, 0.0, 1.0), expected)
 
 
 @pytest.mark.slow

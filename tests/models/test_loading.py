@@ -24,10 +24,14 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
     LlamaModel,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
-    ViTForImageClassification,
+    ViTModel,
+    YolosConfig,
+    YolosForObjectDetection,
 )
 
 from pipeline.commands.verify import check_matrices
@@ -292,7 +296,13 @@ OTHERS = {
     "CLIPModel": lambda: CLIPModel(
         CLIPConfig(text_config=LAYERS, vision_config=LAYERS | {"image_size": 28, "patch_size": 14})
     ),
-    "ViTForImageClassification": lambda: ViTForImageClassification(ViTConfig(**LAYERS, image_size=28, patch_size=14)),
+    "ViTModel": lambda: ViTModel(ViTConfig(**LAYERS, image_size=28, patch_size=14)),
+    "YolosForObjectDetection": lambda: YolosForObjectDetection(
+        YolosConfig(**LAYERS, image_size=[28, 28], patch_size=14, num_detection_tokens=2)
+    ),
+    "SegformerForSemanticSegmentation": lambda: SegformerForSemanticSegmentation(
+        SegformerConfig(num_encoder_blocks=1, depths=[1], sr_ratios=[1], hidden_sizes=[16], num_attention_heads=[1])
+    ),
     "LlamaModel": lambda: LlamaModel(LlamaConfig(**LAYERS)),
     "GPT2Model": lambda: GPT2Model(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=60)),
     "LlamaForSequenceClassification": lambda: LlamaForSequenceClassification(LlamaConfig(**LAYERS)),
@@ -300,7 +310,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_models_than_causal_language_models_are_refused(name, tmp_path):
+def test_other_models_are_refused(name, tmp_path):
     OTHERS[name]().save_pretrained(tmp_path)
     assert f"{tmp_path} holds a {name} (config.json), which is " in refused(tmp_path)
     with pytest.raises(UserError, match="holds a"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from pipeline.recovery import lora, sharding, training
 from pipeline.recovery.lora import MaskedLinear, MaskedParameter
@@ -15,6 +16,7 @@ from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune
 from pipeline.sparsity.masks import Masks, apply_
+from pipeline.tasks.language_modeling import LanguageModeling
 from tests.conftest import ROOT, command, environment
 from tests.families import tiny
 from tests.recovery.test_lora import with_masks
@@ -52,7 +54,7 @@ def train(recovery, steps: int = 3) -> nn.Module:
     model = recovery.model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(steps):
-        training.next_token_loss(model(input_ids=ids(step), use_cache=False).logits, ids(step)).backward()
+        LanguageModeling().cross_entropy(model(input_ids=ids(step), use_cache=False).logits, ids(step)).backward()
         recovery.mask_gradients()
         optimizer.step()
         optimizer.zero_grad()
@@ -134,7 +136,7 @@ def test_effective_weights_are_computed_once_per_forward_and_backward(family, mo
     recovery = MaskedLora(*with_masks(tiny(family)), SETTINGS)
     train(recovery, 1)
     made.clear()
-    loss = training.next_token_loss(recovery.model.train()(input_ids=ids(0), use_cache=False).logits, ids(0))
+    loss = LanguageModeling().cross_entropy(recovery.model.train()(input_ids=ids(0), use_cache=False).logits, ids(0))
     once = len(made)
     assert once == len(set(made)) > 0
     loss.backward()
@@ -249,6 +251,7 @@ def test_only_the_target_is_adapted_if_names_have_the_same_suffix():
         return nn.ModuleList([nn.Sequential(nn.Linear(8, 8))])
 
     model = nn.Module()
+    model.config = PreTrainedConfig()
     model.layers, model.other, model.deep = layers(), layers(), nn.Module()
     model.deep.layers = layers()
     masks = Masks()

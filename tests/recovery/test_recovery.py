@@ -16,6 +16,7 @@ from pipeline.settings import reader, schema
 from pipeline.settings.schema import Finetune
 from pipeline.sparsity.masks import Masks, apply_, pack, unpack
 from pipeline.stages import finetune, prune
+from pipeline.tasks.language_modeling import LanguageModeling
 from tests.conftest import QUICK, ROOT, command, environment
 from tests.engine.test_decoder import small_model
 from tests.recovery.test_lora import trained, with_masks
@@ -175,6 +176,8 @@ def test_distillation_loss_equals_the_formula(temperature):
     hard = torch.nn.functional.cross_entropy(student[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     p, q = (torch.log_softmax(x[:, :-1] / temperature, -1) for x in (teacher, student))
     expected = 0.7 * hard + 0.3 * temperature**2 * (p.exp() * (p - q)).sum(-1).mean()
+    task = LanguageModeling()
+    student, teacher, ids = task.predictions(student), task.predictions(teacher), task.targets(ids)
     torch.testing.assert_close(distillation.loss(student, teacher, ids, 0.3, temperature), expected)
     torch.testing.assert_close(distillation.loss(student, teacher, ids, 0.0, 1.0), hard)
     assert distillation.loss(teacher, teacher, ids, 1.0, 1.0).abs() < 1e-6

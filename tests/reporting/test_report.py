@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.reporting import plots, published, report, summary
+from pipeline.reporting import headline, plots, published, report, summary
 from pipeline.settings import reader, schema
 from tests.reporting.report_files import (
     Page,
@@ -216,7 +216,7 @@ def test_recovered_share() -> None:
 def test_headline_says_what_was_recovered(finetuned: float, words: str) -> None:
     settings = reader.load(["recipe=tiny", "model=some/model", "stages=[prune,evaluate,report]"])
     results = {"models": {n: {"perplexity": {"ptb": p}} for n, p in zip(PLAIN, (5.68, 11.53, finetuned))}}
-    assert words in summary.headline(settings, results)
+    assert words in headline.headline(settings, results)
 
 
 @pytest.mark.parametrize("seconds, text", [(0.14, "0.1 s"), (42.2, "42 s"), (59.7, "1 min 0 s"), (3599.6, "1 h 0 min")])

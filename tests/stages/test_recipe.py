@@ -16,7 +16,7 @@ FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_recipe_loads_and_is_short(path):
-    extra = [] if path.stem != "paper" else ["model=somewhere"]
+    extra = [] if path.stem not in ("paper", "images") else ["model=somewhere"]
     loaded = reader.load([f"recipe={path}", *extra])
     assert loaded.run_dir == f"runs/{path.stem}"
     assert len(path.read_text().splitlines()) <= 20
@@ -101,7 +101,7 @@ def test_every_available_recipe_loads():
     for model in ("llama7b", "llama2_70b", "llama3_2_1b", "opt_1_3b"):
         assert {model, f"{model}_2of4", f"{model}_4of8", f"{model}_half"} <= set(names)
     for name in names:
-        loaded = reader.load([f"recipe={name}", *(["model=m"] if name.startswith("paper") else [])])
+        loaded = reader.load([f"recipe={name}", *(["model=m"] if name.startswith(("paper", "images")) else [])])
         assert loaded.run_dir == f"runs/{name}"
     assert str(reader.load(["recipe=opt_6_7b_half"]).prune.sparsity) == "0.5"
 

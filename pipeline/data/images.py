@@ -1,0 +1,138 @@
+"""Samples of images: pixel values as the model's image processor makes them, read when they are used.
+
+Shapes: B = images of a batch, C = channels, H, W = pixels.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedConfig
+
+from pipeline.data.image_rows import ImageRows
+from pipeline.data.sources import Source
+from pipeline.runtime.errors import UserError
+
+KEPT = 256 << 20  # bytes of pixel values that are kept for images that come again
+WORDNET = re.compile(r"n\d{8}")  # the class folders of ImageNet
+
+
+class Images(Dataset):
+    """Images of a source in the order of `places`. An item is its pixel values (C, H, W), a slice a batch (B, C, H, W);
+    with `labels`, the class of each row, each comes with its label: [pixels, label]."""
+
+    def __init__(
+        self,
+        rows: ImageRows,
+        processor: Any,
+        config: PreTrainedConfig,
+        places: Sequence[int],
+        labels: Sequence[int] | None,
+    ) -> None:
+        self.rows, self.processor, self.places, self.labels = rows, processor, places, labels
+        self.channels = getattr(config, "num_channels", 3)
+        self._kept: dict[int, Tensor] = {}
+        self._free = KEPT
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        places = self.places[index]
+        if isinstance(places, int):
+            pixels_CHW = self._pixels(places)
+            return pixels_CHW if self.labels is None else [pixels_CHW, self.labels[places]]
+        try:
+            pixels_BCHW = torch.stack([self._pixels(place) for place in places])
+        except RuntimeError as error:
+            raise UserError(
+                f"the image processor leaves the images of {self.rows.source} in different sizes: set do_resize and size in "
+                "its preprocessor_config.json"
+            ) from error
+        return pixels_BCHW if self.labels is None else [pixels_BCHW, torch.tensor([self.labels[it] for it in places])]
+
+    def _pixels(self, place: int) -> Tensor:
+        if place not in self._kept:
+            image = self.rows.image(place, self.channels)
+            try:
+                found = self.processor(images=image, return_tensors="pt")
+            except Exception as error:  # depends on the processor and its settings
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"{self.rows.name(place)}: the model's image processor fails: {reason}") from error
+            if more := found.keys() - {"pixel_values"}:
+                raise UserError(
+                    f"the model reads {', '.join(sorted(more))} beside the pixels of images: this is not supported"
+                )
+            pixels_CHW = found["pixel_values"][0]
+            if self._free < pixels_CHW.nbytes:
+                return pixels_CHW
+            self._free -= pixels_CHW.nbytes
+            self._kept[place] = pixels_CHW
+        return self._kept[place]
+
+
+def drawn(
+    source: Source, processor: Any, config: PreTrainedConfig, count: int, seed: int, section: str = "calibration"
+) -> Images:
+    """`count` different images without labels, drawn with `seed`. Raises `UserError` if there are fewer."""
+    rows = ImageRows(source, labelled=False)
+    if count > len(rows):
+        raise UserError(f"{source} has {len(rows)} images, but {count} are needed: set {section}.samples={len(rows)}")
+    return Images(rows, processor, config, random.Random(seed).sample(range(len(rows)), count), None)
+
+
+def repeated(source: Source, processor: Any, config: PreTrainedConfig, count: int, seed: int) -> Images:
+    """`count` images with labels: all of them in a new order each time, as often as needed."""
+    rows, draw = ImageRows(source, labelled=True), random.Random(seed)
+    order, places = list(range(len(rows))), []
+    while len(places) < count:
+        draw.shuffle(order)
+        places += order
+    return Images(rows, processor, config, places[:count], labels(rows, config))
+
+
+def evaluated(source: Source, processor: Any, config: PreTrainedConfig, limit: int | None) -> Images:
+    """All images with labels, or `limit` of them, spread evenly: a split may be sorted by class."""
+    rows = ImageRows(source, labelled=True)
+    count = min(limit or len(rows), len(rows))
+    places = [i * len(rows) // count for i in range(count)]
+    return Images(rows, processor, config, places, labels(rows, config))
+
+
+def labels(rows: ImageRows, config: PreTrainedConfig) -> list[int]:
+    """The model's class of each row. Raises `UserError` unless the classes of the data set certainly are the model's."""
+    numbers = _of_classes(rows, config)
+    if numbers is not None:
+        return [numbers[label] for label in rows.labels]
+    if strange := [label for label in rows.labels if not 0 <= label < config.num_labels]:
+        raise UserError(f"{rows.source} has the class {strange[0]}, but the model's are 0 to {config.num_labels - 1}")
+    return list(rows.labels)
+
+
+def _of_classes(rows: ImageRows, config: PreTrainedConfig) -> list[int] | None:
+    """The model's number of each class of a data set, by name; None where the data set has numbers only."""
+    classes, count, own = rows.classes, config.num_labels, dict(config.id2label)
+    if classes is None:
+        return None
+    same_order = list(range(count))
+    if all(re.fullmatch(r"LABEL_\d+", str(name)) for name in own.values()):  # the model's classes have no names
+        if len(classes) != count:
+            raise UserError(
+                f"{rows.source} has {len(classes)} classes, but the model has {count}: they must be the same"
+            )
+        return same_order
+    # ImageNet has two classes called crane, so that names alone would not do
+    agree = sum(name == own.get(number) for number, name in enumerate(classes))
+    if len(classes) == count and (agree >= 0.9 * count or (count == 1000 and all(map(WORDNET.fullmatch, classes)))):
+        return same_order
+    by_name = {str(name): number for number, name in own.items()}
+    if unknown := [name for name in classes if name not in by_name]:
+        raise UserError(
+            f"{rows.source} has the class '{unknown[0]}', which the model does not know ({len(unknown)} of {len(classes)} "
+            f"such): its classes are {', '.join(list(by_name)[:3])}, ... (id2label in config.json)"
+        )
+    return [by_name[name] for name in classes]
