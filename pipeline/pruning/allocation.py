@@ -26,6 +26,7 @@ class Allocation:
 
     def __init__(self, settings: Prune) -> None:
         self.settings = settings
+        self.sizes: list[int] | None = None  # weights of each layer that `ratios` is asked for; set before
 
     def observe(self, input_NI: Tensor) -> Tensor:
         """The statistic to sum over a matrix's inputs, for `measure`. Default: the square sum of each feature, (I,)."""
@@ -47,7 +48,7 @@ class Spread(Allocation):
 
     def ratios(self, measured: list[float], ratio: float) -> list[float]:
         spread = getattr(self.settings, self.spread)
-        found = scores.spread_ratios(measured, ratio, spread)
+        found = scores.spread_ratios(measured, ratio, spread, self.sizes)
         low, high = min(found), max(found)
         if low < 0 or high > LARGEST:  # cut off, they would no longer have the recipe's ratio on average
             fits = spread * min(ratio / max(ratio - low, 1e-9), (LARGEST - ratio) / max(high - ratio, 1e-9))
@@ -105,6 +106,8 @@ def patterns_by_layer(
     indices = list(measured) if allocation.measure else [block.index for block in blocks]
     if not indices:  # the model calls none of its layers; the walk reports it
         return {}
+    sizes = {block.index: sum(it.weight_OI.numel() for it in matrices(block, blocks).values()) for block in blocks}
+    allocation.sizes = [sizes[index] for index in indices]
     ratios = list(allocation.ratios([measured.get(index) for index in indices], ratio))
     if len(ratios) != len(indices) or not all(isinstance(it, int | float) and 0 <= it <= LARGEST for it in ratios):
         raise UserError(

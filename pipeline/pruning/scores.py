@@ -124,13 +124,15 @@ def tail_exponent(weight_OI: Tensor) -> float:
     return 1 + half / max((upper.clamp_min(tiny) / threshold.clamp_min(tiny)).log().sum().item(), tiny)
 
 
-def spread_ratios(values: list[float], ratio: float, spread: float) -> list[float]:
+def spread_ratios(values: list[float], ratio: float, spread: float, sizes: list[int] | None = None) -> list[float]:
     """Ratios by layer with the mean `ratio`, within 2 * `spread` of each other: the larger the value, the less is pruned
-    (Yin et al. 2024, OWL, section 3.3)."""
+    (Yin et al. 2024, OWL, section 3.3). `sizes`: weights by layer, if they differ; then the mean is over weights."""
     values_L = torch.tensor(values, dtype=torch.float64)
     width = (values_L.max() - values_L.min()).clamp_min(torch.finfo(torch.float64).tiny)
     kept_L = (values_L - values_L.min()) / width * 2 * spread
-    return (ratio - (kept_L - kept_L.mean())).tolist()
+    size_L = torch.tensor(sizes or [1], dtype=torch.float64)
+    mean = kept_L.mean() if len(set(sizes or [1])) == 1 else (kept_L * size_L).sum() / size_L.sum()
+    return (ratio - (kept_L - mean)).tolist()
 
 
 def relative_error(input_NI: Tensor, dense_OI: Tensor, pruned_OI: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline import api
 from pipeline.pruning import obs, scores
 from pipeline.pruning.combination import Combination, prune_method
 from pipeline.pruning.refinements import Dsnot, Swaps, swap
@@ -18,6 +19,7 @@ from pipeline.registry import PRUNE_METHODS, REFINEMENTS, UPDATES
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Prune
 from pipeline.sparsity.patterns import NofM, Pattern, Unstructured, parse
+from tests import families
 from tests.pruning.test_prune import pruned, sparsity_by_layer
 
 PATTERNS = ("2of4", "4of8", "0.5", "0.7")
@@ -310,6 +312,15 @@ def test_an_allocation_follows_its_measurements(tiny_llama, tmp_path, allocation
     assert max(by_layer) - min(by_layer) == pytest.approx(0.2, abs=0.03)
     most = max if allocation == "alphapruning" else min
     assert by_layer.index(max(by_layer)) == int(most(measured, key=measured.get))
+
+
+@pytest.mark.parametrize("allocation", ["owl", "layer_error"])
+def test_the_ratio_is_that_of_all_weights_though_layers_differ_in_size(allocation):
+    """A dense layer and layers of experts, which have more weights. The mean over layers gave another ratio."""
+    settings = {"method": "magnitude", "samples": 8, "seq_len": 32, "sparsity": 0.6, "allocation": allocation}
+    masks = api.prune(families.tiny("deepseek_v3"), calibration=families.text(8, 32), **settings)
+    kept, weights = sum(int(masks[name].sum()) for name in masks), sum(masks[name].numel() for name in masks)
+    assert 1 - kept / weights == pytest.approx(0.6, abs=0.003)
 
 
 @pytest.mark.parametrize(
