@@ -56,7 +56,7 @@ class ImageClassification(Task):
         count: int,
         seed: int,
     ) -> images.Images:
-        return images.repeated(source, processor, config, count, seed)
+        return images.repeated(source, processor, config, count, seed, settings.augment)
 
     def forward(self, model: nn.Module, batch: Tensor) -> Any:
         return model.base_model(batch.to(model.dtype))  # timm's models do not call it pixel_values

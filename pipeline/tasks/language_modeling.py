@@ -27,6 +27,10 @@ class LanguageModeling(Task):
                 f"evaluate.accuracy={','.join(recipe.evaluate.accuracy)} is for image classifiers, and {name} is "
                 f"{self.noun}: set evaluate.accuracy=[]"
             )
+        if "finetune" in recipe.stages and recipe.finetune.augment:
+            raise UserError(
+                f"finetune.augment=true is for image classifiers, and {name} is {self.noun}: set finetune.augment=false"
+            )
 
     def processor(self, folder: Path, recipe: Recipe) -> Any:
         return loading.tokenizer(folder, recipe)
