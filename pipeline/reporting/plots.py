@@ -70,7 +70,7 @@ def by_layer(figure: Figure, shares: pd.DataFrame, label: str, top: float) -> No
         axes.fill_between(*line.get_data(), color=ACCENT, alpha=0.15, linewidth=0)
         axes.set_title(title)
         _layers(axes, 4 if across > 1 else 8)
-    figure.supxlabel("decoder layer", fontsize="medium")
+    figure.supxlabel("layer", fontsize="medium")
     figure.supylabel(label, fontsize="medium")
 
 
@@ -93,7 +93,7 @@ def by_class(figure: Figure, accuracy: pd.DataFrame) -> None:
 @picture
 def reconstruction(figure: Figure, before: pd.Series, after: pd.Series) -> None:
     """||reconstructed - dense|| / ||dense|| of a layer's output on held-out calibration text, by layer."""
-    axes = figure.add_subplot(xlabel="decoder layer", ylabel="output error (% of the norm)")
+    axes = figure.add_subplot(xlabel="layer", ylabel="output error (% of the norm)")
     _line(axes, 100 * before, SECOND, "before")
     _line(axes, 100 * after, ACCENT, "after")
     axes.set_ylim(bottom=0)
