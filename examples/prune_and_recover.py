@@ -28,7 +28,7 @@ def train_tiny_model(steps: int):
 
     tokenizer = world.tokenizer()
     sizes = Pretrain(hidden_size=48, intermediate_size=128, layers=2, heads=2, kv_heads=1)
-    model = LlamaForCausalLM(pretrain.configuration(sizes, tokenizer))
+    model = LlamaForCausalLM(pretrain.toy(sizes).config)
     stream = torch.tensor([token for ids in tokenizer(world.documents("train")).input_ids for token in ids])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -1,6 +1,7 @@
 """`finetune`: trains a pruned model in memory with its masks kept."""
 
 import csv
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline import tasks
 from pipeline.data import images, token_windows
 from pipeline.models import loading
 from pipeline.recovery.training import sequences_per_step
@@ -74,7 +76,9 @@ def finetune(
     section = {"method": method, "max_steps": max_steps, "seq_len": seq_len, "batch_size": batch_size, "lr": lr}
     # any name, so that the checks know of a validation set
     section |= {"column": column, "validation": None if validation is None else "validation", **settings}
-    finetune = inputs.recipe(["prune", "finetune"], seed, mirror, finetune=section).finetune
+    recipe = inputs.recipe(["prune", "finetune"], seed, mirror, finetune=section)
+    finetune = recipe.finetune
+    tasks.of(model.config).check(recipe, type(model).__name__)
     if not FINETUNE_METHODS.entry(finetune.method).leaves_model:
         merging = " or ".join(name for name, entry in FINETUNE_METHODS.entries.items() if entry.leaves_model)
         raise UserError(f"method={finetune.method} is not merged into the weights: set method={merging}")
@@ -86,7 +90,8 @@ def finetune(
     held_out = None
     if validation is not None:
         count = finetune.validation_samples
-        held_out = _samples(validation, "validation", count, finetune, tokenizer, model, 0, mirror, "validation")
+        plain = dataclasses.replace(finetune, augment=False)
+        held_out = _samples(validation, "validation", count, plain, tokenizer, model, 0, mirror, "validation")
 
     models = [model] if teacher is None else [model, teacher]
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder, model_state.preserved(*models):
@@ -146,7 +151,7 @@ def _samples(
             )
         source = image_inputs.source(data, "finetune", name, settings.column, mirror, split)
         processor = image_inputs.processor_of(model, tokenizer)
-        return images.repeated(source, processor, model.config, count, seed)
+        return images.repeated(source, processor, model.config, count, seed, settings.augment)
     if isinstance(data, Tensor):
         windows_NT = inputs.token_windows(data, name, model)
         return windows_NT[torch.arange(count) % len(windows_NT)]

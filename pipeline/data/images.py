@@ -3,16 +3,19 @@
 Shapes: B = images of a batch, C = channels, H, W = pixels.
 """
 
+import functools
 import random
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedConfig
 
+from pipeline.data import augmentation
 from pipeline.data.image_rows import ImageRows
 from pipeline.data.sources import Source
 from pipeline.runtime.errors import UserError
@@ -23,7 +26,8 @@ WORDNET = re.compile(r"n\d{8}")  # the class folders of ImageNet
 
 class Images(Dataset):
     """Images of a source in the order of `places`. An item is its pixel values (C, H, W), a slice a batch (B, C, H, W);
-    with `labels`, the class of each row, each comes with its label: [pixels, label]."""
+    with `labels`, the class of each row, each comes with its label: [pixels, label]. With `augment`, a seed, each item is
+    augmented by its index."""
 
     def __init__(
         self,
@@ -32,8 +36,10 @@ class Images(Dataset):
         config: PreTrainedConfig,
         places: Sequence[int],
         labels: Sequence[int] | None,
+        augment: int | None = None,
     ) -> None:
         self.rows, self.processor, self.places, self.labels = rows, processor, places, labels
+        self.augment = augment
         self.channels = getattr(config, "num_channels", 3)
         self._kept: dict[int, Tensor] = {}
         self._free = KEPT
@@ -42,12 +48,12 @@ class Images(Dataset):
         return len(self.places)
 
     def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, int):
+            pixels_CHW = self._item(index)
+            return pixels_CHW if self.labels is None else [pixels_CHW, self.labels[self.places[index]]]
         places = self.places[index]
-        if isinstance(places, int):
-            pixels_CHW = self._pixels(places)
-            return pixels_CHW if self.labels is None else [pixels_CHW, self.labels[places]]
         try:
-            pixels_BCHW = torch.stack([self._pixels(place) for place in places])
+            pixels_BCHW = torch.stack([self._item(number) for number in range(len(self))[index]])
         except RuntimeError as error:
             raise UserError(
                 f"the image processor leaves the images of {self.rows.source} in different sizes: set do_resize and size in "
@@ -55,24 +61,46 @@ class Images(Dataset):
             ) from error
         return pixels_BCHW if self.labels is None else [pixels_BCHW, torch.tensor([self.labels[it] for it in places])]
 
+    def _item(self, number: int) -> Tensor:
+        place = self.places[number]
+        if self.augment is None:
+            return self._pixels(place)
+        resample = getattr(self.processor, "resample", None)
+        resample = Image.Resampling.BICUBIC if resample is None else resample
+        image, size = self.rows.image(place, self.channels), self._size
+        return self._processed(augmentation.augmented(image, size, resample, self.augment, number), place, resized=True)
+
     def _pixels(self, place: int) -> Tensor:
         if place not in self._kept:
-            image = self.rows.image(place, self.channels)
-            try:
-                found = self.processor(images=image, return_tensors="pt")
-            except Exception as error:  # depends on the processor and its settings
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(f"{self.rows.name(place)}: the model's image processor fails: {reason}") from error
-            if more := found.keys() - {"pixel_values"}:
-                raise UserError(
-                    f"the model reads {', '.join(sorted(more))} beside the pixels of images: this is not supported"
-                )
-            pixels_CHW = found["pixel_values"][0]
+            pixels_CHW = self._processed(self.rows.image(place, self.channels), place)
             if self._free < pixels_CHW.nbytes:
                 return pixels_CHW
             self._free -= pixels_CHW.nbytes
             self._kept[place] = pixels_CHW
         return self._kept[place]
+
+    @functools.cached_property
+    def _size(self) -> tuple[int, int]:
+        """(W, H) that the processor gives images."""
+        height, width = self._pixels(self.places[0]).shape[-2:]
+        return width, height
+
+    def _processed(self, image: Image.Image, place: int, resized: bool = False) -> Tensor:
+        """(C, H, W). `resized`: the image has the model's size, so that the processor must not crop it again."""
+        try:
+            if resized and hasattr(self.processor, "val_transforms"):  # timm's processor has no such arguments
+                steps = [it for it in self.processor.val_transforms.transforms if "Resize" not in type(it).__name__]
+                return functools.reduce(lambda found, step: step(found), steps, image)
+            whole = {"do_resize": False, "do_center_crop": False} if resized else {}
+            found = self.processor(images=image, return_tensors="pt", **whole)
+        except Exception as error:  # depends on the processor and its settings
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.rows.name(place)}: the model's image processor fails: {reason}") from error
+        if more := found.keys() - {"pixel_values"}:
+            raise UserError(
+                f"the model reads {', '.join(sorted(more))} beside the pixels of images: this is not supported"
+            )
+        return found["pixel_values"][0]
 
 
 def drawn(
@@ -85,14 +113,16 @@ def drawn(
     return Images(rows, processor, config, random.Random(seed).sample(range(len(rows)), count), None)
 
 
-def repeated(source: Source, processor: Any, config: PreTrainedConfig, count: int, seed: int) -> Images:
-    """`count` images with labels: all of them in a new order each time, as often as needed."""
+def repeated(
+    source: Source, processor: Any, config: PreTrainedConfig, count: int, seed: int, augment: bool = False
+) -> Images:
+    """`count` images with labels: all of them in a new order each time, as often as needed; augmented by `seed` and index."""
     rows, draw = ImageRows(source, labelled=True), random.Random(seed)
     order, places = list(range(len(rows))), []
     while len(places) < count:
         draw.shuffle(order)
         places += order
-    return Images(rows, processor, config, places[:count], labels(rows, config))
+    return Images(rows, processor, config, places[:count], labels(rows, config), seed if augment else None)
 
 
 def evaluated(source: Source, processor: Any, config: PreTrainedConfig, limit: int | None) -> Images:

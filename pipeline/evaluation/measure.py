@@ -66,8 +66,8 @@ class Subject:
 
 
 def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str, Any], dict[str, dict]]:
-    """The measured numbers of a model, and its per-window losses and per-question answers for `paired.difference`. Adds to
-    `protocol` what was read. All ranks must call it."""
+    """The measured numbers of a model, and its per-window losses and per-question answers for `paired.difference`, with
+    the "answers" to images, by data set, for `accuracy.examples`. Adds to `protocol` what was read. All ranks must call it."""
     settings, name = recipe.evaluate, subject.name
     # created at first use: everything may be in the cache
     tokenizer = functools.cache(lambda: loading.tokenizer(subject.folder, recipe))
@@ -82,7 +82,7 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
     found: dict[str, Any] = {"hash": identity_hash, "perplexity": {}, "perplexity_stderr": {}, "zero_shot": {}}
     losses: dict[str, list[float]] = {}
     correct: dict[str, list[float]] = {}
-    seen: dict[str, list[float]] = {}  # images
+    seen: dict[str, dict[str, list]] = {}  # what the model answered to the images
 
     for spec in settings.perplexity:
         source = read[spec]
@@ -160,7 +160,7 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
     for spec in settings.accuracy:
         source = read[spec]
 
-        def measure_accuracy(spec=spec, source=source) -> dict[str, list[float]]:
+        def measure_accuracy(spec=spec, source=source) -> dict[str, list]:
             config = loading.config(subject.folder, recipe)
             processor = tasks.of(config).processor(subject.folder, recipe)
             shown = images.evaluated(source, processor, config, settings.limit)
@@ -171,8 +171,10 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
         cache_key = model_key | {"images": str(source), "data": sources.identity(source), "limit": settings.limit}
         right = cached(cache_key | {"column": settings.column}, measure_accuracy)
         scores = found.setdefault("accuracy", {})[spec] = accuracy.scores(right)
-        seen[spec] = right["acc"]
-        protocol["datasets"][spec] = f"{source}, {len(seen[spec])} images"
+        names = loading.config(subject.folder, recipe).id2label
+        found.setdefault("classes", {})[spec] = accuracy.by_class(right, names)
+        seen[spec] = right
+        protocol["datasets"][spec] = f"{source}, {len(right['acc'])} images"
         processes.say(f"  {name}: accuracy on {spec} {100 * scores['acc']:.1f}%")
 
     def measure_continuations() -> list[str] | None:
@@ -183,7 +185,8 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
     if protocol["prompts"]:
         cache_key = model_key | {"prompts": protocol["prompts"], "tokens": settings.continuation_tokens}
         found["continuations"] = processes.from_main(cached(cache_key, measure_continuations))
-    return found, {"losses": losses, "correct": correct, "images": seen}
+    images_right = {spec: right["acc"] for spec, right in seen.items()}
+    return found, {"losses": losses, "correct": correct, "images": images_right, "answers": seen}
 
 
 def _placed(subject: Subject, recipe: Recipe, where: str, share: placement.Share) -> nn.Module:

@@ -148,11 +148,13 @@ class TrainedModel(LightningModule):
             with torch.no_grad():
                 teacher = task.predictions(task.logits(self.teacher, inputs))
         student = task.logits(self.model, inputs)
+        smoothing = self.settings.label_smoothing
         if teacher is None and self.counts is None:
-            return task.cross_entropy(student, labels)
+            return task.cross_entropy(student, labels, label_smoothing=smoothing)
         count = self.counts[index] if self.counts else None
+        student, targets = task.predictions(student), task.targets(labels)
         share, temperature = self.settings.distill, self.settings.temperature
-        return distillation.loss(task.predictions(student), teacher, task.targets(labels), share, temperature, count)
+        return distillation.loss(student, teacher, targets, share, temperature, count, smoothing)
 
     def configure_optimizers(self) -> dict:
         settings = self.settings

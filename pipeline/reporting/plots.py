@@ -70,14 +70,30 @@ def by_layer(figure: Figure, shares: pd.DataFrame, label: str, top: float) -> No
         axes.fill_between(*line.get_data(), color=ACCENT, alpha=0.15, linewidth=0)
         axes.set_title(title)
         _layers(axes, 4 if across > 1 else 8)
-    figure.supxlabel("decoder layer", fontsize="medium")
+    figure.supxlabel("layer", fontsize="medium")
     figure.supylabel(label, fontsize="medium")
+
+
+@picture
+def by_class(figure: Figure, accuracy: pd.DataFrame) -> None:
+    """A line for each class (row), from the least to the highest accuracy, with a mark for each model (column)."""
+    figure.set_size_inches(SIZE[0], max(SIZE[1], 0.9 + 0.2 * len(accuracy)))
+    axes, places = figure.add_subplot(xlabel="accuracy (%)"), range(len(accuracy))
+    axes.hlines(places, 100 * accuracy.min(axis=1), 100 * accuracy.max(axis=1), color=LINE, linewidth=3)
+    for number, (model, shares) in enumerate(accuracy.items()):
+        look = {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)]}
+        axes.plot(100 * shares.to_numpy(), places, linestyle="", markersize=5, alpha=0.85, label=model, **look)
+    axes.set_yticks(places, [it if len(it) <= 24 else f"{it[:23]}…" for it in accuracy.index.astype(str)])
+    axes.grid(False, axis="y")
+    axes.margins(y=0.6 / len(accuracy))
+    axes.invert_yaxis()
+    figure.legend(loc="outside upper right", ncols=accuracy.shape[1])
 
 
 @picture
 def reconstruction(figure: Figure, before: pd.Series, after: pd.Series) -> None:
     """||reconstructed - dense|| / ||dense|| of a layer's output on held-out calibration text, by layer."""
-    axes = figure.add_subplot(xlabel="decoder layer", ylabel="output error (% of the norm)")
+    axes = figure.add_subplot(xlabel="layer", ylabel="output error (% of the norm)")
     _line(axes, 100 * before, SECOND, "before")
     _line(axes, 100 * after, ACCENT, "after")
     axes.set_ylim(bottom=0)

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.engine import coverage
-from pipeline.reporting import card, costs, headline, page, published, series, summary
+from pipeline.reporting import card, costs, headline, image_answers, page, published, series, summary
 from pipeline.runtime import checksums, files
 from pipeline.settings.schema import STAGES, Recipe, plain
 
@@ -38,10 +38,12 @@ WORDS = {None: "all", True: "yes", False: "no"}
 def write(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes report.html, and report.md as a model card, into `folder`; the same inputs give the same bytes."""
     facts, logs, about = collect(recipe, inputs)
-    text = page.render("report.md.jinja", **facts, figures=figures(logs, about, costs.measures(*costs.read(inputs))))
+    classes = image_answers.by_class(files.read_json(inputs["evaluate"] / "results.json") or {"models": {}})
+    drawn = figures(logs, about, costs.measures(*costs.read(inputs)), classes)
+    text = page.render("report.md.jinja", **facts, figures=drawn)
     page.write(folder / "report.html", page.html(text, title=f"{facts['title']} {facts['pattern']}", kind="report"))
     # for the hub; tables in place of the pictures
-    facts["tables"] = _tables(logs) + facts["tables"]
+    facts["tables"] = _tables(logs, classes) + facts["tables"]
     matter = {"base_model": card.on_hub(summary.model_name(recipe)), "images": bool(recipe.evaluate.accuracy)}
     front = page.render("front.md.jinja", **matter)
     page.write(folder / "report.md", f"{front}\n{page.render('report.md.jinja', **facts, figures=[])}")
@@ -118,6 +120,7 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> tuple[dict[str, Any], di
         "share": f"{costs.size_ratio(sizes):.2f}" if sizes else "",
         "with_export": ",".join(it for it in STAGES if it in recipe.stages or it in ("export", "speed")),
         "continuations": _continuations(results),
+        "examples": image_answers.examples(inputs["evaluate"]),
         "tables": [table for table in tables if table[-1]],
         "recipe": text,
         "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0)),
@@ -125,7 +128,7 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> tuple[dict[str, Any], di
     return facts, logs, about
 
 
-def _tables(logs: dict[str, series.Rows]) -> list[Section]:
+def _tables(logs: dict[str, series.Rows], classes: dict[str, pd.DataFrame]) -> list[Section]:
     """What the pictures show, in numbers."""
     errors = series.by_type(logs["matrices"], "relative_output_error")
     spread = errors.agg(["min", "mean", "max"]).T.rename_axis("").reset_index() if len(errors) else errors
@@ -136,6 +139,7 @@ def _tables(logs: dict[str, series.Rows]) -> list[Section]:
         "Relative output error of each matrix over the layers": spread,
         "Relative output error of each layer, before and after reconstruction": rebuilt,
         "Fine-tuning loss (nats)": loss.iloc[[0, -1]] if len(loss) else loss,
+        **{caption: image_answers.table(frame) for caption, frame in classes.items()},
     }
     return [(it, [name.replace("_", " ") for name in rows], _cells(rows)) for it, rows in frames.items() if len(rows)]
 
@@ -145,7 +149,10 @@ def _cells(frame: pd.DataFrame) -> list[list[str]]:
 
 
 def figures(
-    logs: dict[str, series.Rows], about: dict[str, dict], measured: list[costs.Measure]
+    logs: dict[str, series.Rows],
+    about: dict[str, dict],
+    measured: list[costs.Measure],
+    classes: dict[str, pd.DataFrame],
 ) -> list[tuple[str, str]]:
     """(caption, image as a data URI) of all that there are numbers for."""
     from pipeline.reporting import plots  # matplotlib takes a second to import
@@ -154,6 +161,7 @@ def figures(
     sparsity, errors = (series.by_type(logs["matrices"], key) for key in ("sparsity", "relative_output_error"))
     before, after = (series.points(logs["reconstruction"], "layer", f"error_{when}") for when in ("before", "after"))
     loss, perplexity = (series.points(logs["metrics"], "step", key) for key in ("loss", "val_perplexity"))
+    drawn |= {caption: plots.by_class(frame) for caption, frame in classes.items()}
     if len(sparsity):
         svg = plots.by_layer(series.merge_equal(sparsity), "pruned weights (%)", 100)
         drawn["Pruned weights of each layer, by matrix"] = svg

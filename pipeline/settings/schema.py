@@ -184,6 +184,8 @@ class Finetune:
     quantize: str | None = setting(None, "quantisation of the frozen weights under a LoRA", choices=("nf4", "int8"))
     distill: float = setting(0.0, "share of the loss that is the KL divergence from the dense model", low=0, high=1)
     temperature: float = setting(1.0, "temperature of the distillation", low=0.01)
+    augment: bool = setting(False, "random resized crops and horizontal flips of training images")
+    label_smoothing: float = setting(0.0, "of the training's cross-entropy; validations have none", low=0, high=0.99)
     precision: str = setting(
         "auto",
         "auto: bf16-mixed on a GPU, 32-true on a CPU",

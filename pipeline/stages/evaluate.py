@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import registry
-from pipeline.data import sources, special_tokens
-from pipeline.evaluation import continuations, paired
+from pipeline.data import images, sources, special_tokens
+from pipeline.evaluation import accuracy, continuations, paired
 from pipeline.evaluation.measure import Subject, measure
 from pipeline.evaluation.tasks import check_tasks
 from pipeline.models import loading, verification
@@ -36,12 +36,13 @@ def check(recipe: Recipe) -> None:
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
-    """Writes `results.json`: {"models": {"dense", "pruned", ...}, "protocol", "versions", "methods"}.
+    """Writes `results.json`: {"models": {"dense", "pruned", ...}, "protocol", "versions", "methods"}, and for images
+    `examples.json`: {data set: `accuracy.examples`}.
 
-    Each model has "perplexity" and "perplexity_stderr" by data set, "zero_shot" by task, "accuracy" by data set of
-    images, "continuations" of the protocol's "prompts", "differences" from each earlier model (`paired.difference`), the
-    "hash" of its folder, "sparsity" and "mask_violations". The protocol holds the sha256 of the "masks" file. "methods": see
-    `registry.describe`.
+    Each model has "perplexity" and "perplexity_stderr" by data set, "zero_shot" by task, "accuracy" by data set of images and
+    "classes" ([name, right answers, images] of each class), "continuations" of the protocol's "prompts", "differences" from
+    each earlier model (`paired.difference`), the "hash" of its folder, "sparsity" and "mask_violations". The protocol holds
+    the sha256 of the "masks" file. "methods": see `registry.describe`.
     """
     settings, dense = recipe.evaluate, loading.dense_folder(recipe, inputs)
     _check_length(dense, recipe)
@@ -84,6 +85,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         libraries = {library: version(library) for library in LIBRARIES}
         content = {"models": results, "protocol": protocol, "versions": libraries, "methods": registry.describe(recipe)}
         files.write_json(folder / "results.json", content)
+        if settings.accuracy:
+            files.write_json(folder / "examples.json", _examples(dense, recipe, samples))
 
 
 def _subjects(dense: Path, inputs: dict[str, Path], recipe: Recipe) -> list[Subject]:
@@ -99,6 +102,16 @@ def _subjects(dense: Path, inputs: dict[str, Path], recipe: Recipe) -> list[Subj
             merged = folder.is_dir() or stage != "finetune"
             subjects.append(Subject(name, folder) if merged else Subject(name, subjects[-1].folder, adapter))
     return subjects
+
+
+def _examples(dense: Path, recipe: Recipe, samples: dict[str, dict]) -> dict[str, list]:
+    settings, config = recipe.evaluate, loading.config(dense, recipe)
+    found = {}
+    for spec, source in zip(settings.accuracy, sources.of_stage(recipe, "evaluate")[len(settings.perplexity) :]):
+        shown = images.evaluated(source, None, config, settings.limit)
+        answers = {name: of_model["answers"][spec] for name, of_model in samples.items()}
+        found[spec] = accuracy.examples(shown, answers, config.id2label)
+    return found
 
 
 def _check_length(folder: Path, recipe: Recipe) -> None:

@@ -1,5 +1,6 @@
 """The finetune stage: trains a pruned model and keeps its masks."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -90,7 +91,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     samples, held_out = task.training(source, processor, pruned.config, settings, count, seed), None
     if validation:
         count = settings.validation_samples
-        held_out = task.training(validation[0], processor, pruned.config, settings, count, 0)
+        plain = dataclasses.replace(settings, augment=False)
+        held_out = task.training(validation[0], processor, pruned.config, plain, count, 0)
     teacher = None
     if settings.distill:
         dense = loading.dense_folder(recipe, inputs)

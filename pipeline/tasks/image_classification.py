@@ -56,7 +56,7 @@ class ImageClassification(Task):
         count: int,
         seed: int,
     ) -> images.Images:
-        return images.repeated(source, processor, config, count, seed)
+        return images.repeated(source, processor, config, count, seed, settings.augment)
 
     def forward(self, model: nn.Module, batch: Tensor) -> Any:
         return model.base_model(batch.to(model.dtype))  # timm's models do not call it pixel_values
@@ -68,8 +68,10 @@ class ImageClassification(Task):
         pixels_BCHW, labels_B = batch
         return {"pixel_values": pixels_BCHW}, labels_B
 
-    def cross_entropy(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-        return F.cross_entropy(logits.float(), labels, reduction=reduction)
+    def cross_entropy(
+        self, logits: Tensor, labels: Tensor, reduction: str = "mean", label_smoothing: float = 0.0
+    ) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, reduction=reduction, label_smoothing=label_smoothing)
 
     def predictions(self, logits: Tensor) -> Tensor:
         return logits

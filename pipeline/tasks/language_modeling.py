@@ -27,6 +27,10 @@ class LanguageModeling(Task):
                 f"evaluate.accuracy={','.join(recipe.evaluate.accuracy)} is for image classifiers, and {name} is "
                 f"{self.noun}: set evaluate.accuracy=[]"
             )
+        if "finetune" in recipe.stages and recipe.finetune.augment:
+            raise UserError(
+                f"finetune.augment=true is for image classifiers, and {name} is {self.noun}: set finetune.augment=false"
+            )
 
     def processor(self, folder: Path, recipe: Recipe) -> Any:
         return loading.tokenizer(folder, recipe)
@@ -70,11 +74,14 @@ class LanguageModeling(Task):
         ids_BT, labels_BT = token_windows.ids_and_labels(batch.long())
         return {"input_ids": ids_BT, "use_cache": False}, labels_BT
 
-    def cross_entropy(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    def cross_entropy(
+        self, logits: Tensor, labels: Tensor, reduction: str = "mean", label_smoothing: float = 0.0
+    ) -> Tensor:
         """Of each next token. The model's `.loss` is not used: GIT skips the first positions, which hold its image, and
         other models add a router loss."""
         next_BT = F.pad(labels[:, 1:], (0, 1), value=token_windows.IGNORED)  # the last token predicts nothing
-        return F.cross_entropy(logits.flatten(0, 1).float(), next_BT.flatten(), reduction=reduction)
+        logits_PV = logits.flatten(0, 1).float()
+        return F.cross_entropy(logits_PV, next_BT.flatten(), reduction=reduction, label_smoothing=label_smoothing)
 
     def predictions(self, logits: Tensor) -> Tensor:
         return logits[:, :-1].reshape(-1, logits.shape[-1])

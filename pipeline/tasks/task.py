@@ -60,8 +60,10 @@ class Task:
     def logits(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         return model(**inputs).logits
 
-    def cross_entropy(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-        """In nats, of the predictions that bear a loss."""
+    def cross_entropy(
+        self, logits: Tensor, labels: Tensor, reduction: str = "mean", label_smoothing: float = 0.0
+    ) -> Tensor:
+        """In nats, of the predictions that bear a loss; the last two arguments are torch's."""
         raise NotImplementedError
 
     def predictions(self, logits: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ def test_prune_finetune_and_evaluate_equal_the_command(ran):
     masks = espalier.prune(model, sparsity=0.7, calibration="digits", samples=256, batch_size=64)
     loaded = espalier.Masks.load(ran / "prune/masks.safetensors")
     assert set(masks) == set(loaded) and all(torch.equal(masks[name], loaded[name]) for name in masks)
-    rows = espalier.finetune(model, masks, "digits", method="full", max_steps=3, batch_size=64, lr=1e-3)
+    rows = espalier.finetune(
+        model, masks, "digits", method="full", max_steps=3, batch_size=64, lr=1e-3, augment=True, label_smoothing=0.1
+    )
     assert len(rows) == 3
     theirs = AutoModelForImageClassification.from_pretrained(ran / "finetune/model").state_dict()
     assert all(torch.equal(weight, theirs[name]) for name, weight in model.state_dict().items())

@@ -18,7 +18,10 @@ from tests import launches
 from tests.conftest import QUICK, espalier, typing
 from tests.images.classifiers import picture, pixels
 
-SHORT = ("recipe=tiny_vision", "pretrain.steps=60", "finetune.max_steps=20", "finetune.checkpoint_every=2")
+SHORT = (
+    *("recipe=tiny_vision", "pretrain.steps=60", "finetune.max_steps=20", "finetune.checkpoint_every=2"),
+    *("finetune.augment=true", "finetune.label_smoothing=0.1"),
+)
 
 
 def weights(run_dir: Path) -> dict[str, bytes]:
@@ -89,6 +92,7 @@ def test_two_processes_give_what_one_gives(whole, tmp_path):
     assert (two / "prune/masks.safetensors").read_bytes() == (whole / "prune/masks.safetensors").read_bytes()
     for name in ("dense", "pruned"):
         assert models(two)[name]["accuracy"] == models(whole)[name]["accuracy"]
+        assert models(two)[name]["classes"] == models(whole)[name]["classes"]
     ours, theirs = (load_file(next((it / "finetune/model").glob("*.safetensors"))) for it in (two, whole))
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], atol=1e-4, rtol=1e-3)
@@ -205,3 +209,10 @@ def test_accuracy_is_for_image_classifiers(tiny_llama, tmp_path, monkeypatch, ca
         f"model={tiny_llama}", f"run_dir={tmp_path}", "evaluate.accuracy=[digits]"
     )
     assert code == 2 and "evaluate.accuracy=digits is for image classifiers" in lines[0]
+
+
+def test_augmentation_is_for_image_classifiers(tiny_llama, tmp_path, monkeypatch, capsys):
+    code, _, lines = typing(QUICK, monkeypatch, capsys)(
+        f"model={tiny_llama}", f"run_dir={tmp_path}", "finetune.augment=true"
+    )
+    assert code == 2 and "set finetune.augment=false" in lines[0]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.models import model_files
 from pipeline.recovery import distillation, lora, quantization
 from pipeline.recovery.methods import MaskedLora, SparseFull
+from pipeline.recovery.training import TrainedModel
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader, schema
 from pipeline.settings.schema import Finetune
@@ -19,6 +20,7 @@ from pipeline.stages import finetune, prune
 from pipeline.tasks.language_modeling import LanguageModeling
 from tests.conftest import QUICK, ROOT, command, environment
 from tests.engine.test_decoder import small_model
+from tests.images.classifiers import pixels, tiny
 from tests.recovery.test_lora import trained, with_masks
 
 WAYS = {
@@ -183,9 +185,39 @@ def test_distillation_loss_equals_the_formula(temperature):
     assert distillation.loss(teacher, teacher, ids, 1.0, 1.0).abs() < 1e-6
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_label_smoothing_is_torchs_with_distillation_and_ignored_labels(share):
+    student, teacher = torch.randn(9, 31), torch.randn(9, 31)
+    labels = torch.randint(0, 31, (9,))
+    labels[[2, 5]] = -100
+    hard = torch.nn.functional.cross_entropy(student, labels, reduction="sum", label_smoothing=0.2)
+    soft = distillation.loss(student, teacher, labels, 1.0, 2.0, count=1)
+    expected = ((1 - share) * hard + share * soft) / 7
+    found = distillation.loss(student, teacher if share else None, labels, share, 2.0, count=7, smoothing=0.2)
+    torch.testing.assert_close(found, expected)
+    with_teacher = distillation.loss(student, teacher, labels, 0.0, 1.0, count=7, smoothing=0.2)
+    torch.testing.assert_close(with_teacher, hard / 7)
+
+
+@pytest.mark.parametrize("counts", [None, [15.0]])
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_a_training_step_smooths_labels_as_torch_does(name, counts):
+    model = small_model(name) if name == "llama" else tiny("ViT")
+    batch = torch.randint(3, 61, (1, 16)) if name == "llama" else [pixels(15), torch.arange(15) % 3]
+    step = TrainedModel(model, Finetune(label_smoothing=0.3), 0, counts=counts)
+    inputs = {"input_ids": batch} if name == "llama" else {"pixel_values": batch[0]}
+    with torch.no_grad():
+        logits, labels = model(**inputs).logits, batch[0] if name == "llama" else batch[1]
+        if name == "llama":
+            logits, labels = logits[0, :-1], labels[1:]
+        expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.3)
+        torch.testing.assert_close(step._loss(batch, 0), expected)
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
+        (["finetune.label_smoothing=1"], "finetune.label_smoothing=1.0 is out of range"),
         (["finetune.method=full", "finetune.quantize=nf4"], "set finetune.method=lora"),
         (["finetune.quantize=nf4", "finetune.strategy=fsdp"], "exclude each other"),
         (["finetune.effective=cached", "finetune.dropout=0.1"], "set finetune.effective=auto"),
