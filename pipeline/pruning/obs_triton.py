@@ -52,8 +52,9 @@ def _block_kernel(
             if i % M == 0:
                 kept_BR = _select(weight_BR, kept_BR, scale_B1, column_B1, i, N, M, SQUARED)
         pruned_R = tl.sum(tl.where((column_B1 == i) & (kept_BR == 0), weight_BR, 0.0), 0)
-        error_R = pruned_R * tl.load(inverse + i, mask=i < columns, other=0.0)
-        tl.store(error + i * rows + row_R, error_R, mask=inside_R & (i < columns))
+        here_R = inside_R & (row_R * 0 + i < columns)  # no scalar: the interpreter of Triton 3.9 refuses that as a mask
+        error_R = pruned_R * tl.load(inverse + i + row_R * 0, mask=here_R, other=0.0)
+        tl.store(error + i * rows + row_R, error_R, mask=here_R)
         # later columns only; a product with 0 leaves the others as they are
         factor_B = tl.load(factor + i * columns + column_B, mask=inside_B & (i < column_B), other=0.0)
         weight_BR = tl.fma(
