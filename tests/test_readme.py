@@ -42,6 +42,7 @@ def test_keys_and_methods_exist():
         assert f"`{method}`" in table
 
 
+@pytest.mark.slow
 def test_the_tables_of_scaling_are_those_of_its_script():
     printed = subprocess.run(
         [sys.executable, "benchmarks/scaling.py"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -92,6 +93,7 @@ def test_snippets_run_through_the_whole_pipeline(tiny_llama, tmp_path):
     assert (tmp_path / "run/report/report.html").is_file()
 
 
+@pytest.mark.slow
 def test_commands_other_than_runs_work(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     section = README[README.index("## Command line") : README.index("## Python API")]

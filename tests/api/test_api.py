@@ -57,6 +57,7 @@ def same_masks(one, other) -> bool:
     return one.patterns == other.patterns and all(torch.equal(one[name], other[name]) for name in other)
 
 
+@pytest.mark.slow
 def test_prune_reconstruct_finetune_and_evaluate_equal_the_command(tiny_llama, run):
     model, tokenizer = loaded(tiny_llama)
     masks = espalier.prune(model, tokenizer, sparsity="2:4", **CALIBRATION)

@@ -43,6 +43,7 @@ def test_version(asked):
     assert re.match(r"espalier \S+ \(Python 3\.\S+, torch \S+, transformers \S+,", asked("--version"))
 
 
+@pytest.mark.slow
 def test_recipes_lists_all_recipes(asked):
     lines = asked("recipes").splitlines()
     assert lines[0].split() == ["recipe", "model", "sparsity", "stages"]
@@ -87,6 +88,7 @@ def test_mistakes_are_one_line(asked, arguments, says):
     assert says in output and output.startswith("espalier: ") and len(output.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_lists_do_not_import_torch():
     code = (
         "import sys; from pipeline.commands.main import main\n"
@@ -133,6 +135,7 @@ def test_plan_predicts_what_a_run_does_and_writes_nothing(asked, tiny_llama, tmp
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_plan_makes_the_checks_of_a_run(asked, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     usual = ["plan", *QUICK, f"model={tiny_llama}"]

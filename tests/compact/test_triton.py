@@ -24,6 +24,8 @@ from tests.conftest import ROOT
 from tests.engine.test_decoder import small_model
 from tests.families import save, text
 
+pytestmark = pytest.mark.slow
+
 triton = pytest.importorskip("triton")
 kernels_triton = pytest.importorskip("pipeline.compact.kernels_triton", exc_type=ImportError)
 

@@ -49,6 +49,7 @@ def test_a_new_document_begins_after_eos(tiny_llama):
     assert ids.shape == (4 * sampled.BATCH, 60)
 
 
+@pytest.mark.slow
 def test_samples_depend_on_the_seed_and_leave_the_random_state(tiny_llama, tmp_path):
     recipe = self_text_recipe(tiny_llama, tmp_path / "a/run")
     torch.manual_seed(7)
@@ -62,6 +63,7 @@ def test_samples_depend_on_the_seed_and_leave_the_random_state(tiny_llama, tmp_p
     assert not (first == other).all(1).any()
 
 
+@pytest.mark.slow
 def test_samples_are_cached_and_a_killed_sampling_resumes(tiny_llama, tmp_path, monkeypatch):
     recipe = self_text_recipe(tiny_llama, tmp_path / "runs/one")
     whole = sampled.samples(recipe, tiny_llama, 40, 16)

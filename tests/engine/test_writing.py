@@ -27,6 +27,7 @@ def slow_disk(monkeypatch):
     monkeypatch.setattr(tensor_files, "save", save)
 
 
+@pytest.mark.slow
 def test_a_walk_does_not_wait_for_a_slow_disk(tiny_llama, tmp_path, monkeypatch, slow_disk):
     ended: list[float] = []  # when each of a layer's seven matrices is scored
 

@@ -10,6 +10,8 @@ from pipeline.settings import reader
 from pipeline.stages import runner
 from tests.conftest import QUICK
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tiny_llama, tmp_path_factory):

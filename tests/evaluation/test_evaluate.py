@@ -155,6 +155,7 @@ def test_bad_settings_are_refused_before_any_work(tiny_llama, tmp_path, typed):
         assert not run_dir.exists() or not any(run_dir.glob("[!.]*"))
 
 
+@pytest.mark.slow
 def test_a_violation_fails_the_run(run_dir, tiny_llama, typed):
     path = run_dir / "prune/masks.safetensors"
     masks, name = Masks(), "model.layers.0.mlp.up_proj.weight"

@@ -158,6 +158,7 @@ def test_settings_without_influence_do_not_run_a_stage_again(trained, typed):
     assert code == 0 and output.count("done before") == 2, output
 
 
+@pytest.mark.slow
 def test_an_edited_user_method_prunes_again(tiny_llama, tmp_path, typed):
     path = tmp_path / "mine.py"
     settings = (f"model={tiny_llama}", f"run_dir={tmp_path}/run", f"prune.method={path}")

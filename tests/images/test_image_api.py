@@ -13,6 +13,8 @@ from tests.conftest import typing
 from tests.images.classifiers import picture, pixels, tiny
 from tests.images.test_image_runs import SHORT, models
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def ran(monkeypatch, capsys, tmp_path):

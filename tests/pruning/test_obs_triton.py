@@ -16,6 +16,8 @@ from pipeline.runtime import code
 from pipeline.sparsity.patterns import NofM, Unstructured, parse
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 triton = pytest.importorskip("triton")
 obs_triton = pytest.importorskip("pipeline.pruning.obs_triton", exc_type=ImportError)
 

@@ -97,6 +97,7 @@ def test_a_report_without_the_stages_says_how_to_run_them(tmp_path):
         assert "Size and speed" not in found and "compact folder has" not in found
 
 
+@pytest.mark.slow
 def test_compare_shows_the_speed_of_runs_that_have_it(tmp_path):
     for name, method, gain in (("a", "wanda", 1.8), ("b", "magnitude", 0.9), ("c", "sparsegpt", None)):
         write_run(tmp_path / name, f"prune.method={method}")

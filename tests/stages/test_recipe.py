@@ -96,6 +96,7 @@ def test_extends_then_file_then_command_line(tmp_path):
     assert (loaded.seed, loaded.finetune.rank, loaded.finetune.alpha) == (1, 5, 6)
 
 
+@pytest.mark.slow
 def test_every_available_recipe_loads():
     names = recipe_files.available()
     for model in ("llama7b", "llama2_70b", "llama3_2_1b", "opt_1_3b"):
