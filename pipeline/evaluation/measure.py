@@ -164,9 +164,9 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
             config = loading.config(subject.folder, recipe)
             processor = tasks.of(config).processor(subject.folder, recipe)
             shown = images.evaluated(source, processor, config, settings.limit)
-            ranks = (processes.rank(), processes.world_size(), _all_sum)
             report = processes.progress(f"  {name}: accuracy on {spec}, ")
-            return accuracy.right_answers(model(), shown, placement.batch_number(settings.batch_size), *ranks, report)
+            at_once = placement.batch_number(settings.batch_size)
+            return accuracy.right_answers(model(), shown, at_once, *share()[:2], _all_sum, report)
 
         cache_key = model_key | {"images": str(source), "data": sources.identity(source), "limit": settings.limit}
         right = cached(cache_key | {"column": settings.column}, measure_accuracy)
