@@ -133,6 +133,20 @@ def espalier(*settings: object, processes: int = 1, expect: int | None = 0) -> s
     return seen
 
 
+def compiled_for_gpus(module: str) -> list[str]:
+    """The lines that a module prints which compiles Triton kernels for compute capabilities 8.0 and 9.0, without a GPU. Skips
+    the test if Triton's CUDA tools are absent."""
+    triton = pytest.importorskip("triton")
+    if not list(Path(triton.__file__).parent.rglob("cuobjdump")):
+        pytest.skip("this triton has no CUDA tools")
+    variables = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", module, "80", "90"], cwd=ROOT, env=variables, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
 PRUNE = (*QUICK, "stages=[prune]")
 
 

@@ -1,10 +1,5 @@
 """The GPU's kernels give what a dense product in float64 gives: under Triton's interpreter, or compiled on a GPU."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -20,7 +15,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 from pipeline.sparsity.patterns import parse
 from tests.compact.test_compact import export, prune_
-from tests.conftest import ROOT
+from tests.conftest import compiled_for_gpus
 from tests.engine.test_decoder import small_model
 from tests.families import save, text
 
@@ -215,10 +210,5 @@ def test_wrong_arguments_are_refused(tmp_path):
 @pytest.mark.slow
 def test_the_kernels_compile_for_gpus_and_read_neighbouring_values():
     """Lanes lie along a row's bytes, not across rows, and nothing is spilled to the stack. No GPU is needed for this."""
-    if not list(Path(triton.__file__).parent.rglob("cuobjdump")):
-        pytest.skip("this triton has no CUDA tools")
-    command = [sys.executable, "-m", "tests.compact.compile_kernels", "80", "90"]
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(rows := done.stdout.splitlines()) == 22 and all(row.endswith(" 32 0") for row in rows), done.stdout
+    rows = compiled_for_gpus("tests.compact.compile_kernels")
+    assert len(rows) == 22 and all(row.endswith(" 32 0") for row in rows), rows

@@ -1,8 +1,5 @@
 """The kernel of the column loop gives what the loop in torch gives: under Triton's interpreter, or compiled on a GPU."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +11,7 @@ from pipeline.pruning import obs, obs_kernel
 from pipeline.pruning.obs_methods import MagnitudeIter, SparseGpt, WandaIter
 from pipeline.runtime import code
 from pipeline.sparsity.patterns import NofM, Unstructured, parse
-from tests.conftest import ROOT
+from tests.conftest import compiled_for_gpus
 
 pytestmark = pytest.mark.slow
 
@@ -162,13 +159,8 @@ def test_it_counts_as_code_of_the_methods():
 @pytest.mark.slow
 def test_the_kernel_compiles_for_gpus():
     """Nothing is spilled to the stack. No GPU is needed for this."""
-    if not list(Path(triton.__file__).parent.rglob("cuobjdump")):
-        pytest.skip("this triton has no CUDA tools")
-    command = [sys.executable, "-m", "tests.pruning.compile_obs", "80", "90"]
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(rows := done.stdout.splitlines()) == 8 and all(row.endswith(" 0") for row in rows), done.stdout
+    rows = compiled_for_gpus("tests.pruning.compile_obs")
+    assert len(rows) == 8 and all(row.endswith(" 0") for row in rows), rows
 
 
 @pytest.mark.gpu
