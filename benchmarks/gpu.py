@@ -5,14 +5,15 @@
     python benchmarks/gpu.py --shape 170m --samples 2 --seq-len 64 --steps 2 --work ./work        # anywhere
 
 A Llama of random bf16 weights. The floor of a stage is the larger of its floating-point operations at the rate that a large
-product reaches here, and the bytes that it moves between host and device at the rate of a large copy. Attention, reading files
-and starting the process are not in the floor. `--profile` runs the prune stage once more, with an eighth of the text, in
+product reaches here, and the bytes that it moves between host and device at the rate of a large copy; that of a decoded token, the
+bytes of the weights at the rate of the device's memory. Attention, reading files and starting the process are not in the floor. `--profile` runs the prune stage once more, with an eighth of the text, in
 this process, under torch's profiler.
 """
 
 import argparse
 import csv
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -35,16 +36,19 @@ from pipeline.settings import reader
 from pipeline.stages import runner
 
 VOCABULARY = 32000
+PARTS = ("wanda", "sparsegpt", "lora", "qlora", "full", "evaluate", "compact")
 
 
-def rates() -> tuple[float, float]:
-    """Floating-point operations per second of a bf16 product, and bytes per second from host to device; the best of five."""
+def rates() -> tuple[float, float, float]:
+    """Floating-point operations per second of a bf16 product, bytes per second from host to device, and bytes per second of the
+    device's memory, read and written; the best of five."""
     device = processes.device()
     side, size = (8192, 1 << 30) if device.type == "cuda" else (1024, 1 << 26)
     a = torch.randn(side, side, dtype=torch.bfloat16, device=device)
     host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     there = torch.empty(size, dtype=torch.uint8, device=device)
-    return 2 * side**3 / best(lambda: a @ a), size / best(lambda: there.copy_(host))
+    copy = torch.empty_like(there)
+    return 2 * side**3 / best(lambda: a @ a), size / best(lambda: there.copy_(host)), 2 * size / best(lambda: copy.copy_(there))
 
 
 def best(work: Callable[[], object]) -> float:
@@ -63,7 +67,7 @@ class Floors:
     """Seconds that each stage takes at least."""
 
     def __init__(self, shape: str, tokens: int, step_tokens: int) -> None:
-        self.operations, self.bytes = rates()
+        self.operations, self.bytes, self.memory = rates()
         hidden, inner = SHAPES[shape]["hidden_size"], SHAPES[shape]["intermediate_size"]
         layers = SHAPES[shape]["num_hidden_layers"]
         self.matrices = layers * (4 * hidden**2 + 3 * hidden * inner)
@@ -85,6 +89,20 @@ class Floors:
         }[stage]
         prunes = stage in ("wanda", "sparsegpt")
         return max(operations / self.operations, moved / self.bytes if prunes else 0.0)
+
+
+def decoding(run_dir: Path, shape: str, floors: Floors) -> list[tuple[str, float, float]]:
+    """(name, seconds, floor) of a token at batch 1 from the dense and the compact model; a token reads one row of embeddings."""
+    models = json.loads((run_dir / "speed/results.json").read_text())["models"]
+    embeddings = 2 * VOCABULARY * SHAPES[shape]["hidden_size"]
+    return [
+        (
+            f"{'dense' if name == 'ordinary' else name}, a token",
+            1 / model["decode"]["1"]["median"],
+            (model["file_bytes"] - embeddings) / floors.memory,
+        )
+        for name, model in models.items()
+    ]
 
 
 def launch(*settings: object) -> None:
@@ -126,7 +144,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=10, help="of fine-tuning")
-    parser.add_argument("--parts", nargs="+", default=["wanda", "sparsegpt", "lora", "qlora", "full", "evaluate"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--work", type=Path, required=True)
     args = parser.parse_args()
@@ -139,7 +157,7 @@ def main() -> None:
     model, text = work / "model", work / "ids.parquet"
     floors = Floors(args.shape, args.samples * args.seq_len, args.seq_len)
     print(f"{hardware.machine()}, torch {torch.__version__}: {floors.operations / 1e12:.1f} TFLOP/s in bf16, ", end="")
-    print(f"{floors.bytes / 1e9:.1f} GB/s to the device\n")
+    print(f"{floors.bytes / 1e9:.1f} GB/s to the device, {floors.memory / 1e9:.0f} GB/s in its memory\n")
     print("| part | seconds | floor | times |\n| --- | --- | --- | --- |")
     calibration = (
         f"calibration.dataset={text}",
@@ -157,24 +175,28 @@ def main() -> None:
     try:
         for part in args.parts:
             run_dir = work / part / "run"
+            pruned = work / "wanda/run/prune"
+            if part in (*own, "compact") and pruned.is_dir():
+                shutil.copytree(pruned, run_dir / "prune", copy_function=os.link)
             if part in own:
-                pruned = run_dir / "prune"
-                if (work / "wanda/run/prune").is_dir() and not pruned.exists():
-                    shutil.copytree(work / "wanda/run/prune", pruned)
                 launch(*common, *tuning, *own[part], "stages=[prune,finetune]", f"run_dir={run_dir}")
-                seconds, floor = (
-                    step_seconds(run_dir, args.seq_len),
-                    floors.seconds("full" if part == "full" else "lora"),
-                )
-                part += ", a step"
+                floor = floors.seconds("full" if part == "full" else "lora")
+                rows = [(f"{part}, a step", step_seconds(run_dir, args.seq_len), floor)]
             elif part == "evaluate":
                 measured = (f"evaluate.perplexity=[{text}]", f"evaluate.seq_len={args.seq_len}", "evaluate.tasks=[]")
                 launch(*common, *measured, "evaluate.continuations=0", "stages=[evaluate]", f"run_dir={run_dir}")
-                seconds, floor = stage_seconds(run_dir, "evaluate"), floors.seconds("evaluate")
+                rows = [(part, stage_seconds(run_dir, "evaluate"), floors.seconds("evaluate"))]
+            elif part == "compact":
+                measured = ("speed.batches=[1]", "speed.prompt_lengths=[]", "speed.repeats=3")
+                launch(*common, *measured, "stages=[prune,export,speed]", f"run_dir={run_dir}")
+                rows = decoding(run_dir, args.shape, floors)
             else:
                 launch(*common, f"prune.method={part}", "stages=[prune]", f"run_dir={run_dir}")
-                seconds, floor = stage_seconds(run_dir, "prune"), floors.seconds(part)
-            print(f"| {part} | {seconds:.2f} | {floor:.2f} | {seconds / floor:.1f} |", flush=True)
+                rows = [(part, stage_seconds(run_dir, "prune"), floors.seconds(part))]
+            for name, seconds, floor in rows:
+                print(f"| {name} | {seconds:.3g} | {floor:.2g} | {seconds / floor:.1f} |", flush=True)
+            if part != "wanda":  # whose pruned model the later parts use
+                shutil.rmtree(run_dir)
         if args.profile:
             few = f"calibration.samples={max(1, args.samples // 8)}"  # the profiler keeps every operation
             print_profile([*common, few, "stages=[prune]", f"run_dir={work}/profile/run"])

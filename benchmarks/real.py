@@ -4,13 +4,15 @@
     python benchmarks/real.py ... --part methods --only wanda_2of4 wanda_0.5 --samples 32
     python benchmarks/real.py ... --only none                                             # only the tables of finished rows
     OMP_NUM_THREADS=1 python benchmarks/real.py ... --jobs 12                             # minutes on a large GPU
+    python benchmarks/real.py ... --part combinations --seconds                           # the time of each prune stage
 
 Each row is one command with the run folder `<work>/<row>`, printed before it runs. The same benchmark command resumes. A row
 that continues another row links that row's finished stages into its folder.
 
 The mirror holds WikiText-2: the tokenised validation split for calibration and training, and the raw test split, whose first 32
 windows of 1,024 tokens are evaluated. CPU minutes are summed over all threads and halved, which is the time on two idle cores.
-With `--jobs`, rows run at the same time and slow each other down: their times are no measurement.
+With `--jobs`, rows run at the same time and slow each other down: their times are no measurement. `--seconds` runs nothing but
+the prune stage of each row, one after the other in this process, after one that warms up.
 """
 
 import argparse
@@ -24,7 +26,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -203,6 +205,25 @@ def run(row: Row, args: argparse.Namespace) -> bool:
     return True
 
 
+def print_seconds(chosen: list[Row], args: argparse.Namespace) -> None:
+    """Runs and times the prune stage of each row; its files are removed."""
+    sys.path.insert(0, str(ROOT))
+    from pipeline.settings import reader
+    from pipeline.stages import runner
+
+    print("| method | pattern | seconds | GiB |\n| --- | --- | --- | --- |")
+    for number, row in enumerate((chosen[0], *chosen)):
+        run_dir = args.work / "seconds" / row.name
+        shutil.rmtree(run_dir, ignore_errors=True)
+        settings = [it for it in command(row, args)[1:] if not it.startswith(("stages=", "run_dir="))]
+        with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
+            runner.run(reader.load([*settings, "stages=[prune]", f"run_dir={run_dir}"]))
+        stage = json.loads((run_dir / "prune" / "stage.json").read_text())
+        shutil.rmtree(run_dir)
+        if number:
+            print(f"| {row.method} | {row.pattern} | {stage['seconds']:.1f} | {stage['memory_gib']:.1f} |", flush=True)
+
+
 def results(row: Row, args: argparse.Namespace) -> dict | None:
     path = args.work / row.name / "evaluate" / "results.json"
     return json.loads(path.read_text()) if path.exists() else None
@@ -262,6 +283,7 @@ def main() -> int:
     parser.add_argument(
         "--jobs", type=int, default=1, help="rows at a time; more than 1: output goes to <work>/<row>/output.txt"
     )
+    parser.add_argument("--seconds", action="store_true", help="only time the prune stages")
     parser.add_argument("--limit", type=int, default=0, help="questions per task; 0: no tasks")
     parser.add_argument("--batch-size", type=int, default=4, help="windows or questions at a time, in evaluations")
     args = parser.parse_args()
@@ -270,6 +292,9 @@ def main() -> int:
     write_text(args.mirror, args.work / "validation.jsonl")
     chosen = [row for row in rows() if row.part in args.part and (args.only is None or row.name in args.only)]
     chosen = list({row.name: row for row in reversed(chosen)}.values())[::-1]  # some rows are in two tables
+    if args.seconds:
+        print_seconds(chosen, args)
+        return 0
     failed = run_all(chosen, args)
     for part in args.part:
         table(part, args)
