@@ -5,9 +5,9 @@
     python benchmarks/gpu.py --shape 170m --samples 2 --seq-len 64 --steps 2 --work ./work        # anywhere
 
 A Llama of random bf16 weights. The floor of a stage is the larger of its floating-point operations at the rate that a large
-product reaches here, and the bytes that it moves between host and device at the rate of a large copy; that of a decoded token, the
-bytes of the weights at the rate of the device's memory. Attention, reading files and starting the process are not in the floor. `--profile` runs the prune stage once more, with an eighth of the text, in
-this process, under torch's profiler.
+product reaches here, and the bytes that it moves between host and device at the rate of a large copy; that of a decoded token,
+the bytes of the weights at the rate of the device's memory. Attention, reading files and starting the process are not in the
+floor. `--profile` runs the prune stage once more, with an eighth of the text, in this process, under torch's profiler.
 """
 
 import argparse
@@ -48,7 +48,11 @@ def rates() -> tuple[float, float, float]:
     host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     there = torch.empty(size, dtype=torch.uint8, device=device)
     copy = torch.empty_like(there)
-    return 2 * side**3 / best(lambda: a @ a), size / best(lambda: there.copy_(host)), 2 * size / best(lambda: copy.copy_(there))
+    return (
+        2 * side**3 / best(lambda: a @ a),
+        size / best(lambda: there.copy_(host)),
+        2 * size / best(lambda: copy.copy_(there)),
+    )
 
 
 def best(work: Callable[[], object]) -> float:
@@ -92,7 +96,7 @@ class Floors:
 
 
 def decoding(run_dir: Path, shape: str, floors: Floors) -> list[tuple[str, float, float]]:
-    """(name, seconds, floor) of a token at batch 1 from the dense and the compact model; a token reads one row of embeddings."""
+    """(name, seconds, floor) of a token at batch 1 from each model; a token reads one row of the embeddings."""
     models = json.loads((run_dir / "speed/results.json").read_text())["models"]
     embeddings = 2 * VOCABULARY * SHAPES[shape]["hidden_size"]
     return [

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.data import images, token_windows
 from pipeline.engine.blocks import find_blocks
 from pipeline.models import loading
+from pipeline.models.pointwise import mark_pointwise
 from pipeline.pruning.allocation import allocate
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Calibration, reconstruction_text
@@ -56,6 +57,8 @@ def prune(
     text = {"samples": samples, "seq_len": seq_len, "batch_size": batch_size, "column": column}
     text["activations"] = activations
     recipe = inputs.recipe(["prune"], seed, mirror, prune=chosen, calibration=text)
+    if recipe.prune.pointwise:
+        mark_pointwise(model)
     allocate(find_blocks(model), recipe.prune)  # raises before any text is read
     found = _samples(calibration, "calibration", recipe.calibration, "calibration", tokenizer, model, seed, mirror)
     with model_state.preserved(model):

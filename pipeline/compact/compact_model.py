@@ -115,7 +115,9 @@ def _load(folder: str | Path, recipe: Recipe, device: torch.device, forms: Forms
     for shard in found.shards:
         for name, it in found.read(shard):
             dtype = empty_model.dtype_in_memory(model, name, found.dtype)
-            if isinstance(it, Compact):
+            if isinstance(it, Compact) and len(it.layout.shape) == 4:
+                weight = memory(it.dense().to(device, dtype))  # no kernel convolves
+            elif isinstance(it, Compact):
                 weight = CompactWeight.from_compact(it, dtype, memory)
                 weight = weight if forms is None else forms.place(weight)
             else:

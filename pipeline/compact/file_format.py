@@ -35,7 +35,8 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per weig
 class Layout:
     """The entry of a matrix in compact.json."""
 
-    shape: tuple[int, ...]  # as the model stores it: (O, I), (E, O, I), or with the last two swapped
+    # as the model stores it: (O, I), (E, O, I), or with the last two swapped; (O, I, 1, 1) of a 1x1 convolution
+    shape: tuple[int, ...]
     dtype: torch.dtype
     transposed: bool  # stored (I, O)
     patterns: tuple[str, ...]
@@ -47,6 +48,8 @@ class Layout:
 
     @property
     def shape_OI(self) -> tuple[int, ...]:
+        if len(self.shape) == 4:
+            return self.shape[:2]
         *experts, outs, ins = self.shape
         return (*experts, ins, outs) if self.transposed else self.shape
 
@@ -74,7 +77,8 @@ class Layout:
     def from_json(about: dict[str, Any]) -> "Layout":
         """Raises `ValueError`, `KeyError` or `TypeError` if `about` is not a valid entry."""
         shape, dtype, transposed = tuple(about["shape"]), about["dtype"], about["transposed"]
-        if len(shape) not in (2, 3) or not all(type(size) is int and size > 0 for size in shape):
+        known = len(shape) in (2, 3) or (len(shape) == 4 and shape[2:] == (1, 1) and not transposed)
+        if not known or not all(type(size) is int and size > 0 for size in shape):
             raise ValueError(f"shape {shape}")
         if dtype not in DTYPES or type(transposed) is not bool:
             raise ValueError(f"dtype {dtype}, transposed {transposed}")
@@ -115,7 +119,7 @@ class Compact:
             values = (values.float() * scales).to(self.layout.dtype)
         dense = torch.zeros(self.layout.shape_OI, dtype=self.layout.dtype)
         _bits_of(dense).numpy()[mask] = _bits_of(values).numpy()
-        return dense.transpose(-1, -2).contiguous() if self.layout.transposed else dense
+        return dense.transpose(-1, -2).contiguous() if self.layout.transposed else dense.view(self.layout.shape)
 
 
 def compress(

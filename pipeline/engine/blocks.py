@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.models.pointwise import PointwiseConv, is_pointwise
 from pipeline.runtime.errors import UserError
 
 OTHER_INPUT = re.compile("Audio|Image|Speech|Video|Vision")  # in a class name
@@ -50,6 +51,8 @@ def find_blocks(model: nn.Module) -> list[Block]:
             found.setdefault(module, name)  # the same module listed twice is one block
     if not found or (max(kinds.values()) > 1 and not staged):
         what = f"lists inside of layers ({next(iter(lists))} and others)" if found else "no list of layers"
+        if not found and any(map(is_pointwise, model.modules())):
+            what += " but with 1x1 convolutions: set prune.pointwise=true"
         raise UserError(
             f"{type(model).__name__} is not supported: expected module lists of layers with Linear or Conv1D matrices, "
             f"found {what}"
@@ -105,7 +108,7 @@ def tensors_outside(model: nn.Module, blocks: list[Block]) -> list[Tensor]:
 
 def is_matrix(module: nn.Module) -> bool:
     """Whether a module multiplies by a two-dimensional `weight`."""
-    return isinstance(module, nn.Linear | Conv1D)
+    return isinstance(module, nn.Linear | Conv1D | PointwiseConv)
 
 
 def _has_matrices(module: nn.Module) -> bool:

@@ -14,10 +14,15 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.engine.blocks import Block, find_blocks, is_matrix, language_model
 from pipeline.engine.coverage import OUTSIDE, Entry
+from pipeline.models.pointwise import PointwiseConv
 from pipeline.runtime.errors import UserError
 
 ROUTER = "router"
-PRODUCTS = (nn.Linear.forward, Conv1D.forward)  # a subclass with its own forward may compute anything
+PRODUCTS = (
+    nn.Linear.forward,
+    Conv1D.forward,
+    PointwiseConv.forward,
+)  # a subclass with its own forward may compute anything
 # Path components that mean "router" in a block with experts. `gate_proj`, the gate of a gated MLP, does not match.
 ROUTER_NAMES = re.compile(r"(^|\.)(\w*router\w*|gate|wg|\w*expert_gate|\w*topk_gat\w*|classifier)(\.|$)", re.IGNORECASE)
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_shared_experts", "num_routed_experts", "total_experts")
@@ -25,7 +30,7 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_shared_experts", "num_ro
 
 @dataclass(frozen=True)
 class Matrix:
-    """A prunable matrix: the weight of a Linear or Conv1D, or one expert's slice of a fused parameter."""
+    """A prunable matrix: the weight of a Linear, Conv1D or 1x1 convolution, or one expert's slice of a fused parameter."""
 
     module: nn.Module
     attribute: str = "weight"
@@ -42,10 +47,13 @@ class Matrix:
         """The weight as (out, in), a view of the module's current one."""
         stored = self.parameter.data
         stored = stored if self.expert is None else stored[self.expert]
+        stored = stored.flatten(1) if stored.dim() == 4 else stored
         return stored.T if self.transposed else stored
 
     def stored(self, tensor_OI: Tensor) -> Tensor:
         """Turns an (out, in) tensor into the orientation of the stored weight."""
+        if self.parameter.dim() == 4:
+            return tensor_OI[..., None, None]
         return tensor_OI.T if self.transposed else tensor_OI
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pipeline.engine.matrices import PRODUCTS, Matrix
+from pipeline.models.pointwise import PointwiseConv
 from pipeline.runtime.errors import UserError
 
 SAMPLE = 64  # tokens of the first batch kept to measure the output error; more would cost seconds
@@ -86,7 +87,9 @@ class InputObserver:
         found = self.observed
         if self._last is None or self._last[0] is not tensor or self._last[1] != tensor._version:
             self._last = (tensor, tensor._version, found.shared_input_key.setdefault(name, name))
-            self._add(self._last[2], tensor.detach().flatten(0, -2))
+            is_conv = isinstance(self.matrices[name].module, PointwiseConv)
+            input_NI = tensor.detach().movedim(-3, -1) if is_conv else tensor.detach()  # from (B, I, H, W)
+            self._add(self._last[2], input_NI.flatten(0, -2))
         else:
             found.shared_input_key.setdefault(name, self._last[2])
         self._calls[name] += 1

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from pipeline.models import dequantize, file_names, model_files
 from pipeline.models.architecture import model_class
+from pipeline.models.pointwise import mark_pointwise
 from pipeline.runtime import caches, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
@@ -109,10 +110,12 @@ def skeleton(folder: Path, recipe: Recipe, dtype: torch.dtype | None = None) -> 
     try:
         with torch.device("meta"):
             if hasattr(chosen, "from_config"):  # an Auto class
-                return chosen.from_config(found, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
-            return chosen._from_config(found, dtype=dtype)
+                model = chosen.from_config(found, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
+            else:
+                model = chosen._from_config(found, dtype=dtype)
     except Exception as error:
         raise UserError(model_files.cannot_load(folder, error, "config.json")) from error
+    return mark_pointwise(model) if recipe.prune.pointwise else model
 
 
 def quantization(folder: Path) -> str | None:
@@ -160,6 +163,8 @@ def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=No
         )
     for part in (model.config, model.config.get_text_config()):
         part.use_cache = False
+    if recipe.prune.pointwise:
+        mark_pointwise(model)
     return model.eval()
 
 

@@ -95,7 +95,7 @@ class BlockPruner:
     def _refuse(self, name: str, packed: Packed) -> None:
         mask = packed.unpack()
         pattern = self.method.pattern(name, mask)
-        problem = pattern.violation(mask.T if packed.transposed else mask)
+        problem = pattern.violation(mask.T if packed.transposed else mask.flatten(1))
         raise UserError(f"{self._label()} on {name}: {problem}: set another prune.method or prune.sparsity")
 
     def _label(self) -> str:

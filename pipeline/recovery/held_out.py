@@ -58,6 +58,7 @@ class HeldOut:
         task, world_size, rank = tasks.of(model.config), processes.world_size(), processes.rank()
         starts = range(0, len(self.samples), self.batch_size)
         total = torch.zeros(2, dtype=torch.float64, device=device)
+        modes = [(module, module.training) for module in model.modules()]
         model.eval()
         for first in range(0, len(starts), world_size):
             mine = min(first + rank, len(starts) - 1)  # a sharded model needs every rank, a rank without a batch too
@@ -67,7 +68,8 @@ class HeldOut:
                 loss = task.cross_entropy(task.logits(model, inputs), labels, "sum")
             if mine == first + rank:
                 total += torch.stack([loss.double(), (task.targets(labels) >= 0).sum().double()])
-        model.train()
+        for module, training in modes:
+            module.training = training
         loss, count = processes.all_sum(total).tolist()
         return math.exp(min(loss / max(count, 1.0), 700.0))
 

@@ -12,17 +12,18 @@ from pipeline.runtime.errors import UserError
 from pipeline.sparsity.masks import apply_, violation_of
 
 
-def token_error(out_BTD: Tensor, target_BTD: Tensor) -> Tensor:
-    """Sum over tokens of ||out - target||^2 / ||target||^2, in fp32.
+def token_error(out_BTD: Tensor, target_BTD: Tensor, features: int = -1) -> Tensor:
+    """Sum over tokens of ||out - target||^2 / ||target||^2, in fp32; `features`: the dimension D.
 
     Relative per token, since the next layer normalises each token. Otherwise the few tokens with hidden states hundreds of
     times larger (Sun et al. 2024, "Massive Activations in Large Language Models") would dominate. Near-zero tokens, such as
-    padding, count as a tenth of the median size.
+    padding, count as a tenth of the median size, or of the mean size where most tokens are zero (pixels after a ReLU).
     """
     target_BTD = target_BTD.float()
-    size_BT = target_BTD.square().sum(-1)
-    size_BT = size_BT.clamp_min(0.1**2 * size_BT.median()).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((out_BTD.float() - target_BTD).square().sum(-1) / size_BT).sum()
+    size_BT = target_BTD.square().sum(features)
+    usual = torch.where(size_BT.median() > 0, size_BT.median(), size_BT.mean())
+    size_BT = size_BT.clamp_min(0.1**2 * usual).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((out_BTD.float() - target_BTD).square().sum(features) / size_BT).sum()
 
 
 @torch.no_grad()

@@ -77,16 +77,19 @@ class LayerReconstructor:
     def _fit(self, walk: LayerWalk, block: Block, parameters: dict[str, nn.Parameter]) -> tuple[float, float]:
         started, epochs_done = time.perf_counter(), itertools.count()
         epochs, lr = self.settings.epochs, self.settings.lr
+        convolves = any(isinstance(module, nn.Conv2d) for module in block.module.modules())
+        features = 1 if convolves and self.targets[0].dim() == 4 else -1  # (B, C, H, W)
 
         def error(batch: int) -> Tensor:
             target = self.targets[batch].to(walk.device, non_blocking=True)
-            return layer_fit.token_error(walk.forwards.run_block(batch), target)
+            return layer_fit.token_error(walk.forwards.run_block(batch), target, features)
 
         def judge() -> float:
             """Root of the mean over tokens."""
             total = torch.zeros(2, dtype=torch.float64, device=walk.device)
             for batch in self.judging:
-                total += torch.stack([error(batch).double(), total.new_tensor(self.targets[batch][..., 0].numel())])
+                tokens = self.targets[batch].select(features, 0).numel()
+                total += torch.stack([error(batch).double(), total.new_tensor(tokens)])
             sum_, tokens = processes.all_sum(total).tolist()
             found = math.sqrt(sum_ / tokens)
             epoch, seconds = next(epochs_done), time.perf_counter() - started

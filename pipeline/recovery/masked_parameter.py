@@ -117,7 +117,7 @@ class MaskedParameter(nn.Module):
         """`transposed`: stored (E, I, O)."""
         super().__init__()
         weight = getattr(module, name)
-        *experts, outs, ins = weight.shape
+        *experts, outs, ins = weight.shape if weight.dim() < 4 else weight.shape[:2]  # 4: of a 1x1 convolution
         if transposed:
             outs, ins = ins, outs
         self.scale, self.transposed, self.shape = scale, transposed, weight.shape
@@ -155,9 +155,11 @@ class MaskedParameter(nn.Module):
         """M * (W + scale * B A) in the shape and dtype of W (`base`, else the module's own); counts nonzero pruned weights."""
         base, mask = self.parametrization_lists[0].original if base is None else base, self.mask()
         left, right = (a.mT, b.mT) if self.transposed else (b, a)
-        add = torch.addmm if base.dim() == 2 else torch.baddbmm
+        add = torch.baddbmm if base.dim() == 3 else torch.addmm
+        matrix = base.flatten(1) if base.dim() == 4 else base
         with torch.autocast(base.device.type, enabled=False):
-            effective = apply_(add(base.to(b.dtype), left, right, alpha=self.scale).to(base.dtype), mask)
+            effective = add(matrix.to(b.dtype), left, right, alpha=self.scale).to(base.dtype).view_as(base)
+        apply_(effective, mask)
         self.nonzero_pruned = nonzero_pruned(effective, mask).count_nonzero()
         return effective
 
@@ -165,7 +167,7 @@ class MaskedParameter(nn.Module):
         grad = multiply_(grad.to(a.dtype, copy=True, memory_format=torch.contiguous_format), self.mask())
         if self.dense:
             grad[self.dense] = 0.0
-        grad = grad.mT if self.transposed else grad
+        grad = grad.mT if self.transposed else grad.flatten(1) if grad.dim() == 4 else grad
         return self.scale * (b.mT @ grad), self.scale * (grad @ a.mT)
 
     @torch.no_grad()

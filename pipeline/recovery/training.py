@@ -39,6 +39,15 @@ def batch_per_process(settings: Finetune, world_size: int) -> tuple[int, int]:
     return size, each // size
 
 
+def training_mode(model: nn.Module) -> None:
+    """Puts a model into training mode, but for batch norms, which keep the dense model's statistics: those of small batches
+    are noise, differ between processes, and are not in checkpoints."""
+    model.train()
+    for module in model.modules():
+        if getattr(module, "track_running_stats", False):
+            module.eval()
+
+
 class _ReachAll(torch.autograd.Function):
     """Returns the loss unchanged, with a graph edge without gradient to each parameter. DDP waits for all parameters, and fails
     on those that get no gradient (idle experts, an image encoder, an indexer that is not differentiable). DDP's option
@@ -228,7 +237,7 @@ def fit(
     assert trainer.world_size == world_size
     if settings.checkpoint_activations:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
+    training_mode(model)
     # a plain DataLoader resumed mid-epoch repeats early batches and drops later ones
     loader = StatefulDataLoader(mine, batch_size=batch_size)
     last = newest_checkpoint(folder)

@@ -122,6 +122,7 @@ class Prune:
     owl_outliers: float = setting(5.0, "OWL's M: an outlier is above M times its layer's mean score", low=0)
     owl_spread: float = setting(0.08, "OWL's lambda: layers differ by at most twice this", low=0, high=1)
     allocation_spread: float = setting(0.08, "the same for allocation=alphapruning and layer_error", low=0, high=1)
+    pointwise: bool = setting(False, "also prune 1x1 convolutions, which act as Linear layers on each position")
     overrides: dict[str, Any] = setting({}, "{glob of parameter names: a sparsity, or dense}; the last match counts")
     damp: float = setting(0.01, "damping of the Gram matrix, as a share of its mean diagonal", low=0, high=10)
     hidden_states: str = setting(

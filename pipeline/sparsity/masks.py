@@ -64,7 +64,7 @@ class Packed:
             pattern = patterns.parse(self.pattern)
         except UserError:
             return None  # a user's own pattern, which was checked when the mask was made
-        mask = self.unpack()
+        mask = self.unpack().flatten(1)  # a 1x1 convolution's has four dimensions
         return pattern.violation(mask.T if self.transposed else mask)
 
 

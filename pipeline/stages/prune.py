@@ -14,6 +14,7 @@ from pipeline.engine.coverage import Coverage
 from pipeline.engine.matrices import coverage_entries
 from pipeline.engine.walk import LayerWalk, run_layerwise
 from pipeline.models import loading
+from pipeline.models.pointwise import mark_pointwise
 from pipeline.pruning import calibration
 from pipeline.pruning.allocation import allocate, patterns_by_layer
 from pipeline.pruning.block_measure import BlockMeasure
@@ -54,6 +55,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
 
 def in_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> Masks:
     """Prunes the model in place, on its device; returns its masks. `batches`: tokens, each (batch_size, seq_len)."""
+    if recipe.prune.pointwise:
+        mark_pointwise(model)
     settings, blocks = recipe.prune, find_blocks(model)
     observe = observed_by(settings, allocate(blocks, settings))
     store = calibration.plan_memory(model, batches, settings.hidden_states, observe=observe)
