@@ -84,15 +84,34 @@ def deep(tmp_path_factory):
 
     tokenizer, where = world.tokenizer(), tmp_path_factory.mktemp("deep")
 
-    def make(layers: int):
-        config = llama_config(len(tokenizer), num_hidden_layers=layers, hidden_size=128, intermediate_size=256)
-        model = LlamaForCausalLM(config).to(torch.float16)
-        if not (where / str(layers)).exists():
-            model.save_pretrained(where / str(layers))
-            tokenizer.save_pretrained(where / str(layers))
-        return where / str(layers), sum(it.nbytes for it in model.model.layers[0].parameters())
+    def make(layers: int, width: int = 128):
+        config = llama_config(len(tokenizer), num_hidden_layers=layers, hidden_size=width, intermediate_size=2 * width)
+        model, folder = LlamaForCausalLM(config).to(torch.float16), where / f"{layers}-{width}"
+        if not folder.exists():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        return folder, sum(it.nbytes for it in model.model.layers[0].parameters())
 
     return make
+
+
+def test_what_a_frozen_weight_takes_in_lora_with_fsdp(deep, simulated, tmp_path):
+    """Beside its shard: a bit for the mask, and no 16-bit copy for backward. The difference of five and three layers."""
+    few = ("finetune.seq_len=4", "finetune.batch_size=1", "finetune.accumulate=2", "finetune.max_steps=2")
+    few += ("finetune.checkpoint_activations=true", "finetune.rank=1", "finetune.strategy=fsdp")
+    peaks, trained = [], []
+    for layers in (3, 5):
+        folder, layer_bytes = deep(layers, 512)
+        run_dir = tmp_path / str(layers)
+        counts = simulated(*RUN, "prune.method=magnitude", *few, f"run_dir={run_dir}", f"model={folder}", processes=2)
+        peaks.append([rank["peak"] for rank in counts])
+        trained.append(sum(sum(mask.shape) for mask in Masks.load(run_dir / "prune/masks.safetensors").packed.values()))
+    adapter = (
+        16 * (trained[1] - trained[0]) / 2 / 2
+    )  # of a layer: weights, gradients and two moments, on one of two GPUs
+    for three, five in zip(*peaks):
+        taken = ((five - three) / 2 - adapter) / (layer_bytes / 2)
+        assert 1.1 < taken < 1.15, (peaks, adapter)  # a shard is half of 2 bytes
 
 
 # Launches for the 8 forward passes of a layer (4 batches, twice) with the sums over the inputs, and for its 7 matrices.
