@@ -3,11 +3,15 @@
 Shapes: R = rows (output features), I = in_features, G = groups of M consecutive inputs, C = candidates.
 """
 
+import functools
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from pipeline.pruning import obs, scores
 from pipeline.pruning.statistics import GRAM, MOMENTS, Statistics
+from pipeline.runtime import triton_kernels
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Prune
 from pipeline.sparsity.patterns import NofM, Pattern, Unstructured
@@ -55,7 +59,10 @@ class Swaps(Refinement):
     def refine(
         self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, statistics: Statistics, pattern: Pattern
     ) -> Tensor:
-        return swap(dense_RI, weight_RI, mask_RI, statistics.gram_II, group_of(pattern), self.settings.swaps)
+        group, kernels = group_of(pattern), _kernels(dense_RI.device)
+        if kernels and kernels.supports(group):
+            return swap_by_kernel(kernels, dense_RI, weight_RI, mask_RI, statistics.gram_II, group, self.settings.swaps)
+        return swap(dense_RI, weight_RI, mask_RI, statistics.gram_II, group, self.settings.swaps)
 
 
 def group_of(pattern: Pattern) -> int | None:
@@ -103,6 +110,54 @@ def swap(
         else:
             product_RI[rows_R] += steps_R2[:, :1] * gram_II[restored_R] + steps_R2[:, 1:] * gram_II[removed_R]
     return mask_RI
+
+
+def swap_by_kernel(
+    kernels: ModuleType,
+    dense_RI: Tensor,
+    weight_RI: Tensor,
+    mask_RI: Tensor,
+    gram_II: Tensor,
+    group: int,
+    budget: int,
+) -> Tensor:
+    """The same as `swap` within groups, by the kernel of swap_triton.py. Equal changes of the error may be chosen otherwise."""
+    weight_RI, mask_RI = weight_RI * mask_RI, mask_RI.clone()
+    done_R = torch.zeros(len(mask_RI), dtype=torch.bool, device=mask_RI.device)
+    for made in range(0, budget, REFRESH):
+        product_RI = obs.product(dense_RI - weight_RI, gram_II)
+        state = (dense_RI, weight_RI, mask_RI, product_RI, gram_II, done_R)
+        kernels.swap_in_groups(*state, group, min(REFRESH, budget - made), SMALLEST)
+        if done_R.all():
+            break
+    return mask_RI
+
+
+@functools.cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The kernels for `swap_by_kernel`, checked on the device. None on a CPU, without Triton, or if the check fails."""
+    if device.type != "cuda":
+        return None
+    return triton_kernels.load(_imported, device, check_kernels, "exchanges", "each takes many launches, which is slow")
+
+
+def _imported() -> ModuleType:
+    from pipeline.pruning import swap_triton  # imports triton
+
+    return swap_triton
+
+
+def check_kernels(kernels: ModuleType, device: torch.device) -> None:
+    """Compares the kernels with torch on a small matrix. Raises `RuntimeError` if the masks differ."""
+    generator = torch.Generator().manual_seed(0)
+    input_NI, dense_RI = torch.randn(96, 64, generator=generator), torch.randn(32, 64, generator=generator)
+    input_NI += input_NI.roll(1, 1)
+    mask_RI = NofM(2, 4).select(dense_RI.abs())
+    given = (dense_RI, dense_RI, mask_RI, input_NI.T @ input_NI)
+    expected = swap(*given, 4, REFRESH + 2)
+    found = swap_by_kernel(kernels, *(it.to(device) for it in given), 4, REFRESH + 2)
+    if torch.equal(expected, mask_RI) or not torch.equal(found.cpu(), expected):
+        raise RuntimeError("a mask that they refined is wrong")
 
 
 def _best_pair(

@@ -1,0 +1,25 @@
+"""Compiles the kernel of exchanges for GPUs that need not be here: `python -m tests.pruning.compile_swap 80 90`.
+
+Prints a line for each variant: compute capability, M, inputs read at a time; the stack in bytes. Not with TRITON_INTERPRET=1.
+"""
+
+import sys
+
+from pipeline.pruning import swap_triton
+from tests.compact.compile_kernels import compiled, stack
+
+POINTERS = dict.fromkeys(("dense", "weight", "product", "gram", "diagonal", "blocks"), "*fp32")
+KINDS = POINTERS | dict.fromkeys(("kept", "done"), "*u8") | {"smallest": "fp32"}
+
+
+def main(capabilities: list[str]) -> None:
+    for capability in map(int, capabilities):
+        for group, inputs in ((4, 4096), (8, 11008), (2, 576)):
+            columns, chunks = swap_triton.chunks(inputs)
+            constants = {"M": group, "C": columns, "CHUNKS": chunks, "warps": swap_triton.WARPS}
+            made = compiled(swap_triton._swap_kernel, KINDS, capability, constants)
+            print(capability, group, columns, stack(made.asm["cubin"]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,93 @@
+"""The kernel of exchanges gives what the loop in torch gives: under Triton's interpreter, or compiled on a GPU."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.pruning import refinements
+from pipeline.runtime import code
+from pipeline.sparsity.patterns import parse
+from tests.conftest import compiled_for_gpus
+
+pytestmark = pytest.mark.slow
+
+triton = pytest.importorskip("triton")
+swap_triton = pytest.importorskip("pipeline.pruning.swap_triton", exc_type=ImportError)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def matrix(rows: int, inputs: int, sparsity: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Dense weights, updated weights, a mask and the Gram matrix of correlated inputs, some of them dead."""
+    generator = torch.Generator().manual_seed(0)
+    input_NI = torch.randn(2 * inputs, inputs, generator=generator)
+    input_NI += input_NI.roll(1, 1) + input_NI[:, :1]
+    input_NI[:, ::13] = 0
+    dense_RI = torch.randn(rows, inputs, generator=generator)
+    mask_RI = parse(sparsity).select(dense_RI.abs())
+    updated_RI = (dense_RI + torch.randn(rows, inputs, generator=generator) / 10) * mask_RI
+    return dense_RI, updated_RI, mask_RI, input_NI.T @ input_NI
+
+
+def error(dense_RI: Tensor, weight_RI: Tensor, gram_II: Tensor) -> Tensor:
+    difference_RI = (dense_RI - weight_RI).double()
+    return (difference_RI @ gram_II.double() * difference_RI).sum(1)
+
+
+@pytest.mark.parametrize("sparsity, rows, inputs", [("2of4", 5, 56), ("4of8", 3, 40), ("1of2", 3, 32)])
+def test_the_kernel_agrees_with_torch(monkeypatch, sparsity, rows, inputs):
+    """Inputs that do not fill the last chunk, dead inputs, a refreshed product, rows that are done early."""
+    monkeypatch.setattr(swap_triton, "CHUNK", 32)
+    monkeypatch.setattr(refinements, "REFRESH", 3)
+    given, group = matrix(rows, inputs, sparsity), parse(sparsity).m
+    expected = refinements.swap(*given, group, 8)
+    found = refinements.swap_by_kernel(swap_triton, *(it.to(DEVICE) for it in given), group, 8).cpu()
+    assert torch.equal(found, expected) and not torch.equal(found, given[2])
+
+
+def test_exchanges_end_where_none_helps(monkeypatch):
+    monkeypatch.setattr(refinements, "REFRESH", 4)
+    dense_RI, _, mask_RI, gram_II = (it.to(DEVICE) for it in matrix(2, 16, "2of4"))
+    found = refinements.swap_by_kernel(swap_triton, dense_RI, dense_RI, mask_RI, gram_II, 4, 1000)
+    assert torch.equal(found, refinements.swap(dense_RI, dense_RI, mask_RI, gram_II, 4, 1000))
+    assert (error(dense_RI, dense_RI * found, gram_II) < error(dense_RI, dense_RI * mask_RI, gram_II)).all()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_the_kernel_is_used_on_a_gpu_and_agrees_on_large_matrices():
+    assert refinements._kernels(torch.device("cuda")) is swap_triton
+    dense_RI, weight_RI, mask_RI, gram_II = (it.cuda() for it in matrix(512, 5504, "2of4"))
+    before = error(dense_RI, weight_RI * mask_RI, gram_II)
+    errors = []
+    for masks in (
+        refinements.swap(dense_RI, weight_RI, mask_RI, gram_II, 4, 100),
+        refinements.swap_by_kernel(swap_triton, dense_RI, weight_RI, mask_RI, gram_II, 4, 100),
+    ):
+        assert masks.unflatten(1, (-1, 4)).sum(2).eq(2).all()
+        errors.append(error(dense_RI, torch.where(mask_RI, weight_RI, dense_RI) * masks, gram_II))
+    assert (errors[1] <= before).all()
+    torch.testing.assert_close(errors[1].sum(), errors[0].sum(), rtol=1e-3, atol=0)
+
+
+def test_it_is_checked_before_it_is_used(monkeypatch):
+    monkeypatch.setattr(refinements, "REFRESH", 2)
+    refinements.check_kernels(swap_triton, DEVICE)
+    with pytest.raises(RuntimeError, match="a mask that they refined is wrong"):
+        refinements.check_kernels(SimpleNamespace(swap_in_groups=lambda *state: None), DEVICE)
+    assert refinements._kernels(torch.device("cpu")) is None
+
+
+def test_it_counts_as_code_of_the_refinements():
+    """Else a stage would not run again after the kernel is edited."""
+    assert Path(swap_triton.__file__) in code.used("pipeline.pruning.refinements")
+
+
+def test_the_kernel_compiles_for_gpus():
+    """Next to nothing is spilled to the stack. No GPU is needed for this."""
+    rows = compiled_for_gpus("tests.pruning.compile_swap")
+    assert len(rows) == 6 and all(int(row.split()[-1]) <= 16 for row in rows), rows
