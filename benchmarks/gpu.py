@@ -48,7 +48,11 @@ def rates() -> tuple[float, float, float]:
     host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     there = torch.empty(size, dtype=torch.uint8, device=device)
     copy = torch.empty_like(there)
-    return 2 * side**3 / best(lambda: a @ a), size / best(lambda: there.copy_(host)), 2 * size / best(lambda: copy.copy_(there))
+    return (
+        2 * side**3 / best(lambda: a @ a),
+        size / best(lambda: there.copy_(host)),
+        2 * size / best(lambda: copy.copy_(there)),
+    )
 
 
 def best(work: Callable[[], object]) -> float:
