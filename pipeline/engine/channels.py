@@ -3,7 +3,7 @@ reorders them.
 
 Such channels are the inputs of one matrix, the fan-in (down_proj, o_proj), and rows of others, its producers (gate_proj and
 up_proj; v_proj). Shapes only suggest which rows of which matrices these are: a suggestion counts when the block, reordered at
-random, computes the same in float32.
+random, computes the same in float64.
 
 Shapes: O = out_features, C = inputs of the fan-in, V = channels. C is a multiple of V where query heads share value heads.
 """
@@ -24,9 +24,9 @@ from pipeline.engine.matrices import Matrix
 from pipeline.engine.observe import Observed
 
 EXPERT = re.compile(r"(?<=\[)\d+(?=\])|(?<=experts\.)\d+")
-# the largest difference by an exact reordering, as a share of the difference by one of the fan-in alone; rounding makes about
-# 1e-6 of it, a single misplaced pair of 10,000 channels 1e-2
-ROUNDING = 1e-3
+# the largest difference by an exact reordering, as a share of the difference by one of the fan-in alone. Rounding makes 1e-15
+# of it; wrong heads of an untrained model, all of whose attention is nearly uniform, made 4e-5
+ROUNDING = 1e-6
 MOST = 6  # matrices around a fan-in whose combinations are tried
 
 
@@ -34,7 +34,7 @@ MOST = 6  # matrices around a fan-in whose combinations are tried
 class Layout:
     """Where the channels of a kind of fan-in lie in its producers."""
 
-    producers: tuple[str, ...]  # kinds
+    producers: dict[str, int]  # kind: number of rows
     channels: int  # V
     head: int  # channels may change places within runs of so many
     rows: str  # see `_rows`
@@ -70,15 +70,17 @@ def kind(name: str, block: Block) -> str:
     return EXPERT.sub("*", name.removeprefix(f"{block.name}."))
 
 
-def channels_of(name: str, block: Block, found: dict[str, Matrix], layout: Layout) -> Channels:
-    """The channels before matrix `name` of a block with the matrices `found`."""
+def channels_of(name: str, block: Block, found: dict[str, Matrix], layout: Layout) -> Channels | None:
+    """The channels before matrix `name` of a block with the matrices `found`; None if its producers are others."""
     expert, fan_in = EXPERT.search(name), found[name]
     copies = fan_in.weight_OI.shape[1] // layout.channels
     heads = torch.arange(fan_in.weight_OI.shape[1]).view(-1, copies, layout.head)
     producers = []
-    for producer in layout.producers:
-        matrix = found[f"{block.name}.{producer.replace('*', expert[0] if expert else '*')}"]
-        producers.append((matrix, _rows(len(matrix.weight_OI), layout)))
+    for producer, rows in layout.producers.items():
+        matrix = found.get(f"{block.name}.{producer.replace('*', expert[0] if expert else '*')}")
+        if matrix is None or len(matrix.weight_OI) != rows:
+            return None
+        producers.append((matrix, _rows(rows, layout)))
     return Channels(name, fan_in, heads.transpose(0, 1).reshape(copies, -1), producers, layout.head)
 
 
@@ -88,10 +90,10 @@ def layouts(name: str, block: Block, found: dict[str, Matrix], observed: Observe
     if own is None or list(observed.shared_input_key.values()).count(own) > 1:
         return  # never called, or the other matrices with these inputs would have to be reordered too
     inputs = found[name].weight_OI.shape[1]
-    heads = [size for size in _head_sizes(block, found[name].module, inputs) if size % multiple == 0]
+    heads = [size for size in _head_sizes(block, inputs) if size % multiple == 0]
     before: list[str] = []
     for near in _surroundings(name, block, found):
-        members = [it for it in near if _key(it, observed) in calls[: calls.index(own)]]
+        members = [it for it in near if observed.shared_input_key.get(it) in calls[: calls.index(own)]]
         if members == before or len(members) > MOST or inputs % multiple:
             continue
         before = members
@@ -99,20 +101,20 @@ def layouts(name: str, block: Block, found: dict[str, Matrix], observed: Observe
         equal = [it for it, count in rows.items() if count == inputs]
         for count in range(1, len(equal) + 1):
             for chosen in itertools.combinations(equal, count):
-                yield Layout(chosen, inputs, inputs, "chunks")
+                yield Layout(dict.fromkeys(chosen, inputs), inputs, inputs, "chunks")
         for it, count in rows.items():
             if count > inputs and count % inputs == 0:
-                yield from (Layout((it,), inputs, inputs, way) for way in ("chunks", "interleaved"))
+                yield from (Layout({it: count}, inputs, inputs, way) for way in ("chunks", "interleaved"))
         for size, (it, count) in itertools.product(heads, rows.items()):
             # all rows, or the last of queries, keys and values in one matrix
             values = count if count <= inputs else (count - inputs) // 2
             if values and inputs % values == 0 and values % size == 0:
                 ways = ("last",) if values in (count, size) else ("last", "each")
-                yield from (Layout((it,), values, size, way) for way in ways)
+                yield from (Layout({it: count}, values, size, way) for way in ways)
 
 
 class Trials:
-    """Tests layouts on one block: `call` runs it on the same inputs, in float32, and returns all that it gives."""
+    """Tests layouts on one block: `call` runs it on the same inputs, in float64, and returns all that it gives."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self.call = call
@@ -149,12 +151,12 @@ class Trials:
 
 
 @contextmanager
-def in_float32(block: Block) -> Iterator[None]:
-    """Inside, the block's tensors are copies in float32."""
+def in_float64(block: Block) -> Iterator[None]:
+    """Inside, the block's tensors are copies in float64."""
     before = [(tensor, tensor.data) for tensor in block.tensors() if tensor.is_floating_point()]
     try:
         for tensor, data in before:
-            tensor.data = data.to(torch.float32, copy=True)
+            tensor.data = data.to(torch.float64, copy=True)
         yield
     finally:
         for tensor, data in before:
@@ -197,21 +199,17 @@ def _surroundings(name: str, block: Block, found: dict[str, Matrix]) -> Iterator
     while path != block.name and (path := path.rpartition(".")[0]):
         inside = [it for it, matrix in found.items() if it.startswith(f"{path}.") and matrix.expert is None]
         yield [it for it in inside if it != name]
-        if EXPERT.search(path.rpartition(".")[2]) or path.rpartition(".")[0].endswith("experts"):
-            return  # the matrices of other experts
+        if re.search(r"experts\.\d+$", path):
+            return  # around it are the matrices of other experts
 
 
-def _head_sizes(block: Block, module: nn.Module, inputs: int) -> list[int]:
-    """What the settings around a matrix say of heads, as sizes that divide its inputs, largest first."""
-    around = [it for it in block.module.modules() if module in set(it.modules())]
-    said = [vars(it) for it in around] + [vars(it.config) for it in around if hasattr(it, "config")]
+def _head_sizes(block: Block, inputs: int) -> list[int]:
+    """What the settings of the block's modules say of heads, as sizes that divide a number of inputs, largest first."""
+    modules = list(block.module.modules())
+    said = [vars(it) for it in [*modules, *(module.config for module in modules if hasattr(module, "config"))]]
     values = {v for one in said for key, v in one.items() if "head" in key and type(v) is int and v > 0}
     sizes = values | {inputs // value for value in values}
     return sorted((size for size in sizes if 1 < size < inputs and inputs % size == 0), reverse=True)
-
-
-def _key(name: str, observed: Observed) -> str | None:
-    return observed.shared_input_key.get(name)
 
 
 def _random_order(channels: Channels, generator: torch.Generator) -> Tensor:

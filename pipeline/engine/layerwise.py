@@ -6,6 +6,7 @@ output all work. Greenlets stay in one thread, so device, stream and autocast ar
 
 import copy
 import functools
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -157,9 +158,7 @@ class LayerwiseForwards:
         # detached aliases: backward may need them after the originals were offloaded
         args, kwargs = tree_map_only(Tensor, Tensor.detach, (forward.args, forward.kwargs))
         if dtype is not None:
-            args, kwargs = tree_map_only(
-                Tensor, lambda it: it.to(dtype) if it.is_floating_point() else it, (args, kwargs)
-            )
+            args, kwargs = _converted((args, kwargs), dtype)
         # XLM always passes a cache
         kwargs = {k: copy.deepcopy(v) if isinstance(v, Cache) else v for k, v in kwargs.items()}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -283,6 +282,12 @@ class LayerwiseForwards:
         for ref in self._offloaded[i].values():
             if (tensor := ref()) is not None:
                 tensor.data = tensor.data.to(self.device, non_blocking=True)
+
+
+def _converted(arguments: Any, dtype: torch.dtype) -> Any:
+    """A copy whose floating-point tensors have the dtype; also those in the dict of keys and values that layers share."""
+    arguments = tree_map_only(Tensor, lambda it: it.to(dtype) if it.is_floating_point() else it, arguments)
+    return tree_map_only(UserDict, lambda it: type(it)(_converted(dict(it), dtype)), arguments)
 
 
 def hidden_states(output: Any) -> Tensor:

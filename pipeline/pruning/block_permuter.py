@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 from pipeline.engine.block_files import BlockResult
 from pipeline.engine.blocks import Block, shared_parameters, tensors_outside
-from pipeline.engine.channels import Channels, Layout, Trials, channels_of, in_float32, kind, layouts
+from pipeline.engine.channels import Channels, Layout, Trials, channels_of, in_float64, kind, layouts
 from pipeline.engine.matrices import Matrix, matrices
-from pipeline.engine.observe import Observed
+from pipeline.engine.observe import Observed, eager_experts
 from pipeline.engine.walk import LayerWalk
 from pipeline.pruning import scores
 from pipeline.pruning.block_pruner import check_inputs
 from pipeline.pruning.channel_order import channel_order, kept_importance
 from pipeline.runtime import files, processes
+from pipeline.runtime.errors import one_line
 from pipeline.runtime.readings import Readings
 from pipeline.sparsity.masks import Masks
 from pipeline.sparsity.patterns import NofM
@@ -51,10 +52,10 @@ class BlockPermuter:
             rows.append(
                 {"layer": block.index, "matrix": it.name, "kept_before": before, "kept_after": after, "order": order}
             )
-        seconds = time.perf_counter() - started
         parts = [f"{name} {before:.4f} -> {after:.4f}" for name, before, after in _means(block, channels, ordered)]
-        gains = ", ".join(parts) or "no channels to reorder"
-        processes.say(f"  layer {block.index + 1}/{len(walk.blocks)}: kept importance {gains}, {seconds:.1f} s")
+        gains = f"kept importance {', '.join(parts)}" if parts else "no channels to reorder"
+        seconds = time.perf_counter() - started
+        processes.say(f"  layer {block.index + 1}/{len(walk.blocks)}: {gains}, {seconds:.1f} s")
         return BlockResult(Masks(), processes.from_main({"layer": block.index, "matrices": rows}))
 
     def _exact(self, walk: LayerWalk, block: Block, found: dict[str, Matrix], observed: Observed) -> list[Channels]:
@@ -62,13 +63,22 @@ class BlockPermuter:
         processes."""
         chosen: dict[str, Layout] = {}
         if processes.is_main():
-            with in_float32(block):
+            fused = {matrix.module for matrix in found.values() if matrix.expert is not None}
+            with in_float64(block), eager_experts(fused):  # grouped products have no float64
                 chosen = self._chosen(walk, block, found, observed)
         chosen, self.layouts = processes.from_main((chosen, self.layouts))
         return [channels_of(name, block, found, layout) for name, layout in chosen.items()]
 
     def _chosen(self, walk: LayerWalk, block: Block, found: dict[str, Matrix], observed: Observed) -> dict[str, Layout]:
-        trials = Trials(lambda: walk.forwards.call_block(0, torch.float32))
+        try:
+            trials = Trials(lambda: walk.forwards.call_block(0, torch.float64))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            processes.say(
+                f"  {block.name} keeps the order of its channels, as it does not run in float64: {one_line(str(error))}"
+            )
+            return {}
         alike: dict[tuple, list[str]] = defaultdict(list)  # matrices of one kind, such as all experts
         for name in found:
             alike[_place(name, block, found)].append(name)
@@ -77,10 +87,7 @@ class BlockPermuter:
 
             def is_exact(layout: Layout, names: list[str] = names) -> bool:
                 channels = [channels_of(name, block, found, layout) for name in names]
-                moved = [
-                    matrix for it in channels for matrix in (it.fan_in, *(producer for producer, _ in it.producers))
-                ]
-                return not any(id(it.parameter) in self.shared for it in moved) and trials.are_exact(channels)
+                return None not in channels and not self._are_shared(channels) and trials.are_exact(channels)
 
             known = place in self.layouts
             if not known:
@@ -98,6 +105,10 @@ class BlockPermuter:
             elif layout:
                 chosen |= dict.fromkeys(names, layout)
         return chosen
+
+    def _are_shared(self, channels: list[Channels]) -> bool:
+        moved = [matrix for it in channels for matrix in (it.fan_in, *(producer for producer, _ in it.producers))]
+        return any(id(matrix.parameter) in self.shared for matrix in moved)
 
     def _orders(self, channels: list[Channels], observed: Observed) -> list[tuple[Tensor, float, float]]:
         """The order of each, and the shares of the importance kept before and after; computed by the ranks in turn."""

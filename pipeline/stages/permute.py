@@ -20,7 +20,7 @@ from pipeline.runtime import files, memory, processes
 from pipeline.settings.schema import Recipe
 from pipeline.sparsity.patterns import parse
 
-BYTES_PER_WEIGHT = 4  # of the float32 copy of a layer that is tested
+BYTES_PER_WEIGHT = 8  # of the float64 copy of a layer that is tested
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
