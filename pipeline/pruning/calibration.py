@@ -41,12 +41,13 @@ def plan_memory(
     streams: int = 1,
     per_weight: int = 0,
     observe: Callable[[Tensor], Tensor] | None = None,
+    work: str = "train",
 ) -> torch.device:
     """Prints the memory that a walk needs and what is free. Returns the device that holds the hidden states between layers.
 
     Each of `streams` (models walked at once) has paused forwards and one loaded layer; on a GPU also the next layer, which is
     read ahead. On a CPU, one more layer is being written.
-    Training a layer takes `per_weight` bytes per weight; pruning one needs the sums of `observe` over its inputs.
+    Training a layer, or other `work`, takes `per_weight` bytes per weight; pruning one needs the sums of `observe` over its inputs.
     """
     device = processes.device()
     found = find_blocks(model)
@@ -68,7 +69,7 @@ def plan_memory(
     store = device if device.type == "cpu" or where == "gpu" or (where == "auto" and fits) else torch.device("cpu")
     processes.say(
         f"  memory: {memory.text(layers)} for {COUNTS[count]} layers, "
-        + (f"{memory.text(training)} to train one, " if training else "")
+        + (f"{memory.text(training)} to {work} one, " if training else "")
         + f"{memory.text(outside)} outside the layers, {memory.text(working)} to compute with, {memory.text(hidden)} "
         f"of hidden states on the {'GPU' if store.type == 'cuda' else 'host'}; {memory.text(free)} free"
     )

@@ -31,7 +31,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     allocate(blocks, recipe.prune)  # raises before any text is read
     batches = calibration.batches(recipe, recipe.calibration, "calibration", origin, model)
     where = recipe.prune.hidden_states
-    store = calibration.plan_memory(model, batches, where, per_weight=BYTES_PER_WEIGHT, observe=square_sum)
+    store = calibration.plan_memory(model, batches, where, per_weight=BYTES_PER_WEIGHT, observe=square_sum, work="test")
     permuter = BlockPermuter(model, blocks, parse(recipe.prune.sparsity), recipe.permute.rounds)
     walk = LayerWalk(model, batches, store, folder)
     if done := walk.files.finished_before:
@@ -52,8 +52,11 @@ def finish(walk: LayerWalk, origin: Path, recipe: Recipe) -> None:
         path = walk.files.folder / "model" / "config.json"
         order = files.digest([files.read_json(path).get("channel_order"), *(row["order"] for row in rows)])
         files.write_json(path, files.read_json(path) | {"channel_order": order})
-    before, after = (sum(row[key] for row in rows) / max(1, len(rows)) for key in ("kept_before", "kept_after"))
+    if not rows:
+        processes.say("  no channels can be reordered: the permuted model is the dense one")
+        return
+    before, after = (sum(row[key] for row in rows) / len(rows) for key in ("kept_before", "kept_after"))
     processes.say(
-        f"  channels before {len(rows)} matrices: {recipe.prune.sparsity} keeps {after:.4f} of the importance, {before:.4f} "
-        "in their original order"
+        f"  of the importance of {len(rows)} matrices, {recipe.prune.sparsity} keeps {after:.4f}, with the original order of "
+        f"channels {before:.4f}"
     )

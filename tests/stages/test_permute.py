@@ -13,17 +13,19 @@ from transformers import AutoModelForCausalLM
 import espalier
 import launch
 from callbacks.layer_writer import LayerWriter
+from pipeline.commands.plan import main
 from pipeline.engine.walk import LayerWalk, run_layerwise
 from pipeline.models import loading, model_files
 from pipeline.pruning import block_permuter
 from pipeline.pruning.block_permuter import BlockPermuter
+from pipeline.reporting import runs
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
 from pipeline.sparsity.masks import Masks
 from pipeline.sparsity.patterns import NofM
 from pipeline.stages import permute
 from tests import families, launches
-from tests.conftest import QUICK
+from tests.conftest import PRUNE, QUICK
 from tests.images import classifiers
 
 WORLD = [it for it in QUICK if not it.startswith(("stages", "finetune", "evaluate"))]
@@ -162,7 +164,7 @@ def test_masks_are_of_the_permuted_model_alone(tiny_llama, tmp_path, typed, monk
     settings = (f"model={tiny_llama}", f"run_dir={tmp_path}/run", "stages=[permute,prune]")
     code, output, lines = typed(*settings)
     assert code == 0, lines
-    assert "2of4 keeps" in output
+    assert "of the importance of 6 matrices, 2of4 keeps" in output
     masks_file, model = tmp_path / "run/prune/masks.safetensors", tmp_path / "run/permute/model"
     masks = Masks.load(masks_file)
     masks.check_patterns()
@@ -207,3 +209,25 @@ def test_masks_are_of_the_permuted_model_alone(tiny_llama, tmp_path, typed, monk
 def test_what_cannot_be_permuted_is_refused(tiny_llama, tmp_path, refused, settings, says):
     assert says in refused(tmp_path, f"model={tiny_llama}", *settings)
     assert not (tmp_path / "permute").exists()
+
+
+@pytest.mark.slow
+def test_a_whole_run_shows_what_the_order_brought(tiny_llama, tmp_path, typed):
+    settings = (f"model={tiny_llama}", f"run_dir={tmp_path}/run", "stages=[permute,prune,finetune,evaluate,report]")
+    code, _, lines = typed(*settings, "finetune.distill=0.5", "finetune.max_steps=2")
+    assert code == 0, lines
+    report = (tmp_path / "run/report/report.md").read_text()
+    (row,) = re.findall(r"^\| down_proj \| ([0-9.]+) \| ([0-9.]+) \|$", report, flags=re.M)
+    assert float(row[0]) < float(row[1])
+    assert "its channels reordered" in (tmp_path / "run/finetune/model/README.md").read_text()
+    assert runs.find([tmp_path / "run"])[0].pruned_with == "Wanda + permuted channels"
+    results = json.loads((tmp_path / "run/evaluate/results.json").read_text())["models"]
+    assert results["pruned"]["mask_violations"] == results["finetuned"]["mask_violations"] == 0
+    assert results["dense"]["hash"] == model_files.identity(tiny_llama)
+    orders = {json.loads(path.read_text())["channel_order"] for path in tmp_path.glob("run/*/model/config.json")}
+    assert len(orders) == 1
+
+
+def test_plan_knows_the_stage(tiny_llama, tmp_path, capsys):
+    main([f"model={tiny_llama}", f"run_dir={tmp_path}/run", *PRUNE, "stages=[permute,prune]"])
+    assert "permute reads world" in capsys.readouterr().out
