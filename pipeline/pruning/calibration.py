@@ -47,7 +47,8 @@ def plan_memory(
 
     Each of `streams` (models walked at once) has paused forwards and one loaded layer; on a GPU also the next layer, which is
     read ahead. On a CPU, one more layer is being written.
-    Training a layer, or other `work`, takes `per_weight` bytes per weight; pruning one needs the sums of `observe` over its inputs.
+    Training a layer, or other `work` on it, takes `per_weight` bytes per weight; pruning one needs the sums of `observe` over
+    its inputs.
     """
     device = processes.device()
     found = find_blocks(model)
@@ -62,7 +63,7 @@ def plan_memory(
     # a paused forward keeps the embeddings as well as the hidden states
     hidden = 2 * streams * sum(count * width for count, width in sizes) * model.dtype.itemsize / memory.GIB
     free, tokens = memory.free_gib(device), max((count for count, _ in sizes), default=0)
-    working = _activations(largest, tokens, model.dtype.itemsize, bool(per_weight))
+    working = _activations(largest, tokens, model.dtype.itemsize, bool(per_weight) and work == "train")
     working += _statistics(matrices(found[blocks.index(largest)], found), observe) if observe else 0.0
     needed = layers + training + outside + working
     fits = needed + 1.5 * hidden < 0.8 * free

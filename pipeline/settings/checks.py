@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from pipeline.registry import FINETUNE_METHODS, PATTERNS, REGISTRIES, value_of
+from pipeline.registry.entry import is_file
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune, Recipe
 
@@ -72,7 +73,7 @@ def _check_stages(recipe: Recipe) -> None:
     if "permute" in recipe.stages:
         if "prune" not in recipe.stages:
             raise UserError("permute orders channels for the prune stage: set stages=[permute,prune,...]")
-        if PATTERNS.entry(recipe.prune.sparsity) is not PATTERNS.entries["N:M"]:
+        if is_file(recipe.prune.sparsity) or not PATTERNS.entry(recipe.prune.sparsity).is_grouped:
             raise UserError(
                 f"the order of channels matters only for N of M, and prune.sparsity={recipe.prune.sparsity}: set "
                 "prune.sparsity=2of4, or leave permute out of stages"
