@@ -118,6 +118,7 @@ def check_masks(masks: Any, model: nn.Module | None = None) -> None:
     if not len(masks):
         raise UserError("masks holds no mask")
     if model is not None:
+        masks.refuse_other_order(model.config)
         for _ in masks.matched(model.named_parameters(remove_duplicate=False)):
             pass
 

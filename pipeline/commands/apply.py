@@ -24,6 +24,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"{target} exists already: choose another TARGET_FOLDER, or remove it")
     masks = Masks.load(path)
     model, _ = layers(folder, Recipe())
+    masks.refuse_other_order(model.config)
     for _ in masks.matched(model.named_parameters()):
         pass  # raises for another model's masks, before anything is written
     tmp = target.with_name(f".{target.name}.part")

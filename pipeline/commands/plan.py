@@ -108,11 +108,16 @@ def _print_model(recipe: Recipe, model: nn.Module) -> None:
 def _texts(recipe: Recipe) -> Iterator[str]:
     text, first, tune = reconstruction_text(recipe), recipe.calibration, recipe.finetune
     if recipe.evaluate.accuracy:
-        windows = dict.fromkeys(("prune", "reconstruct", "finetune", "evaluate"), "images")
+        windows = dict.fromkeys(("permute", "prune", "reconstruct", "finetune", "evaluate"), "images")
     else:
-        lengths = {"prune": first, "reconstruct": text, "finetune": tune, "evaluate": recipe.evaluate}
+        lengths = {"permute": first, "prune": first, "reconstruct": text, "finetune": tune, "evaluate": recipe.evaluate}
         windows = {stage: f"windows of {it.seq_len} tokens" for stage, it in lengths.items()}
-    counts = {"prune": f"{first.samples} ", "reconstruct": f"{text.samples} ", "evaluate": ""}
+    counts = {
+        "permute": f"{first.samples} ",
+        "prune": f"{first.samples} ",
+        "reconstruct": f"{text.samples} ",
+        "evaluate": "",
+    }
     counts["finetune"] = f"{tune.max_steps} steps of {tune.batch_size * tune.accumulate} "
     amount = {stage: counts[stage] + windows[stage] for stage in windows}
     for stage in preflight.READERS:

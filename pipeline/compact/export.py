@@ -30,6 +30,7 @@ def export(
         raise UserError(f"{target} is there already: choose another TARGET, or remove it")
     recipe = recipe or Recipe()
     model, found = layers(folder, recipe)
+    masks.refuse_other_order(model.config)
     for _ in masks.matched(model.named_parameters()):
         pass  # refuses another model's masks before anything is written
     tmp = target.with_name(f".{target.name}.part")

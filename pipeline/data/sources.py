@@ -143,6 +143,7 @@ def of_stage(recipe: Recipe, stage: str) -> list[Source]:
             for spec in (*settings.perplexity, *settings.accuracy)
         ]
     settings, section = {
+        "permute": (recipe.calibration, "calibration"),
         "prune": (recipe.calibration, "calibration"),
         "reconstruct": (reconstruction_text(recipe), "reconstruct" if recipe.reconstruct.dataset else "calibration"),
         "finetune": (recipe.finetune, "finetune"),

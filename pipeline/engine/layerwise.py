@@ -6,6 +6,7 @@ output all work. Greenlets stay in one thread, so device, stream and autocast ar
 
 import copy
 import functools
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -147,16 +148,23 @@ class LayerwiseForwards:
     def run_block(self, i: int) -> Tensor:
         """Returns the hidden states of the current block for batch i, (B, T, D) for most models. Repeatable: tensors, lists
         and dicts among the arguments stay unchanged (a custom object that the block mutates would be mutated twice)."""
+        return hidden_states(self.call_block(i)[0])
+
+    def call_block(self, i: int, dtype: torch.dtype | None = None) -> tuple[Any, tuple, dict[str, Any]]:
+        """`run_block`, which returns the whole output and the arguments as the block left them. `dtype`: of the
+        floating-point tensors among the arguments."""
         self._load_back(i)
         forward = self.forwards[i]
         # detached aliases: backward may need them after the originals were offloaded
         args, kwargs = tree_map_only(Tensor, Tensor.detach, (forward.args, forward.kwargs))
+        if dtype is not None:
+            args, kwargs = _converted((args, kwargs), dtype)
         # XLM always passes a cache
         kwargs = {k: copy.deepcopy(v) if isinstance(v, Cache) else v for k, v in kwargs.items()}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         versions = [tensor._version for tensor in tensors]
         try:
-            return hidden_states(self._original_forwards[self.current.index](*args, **kwargs))
+            return self._original_forwards[self.current.index](*args, **kwargs), args, kwargs
         except StopIteration as error:  # Lightning would take it for the end of the data and stop silently
             raise UserError(f"{self.current.name} raises StopIteration in its forward: fix the model's code") from error
         finally:
@@ -274,6 +282,12 @@ class LayerwiseForwards:
         for ref in self._offloaded[i].values():
             if (tensor := ref()) is not None:
                 tensor.data = tensor.data.to(self.device, non_blocking=True)
+
+
+def _converted(arguments: Any, dtype: torch.dtype) -> Any:
+    """A copy whose floating-point tensors have the dtype; also those in the dict of keys and values that layers share."""
+    arguments = tree_map_only(Tensor, lambda it: it.to(dtype) if it.is_floating_point() else it, arguments)
+    return tree_map_only(UserDict, lambda it: type(it)(_converted(dict(it), dtype)), arguments)
 
 
 def hidden_states(output: Any) -> Tensor:

@@ -63,7 +63,7 @@ class InputObserver:
                 if type(matrix.module).forward not in PRODUCTS and name not in self.observed.shared_input_key:
                     stack.callback(matrix.module.register_forward_hook(_check_product, with_kwargs=True).remove)
             if self._fused.matrices:
-                stack.enter_context(_eager_experts({m.module for m in self._fused.matrices.values()}))
+                stack.enter_context(eager_experts({m.module for m in self._fused.matrices.values()}))
                 stack.enter_context(self._fused)
             try:
                 yield
@@ -148,7 +148,7 @@ class _FusedProducts(TorchFunctionMode):
 
 
 @contextmanager
-def _eager_experts(modules: Iterable[nn.Module]) -> Iterator[None]:
+def eager_experts(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Makes each expert compute its own product, instead of one grouped product for all."""
     configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
     before = {key: getattr(config, "_experts_implementation", None) for key, config in configs.items()}

@@ -16,9 +16,11 @@ from pipeline.settings.schema import Recipe
 
 
 def dense_folder(recipe: Recipe, inputs: dict[str, Path]) -> Path:
-    """The folder of the dense model: the pretrain stage's, a local folder, or the snapshot of a hub id."""
-    if "pretrain" in inputs:
-        return inputs["pretrain"] / "model"
+    """The folder of the dense model: with reordered channels, the pretrain stage's, a local folder, or the snapshot of a hub
+    id."""
+    for stage in ("permute", "pretrain"):
+        if stage in inputs:
+            return inputs[stage] / "model"
     return locate(recipe.model, recipe.revision)
 
 

@@ -41,12 +41,14 @@ def plan_memory(
     streams: int = 1,
     per_weight: int = 0,
     observe: Callable[[Tensor], Tensor] | None = None,
+    work: str = "train",
 ) -> torch.device:
     """Prints the memory that a walk needs and what is free. Returns the device that holds the hidden states between layers.
 
     Each of `streams` (models walked at once) has paused forwards and one loaded layer; on a GPU also the next layer, which is
     read ahead. On a CPU, one more layer is being written.
-    Training a layer takes `per_weight` bytes per weight; pruning one needs the sums of `observe` over its inputs.
+    Training a layer, or other `work` on it, takes `per_weight` bytes per weight; pruning one needs the sums of `observe` over
+    its inputs.
     """
     device = processes.device()
     found = find_blocks(model)
@@ -61,14 +63,14 @@ def plan_memory(
     # a paused forward keeps the embeddings as well as the hidden states
     hidden = 2 * streams * sum(count * width for count, width in sizes) * model.dtype.itemsize / memory.GIB
     free, tokens = memory.free_gib(device), max((count for count, _ in sizes), default=0)
-    working = _activations(largest, tokens, model.dtype.itemsize, bool(per_weight))
+    working = _activations(largest, tokens, model.dtype.itemsize, bool(per_weight) and work == "train")
     working += _statistics(matrices(found[blocks.index(largest)], found), observe) if observe else 0.0
     needed = layers + training + outside + working
     fits = needed + 1.5 * hidden < 0.8 * free
     store = device if device.type == "cpu" or where == "gpu" or (where == "auto" and fits) else torch.device("cpu")
     processes.say(
         f"  memory: {memory.text(layers)} for {COUNTS[count]} layers, "
-        + (f"{memory.text(training)} to train one, " if training else "")
+        + (f"{memory.text(training)} to {work} one, " if training else "")
         + f"{memory.text(outside)} outside the layers, {memory.text(working)} to compute with, {memory.text(hidden)} "
         f"of hidden states on the {'GPU' if store.type == 'cuda' else 'host'}; {memory.text(free)} free"
     )

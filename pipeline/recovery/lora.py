@@ -196,6 +196,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             f"{folder} holds no masked LoRA of this project (adapter_config.json with peft_type {MASKED_TYPE})"
         )
     masks = Masks.load(folder / "masks.safetensors")
+    masks.refuse_other_order(model.config)
     config = LoraConfig.from_peft_type(**about | {"peft_type": "LORA"})
     try:
         saved = load_file(folder / WEIGHTS)

@@ -11,6 +11,7 @@ from pipeline.runtime.errors import UserError
 @dataclass(frozen=True)
 class PatternEntry(Entry):
     is_ratio: bool = False  # a share of the weights, in any position
+    is_grouped: bool = False  # among each few consecutive inputs, so that their order matters
 
 
 class Patterns(Registry):
@@ -59,5 +60,11 @@ PATTERNS = Patterns(
         "pipeline.sparsity.patterns:Unstructured",
         is_ratio=True,
     ),
-    PatternEntry("N:M", "N:M", "Keeps N of each M consecutive inputs of a row", "pipeline.sparsity.patterns:NofM"),
+    PatternEntry(
+        "N:M",
+        "N:M",
+        "Keeps N of each M consecutive inputs of a row",
+        "pipeline.sparsity.patterns:NofM",
+        is_grouped=True,
+    ),
 )

@@ -19,7 +19,8 @@ def write_model_card(folder: Path, recipe: Recipe, stage: str, compact: bool = F
     text, prune, tune = recipe.calibration, recipe.prune, recipe.finetune
     name, methods = short(model_name(recipe)), {"methods": registry.describe(recipe)}
     pattern, allocation = (label_of(recipe, f"prune.{key}", methods) for key in ("sparsity", "allocation"))
-    made = f"{name}, pruned with {pruned_with(recipe, methods)} to {pattern}"
+    reordered = "its channels reordered, " if "permute" in recipe.stages else ""
+    made = f"{name}, {reordered}pruned with {pruned_with(recipe, methods)} to {pattern}"
     if ALLOCATIONS.entry(prune.allocation).shares_ratio:
         made += f" shared out by {allocation}"
     images = reads_images(folder)

@@ -29,6 +29,7 @@ SHOWN_ELSEWHERE = ("datasets", "notes", "prompts", "masks")  # of the protocol
 LAST_START = "since it was last started"  # a resumed stage counts its last try
 LOGS = {
     **{name: ("prune", f"{name}.csv") for name in ("layers", "matrices", "coverage")},
+    "channels": ("permute", "channels.csv"),
     **{"reconstruction": ("reconstruct", "layers.csv"), "metrics": ("finetune", "metrics.csv")},
 }
 Section = tuple[str, list[str], list]  # title, and header and rows of its table
@@ -100,6 +101,7 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> tuple[dict[str, Any], di
     tables = [
         ("Stages", stages, [[name, *_cost(stage)] for name, stage in about.items()]),
         ("Weights of the layers", ["", ""], coverage.describe(logs["coverage"])),
+        ("Importance that the pattern keeps", ["inputs of", "original order", "permuted"], _channels(logs["channels"])),
         ("Products by shape of the matrix", *(costs.products(speed) if speed else ([], []))),
         ("Forms of the pruned matrices on the GPU", *(costs.forms(speed) if speed else ([], []))),
         ("Protocol", ["", ""], _protocol(results.get("protocol") or {})),
@@ -126,6 +128,12 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> tuple[dict[str, Any], di
         "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0)),
     }
     return facts, logs, about
+
+
+def _channels(rows: series.Rows) -> list[list[str]]:
+    """The share kept before and after channels were reordered, the mean over the layers of each type of matrix."""
+    shares = [series.by_type(rows, key).mean() for key in ("kept_before", "kept_after")] if rows else []
+    return [[name, *(f"{share[name]:.4f}" for share in shares)] for name in shares[0].index] if shares else []
 
 
 def _tables(logs: dict[str, series.Rows], classes: dict[str, pd.DataFrame]) -> list[Section]:

@@ -31,7 +31,8 @@ class Run(NamedTuple):
 
     @property
     def pruned_with(self) -> str:
-        return registry.pruned_with(self.settings, self.results.get("methods"))
+        permuted = " + permuted channels" if "permute" in self.settings["stages"] else ""
+        return registry.pruned_with(self.settings, self.results.get("methods")) + permuted
 
     def label(self, key: str) -> str:
         """Of a setting that a registry of `pipeline.registry` lists."""

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from pipeline.registry import FINETUNE_METHODS, PATTERNS, REGISTRIES, value_of
+from pipeline.registry.entry import is_file
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune, Recipe
 
@@ -68,6 +69,14 @@ def _check_stages(recipe: Recipe) -> None:
         if stage in recipe.stages and needed not in recipe.stages:
             raise UserError(
                 f"{stage} needs {needed} in stages (a finished stage is not run again): set stages=[{needed},{stage},...]"
+            )
+    if "permute" in recipe.stages:
+        if "prune" not in recipe.stages:
+            raise UserError("permute orders channels for the prune stage: set stages=[permute,prune,...]")
+        if is_file(recipe.prune.sparsity) or not PATTERNS.entry(recipe.prune.sparsity).is_grouped:
+            raise UserError(
+                f"the order of channels matters only for N of M, and prune.sparsity={recipe.prune.sparsity}: set "
+                "prune.sparsity=2of4, or leave permute out of stages"
             )
     tuning = FINETUNE_METHODS.entry(recipe.finetune.method)
     if {"export", "finetune"} <= set(recipe.stages) and not tuning.leaves_model:

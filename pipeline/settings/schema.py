@@ -45,21 +45,23 @@ class Stage:
 
 
 MODEL = ("dtype", "attn_implementation", "trust_remote_code")
-BEFORE = ("pretrain", "prune", "reconstruct", "finetune")
+BEFORE = ("pretrain", "permute", "prune", "reconstruct", "finetune")
+WRITTEN = tuple(name for name in BEFORE if name != "permute")  # the permuted model computes what the dense one does
 TABLE = (
     Stage("pretrain", (), ("pretrain", "seed")),
-    Stage("prune", BEFORE[:1], (*MODEL, "calibration", "prune", "seed"), "pruned"),
+    Stage("permute", BEFORE[:1], (*MODEL, "calibration", "permute", "prune.sparsity", "seed")),
+    Stage("prune", BEFORE[:2], (*MODEL, "calibration", "prune", "seed"), "pruned"),
     Stage(
         "reconstruct",
-        BEFORE[:2],
+        BEFORE[:3],
         (*MODEL, "calibration", "reconstruct", "seed"),
         "reconstructed",
         "reconstruction",
     ),
-    Stage("finetune", BEFORE[:3], (*MODEL, "finetune", "seed"), "finetuned"),
-    Stage("export", BEFORE[1:], (*MODEL, "export"), "compact", "rounding to int8"),  # evaluated unless it is exact
-    Stage("evaluate", (*BEFORE, "export"), (*MODEL, "evaluate", "seed")),
-    Stage("speed", (*BEFORE[1:], "export"), ("trust_remote_code", "speed")),
+    Stage("finetune", BEFORE[:4], (*MODEL, "finetune", "seed"), "finetuned"),
+    Stage("export", BEFORE[2:], (*MODEL, "export"), "compact", "rounding to int8"),  # evaluated unless it is exact
+    Stage("evaluate", (*WRITTEN, "export"), (*MODEL, "evaluate", "seed")),
+    Stage("speed", (*BEFORE[2:], "export"), ("trust_remote_code", "speed")),
     Stage("report", None, ("model", "stages"), display=()),
 )
 STAGES = {stage.name: stage for stage in TABLE}  # in the order in which they run
@@ -128,6 +130,13 @@ class Prune:
     hidden_states: str = setting(
         "auto", "where they are kept between layers", choices=("auto", "gpu", "cpu"), decides=False
     )
+
+
+@dataclass
+class Permute:
+    """An optional stage: reorders channels of the dense model such that N of M keeps more; it computes the same."""
+
+    rounds: int = setting(2, "passes that exchange channels between groups; 0: channels are only dealt to them", low=0)
 
 
 @dataclass
@@ -280,6 +289,7 @@ class Recipe:
 
     pretrain: Pretrain = field(default_factory=Pretrain)
     calibration: Calibration = field(default_factory=Calibration)
+    permute: Permute = field(default_factory=Permute)
     prune: Prune = field(default_factory=Prune)
     reconstruct: Reconstruct = field(default_factory=Reconstruct)
     finetune: Finetune = field(default_factory=Finetune)
@@ -293,7 +303,11 @@ def plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def section(recipe: Recipe, key: str) -> Any:
-    """The plain data of one top-level key, without the settings on which no result depends."""
+    """The plain data of one top-level key, without the settings on which no result depends, or of one setting of a section,
+    such as prune.sparsity."""
+    if "." in key:
+        part, _, name = key.partition(".")
+        return plain(recipe)[part][name]
     data, value = plain(recipe)[key], getattr(recipe, key)
     if not dataclasses.is_dataclass(value):
         return data

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,6 +75,7 @@ class Masks(Mapping[str, Tensor]):
     def __init__(self) -> None:
         self.packed: dict[str, Packed] = {}
         self.log: dict | None = None  # what was saved with them
+        self.channel_order: str | None = None  # `channel_order` in the config of the model that they are of
 
     def __repr__(self) -> str:
         return f"<Masks of {len(self)} matrices, {self.sparsity():.2%} of their weights pruned>"
@@ -127,14 +129,18 @@ class Masks(Mapping[str, Tensor]):
             for name, entry in entries.items()
         }
         # a single metadata key: safetensors writes several in random order, and equal masks must give equal files
-        metadata = {"espalier": json.dumps({"masks": about, "log": log}, sort_keys=True)}
+        content = {"masks": about, "log": log}
+        if self.channel_order:
+            content["channel_order"] = self.channel_order
+        metadata = {"espalier": json.dumps(content, sort_keys=True)}
         with files.atomic_write(Path(path)) as tmp:
             save_file({name: entry.bits for name, entry in entries.items()}, tmp, metadata)
 
     @staticmethod
-    def merge(paths: list[Path], target: Path) -> list[dict]:
+    def merge(paths: list[Path], target: Path, channel_order: str | None = None) -> list[dict]:
         """Merges mask files into one; returns their logs."""
         merged, logs = Masks(), []
+        merged.channel_order = channel_order
         for path in paths:
             part = Masks.load(path)
             merged.packed |= part.packed
@@ -156,7 +162,7 @@ class Masks(Mapping[str, Tensor]):
                     masks.packed[name] = packed
         except Exception as error:  # safetensors and json raise their own types
             raise UserError(f"{path} is not a mask file of this project: {error}") from error
-        masks.log = about["log"]
+        masks.log, masks.channel_order = about["log"], about.get("channel_order")
         return masks
 
     def sparsity(self) -> float:
@@ -169,6 +175,19 @@ class Masks(Mapping[str, Tensor]):
         for name, entry in self.packed.items():
             if problem := entry.problem():
                 raise UserError(f"{name}: {problem}")
+
+    def refuse_other_order(self, config: Any) -> None:
+        """Raises `UserError` for a model, given by its config, whose channels are in another order than those of the masks'
+        model. Shapes do not tell: the stage `permute` only moves weights."""
+        theirs = getattr(config, "channel_order", None)
+        if theirs != self.channel_order:
+            masks, model = (
+                f"channel order {it}" if it else "its original order" for it in (self.channel_order, theirs)
+            )
+            raise UserError(
+                f"the masks are of a model in {masks}, this model is in {model}: use the model that was pruned, which for a "
+                "run with a permute stage is permute/model"
+            )
 
     def matched(self, weights: Iterable[tuple[str, Tensor]], whole: bool = True) -> Iterator[tuple[str, Tensor]]:
         """Yields the masked weights of a model, each fused expert as one matrix.

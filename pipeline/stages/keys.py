@@ -78,9 +78,9 @@ def external_inputs(recipe: Recipe) -> dict[str, dict[str, Any]]:
         }
     if recipe.model is not None:
         identity = model_files.identity(loading.locate(recipe.model, recipe.revision))
-        for name in ("prune", "evaluate"):
+        for name in ("permute", "prune", "evaluate"):
             external[name]["model"] = identity
-    for name in ("prune", "reconstruct", "finetune", "evaluate"):
+    for name in ("permute", "prune", "reconstruct", "finetune", "evaluate"):
         if name in recipe.stages:
             texts = {str(source): sources.identity(source) for source in sources.of_stage(recipe, name)}
             external[name]["data"] = texts

@@ -24,7 +24,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe, plain, reconstruction_text
 from pipeline.stages import pretrain, space
 
-READERS = ("prune", "reconstruct", "finetune", "evaluate")  # the stages that read text
+READERS = ("permute", "prune", "reconstruct", "finetune", "evaluate")  # the stages that read text
 MOST = 200_000  # count at most so many tokens of a text: half a second
 PACKAGES = {
     "tensorboard": "finetune.loggers=[]",
@@ -80,7 +80,11 @@ def _check_language(recipe: Recipe, tokenizer: Any, config: PreTrainedConfig, fo
 
 def _check_images(recipe: Recipe, stage: str, source: sources.Source, processor: Any, config: PreTrainedConfig) -> None:
     """Raises `UserError` if the first image cannot be read, there are too few, or the classes are not the model's."""
-    settings = {"prune": recipe.calibration, "reconstruct": reconstruction_text(recipe)}.get(stage)
+    settings = {
+        "permute": recipe.calibration,
+        "prune": recipe.calibration,
+        "reconstruct": reconstruction_text(recipe),
+    }.get(stage)
     if settings:
         found = images.drawn(source, processor, config, settings.samples, recipe.seed, source.section)
     else:
@@ -101,6 +105,7 @@ def _model(recipe: Recipe) -> tuple[Any, PreTrainedConfig, str]:
 def _check_lengths(recipe: Recipe, config: PreTrainedConfig) -> None:
     lengths = {
         "pretrain": ("pretrain.seq_len", recipe.pretrain.seq_len),
+        "permute": ("calibration.seq_len", recipe.calibration.seq_len),
         "prune": ("calibration.seq_len", recipe.calibration.seq_len),
         "reconstruct": ("reconstruct.seq_len", reconstruction_text(recipe).seq_len),
         "finetune": ("finetune.seq_len", recipe.finetune.seq_len),
@@ -212,5 +217,5 @@ def _check_amount(recipe: Recipe, stage: str, source: sources.Source, tokenizer:
 
 def _is_done(recipe: Recipe, stage: str) -> bool:
     before = checksums.read(Path(recipe.run_dir) / stage) or {}
-    section = "calibration" if stage == "prune" else stage
+    section = "calibration" if stage in ("permute", "prune") else stage
     return (before.get("recipe") or {}).get(section) == plain(recipe)[section]

@@ -66,6 +66,7 @@ def in_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> Masks:
     run_layerwise(walk, pruner, [LayerWriter()])
     if not walk.files.masks:
         raise UserError(NOTHING)
+    walk.files.masks.channel_order = getattr(model.config, "channel_order", None)
     return walk.files.masks
 
 
@@ -116,7 +117,8 @@ def layer_patterns(
 def finish(walk: LayerWalk, origin: Path, recipe: Recipe, coverage: Coverage) -> None:
     """Writes the rest of the model folder, all masks in one file, and the tables."""
     folder = walk.files.folder
-    rows = Masks.merge(walk.files.masks_files(), folder / "masks.safetensors")
+    order = getattr(walk.model.config, "channel_order", None)
+    rows = Masks.merge(walk.files.masks_files(), folder / "masks.safetensors", order)
     matrices = [matrix for row in rows for matrix in row.pop("matrices")]
     if not matrices:
         raise UserError(NOTHING)

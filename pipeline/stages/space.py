@@ -35,7 +35,7 @@ def check(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> No
 
 def estimate(stage: str, recipe: Recipe, inputs: dict[str, Path], work: Path) -> tuple[list[str], int, int]:
     """The stages to run, the bytes that they have yet to write, and the free bytes on the disk of `work`."""
-    needs = {"prune": _prune, "reconstruct": _prune, "finetune": _finetune, "export": _export}
+    needs = {"permute": _prune, "prune": _prune, "reconstruct": _prune, "finetune": _finetune, "export": _export}
     stages, folders = [stage], [work]
     if stage == RUN:
         stages = [name for name in recipe.stages if not (work / name).exists()]
