@@ -13,6 +13,7 @@ from pipeline.engine.matrices import Matrix, matrices
 from pipeline.engine.observe import Observed
 from pipeline.engine.walk import LayerWalk
 from pipeline.pruning import scores
+from pipeline.pruning.dense_target import DenseTarget
 from pipeline.pruning.method import PruneMethod, check_finite
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
@@ -26,6 +27,7 @@ FEW_TOKENS = 32  # an expert with fewer is pruned by its weights alone: its stat
 class BlockPruner:
     def __init__(self, method: PruneMethod) -> None:
         self.method = method
+        self.target: DenseTarget | None = None  # with prune.target=dense
         self.started = time.perf_counter()  # a block's seconds include the forwards since the block before
 
     def __call__(self, walk: LayerWalk, block: Block) -> BlockResult | None:
@@ -42,7 +44,11 @@ class BlockPruner:
 
         All that is read of the GPU's results is read at the end, at once."""
         block_matrices, patterns = matrices(block, walk.blocks), self.method.patterns
-        observed = walk.observe(block_matrices, self.method.observe)
+        if self.target:  # tokens reach other experts in the dense model: those that stay dense are not observed
+            block_matrices = {name: matrix for name, matrix in block_matrices.items() if name in patterns}
+            observed = self.target.observe(walk, block, block_matrices, self.method.observe)
+        else:
+            observed = walk.observe(block_matrices, self.method.observe)
         rows, undersampled, inputs = {}, [], []
         packed: dict[str, Packed] = {}
         kept: dict[str, int] = {}
@@ -54,16 +60,22 @@ class BlockPruner:
                     undersampled += [f"{name} ({observed.tokens[key]})" for name in members]
                     # as if all input features had the same norm
                     total = self.method.observe(torch.eye(first.weight_OI.shape[1], device=total.device)).double()
-                if self.method.group == "layer":
+                if self.method.group == "layer" or self.target:
                     check_inputs(readings, weights, total)
-                inputs.append((weights, total, observed.samples[key], few))
+                if self.target:
+                    self.target.replace(key, weights, total, self.method)
+                inputs.append((weights, total, key, few))
             # such experts have scores on a scale of their own
             self.method.compare_layer([(weights, total) for weights, total, _, few in inputs if not few])
             while inputs:  # a sum is dropped as soon as its matrices are pruned
-                weights, total, sample_NI, _ = inputs.pop(0)
+                weights, total, key, _ = inputs.pop(0)
+                sample_NI, dense_NI = observed.samples[key], self.target.samples[key] if self.target else None
                 # only now: a weight whose update overflows makes the inputs of later matrices overflow, and is the one to name
                 check_inputs(readings, weights, total)
-                dense_OI = {name: weight.clone() for name, weight in weights.items()}
+                if self.target:
+                    dense_OI = {name: self.target.matrices[name].weight_OI for name in weights}
+                else:
+                    dense_OI = {name: weight.clone() for name, weight in weights.items()}
                 masks_OI = self.method.prune(weights, total)
                 for name, weight_OI in weights.items():
                     mask_OI, matrix = masks_OI[name], block_matrices[name]
@@ -80,7 +92,7 @@ class BlockPruner:
 
                     numbers = [pattern.is_broken(mask_OI), mask_OI.count_nonzero()]
                     if len(sample_NI):  # empty for an expert that no token of this rank reached
-                        numbers.append(scores.relative_error(sample_NI, dense_OI[name], weight_OI))
+                        numbers.append(scores.relative_error(sample_NI, dense_OI[name], weight_OI, dense_NI))
                     readings.add(numbers, use)
         masks = Masks()
         masks.add_packed(packed)
