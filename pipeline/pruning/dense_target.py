@@ -5,8 +5,8 @@ Asymmetric Calibration"). Before a matrix is pruned, the best unpruned weights f
 scores, refinements and updates run unchanged. Shapes: O = out_features, I = in_features, N = tokens.
 """
 
-from collections import deque
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -55,14 +55,32 @@ class DenseTarget:
         self.samples: dict[str, Tensor] = {}  # the dense inputs of the tokens in `Observed.samples`
         self._differences: dict[str, Tensor] = {}  # (D - X)^T X by key of `Observed`
 
-    def observe(
-        self, walk: LayerWalk, block: Block, names: dict[str, Matrix], observe: Callable[[Tensor], Tensor]
+    @torch.no_grad()
+    def observe_in_turn(
+        self, walk: LayerWalk, block: Block, block_matrices: dict[str, Matrix], method: PruneMethod
+    ) -> Iterator[tuple[dict[str, Matrix], Observed]]:
+        """Yields the matrices to prune, those with the same inputs together, in the order in which the block calls them. They
+        are to be pruned before the next are observed: weights for inputs that the block gives no more would do harm.
+
+        Matrices that stay dense are not observed: the tokens of an expert differ in the dense model.
+        """
+        self._follow(block)
+        found = matrices(self.forwards.current, self.forwards.blocks)
+        self.matrices = {name: found[name] for name in block_matrices if name in method.patterns}
+        observer = InputObserver(self.matrices, lambda dense_NI: dense_NI.new_zeros(1))
+        with observer.batch():
+            self.forwards.run_block(0)
+        groups: dict[str, dict[str, Matrix]] = defaultdict(dict)
+        for name, key in observer.observed.shared_input_key.items():
+            groups[key][name] = block_matrices[name]
+        for part in groups.values():
+            yield part, self._observe(walk, block, part, method.observe)
+
+    def _observe(
+        self, walk: LayerWalk, block: Block, part: dict[str, Matrix], observe: Callable[[Tensor], Tensor]
     ) -> Observed:
         """As `walk.observe`. Each batch runs through the dense block first, and its inputs are kept for the pruned model's,
         which come in the same order."""
-        self._follow(block)
-        found = matrices(self.forwards.current, self.forwards.blocks)
-        self.matrices = {name: found[name] for name in names}
         kept: deque[Tensor] = deque()
         shapes: dict[int, torch.Size] = {}  # of what `observe` returns, by number of inputs
 
@@ -88,8 +106,8 @@ class DenseTarget:
             with observer.batch():
                 self.forwards.run_block(i)
 
-        observer = InputObserver(self.matrices, keep)
-        observed = walk.observe(names, pair, run_dense)
+        observer = InputObserver({name: self.matrices[name] for name in part}, keep)
+        observed = walk.observe(part, pair, run_dense)
         if kept:
             refuse()
         self.samples = observer.observed.samples

@@ -43,6 +43,11 @@ class PruneEntry(Entry):
                 f"prune.target=dense needs kept weights that are updated, but prune.method={settings.method} with "
                 f"prune.update={NONE} leaves them: set prune.update=least_squares, or prune.target=pruned"
             )
+        if settings.target == "dense" and settings.group == "layer":
+            return (
+                "prune.target=dense prunes a layer's matrices one after the other, and prune.group=layer compares them first: "
+                "set prune.group=auto, or prune.target=pruned"
+            )
         for key, included in (("refine", self.refine), ("update", self.update)):
             if included and (value := getattr(settings, key)) not in (NONE, included):
                 return (
