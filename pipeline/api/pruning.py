@@ -50,7 +50,8 @@ def prune(
     An image classifier is pruned with `samples` images, or with a tensor of pixel values (N, C, H, W), which needs no
     processor; `tokenizer` is its image processor.
 
-    If there is a GPU, it is used, one layer at a time, wherever the model is. Raises `UserError`.
+    If there is a GPU, it is used, one layer at a time, wherever the model is. `target="dense"` copies the model first. Raises
+    `UserError`.
     """
     inputs.check_model(model)
     chosen = {"method": method, "sparsity": sparsity, **settings}

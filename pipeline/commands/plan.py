@@ -16,13 +16,11 @@ from pipeline.engine.blocks import find_blocks
 from pipeline.engine.coverage import Coverage
 from pipeline.engine.matrices import coverage_entries
 from pipeline.models import loading
-from pipeline.pruning import calibration
 from pipeline.pruning.allocation import allocate
 from pipeline.runtime import checksums
 from pipeline.settings import reader
 from pipeline.settings.schema import Recipe, reconstruction_text
-from pipeline.stages import keys, preflight, pretrain, runner, space, sweep
-from pipeline.stages.prune import observed_by
+from pipeline.stages import keys, preflight, pretrain, prune, runner, space, sweep
 
 
 def main(arguments: list[str]) -> None:
@@ -101,8 +99,7 @@ def _print_model(recipe: Recipe, model: nn.Module) -> None:
         print(f"  {name}: {text}")
     shape = tasks.of(model.config).sample_shape(model.config, calibrated.seq_len)
     windows = torch.empty(calibrated.samples, *shape, dtype=torch.int32, device="meta")
-    observe = observed_by(settings, patterns)
-    calibration.plan_memory(model, list(windows.split(calibrated.batch_size)), settings.hidden_states, observe=observe)
+    prune.plan_memory(model, list(windows.split(calibrated.batch_size)), settings, patterns)
 
 
 def _texts(recipe: Recipe) -> Iterator[str]:

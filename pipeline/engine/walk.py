@@ -106,14 +106,21 @@ class LayerWalk(LightningModule):
         return self.visit(self, block)
 
     @torch.no_grad()
-    def observe(self, matrices: dict[str, Matrix], observe: Callable[[Tensor], Tensor]) -> Observed:
+    def observe(
+        self,
+        matrices: dict[str, Matrix],
+        observe: Callable[[Tensor], Tensor],
+        before_batch: Callable[[int], None] = lambda i: None,
+    ) -> Observed:
         """Sums `observe(input_NI)` of each matrix of the current block over all batches and ranks; the same on each rank.
+        Calls `before_batch(batch number)` before each batch.
 
         An expert without tokens gets a sum over nothing. A matrix that is never called (for instance because a fused kernel
         reads its weight) is absent from `shared_input_key`.
         """
         observer = InputObserver(matrices, observe)
         for i in range(len(self.batches)):
+            before_batch(i)
             with observer.batch():
                 self.forwards.run_block(i)
         observed, known = observer.observed, {}

@@ -121,11 +121,11 @@ def allocate(blocks: list[Block], settings: Prune, by_block: dict[int, Pattern] 
 
     `by_block`: the result of `patterns_by_layer`; blocks without an entry have the recipe's pattern. `prune.overrides` maps
     globs over parameter names to a pattern or to `dense`; the last match counts. Raises `UserError` if a pattern does not
-    fit a matrix or a glob matches nothing.
+    fit a matrix, a glob matches nothing, or experts are to be pruned with `prune.target=dense`.
     """
     default = patterns.parse(settings.sparsity)
     candidates = {
-        name: ((by_block or {}).get(block.index, default), matrix.weight_OI.shape[1])
+        name: ((by_block or {}).get(block.index, default), matrix)
         for block in blocks
         for name, matrix in matrices(block, blocks).items()
     }
@@ -134,13 +134,18 @@ def allocate(blocks: list[Block], settings: Prune, by_block: dict[int, Pattern] 
         for glob, value in settings.overrides.items()
     }
     allocated = {}
-    for name, (pattern, inputs) in candidates.items():
+    for name, (pattern, matrix) in candidates.items():
         for glob in overrides:
             if fnmatch(name, glob):
                 pattern = overrides[glob]
         if pattern is None:
             continue
-        if problem := pattern.misfit(inputs):
+        if settings.target == "dense" and matrix.routed:
+            raise UserError(
+                f"prune.target=dense: {name} belongs to an expert, which gets other tokens in the dense model: set "
+                "prune.target=pruned, or such names to dense in prune.overrides"
+            )
+        if problem := pattern.misfit(matrix.weight_OI.shape[1]):
             raise UserError(f"prune.sparsity={pattern}: {name}: {problem}; set a ratio such as 0.5, which always fits")
         allocated[name] = pattern
     for glob in overrides:

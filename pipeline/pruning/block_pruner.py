@@ -13,6 +13,7 @@ from pipeline.engine.matrices import Matrix, matrices
 from pipeline.engine.observe import Observed
 from pipeline.engine.walk import LayerWalk
 from pipeline.pruning import scores
+from pipeline.pruning.dense_target import DenseTarget
 from pipeline.pruning.method import PruneMethod, check_finite
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
@@ -26,6 +27,7 @@ FEW_TOKENS = 32  # an expert with fewer is pruned by its weights alone: its stat
 class BlockPruner:
     def __init__(self, method: PruneMethod) -> None:
         self.method = method
+        self.target: DenseTarget | None = None  # with prune.target=dense
         self.started = time.perf_counter()  # a block's seconds include the forwards since the block before
 
     def __call__(self, walk: LayerWalk, block: Block) -> BlockResult | None:
@@ -42,55 +44,79 @@ class BlockPruner:
 
         All that is read of the GPU's results is read at the end, at once."""
         block_matrices, patterns = matrices(block, walk.blocks), self.method.patterns
-        observed = walk.observe(block_matrices, self.method.observe)
-        rows, undersampled, inputs = {}, [], []
+        rows: dict[str, dict] = {}
         packed: dict[str, Packed] = {}
         kept: dict[str, int] = {}
-        with self.method.readings as readings:
-            for key, members in _by_input(block_matrices, observed, patterns).items():
-                weights = {name: matrix.weight_OI for name, matrix in members.items()}
-                total, first = observed.totals.pop(key), next(iter(members.values()))
-                if few := first.routed and observed.tokens[key] < FEW_TOKENS:
-                    undersampled += [f"{name} ({observed.tokens[key]})" for name in members]
-                    # as if all input features had the same norm
-                    total = self.method.observe(torch.eye(first.weight_OI.shape[1], device=total.device)).double()
-                if self.method.group == "layer":
-                    check_inputs(readings, weights, total)
-                inputs.append((weights, total, observed.samples[key], few))
-            # such experts have scores on a scale of their own
-            self.method.compare_layer([(weights, total) for weights, total, _, few in inputs if not few])
-            while inputs:  # a sum is dropped as soon as its matrices are pruned
-                weights, total, sample_NI, _ = inputs.pop(0)
-                # only now: a weight whose update overflows makes the inputs of later matrices overflow, and is the one to name
-                check_inputs(readings, weights, total)
-                dense_OI = {name: weight.clone() for name, weight in weights.items()}
-                masks_OI = self.method.prune(weights, total)
-                for name, weight_OI in weights.items():
-                    mask_OI, matrix = masks_OI[name], block_matrices[name]
-                    pattern = self.method.pattern(name, mask_OI)
-                    stored = matrix.stored(mask_OI)
-                    packed[name] = Packed(pack(stored), tuple(stored.shape), str(pattern), matrix.transposed)
-                    rows[name] = {"layer": block.index, "matrix": name, "sparsity": None, "relative_output_error": None}
-
-                    def use(broken: float, left: float, error: float | None = None, name: str = name) -> None:
-                        if broken:
-                            self._refuse(name, packed[name])
-                        kept[name] = int(left)
-                        rows[name] |= {"sparsity": 1 - left / packed[name].weights, "relative_output_error": error}
-
-                    numbers = [pattern.is_broken(mask_OI), mask_OI.count_nonzero()]
-                    if len(sample_NI):  # empty for an expert that no token of this rank reached
-                        numbers.append(scores.relative_error(sample_NI, dense_OI[name], weight_OI))
-                    readings.add(numbers, use)
+        with self.method.readings:
+            if self.target:
+                for part, observed in self.target.observe_in_turn(walk, block, block_matrices, self.method):
+                    undersampled = self._prune_observed(block, part, observed, rows, packed, kept)
+            else:
+                observed = walk.observe(block_matrices, self.method.observe)
+                undersampled = self._prune_observed(block, block_matrices, observed, rows, packed, kept)
         masks = Masks()
         masks.add_packed(packed)
         if undersampled:
             processes.say(f"  fewer than {FEW_TOKENS} tokens, so pruned by weight alone: {', '.join(undersampled)}")
         if empty := [name for name in masks if not kept[name]]:
             processes.say(f"  no weight is left in {len(empty)} matrices of this layer, such as {empty[0]}")
-        for name in patterns.keys() & (block_matrices.keys() - observed.shared_input_key.keys()):
+        for name in patterns.keys() & (block_matrices.keys() - packed.keys()):
             processes.say(f"  stays dense, the calibration text never reaches it: {name}")
         return masks, kept, list(rows.values())
+
+    def _prune_observed(
+        self,
+        block: Block,
+        block_matrices: dict[str, Matrix],
+        observed: Observed,
+        rows: dict[str, dict],
+        packed: dict[str, Packed],
+        kept: dict[str, int],
+    ) -> list[str]:
+        """Prunes the matrices and adds to `rows`, `packed` and `kept`. Returns those whose statistics were not used."""
+        undersampled, inputs, readings = [], [], self.method.readings
+        for key, members in _by_input(block_matrices, observed, self.method.patterns).items():
+            weights = {name: matrix.weight_OI for name, matrix in members.items()}
+            total, first = observed.totals.pop(key), next(iter(members.values()))
+            if few := first.routed and observed.tokens[key] < FEW_TOKENS:
+                undersampled += [f"{name} ({observed.tokens[key]})" for name in members]
+                # as if all input features had the same norm
+                total = self.method.observe(torch.eye(first.weight_OI.shape[1], device=total.device)).double()
+            if self.method.group == "layer" or self.target:
+                check_inputs(readings, weights, total)
+            if self.target:
+                self.target.replace(key, weights, total, self.method)
+            inputs.append((weights, total, key, few))
+        # such experts have scores on a scale of their own
+        self.method.compare_layer([(weights, total) for weights, total, _, few in inputs if not few])
+        while inputs:  # a sum is dropped as soon as its matrices are pruned
+            weights, total, key, _ = inputs.pop(0)
+            sample_NI, dense_NI = observed.samples[key], self.target.samples[key] if self.target else None
+            # only now: a weight whose update overflows makes the inputs of later matrices overflow, and is the one to name
+            check_inputs(readings, weights, total)
+            if self.target:
+                dense_OI = {name: self.target.matrices[name].weight_OI for name in weights}
+            else:
+                dense_OI = {name: weight.clone() for name, weight in weights.items()}
+            masks_OI = self.method.prune(weights, total)
+            for name, weight_OI in weights.items():
+                mask_OI, matrix = masks_OI[name], block_matrices[name]
+                pattern = self.method.pattern(name, mask_OI)
+                stored = matrix.stored(mask_OI)
+                packed[name] = Packed(pack(stored), tuple(stored.shape), str(pattern), matrix.transposed)
+                rows[name] = {"layer": block.index, "matrix": name, "sparsity": None, "relative_output_error": None}
+
+                def use(broken: float, left: float, error: float | None = None, name: str = name) -> None:
+                    if broken:
+                        self._refuse(name, packed[name])
+                    kept[name] = int(left)
+                    rows[name] |= {"sparsity": 1 - left / packed[name].weights, "relative_output_error": error}
+
+                numbers = [pattern.is_broken(mask_OI), mask_OI.count_nonzero()]
+                if len(sample_NI):  # empty for an expert that no token of this rank reached
+                    numbers.append(scores.relative_error(sample_NI, dense_OI[name], weight_OI, dense_NI))
+                readings.add(numbers, use)
+        return undersampled
 
     def _refuse(self, name: str, packed: Packed) -> None:
         mask = packed.unpack()

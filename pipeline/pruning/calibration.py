@@ -64,6 +64,7 @@ def plan_memory(
     hidden = 2 * streams * sum(count * width for count, width in sizes) * model.dtype.itemsize / memory.GIB
     free, tokens = memory.free_gib(device), max((count for count, _ in sizes), default=0)
     working = _activations(largest, tokens, model.dtype.itemsize, bool(per_weight) and work == "train")
+    working *= streams if observe else 1  # the inputs of a second stream's matrices are kept for the first's
     working += _statistics(matrices(found[blocks.index(largest)], found), observe) if observe else 0.0
     needed = layers + training + outside + working
     fits = needed + 1.5 * hidden < 0.8 * free

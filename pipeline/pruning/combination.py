@@ -86,6 +86,10 @@ class Combination(PruneMethod):
     def compare_layer(self, inputs: list[tuple[dict[str, Tensor], Tensor]]) -> None:
         self.method.compare_layer([(weights, self._read(weights, total)[1]) for weights, total in inputs])
 
+    def gram(self, weights: dict[str, Tensor], total: Tensor) -> Tensor:
+        statistics, method_total = self._read(weights, total)
+        return self.method.gram(weights, method_total) if statistics.gram_II is None else statistics.gram_II
+
     def _read(self, weights: dict[str, Tensor], total: Tensor) -> tuple[Statistics, Tensor]:
         """The statistics for the refinement and the update, and the total for the method."""
         inputs = next(iter(weights.values())).shape[1]

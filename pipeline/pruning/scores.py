@@ -135,7 +135,12 @@ def spread_ratios(values: list[float], ratio: float, spread: float, sizes: list[
     return (ratio - (kept_L - mean)).tolist()
 
 
-def relative_error(input_NI: Tensor, dense_OI: Tensor, pruned_OI: Tensor) -> Tensor:
-    """||X W^T - X W'^T|| / ||X W^T||, Frobenius, (); the products are computed in the weights' dtype."""
-    dense_NO, error_NO = input_NI @ dense_OI.T, input_NI @ (dense_OI - pruned_OI).T
+def relative_error(input_NI: Tensor, dense_OI: Tensor, pruned_OI: Tensor, dense_NI: Tensor | None = None) -> Tensor:
+    """||X W^T - X W'^T|| / ||X W^T||, Frobenius, (); the products are computed in the weights' dtype. With the dense model's
+    inputs D of the same tokens: ||D W^T - X W'^T|| / ||D W^T||, in fp32."""
+    if dense_NI is None:
+        dense_NO, error_NO = input_NI @ dense_OI.T, input_NI @ (dense_OI - pruned_OI).T
+    else:
+        dense_NO = dense_NI.float() @ dense_OI.float().T
+        error_NO = dense_NO - input_NI.float() @ pruned_OI.float().T
     return error_NO.float().norm() / dense_NO.float().norm().clamp_min(torch.finfo(torch.float32).tiny)

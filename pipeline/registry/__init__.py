@@ -12,13 +12,14 @@ from pipeline.registry.finetune_methods import FINETUNE_METHODS
 from pipeline.registry.patterns import PATTERNS
 from pipeline.registry.prune_methods import PRUNE_METHODS
 from pipeline.registry.refinements import REFINEMENTS
-from pipeline.registry.updates import UPDATES
+from pipeline.registry.updates import DENSE_TARGET, UPDATES
 
 REGISTRIES: dict[str, Registry] = {
     registry.key: registry
     for registry in (PRUNE_METHODS, REFINEMENTS, UPDATES, PATTERNS, ALLOCATIONS, FINETUNE_METHODS)
 }
 PRUNING = ("prune.method", "prune.refine", "prune.update")  # the keys that together name how a model was pruned
+TARGET = "prune.target"  # also named, if it is not the default
 
 
 def value_of(recipe: Any, key: str) -> Any:
@@ -29,7 +30,10 @@ def value_of(recipe: Any, key: str) -> Any:
 def describe(recipe: Any) -> dict[str, dict[str, str]]:
     """Label, description and citation by key, for the entries that the run's stages use. Runs the user's files."""
     used = [key for key in REGISTRIES if key.partition(".")[0] in recipe.stages and value_of(recipe, key) != NONE]
-    return {key: REGISTRIES[key].entry(value_of(recipe, key)).about() for key in used}
+    described = {key: REGISTRIES[key].entry(value_of(recipe, key)).about() for key in used}
+    if "prune" in recipe.stages and recipe.prune.target == DENSE_TARGET.name:
+        described[TARGET] = DENSE_TARGET.about()
+    return described
 
 
 def label(key: str, value: Any, recorded: dict[str, dict[str, str]] | None = None) -> str:
@@ -40,8 +44,10 @@ def label(key: str, value: Any, recorded: dict[str, dict[str, str]] | None = Non
 
 
 def pruned_with(settings: Mapping[str, Any], recorded: dict[str, dict[str, str]] | None = None) -> str:
-    """A label such as "Wanda + swaps + least squares". `settings`: the recipe's values of the `PRUNING` keys."""
-    return " + ".join(label(key, settings[key], recorded) for key in PRUNING if settings.get(key, NONE) != NONE)
+    """A label such as "Wanda + swaps + least squares". `settings`: the recipe's values of the `PRUNING` keys
+    and of `TARGET`."""
+    labels = [label(key, settings[key], recorded) for key in PRUNING if settings.get(key, NONE) != NONE]
+    return " + ".join(labels + [DENSE_TARGET.label] * (settings.get(TARGET) == DENSE_TARGET.name))
 
 
 def ignored(recipe: Any) -> list[str]:

@@ -28,6 +28,7 @@ class PruneEntry(Entry):
     refine: str | None = None  # set if the method is a name for a combination with this refinement
     update: str | None = None  # or with this update
     regroups: bool = True  # supports prune.group
+    updates_weights: bool = False  # changes the kept weights itself
 
     def problem(self, settings: Any) -> str | None:
         if settings.group != "auto" and not self.regroups:
@@ -36,6 +37,16 @@ class PruneEntry(Entry):
             return (
                 f"prune.group={settings.group} needs a ratio, but prune.sparsity={settings.sparsity} is not one: "
                 "set prune.group=auto, or prune.sparsity=0.5"
+            )
+        if settings.target == "dense" and not self.updates_weights and (self.update or settings.update) == NONE:
+            return (
+                f"prune.target=dense needs kept weights that are updated, but prune.method={settings.method} with "
+                f"prune.update={NONE} leaves them: set prune.update=least_squares, or prune.target=pruned"
+            )
+        if settings.target == "dense" and settings.group == "layer":
+            return (
+                "prune.target=dense prunes a layer's matrices one after the other, and prune.group=layer compares them first: "
+                "set prune.group=auto, or prune.target=pruned"
             )
         for key, included in (("refine", self.refine), ("update", self.update)):
             if included and (value := getattr(settings, key)) not in (NONE, included):
@@ -69,6 +80,7 @@ PRUNE_METHODS = Registry(
         SPARSEGPT,
         ("damp",),
         regroups=False,
+        updates_weights=True,
     ),
     PruneEntry("ria", "RIA", "The weight relative to its row and column, times the input norm", f"{SCORES}:Ria", RIA),
     PruneEntry(
@@ -91,6 +103,7 @@ PRUNE_METHODS = Registry(
         WANDA,
         ("damp",),
         regroups=False,
+        updates_weights=True,
     ),
     PruneEntry(
         "wanda_seq",
@@ -109,5 +122,6 @@ PRUNE_METHODS = Registry(
         WANDA,
         ("damp",),
         regroups=False,
+        updates_weights=True,
     ),
 )

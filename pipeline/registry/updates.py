@@ -12,6 +12,12 @@ ADMM = Citation("Boža", 2024, "Fast and Effective Weight Update for Pruned Larg
 ALPS = Citation(
     "Meng et al.", 2024, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for LLMs", "arXiv:2406.07831"
 )
+GPTAQ = Citation(
+    "Li et al.",
+    2025,
+    "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration",
+    "arXiv:2504.02692",
+)
 MODULE = "pipeline.pruning.updates"
 
 UPDATES = Registry(
@@ -35,4 +41,12 @@ UPDATES = Registry(
         ALPS,
         ("damp", "update_steps"),
     ),
+)
+
+DENSE_TARGET = Entry(  # of the setting prune.target
+    "dense",
+    "dense target",
+    "Matrices reproduce the outputs of the dense model from the pruned model's inputs",
+    "pipeline.pruning.dense_target:DenseTarget",
+    GPTAQ,
 )

@@ -14,7 +14,8 @@ from pipeline.settings.schema import MODEL as MODEL_KEYS
 SECTIONS: dict[str, tuple[str, ...]] = {"dense": ("model", "revision", *MODEL_KEYS, "pretrain")}
 for stage in MODEL_STAGES.values():
     SECTIONS[stage.model] = tuple(key for key in stage.settings if all(key not in keys for keys in SECTIONS.values()))
-IN_NAMES = ("model", *registry.PRUNING, "prune.sparsity", "finetune.method")  # shown by the names of rows and columns
+# shown by the names of rows and columns
+IN_NAMES = ("model", *registry.PRUNING, registry.TARGET, "prune.sparsity", "finetune.method")
 PROTOCOL = ("seq_len", "limit", "fewshot", "windows", "bos")
 
 

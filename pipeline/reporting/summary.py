@@ -213,7 +213,7 @@ def label_of(recipe: Recipe, key: str, results: dict) -> str:
 
 
 def pruned_with(recipe: Recipe, results: dict) -> str:
-    settings = {key: registry.value_of(recipe, key) for key in registry.PRUNING}
+    settings = {key: registry.value_of(recipe, key) for key in (*registry.PRUNING, registry.TARGET)}
     return registry.pruned_with(settings, results.get("methods"))
 
 

@@ -19,6 +19,11 @@ def check(recipe: Recipe) -> None:
     for key, registry in REGISTRIES.items():
         if problem := registry.entry(value_of(recipe, key)).problem(getattr(recipe, key.partition(".")[0])):
             raise UserError(problem)
+    if recipe.prune.target == "dense" and recipe.calibration.activations == "dense":
+        raise UserError(
+            "prune.target=dense is for inputs that differ from the dense model's, which calibration.activations=dense uses: "
+            "set prune.target=pruned, or calibration.activations=pruned"
+        )
     for glob, value in recipe.prune.overrides.items():
         if value != "dense":
             PATTERNS.entry(value, f"prune.overrides[{glob}]")

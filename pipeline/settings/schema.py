@@ -112,6 +112,11 @@ class Prune:
     swaps: int = setting(100, "largest number of exchanges in each row, of refine=swaps", low=1)
     update: str = setting(NONE, "how the kept weights are updated, or a .py file", registry=UPDATES)
     update_steps: int = setting(30, "iterations of update=admm, at most of update=least_squares", low=1)
+    target: str = setting(
+        "pruned",
+        "inputs for which updated weights reproduce the dense layer's output: those in the pruned model, or in the dense one",
+        choices=("pruned", "dense"),
+    )
     sparsity: Any = setting(
         "2of4", "share of weights to prune (0.5), N kept of each M (2of4), or a .py file", registry=PATTERNS
     )

@@ -1,9 +1,12 @@
 """The prune stage: from a dense model and calibration text to a pruned model and masks."""
 
+import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from callbacks.layer_writer import LayerWriter
@@ -20,6 +23,7 @@ from pipeline.pruning.allocation import allocate, patterns_by_layer
 from pipeline.pruning.block_measure import BlockMeasure
 from pipeline.pruning.block_pruner import BlockPruner
 from pipeline.pruning.combination import prune_method
+from pipeline.pruning.dense_target import DenseTarget, packed
 from pipeline.registry import ALLOCATIONS
 from pipeline.reporting import card
 from pipeline.runtime import files, memory, processes
@@ -41,13 +45,13 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     for name, text in coverage.describe(patterns):
         processes.say(f"  {name}: {text}")
     batches = calibration.batches(recipe, recipe.calibration, "calibration", origin, model)
-    observe = observed_by(settings, patterns)
-    store = calibration.plan_memory(model, batches, settings.hidden_states, observe=observe)
+    dense = loading.load(origin, recipe) if settings.target == "dense" else None
+    store = plan_memory(model, batches, settings, patterns)
     pruner = block_pruner(blocks, lambda: loading.load(origin, recipe), batches, store, settings, folder)
     walk = LayerWalk(model, batches, store, folder, dense_outputs=recipe.calibration.activations == "dense")
     if done := walk.files.finished_before:
         processes.say(f"  {len(done)} of {len(blocks)} layers are already pruned")
-    run_layerwise(walk, pruner, [LayerWriter(), StopAtSignal()])
+    prune_layers(walk, pruner, dense, [LayerWriter(), StopAtSignal()])
     processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
     if processes.is_main():
         finish(walk, origin, recipe, coverage)
@@ -58,21 +62,37 @@ def in_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> Masks:
     if recipe.prune.pointwise:
         mark_pointwise(model)
     settings, blocks = recipe.prune, find_blocks(model)
-    observe = observed_by(settings, allocate(blocks, settings))
-    store = calibration.plan_memory(model, batches, settings.hidden_states, observe=observe)
+    patterns = allocate(blocks, settings)
+    dense = copy.deepcopy(model) if settings.target == "dense" else None
+    store = plan_memory(model, batches, settings, patterns)
     pruner = block_pruner(blocks, lambda: model, batches, store, settings)
     dense_outputs = recipe.calibration.activations == "dense"
     walk = LayerWalk(model, batches, store, in_memory=True, dense_outputs=dense_outputs)
-    run_layerwise(walk, pruner, [LayerWriter()])
+    prune_layers(walk, pruner, dense, [LayerWriter()])
     if not walk.files.masks:
         raise UserError(NOTHING)
     walk.files.masks.channel_order = getattr(model.config, "channel_order", None)
     return walk.files.masks
 
 
-def observed_by(settings: Prune, patterns: dict[str, Pattern]) -> Callable[[Tensor], Tensor]:
-    """What the method of `prune.method` makes of inputs."""
-    return prune_method(settings, patterns).observe
+def plan_memory(model: nn.Module, batches: list[Tensor], settings: Prune, patterns: dict[str, Pattern]) -> torch.device:
+    """See `calibration.plan_memory`."""
+    observe = prune_method(settings, patterns).observe
+    if settings.target == "pruned":
+        return calibration.plan_memory(model, batches, settings.hidden_states, observe=observe)
+
+    def pair(input_NI: Tensor) -> Tensor:
+        return packed(observe(input_NI), input_NI, input_NI)
+
+    return calibration.plan_memory(model, batches, settings.hidden_states, 2, observe=pair)
+
+
+def prune_layers(walk: LayerWalk, pruner: BlockPruner, dense: nn.Module | None, callbacks: list[Callback]) -> None:
+    """Runs the walk, and the forwards of the `dense` model along with it if there is one."""
+    with ExitStack() as stack:
+        if dense is not None:
+            pruner.target = DenseTarget(stack.enter_context(walk.paused_forwards(dense)))
+        run_layerwise(walk, pruner, callbacks)
 
 
 def block_pruner(

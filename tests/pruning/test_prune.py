@@ -32,6 +32,10 @@ COMBINATIONS = {method: (f"prune.method={method}",) for method in PRUNE_METHODS.
         ("magnitude", "dsnot", "obs"),
     )
 }
+COMBINATIONS |= {
+    f"{name}+dense target": (*COMBINATIONS[name], "prune.target=dense")
+    for name in ("sparsegpt", "wanda_seq", "wanda+swaps+least_squares")
+}
 
 
 def settings(model, *more):
