@@ -35,7 +35,7 @@ import pyarrow.parquet as parquet
 
 ROOT = Path(__file__).resolve().parent.parent
 VALIDATION = "wikitext2:wikitext-2-v1@validation"
-PARTS = ("methods", "self", "groups", "recovery", "combinations")
+PARTS = ("methods", "self", "groups", "options", "recovery", "combinations")
 TASKS = ("arc_easy", "arc_challenge", "openbookqa")
 PATTERNS = ("2of4", "0.5", "4of8")
 SPARSE = "0.7"  # also used for the combinations
@@ -51,6 +51,11 @@ GROUPS = {
     "matrix": ("prune.group=matrix",),
     "layer": ("prune.group=layer",),
     "dense activations": ("calibration.activations=dense",),
+}
+PERMUTED = ("wanda", "ria")  # with channels reordered for N of M
+DENSE_TARGET = {
+    "sparsegpt, dense target": (*METHODS["sparsegpt"], "prune.target=dense"),
+    "wanda + least_squares, dense target": ("prune.update=least_squares", "prune.target=dense"),
 }
 REFINEMENTS, UPDATES = ("none", "swaps"), ("none", "obs", "admm", "least_squares")
 # masked LoRA from better starts than Wanda's weights
@@ -118,6 +123,13 @@ def rows() -> list[Row]:
         for pattern in ("0.5", "2of4")[: 2 if "dense" in group else 1]:
             name = f"wanda_{group.replace(' ', '_')}_{pattern}"
             every.append(Row("groups", name, f"wanda, {group}", pattern, settings))
+    for pattern, method in product(("2of4", "4of8"), PERMUTED):
+        name, stages = f"{method}_permuted_{pattern}", "permute,prune"
+        every.append(Row("options", name, f"{method}, permuted", pattern, METHODS[method], stages))
+    for pattern, (method, settings) in product(PATTERNS[:2], DENSE_TARGET.items()):
+        every.append(
+            Row("options", f"{method.replace(',', '').replace(' ', '_')}_{pattern}", method, pattern, settings)
+        )
     for pattern, method, refine, update in product(
         (*PATTERNS, SPARSE), ("wanda", "sparsegpt", "ria", "magnitude"), REFINEMENTS, UPDATES
     ):
