@@ -133,6 +133,7 @@ def test_the_first_matrices_are_as_with_the_pruned_target(tiny_llama, tmp_path, 
     assert "dense target" not in (tmp_path / "pruned/model/README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [LEAST_SQUARES, ("prune.method=sparsegpt",)])
 def test_outputs_are_closer_to_the_dense_model(stories, hub, tmp_path, more):
     more += (f"mirror={hub}", "calibration.dataset=local/stories", "calibration.seq_len=128")
@@ -148,6 +149,7 @@ def test_outputs_are_closer_to_the_dense_model(stories, hub, tmp_path, more):
     assert sum(errors["dense"].values()) < 0.95 * sum(errors["pruned"].values())
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(tiny_llama, tmp_path, monkeypatch):
     more = (*LEAST_SQUARES, DENSE)
     _, whole = pruned(tiny_llama, tmp_path / "whole", *more)
@@ -166,6 +168,7 @@ def test_a_killed_run_resumes_bit_for_bit(tiny_llama, tmp_path, monkeypatch):
     assert (tmp_path / "p/masks.safetensors").read_bytes() == (tmp_path / "whole/masks.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_api_gives_the_same_as_the_command(tiny_llama, tmp_path):
     more = ("prune.method=wanda", "prune.refine=swaps", "prune.sparsity=0.6", *LEAST_SQUARES)
     masks, weights = pruned(tiny_llama, tmp_path / "p", *more, DENSE)
@@ -177,6 +180,7 @@ def test_the_api_gives_the_same_as_the_command(tiny_llama, tmp_path):
     assert all(torch.equal(weight, state[name]) for name, weight in weights.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["hrm_text", "zamba2", "gemma4_text", "opt", "gpt2"])
 def test_models_that_call_their_layers_in_unusual_ways(family):
     model = families.tiny(family)

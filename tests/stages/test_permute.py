@@ -77,7 +77,12 @@ def reordered_from(before: torch.Tensor, after: torch.Tensor) -> bool:
     return torch.equal(*by_row) or torch.equal(*by_column)
 
 
-@pytest.mark.parametrize("family", KINDS)
+QUICK_KINDS = ("llama", "gpt2")
+
+
+@pytest.mark.parametrize(
+    "family", [it if it in QUICK_KINDS else pytest.param(it, marks=pytest.mark.slow) for it in KINDS]
+)
 def test_the_permuted_model_is_the_dense_one_in_another_order(family, tmp_path):
     (tmp_path / "dense").mkdir()
     families.save(family, tmp_path / "dense")
@@ -126,6 +131,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in [*folder.glob("*.safetensors"), *folder.glob("config.json")]}
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_bit(tiny_llama, tmp_path, monkeypatch):
     whole, begun = permuted(tiny_llama, tmp_path / "whole"), []
 
@@ -160,6 +166,7 @@ def test_two_processes_permute_and_prune_as_one(tmp_path):
     assert any(not row["order"] for row in rows(tmp_path / "1/permute"))
 
 
+@pytest.mark.slow
 def test_masks_are_of_the_permuted_model_alone(tiny_llama, tmp_path, typed, monkeypatch, capsys):
     settings = (f"model={tiny_llama}", f"run_dir={tmp_path}/run", "stages=[permute,prune]")
     code, output, lines = typed(*settings)
@@ -228,6 +235,7 @@ def test_a_whole_run_shows_what_the_order_brought(tiny_llama, tmp_path, typed):
     assert len(orders) == 1
 
 
+@pytest.mark.slow
 def test_plan_knows_the_stage(tiny_llama, tmp_path, capsys):
     main([f"model={tiny_llama}", f"run_dir={tmp_path}/run", *PRUNE, "stages=[permute,prune]"])
     assert "permute reads world" in capsys.readouterr().out
