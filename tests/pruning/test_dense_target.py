@@ -11,14 +11,13 @@ from pipeline import api as espalier
 from pipeline import registry
 from pipeline.data import sources, token_windows
 from pipeline.models import loading
-from pipeline.pruning.block_pruner import BlockPruner
 from pipeline.pruning.dense_target import packed, solve
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
 from pipeline.settings.schema import Prune
 from pipeline.stages import prune
 from tests import families
-from tests.pruning.test_prune import Killed, pruned, settings
+from tests.pruning.test_prune import pruned, settings
 
 DENSE = "prune.target=dense"
 LEAST_SQUARES = ("prune.update=least_squares", "calibration.batch_size=1")
@@ -147,25 +146,6 @@ def test_outputs_are_closer_to_the_dense_model(stories, hub, tmp_path, more):
             name: float((given[name] - out).square().sum() / out.square().sum()) for name, out in expected.items()
         }
     assert sum(errors["dense"].values()) < 0.95 * sum(errors["pruned"].values())
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_bit_for_bit(tiny_llama, tmp_path, monkeypatch):
-    more = (*LEAST_SQUARES, DENSE)
-    _, whole = pruned(tiny_llama, tmp_path / "whole", *more)
-    visit = BlockPruner.__call__
-
-    def stop(self, walk, block):
-        if block.index == 2:
-            raise Killed
-        return visit(self, walk, block)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(BlockPruner, "__call__", stop)
-        pruned(tiny_llama, tmp_path / "p", *more)
-    _, weights = pruned(tiny_llama, tmp_path / "p", *more)
-    assert all(torch.equal(weights[name], whole[name]) for name in whole)
-    assert (tmp_path / "p/masks.safetensors").read_bytes() == (tmp_path / "whole/masks.safetensors").read_bytes()
 
 
 @pytest.mark.slow

@@ -91,8 +91,10 @@ def test_the_api_gives_the_same_masks_and_weights_as_the_command(tiny_llama, tmp
     assert all(torch.equal(weight, state[name]) for name, weight in weights.items())
 
 
-def test_a_killed_run_resumes_with_dense_activations(tiny_llama, tmp_path, monkeypatch):
-    more = ("calibration.activations=dense",)
+@pytest.mark.parametrize(
+    "more", [("calibration.activations=dense",), ("prune.update=least_squares", "prune.target=dense")]
+)
+def test_a_killed_run_that_follows_the_dense_model_resumes_to_the_bit(tiny_llama, tmp_path, monkeypatch, more):
     _, whole = pruned(tiny_llama, tmp_path / "whole", *more)
     visit = BlockPruner.__call__
 
