@@ -104,6 +104,7 @@ def test_the_masks_are_those_of_a_loop_over_pixels(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_walk_equals_the_forward_to_the_bit(name):
     model = mark_pointwise(tiny(name))
     expected = [model(pixel_values=batch).logits for batch in BATCHES]
@@ -115,6 +116,7 @@ def test_a_walk_equals_the_forward_to_the_bit(name):
     assert all(torch.equal(one.logits, other) for one, other in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [{"method": "sparsegpt"}, {"update": "least_squares", "refine": "swaps"}])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_pruned_model_is_saved_exported_and_fine_tuned(name, method, tmp_path):
@@ -138,6 +140,7 @@ def test_a_pruned_model_is_saved_exported_and_fine_tuned(name, method, tmp_path)
         assert torch.equal(compact(BATCHES[0]).logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_lora_merges_to_what_it_computes(name):
     model = tiny(name)

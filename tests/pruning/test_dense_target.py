@@ -117,6 +117,7 @@ def test_the_weights_before_pruning_equal_a_plain_formula(tiny_llama, tmp_path):
         assert (found_RI - stacked_RI).norm() > 1e-2 * stacked_RI.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [LEAST_SQUARES, ("prune.method=sparsegpt",)])
 def test_the_first_matrices_are_as_with_the_pruned_target(tiny_llama, tmp_path, more):
     """There both models have the same inputs."""
@@ -202,6 +203,7 @@ def test_methods_that_update_weights_are_accepted(tmp_path):
     assert "2504.02692" in registry.describe(recipe)["prune.target"]["citation"]
 
 
+@pytest.mark.slow
 def test_a_method_without_a_gram_matrix_is_refused(tiny_llama, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from pipeline.pruning.score_methods import Wanda\nclass Mine(Wanda):\n    updates_weights = True\n"
