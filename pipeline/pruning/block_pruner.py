@@ -45,15 +45,16 @@ class BlockPruner:
         All that is read of the GPU's results is read at the end, at once."""
         block_matrices, patterns = matrices(block, walk.blocks), self.method.patterns
         rows: dict[str, dict] = {}
+        undersampled: list[str] = []
         packed: dict[str, Packed] = {}
         kept: dict[str, int] = {}
         with self.method.readings:
             if self.target:
-                for part, observed in self.target.observe_in_turn(walk, block, block_matrices, self.method):
-                    undersampled = self._prune_observed(block, part, observed, rows, packed, kept)
+                parts = self.target.observe_in_turn(walk, block, block_matrices, self.method)
             else:
-                observed = walk.observe(block_matrices, self.method.observe)
-                undersampled = self._prune_observed(block, block_matrices, observed, rows, packed, kept)
+                parts = [(block_matrices, walk.observe(block_matrices, self.method.observe))]
+            for part, observed in parts:
+                undersampled += self._prune_observed(block, part, observed, rows, packed, kept)
         masks = Masks()
         masks.add_packed(packed)
         if undersampled:

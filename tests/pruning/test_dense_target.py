@@ -149,6 +149,13 @@ def test_outputs_are_closer_to_the_dense_model(stories, hub, tmp_path, more):
     assert sum(errors["dense"].values()) < 0.95 * sum(errors["pruned"].values())
 
 
+def test_a_layer_may_stay_dense(tiny_llama, tmp_path):
+    masks, weights = pruned(tiny_llama, tmp_path, *LEAST_SQUARES, DENSE, 'prune.overrides={"*.layers.0.*": dense}')
+    assert masks and not any(".layers.0." in name for name in masks)
+    dense = AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
+    assert all(torch.equal(weights[name], dense[name]) for name in dense if ".layers.0." in name)
+
+
 @pytest.mark.slow
 def test_the_api_gives_the_same_as_the_command(tiny_llama, tmp_path):
     more = ("prune.method=wanda", "prune.refine=swaps", "prune.sparsity=0.6", *LEAST_SQUARES)
