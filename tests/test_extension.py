@@ -149,6 +149,23 @@ def test_an_allocation_needs_a_ratio_and_must_return_numbers(tmp_path, tiny_llam
     assert "ByDepth.ratios returned [0.4]: return 3 numbers" in output
 
 
+@pytest.mark.parametrize("code", ["1 / 0", "weight_OI @ weight_OI.new_zeros(0)"])
+def test_an_exception_in_a_users_file_names_its_line(tmp_path, tiny_llama, refused, code):
+    """Also one that torch raises there."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from pipeline.pruning.score_methods import Wanda\n\n\nclass Mine(Wanda):\n"
+        f"    def score(self, weight_OI, *statistics):\n        return {code}\n"
+    )
+    message = refused(tmp_path / "run", f"model={tiny_llama}", f"prune.method={path}")
+    assert f"({path}, line 6: debug=true shows the traceback)" in message and "a bug" not in message
+
+
+def test_an_exception_elsewhere_is_a_bug(tmp_path, tiny_llama, refused, monkeypatch):
+    monkeypatch.setattr(registry.PRUNE_METHODS, "entries", None)
+    assert "TypeError: " in (message := refused(tmp_path / "run", f"model={tiny_llama}")) and "(a bug in" in message
+
+
 def test_an_unused_setting_is_reported():
     chosen = reader.load(
         ["model=m", "stages=[prune,finetune]", "prune.damp=0.1", "finetune.method=full", "finetune.rank=3"]

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.runtime import signals
-from pipeline.runtime.errors import ReportedByPeer, Stopped, UserError, one_line
+from pipeline.runtime.errors import ReportedByPeer, Stopped, UserError, one_line, unexpected
 from pipeline.settings import reader
 from pipeline.stages import sweep
 
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        return _fail(f"{type(error).__name__}: {error} (a bug in Espalier: debug=true shows the traceback)", 2, quiet)
+        return _fail(unexpected(error), 2, quiet)
     return 0
 
 

@@ -3,7 +3,14 @@
 import difflib
 import os
 import re
+import sysconfig
+import traceback
+from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
+OWN = {ROOT / "pipeline", ROOT / "callbacks"}
+STANDARD = Path(sysconfig.get_path("stdlib"))
+LIBRARIES = {"site-packages", "dist-packages"}
 SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 
 
@@ -33,6 +40,20 @@ def one_line(text: object) -> str:
         if len(value) >= 8 and SECRET.search(name):
             line = line.replace(value, f"${name}")
     return line
+
+
+def unexpected(error: Exception) -> str:
+    """The message for an exception that nobody expected. It names the innermost line outside of libraries: of a user's file, or
+    of code that came with a model. If that line is in this package, the exception is a bug."""
+    where = "a bug in Espalier"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if OWN & {*path.parents}:
+            break
+        if path.is_file() and not LIBRARIES & {*path.parts} and STANDARD not in path.parents:
+            where = f"{path}, line {frame.lineno}"
+            break
+    return f"{type(error).__name__}: {error} ({where}: debug=true shows the traceback)"
 
 
 def did_you_mean(name: str, known: list[str], prefix: str = "") -> str:

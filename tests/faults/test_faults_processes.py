@@ -112,7 +112,7 @@ def test_a_failure_is_reported_once_per_machine(tmp_path):
     assert codes == [2] * 4
     assert [len(lines) for lines in printed] == [1, 0, 0, 1]
     assert f"process 3 on {socket.gethostname()}: 'oops'" in printed[0][0]
-    assert "KeyError: 'oops' (a bug in Espalier" in printed[3][0]
+    assert f"KeyError: 'oops' ({__file__}, line " in printed[3][0]
 
 
 @pytest.mark.parametrize(("name", "number", "codes", "says"), LOST)
