@@ -6,7 +6,7 @@
 
 All functions work in place, in one process, and write no files (except `export`). The model keeps its device, dtype, modes and
 `requires_grad`, and the caller's random state is restored. Errors are `UserError`s, usually before anything is changed; an
-error during `prune`, `reconstruct` or full fine-tuning leaves the weights partly changed.
+error during `permute`, `prune`, `reconstruct` or full fine-tuning leaves the weights partly changed.
 
 A text is a list of strings, a `datasets.Dataset` (with a column `text`, `input_ids`, or of conversations), the name of a data
 set as in recipes ("c4", "wikitext2", a hub id, a path), or a tensor of token ids. Image classifiers read images in place of
@@ -23,7 +23,7 @@ from pipeline.sparsity.masks import Masks
 from .evaluation import evaluate
 from .exporting import export
 from .masking import apply, verify
-from .pruning import prune, reconstruct
+from .pruning import permute, prune, reconstruct
 from .recovery import finetune
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "finetune",
     "load_adapter",
     "load_compact",
+    "permute",
     "prune",
     "reconstruct",
     "verify",

@@ -1,4 +1,4 @@
-"""`prune` and `reconstruct`: the walks over the layers of a model in memory."""
+"""`permute`, `prune` and `reconstruct`: the walks over the layers of a model in memory."""
 
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,47 @@ from pipeline.pruning.allocation import allocate
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Calibration, reconstruction_text
 from pipeline.sparsity.masks import Masks
+from pipeline.stages import permute as permute_stage
 from pipeline.stages import prune as prune_stage
 from pipeline.stages import reconstruct as reconstruct_stage
 from pipeline.tasks.task import Samples
 
 from . import image_inputs, inputs, model_state
 from .inputs import Texts
+
+
+@inputs.api_function
+def permute(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    sparsity: str = "2of4",
+    calibration: Texts = "c4",
+    *,
+    samples: int = 128,
+    seq_len: int = 2048,
+    batch_size: int = 1,
+    column: str | None = None,
+    seed: int = 0,
+    mirror: str | None = None,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Reorders channels of the dense `model`, in place, such that `prune` with the same `sparsity` (N:M) keeps more importance.
+    The model computes the same up to rounding.
+
+    The text is as in `prune`. `settings`: any other key of the recipe's section `permute`. Returns a row per matrix whose
+    inputs can be reordered: "matrix", and "kept_before" and "kept_after", the shares of the importance that `sparsity` keeps.
+    The order is recorded in `model.config.channel_order` and in the masks, which are refused for another order.
+
+    After Zhang et al. 2024, "Plug-and-Play" (section 3.2). Raises `UserError`.
+    """
+    inputs.check_model(model)
+    text = {"samples": samples, "seq_len": seq_len, "batch_size": batch_size, "column": column}
+    chosen = {"prune": {"sparsity": sparsity}, "permute": settings, "calibration": text}
+    recipe = inputs.recipe(["permute", "prune"], seed, mirror, **chosen)
+    allocate(find_blocks(model), recipe.prune)  # raises before any text is read
+    found = _samples(calibration, "calibration", recipe.calibration, "calibration", tokenizer, model, seed, mirror)
+    with model_state.preserved(model):
+        return permute_stage.in_memory(model, _batches(found, batch_size), recipe)
 
 
 @inputs.api_function

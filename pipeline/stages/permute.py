@@ -5,6 +5,11 @@ After Zhang et al. 2024 ("Plug-and-Play: An Efficient Post-training Pruning Meth
 """
 
 from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
 
 from callbacks.layer_writer import LayerWriter
 from callbacks.stop_at_signal import StopAtSignal
@@ -27,31 +32,48 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     """Writes `model/` and `channels.csv`."""
     origin = loading.dense_folder(recipe, inputs)
     model = loading.load(origin, recipe)
-    blocks = find_blocks(model)
-    allocate(blocks, recipe.prune)  # raises before any text is read
+    allocate(find_blocks(model), recipe.prune)  # raises before any text is read
     batches = calibration.batches(recipe, recipe.calibration, "calibration", origin, model)
-    where = recipe.prune.hidden_states
-    store = calibration.plan_memory(model, batches, where, per_weight=BYTES_PER_WEIGHT, observe=square_sum, work="test")
-    permuter = BlockPermuter(model, blocks, parse(recipe.prune.sparsity), recipe.permute.rounds)
-    walk = LayerWalk(model, batches, store, folder)
+    walk = LayerWalk(model, batches, plan_memory(model, batches, recipe), folder)
     if done := walk.files.finished_before:
-        processes.say(f"  {len(done)} of {len(blocks)} layers are already permuted")
-    run_layerwise(walk, permuter, [LayerWriter(), StopAtSignal()])
+        processes.say(f"  {len(done)} of {len(walk.blocks)} layers are already permuted")
+    permute_layers(walk, recipe, [LayerWriter(), StopAtSignal()])
     processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
     if processes.is_main():
         finish(walk, origin, recipe)
 
 
+def in_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> list[dict[str, Any]]:
+    """Permutes the model in place, on its device; returns the rows of `channels.csv`. `batches`: (batch_size, seq_len)."""
+    allocate(find_blocks(model), recipe.prune)
+    walk = LayerWalk(model, batches, plan_memory(model, batches, recipe), in_memory=True)
+    permute_layers(walk, recipe, [LayerWriter()])
+    rows = _rows(walk.files.rows)
+    if order := _fingerprint(getattr(model.config, "channel_order", None), rows):
+        model.config.channel_order = order
+    return rows
+
+
+def plan_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> torch.device:
+    """See `calibration.plan_memory`."""
+    where = recipe.prune.hidden_states
+    return calibration.plan_memory(model, batches, where, per_weight=BYTES_PER_WEIGHT, observe=square_sum, work="test")
+
+
+def permute_layers(walk: LayerWalk, recipe: Recipe, callbacks: list[Callback]) -> None:
+    permuter = BlockPermuter(walk.model, walk.blocks, parse(recipe.prune.sparsity), recipe.permute.rounds)
+    run_layerwise(walk, permuter, callbacks)
+
+
 def finish(walk: LayerWalk, origin: Path, recipe: Recipe) -> None:
-    """Writes the rest of the model folder, and the table. The config gets a fingerprint of the orders, `channel_order`, so that
-    masks of one order are not applied to a model in another."""
-    rows = [row for log in walk.files.logs() for row in log["matrices"]]
+    """Writes the rest of the model folder, and the table."""
+    rows = _rows(walk.files.logs())
     walk.files.write_remaining(origin, recipe.dtype)
     write_rows(walk.files.folder / "channels.csv", rows)
-    if any(row["order"] for row in rows):
-        path = walk.files.folder / "model" / "config.json"
-        order = files.digest([files.read_json(path).get("channel_order"), *(row["order"] for row in rows)])
-        files.write_json(path, files.read_json(path) | {"channel_order": order})
+    path = walk.files.folder / "model" / "config.json"
+    config = files.read_json(path)
+    if order := _fingerprint(config.get("channel_order"), rows):
+        files.write_json(path, config | {"channel_order": order})
     if not rows:
         processes.say("  no channels can be reordered: the permuted model is the dense one")
         return
@@ -60,3 +82,14 @@ def finish(walk: LayerWalk, origin: Path, recipe: Recipe) -> None:
         f"  of the importance of {len(rows)} matrices, {recipe.prune.sparsity} keeps {after:.4f}, with the original order of "
         f"channels {before:.4f}"
     )
+
+
+def _rows(logs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for log in logs for row in log["matrices"]]
+
+
+def _fingerprint(before: str | None, rows: list[dict[str, Any]]) -> str | None:
+    """`channel_order` of the config, such that masks of one order are not applied to a model in another. `before`: that of the
+    model before; it stays if no channel moved."""
+    orders = [row["order"] for row in rows]
+    return files.digest([before, *orders]) if any(orders) else before

@@ -250,7 +250,7 @@ def test_the_models_own_tokenizer_is_the_default(tiny_llama):
         espalier.finetune(model, masks, TEXTS, **TUNING)
 
 
-@pytest.mark.parametrize("name", ["prune", "reconstruct", "finetune", "evaluate"])
+@pytest.mark.parametrize("name", ["permute", "prune", "reconstruct", "finetune", "evaluate"])
 def test_defaults_equal_the_recipes_and_all_arguments_are_documented(name):
     function = getattr(espalier, name)
     sections = [schema.Calibration, getattr(schema, name.capitalize())]

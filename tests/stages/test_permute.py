@@ -123,6 +123,22 @@ def test_an_image_classifier_keeps_its_answers(name):
     assert (model(classifiers.pixels(2, seed=2)).logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def test_the_api_gives_the_model_and_masks_of_the_command(tiny_llama, tmp_path):
+    expected = permuted(tiny_llama, tmp_path / "permute", *tokens(tmp_path))
+    model, texts = AutoModelForCausalLM.from_pretrained(tiny_llama), families.text(8, 24)
+    text = {"calibration": f"{tmp_path}/ids.jsonl", "samples": 8, "seq_len": 24, "batch_size": 2}
+    found = espalier.permute(model, sparsity="2:4", **text)
+    assert len(found) == 6 and rows(tmp_path / "permute") == [{key: str(row[key]) for key in row} for row in found]
+    other = AutoModelForCausalLM.from_pretrained(expected)
+    assert model.config.channel_order == other.config.channel_order
+    assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in model.state_dict().items())
+    assert espalier.prune(model, calibration=texts).channel_order == other.config.channel_order
+    with pytest.raises(UserError, match="sparsity=0.5"):
+        espalier.permute(model, sparsity="0.5", calibration=texts)
+    with pytest.raises(UserError, match="unknown argument 'round'"):
+        espalier.permute(model, calibration=texts, round=1)
+
+
 class Killed(Exception):
     pass
 
