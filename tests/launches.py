@@ -42,6 +42,14 @@ def end(running: list[BaseProcess], timeout: float | None = None) -> list[int]:
     return [process.exitcode for process in running]
 
 
+def run(settings: tuple, log: Path, of: int = 1, code: int = 0, work: Callable[[int], None] | None = None) -> str:
+    """The output of the first rank, once all ranks have ended with `code`."""
+    codes = end(fork(settings, log, of, work=work))
+    output = (log / "0.txt").read_text()
+    assert codes == [code] * of, output[-3000:]
+    return output
+
+
 def _rank(rank: int, of: int, nodes: int, port: int, settings: tuple, log: Path, work: Callable | None) -> None:
     here = of // nodes
     if of > 1:

@@ -241,6 +241,7 @@ def test_the_fast_task_search_equals_lm_evals_index():
     assert {name: definitions.get(name) for name in index} == index
 
 
+@pytest.mark.slow
 def test_an_unknown_task_is_refused_with_the_nearest():
     with pytest.raises(UserError, match="unknown task 'arc_esy': did you mean arc_easy"):
         check_tasks(["openbookqa", "arc_esy"])

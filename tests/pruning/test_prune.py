@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 
 import pytest
 import torch
@@ -13,13 +12,14 @@ from pipeline.models import loading, model_files
 from pipeline.pruning.score_methods import Wanda
 from pipeline.registry import PRUNE_METHODS
 from pipeline.reporting import series
+from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
 from pipeline.sparsity import patterns
 from pipeline.sparsity.masks import Masks, by_matrix
 from pipeline.stages import prune
-from tests import textbook
-from tests.conftest import QUICK, ROOT, command, environment
+from tests import launches, textbook
+from tests.conftest import QUICK
 from tests.engine.test_decoder import FAMILIES, small_model
 
 SETTINGS = [s for s in QUICK if not s.startswith("stages")]
@@ -244,15 +244,16 @@ def test_a_killed_run_resumes_at_its_layer(tiny_llama, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_prune_as_one_with_every_method(tiny_llama, tmp_path):
-    """One launch prunes with all methods, because starting two processes takes seconds."""
-    script = tmp_path / "all_methods.py"
-    script.write_text(ALL_METHODS)
-    for processes in (1, 2):
-        where = str(tmp_path / str(processes))
-        line = [*command(processes=processes)[:-1], str(script), str(tiny_llama), where, *SETTINGS]
-        environ = environment() | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+    def work(rank: int) -> None:
+        for name, how in COMBINATIONS.items():
+            for sparsity in ("2of4", "0.5"):
+                folder = tmp_path / str(processes.world_size()) / f"{name}-{sparsity}"
+                folder.mkdir(parents=True, exist_ok=True)
+                prune.run(settings(tiny_llama, *how, f"prune.sparsity={sparsity}"), folder, {})
+                processes.barrier()
+
+    for count in (1, 2):
+        launches.run((f"model={tiny_llama}", "stages=[prune]"), tmp_path / f"log{count}", of=count, work=work)
     for name in COMBINATIONS:
         for sparsity in ("2of4", "0.5"):
             one, two = (tmp_path / n / f"{name}-{sparsity}" for n in "12")
@@ -260,26 +261,6 @@ def test_two_processes_prune_as_one_with_every_method(tiny_llama, tmp_path):
             other = dict(model_files.tensors(two / "model"))
             for tensor, weight in model_files.tensors(one / "model"):
                 torch.testing.assert_close(other[tensor], weight, rtol=1e-5, atol=1e-6)
-
-
-ALL_METHODS = """
-import sys
-from pathlib import Path
-from pipeline.runtime import processes
-from pipeline.settings import reader
-from pipeline.stages import prune
-from tests.pruning.test_prune import COMBINATIONS
-model, where, *settings = sys.argv[1:]
-processes.start()
-for name, how in COMBINATIONS.items():
-    for sparsity in ("2of4", "0.5"):
-        folder = Path(where) / f"{name}-{sparsity}"
-        folder.mkdir(parents=True, exist_ok=True)
-        chosen = ["stages=[prune]", f"model={model}", *settings, *how, f"prune.sparsity={sparsity}"]
-        prune.run(reader.load(chosen), folder, {})
-        processes.barrier()
-processes.stop()
-"""
 
 
 def test_bad_input_says_what_to_set(tiny_llama, tmp_path):

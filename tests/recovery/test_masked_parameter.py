@@ -1,7 +1,6 @@
 """Fused experts, and weights used outside of a Linear's forward, train like a masked Linear, in every family."""
 
 import copy
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune
 from pipeline.sparsity.masks import Masks, apply_
 from pipeline.tasks.language_modeling import LanguageModeling
-from tests.conftest import ROOT, command, environment
+from tests import launches
 from tests.families import tiny
 from tests.recovery.test_lora import with_masks
 
@@ -259,16 +258,6 @@ def test_only_the_target_is_adapted_if_names_have_the_same_suffix():
     assert lora.masked_layers(lora.attach(model, masks, SETTINGS)).keys() == {"layers.0.0.weight"}
 
 
-SCRIPT = """
-import sys
-from pipeline.runtime import processes
-from tests.recovery.test_masked_parameter import LAUNCHED, launched_training
-processes.start()
-for family in LAUNCHED:
-    for strategy in ("ddp", "fsdp"):
-        launched_training(sys.argv[1], family, strategy)
-processes.stop()
-"""
 LAUNCHED = ("gpt_oss", "git")  # text does not reach GIT's image encoder, which gets no gradient
 
 
@@ -292,11 +281,12 @@ def launched_training(folder: str, family: str, strategy: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_experts_as_one_by_ddp_and_by_fsdp(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    line = [*command(processes=2)[:-1], tmp_path / "script.py", tmp_path]
-    environ = environment() | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(list(map(str, line)), env=environ, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    def work(rank: int) -> None:
+        for family in LAUNCHED:
+            for strategy in ("ddp", "fsdp"):
+                launched_training(str(tmp_path), family, strategy)
+
+    launches.run(("model=any", "stages=[prune]"), tmp_path / "log", of=2, work=work)
     for family in LAUNCHED:
         launched_training(str(tmp_path), family, "ddp")
         one, *two = (torch.load(tmp_path / f"{family}-{run}/merged.pt") for run in ("ddp-1", "ddp-2", "fsdp-2"))

@@ -2,23 +2,26 @@
 
 import copy
 import shutil
-import subprocess
+from pathlib import Path
 
 import pytest
 import torch
+from lightning import Callback
 from transformers import AutoModelForCausalLM
 
 from pipeline.models import model_files
-from pipeline.recovery import distillation, lora, quantization
+from pipeline.recovery import distillation, lora, quantization, training
 from pipeline.recovery.methods import MaskedLora, SparseFull
 from pipeline.recovery.training import TrainedModel
+from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader, schema
 from pipeline.settings.schema import Finetune
 from pipeline.sparsity.masks import Masks, apply_, pack, unpack
 from pipeline.stages import finetune, prune
 from pipeline.tasks.language_modeling import LanguageModeling
-from tests.conftest import QUICK, ROOT, command, environment
+from tests import launches
+from tests.conftest import QUICK
 from tests.engine.test_decoder import small_model
 from tests.images.classifiers import pixels, tiny
 from tests.recovery.test_lora import trained, with_masks
@@ -251,41 +254,30 @@ LAUNCHED = {
     "full": ["finetune.method=full", "finetune.clip=0.05"],
     "distill": ["finetune.distill=0.5", "finetune.validation=world@test", "finetune.validate_every=3"],
 }
-SCRIPT = """
-import sys
-from pathlib import Path
-from lightning import Callback
-from pipeline.recovery import training
-from pipeline.runtime import processes
-from pipeline.stages import finetune
-from tests.recovery.test_recovery import LAUNCHED, settings
-model, pruned, where = sys.argv[1:]
+
 
 class Killed(Exception):
     pass
 
+
 class KillAt(Callback):
-    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+    def on_train_batch_end(self, trainer, *_) -> None:
         if trainer.global_step == 3:
             raise Killed
 
-processes.start()
-strategies = ["ddp", "fsdp"] if processes.world_size() > 1 else ["ddp"]
-fit = training.fit
-for way, more in LAUNCHED.items():
-    for strategy in strategies:
-        inputs = {"prune": Path(pruned)}
-        chosen = settings(model, f"finetune.strategy={strategy}", "finetune.accumulate=2", *more)
-        finetune.run(chosen, Path(where) / f"{way}-{strategy}", inputs)
-        try:
-            finetune.fit = lambda *args: fit(*args[:5], [*args[5], KillAt()], *args[6:])
-            finetune.run(chosen, Path(where) / f"{way}-{strategy}-resumed", inputs)
-            raise SystemExit("it was not killed")
-        except Killed:
-            finetune.fit = fit
-            finetune.run(chosen, Path(where) / f"{way}-{strategy}-resumed", inputs)
-processes.stop()
-"""
+
+def finetune_each_way(model: Path, pruned: Path, folder: Path) -> None:
+    """Also killed at the third step and resumed."""
+    fit = training.fit
+    for way, more in LAUNCHED.items():
+        for strategy in ("ddp", "fsdp") if processes.world_size() > 1 else ("ddp",):
+            inputs = {"prune": pruned}
+            chosen = settings(model, f"finetune.strategy={strategy}", "finetune.accumulate=2", *more)
+            finetune.run(chosen, folder / f"{way}-{strategy}", inputs)
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+                patch.setattr(finetune, "fit", lambda *args: fit(*args[:5], [*args[5], KillAt()], *args[6:]))
+                finetune.run(chosen, folder / f"{way}-{strategy}-resumed", inputs)
+            finetune.run(chosen, folder / f"{way}-{strategy}-resumed", inputs)
 
 
 @pytest.mark.slow
@@ -294,18 +286,12 @@ def test_two_processes_train_as_one_with_ddp_and_fsdp_and_resume_exactly(tiny_ll
     pruned.mkdir()
     prune.run(settings(tiny_llama), pruned, {})
     masks = Masks.load(pruned / "masks.safetensors")
-    (tmp_path / "script.py").write_text(SCRIPT)
-    for processes in (1, 2):
-        line = [
-            *command(processes=processes)[:-1],
-            tmp_path / "script.py",
-            tiny_llama,
-            pruned,
-            tmp_path / str(processes),
-        ]
-        environ = environment() | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(list(map(str, line)), env=environ, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stderr[-3000:]
+
+    def work(rank: int) -> None:
+        finetune_each_way(tiny_llama, pruned, tmp_path / str(processes.world_size()))
+
+    for count in (1, 2):
+        launches.run((f"model={tiny_llama}", "stages=[prune]"), tmp_path / f"log{count}", of=count, work=work)
     for way in LAUNCHED:
         one = column(tmp_path / f"1/{way}-ddp/metrics.csv", 1)
         for run in (f"1/{way}-ddp", f"2/{way}-ddp", f"2/{way}-fsdp"):

@@ -22,8 +22,8 @@ from pipeline.settings.schema import Recipe, Speed
 from pipeline.speed import measure, worker
 from pipeline.speed.process import MeasurementError, start_processes
 from pipeline.stages import space
-from tests import families
-from tests.conftest import QUICK, espalier, typing
+from tests import families, launches
+from tests.conftest import QUICK, typing
 
 STAGES = ("prune", "reconstruct", "export", "evaluate", "speed", "report")
 SETTINGS = (
@@ -44,7 +44,7 @@ SETTINGS = (
 def run(tiny_llama, tmp_path_factory) -> tuple[Path, str]:
     """The folder of a run by the command, and its output."""
     folder = tmp_path_factory.mktemp("speed") / "run"
-    return folder, espalier(*SETTINGS, f"model={tiny_llama}", f"run_dir={folder}")
+    return folder, launches.run((*SETTINGS, f"model={tiny_llama}", f"run_dir={folder}"), folder.parent / "log")
 
 
 @pytest.fixture

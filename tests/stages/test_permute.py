@@ -175,8 +175,7 @@ def test_two_processes_permute_and_prune_as_one(tmp_path):
     settings = (f"model={tmp_path}/dense", "stages=[permute,prune]", *WORLD, *tokens(tmp_path), "calibration.samples=2")
     settings += ("calibration.seq_len=2", "calibration.batch_size=1")
     for count in (1, 2):
-        running = launches.fork((*settings, f"run_dir={tmp_path}/{count}"), tmp_path / f"log{count}", of=count)
-        assert launches.end(running) == [0] * count, (tmp_path / f"log{count}/0.txt").read_text()[-2000:]
+        launches.run((*settings, f"run_dir={tmp_path}/{count}"), tmp_path / f"log{count}", of=count)
     for stage in ("permute/model", "prune"):
         assert weights(tmp_path / "1" / stage) == weights(tmp_path / "2" / stage)
     assert any(not row["order"] for row in rows(tmp_path / "1/permute"))

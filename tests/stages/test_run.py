@@ -1,9 +1,7 @@
 """Runs as a user starts them: finished stages are skipped, killed runs resume, mistakes give one-line messages."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from pipeline.models import model_files
 from pipeline.recovery import lora
 from pipeline.sparsity.masks import Masks
-from tests.conftest import QUICK, ROOT, command, environment, espalier
+from tests import launches
+from tests.conftest import QUICK, ROOT, environment, espalier
 
 pytestmark = pytest.mark.slow
 
@@ -66,10 +65,10 @@ def test_the_adapter_on_the_pruned_model_equals_the_merged_model(finished):
         assert layer.merged_weight().equal(merged[name])
 
 
-def test_the_same_command_again_only_shows_the_report(finished):
+def test_the_same_command_again_only_shows_the_report(finished, tmp_path):
     run_dir, settings, _ = finished
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
-    seen = espalier(*settings, f"run_dir={run_dir}")
+    seen = launches.run((*settings, f"run_dir={run_dir}"), tmp_path)
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
     assert seen.count("done before") == 5
     assert "mask violations" in seen
@@ -90,19 +89,16 @@ def test_a_changed_limit_runs_evaluate_and_report_only(finished, typed, tmp_path
 def test_a_killed_and_repeated_run_has_the_same_weights(finished, tmp_path, moment):
     whole, settings, _ = finished
     run_dir = tmp_path / "killed"
-    line, nowhere = command(*settings, f"run_dir={run_dir}"), subprocess.DEVNULL
-    running = subprocess.Popen(
-        line, cwd=ROOT, env=environment(), stdout=nowhere, stderr=nowhere, start_new_session=True
-    )
+    (running,) = launches.fork((*settings, f"run_dir={run_dir}"), tmp_path / "log")
     stage, _, rest = moment.partition("/")
     deadline = time.monotonic() + 120
-    while not list((run_dir / f".{stage}" / rest).parent.glob(Path(rest).name + "*")) and running.poll() is None:
+    while not list((run_dir / f".{stage}" / rest).parent.glob(Path(rest).name + "*")) and running.is_alive():
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
+    running.kill()
+    running.join()
     assert not (run_dir / "finetune").exists()
-    espalier(*settings, f"run_dir={run_dir}")
+    launches.run((*settings, f"run_dir={run_dir}"), tmp_path / "log")
     assert weights(run_dir / "prune/model") == weights(whole / "prune/model")
     for name in ("masks.safetensors", "matrices.csv"):
         assert (run_dir / "prune" / name).read_bytes() == (whole / "prune" / name).read_bytes()
@@ -112,7 +108,7 @@ def test_a_killed_and_repeated_run_has_the_same_weights(finished, tmp_path, mome
 
 def test_two_processes_give_the_same_masks_and_numbers(finished, tmp_path):
     whole, settings, _ = finished
-    espalier(*settings, f"run_dir={tmp_path}/two", processes=2)
+    launches.run((*settings, f"run_dir={tmp_path}/two"), tmp_path / "log", of=2)
     two = tmp_path / "two"
     assert (two / "prune/masks.safetensors").read_bytes() == (whole / "prune/masks.safetensors").read_bytes()
     assert weights(two / "prune/model") == weights(whole / "prune/model")

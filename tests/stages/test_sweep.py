@@ -1,9 +1,6 @@
 """Sweeps: every cell is an ordinary run, common stages run once, and a failing cell does not stop the others."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 
@@ -12,7 +9,8 @@ import pytest
 import launch
 from pipeline.runtime.errors import UserError
 from pipeline.stages import sweep
-from tests.conftest import QUICK, ROOT, command, environment, espalier
+from tests import launches
+from tests.conftest import QUICK
 from tests.stages.test_run import weights
 
 
@@ -80,21 +78,18 @@ def test_a_killed_sweep_resumes_and_runs_nothing_twice(tiny_llama, tmp_path, mon
     folder = tmp_path / "sweep"
     own = [f"model={tiny_llama}", *QUICK]
     settings = [*own, f"run_dir={folder}", "prune.method=magnitude,wanda", "finetune.lr=1e-2,2e-2"]
-    nowhere = subprocess.DEVNULL
-    running = subprocess.Popen(
-        command(*settings), cwd=ROOT, env=environment(), stdout=nowhere, stderr=nowhere, start_new_session=True
-    )
+    (running,) = launches.fork(tuple(settings), tmp_path / "killed")
     deadline = time.monotonic() + 300
-    while not (folder / "magnitude_lr=2e-2/prune/stage.json").exists() and running.poll() is None:
+    while not (folder / "magnitude_lr=2e-2/prune/stage.json").exists() and running.is_alive():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
+    running.kill()
+    running.join()
     assert not (folder / "compare.html").exists()
     stages = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/stage.json")}
     assert folder / "magnitude_lr=1e-2/report/stage.json" in stages
 
-    output = espalier(*settings)
+    output = launches.run(tuple(settings), tmp_path / "again")
     assert {path: path.stat().st_mtime_ns for path in stages} == stages
     assert output.count("prune: reused from") == 1  # by wanda's second cell; magnitude's ran before the kill
     assert output.count("prune: done in") == 1
@@ -116,9 +111,8 @@ def test_a_killed_sweep_resumes_and_runs_nothing_twice(tiny_llama, tmp_path, mon
 @pytest.mark.slow
 def test_a_failed_cell_does_not_stop_the_others_also_with_two_processes(tiny_llama, tmp_path):
     settings = [f"model={tiny_llama}", *QUICK, "stages=[prune,evaluate,report]", f"run_dir={tmp_path}/sweep"]
-    output = espalier(
-        *settings, f"calibration.dataset=world,{tmp_path}/nowhere.txt", "seed=0,1", processes=2, expect=None
-    )
+    settings += [f"calibration.dataset=world,{tmp_path}/nowhere.txt", "seed=0,1"]
+    output = launches.run(tuple(settings), tmp_path / "log", of=2, code=2)
     assert output.count("no dataset at") == 2
     assert "2 of 4 cells failed: dataset=nowhere.txt_seed=0, dataset=nowhere.txt_seed=1" in output
     for seed in (0, 1):
