@@ -1,8 +1,4 @@
-"""Runs a model block by block: its own forward, once per batch, paused whenever it reaches a block. Pure torch.
-
-It assumes nothing about how a model calls its blocks: per-token arguments, shared state, repeated blocks and any form of
-output all work. Greenlets stay in one thread, so device, stream and autocast are unaffected.
-"""
+"""Runs a model block by block: its own forward, once per batch, paused whenever it reaches a block (paused_forward.py)."""
 
 import copy
 import functools
@@ -12,57 +8,17 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import TensorWeakRef
 from transformers import Cache
 
 from pipeline.engine.blocks import Block, shared_parameters, tensors_outside
+from pipeline.engine.paused_forward import PausedForward, pausable
 from pipeline.engine.read_ahead import ReadAhead
 from pipeline.runtime.errors import UserError
 
 SMALL = 4096  # elements; moving smaller arguments (such as a position scale) to the host is not worth it
-
-
-class PausedForward(greenlet):
-    """One call of a model, paused at each block. `index`, `args` and `kwargs` are those of the pending block call; `index`
-    is None once the model has returned `result`."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        super().__init__()
-        self.call = call
-        self.index: int | None = None
-        self.args: tuple = ()
-        self.kwargs: dict[str, Any] = {}
-        self.result: Any = None
-        self._grad = False
-
-    def run(self, *_: Any) -> None:
-        self.result = self.call()
-
-    def resume(self, output: Any = None) -> None:
-        """Runs on to the next block; `output` is what the last block returned."""
-        outer = torch.is_grad_enabled()
-        torch.set_grad_enabled(self._grad)  # grad mode is per thread, and the model may have set its own
-        try:
-            self.index, self.args, self.kwargs = self.switch(output) or (None, (), {})
-        finally:
-            self._grad = torch.is_grad_enabled()
-            torch.set_grad_enabled(outer)
-
-
-def _pausable(index: int, forward: Callable) -> Callable:
-    """The forward of a block: pauses inside a `PausedForward`, runs normally elsewhere."""
-
-    @functools.wraps(forward)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        running = getcurrent()
-        if isinstance(running, PausedForward):
-            return running.parent.switch((index, args, kwargs))
-        return forward(*args, **kwargs)
-
-    return call
 
 
 class LayerwiseForwards:
@@ -115,7 +71,7 @@ class LayerwiseForwards:
         # the model's own call runs a block's hooks before the pause and after the resume, so we call forward alone
         self._original_forwards = [block.module.forward for block in self.blocks]
         for block, original in zip(self.blocks, self._original_forwards):
-            block.module.forward = _pausable(block.index, original)
+            block.module.forward = pausable(block.index, original)
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -19,7 +19,8 @@ from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.memory import peak_gib
 from pipeline.runtime.readings import Readings
-from pipeline.sparsity.masks import Masks, Packed, pack
+from pipeline.sparsity.masks import Masks
+from pipeline.sparsity.packed import Packed, pack
 
 FEW_TOKENS = 32  # an expert with fewer is pruned by its weights alone: its statistics would be noise
 

@@ -14,7 +14,8 @@ from pipeline.recovery import sharding
 from pipeline.recovery.masked_parameter import Scope, read_effective
 from pipeline.recovery.quantization import dequantized
 from pipeline.runtime.errors import UserError
-from pipeline.sparsity.masks import apply_, multiply_, nonzero_pruned, pack, unpack
+from pipeline.sparsity.masks import apply_, multiply_, nonzero_pruned
+from pipeline.sparsity.packed import pack, unpack
 
 ADAPTER = "default"
 

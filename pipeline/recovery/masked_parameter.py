@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pipeline.recovery import sharding
-from pipeline.sparsity.masks import apply_, multiply_, nonzero_pruned, pack, unpack
+from pipeline.sparsity.masks import apply_, multiply_, nonzero_pruned
+from pipeline.sparsity.packed import pack, unpack
 
 
 class Call:

@@ -14,7 +14,8 @@ from pipeline.recovery import lora, sharding
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune
-from pipeline.sparsity.masks import Masks, apply_, multiply_, nonzero_pruned, pack, unpack
+from pipeline.sparsity.masks import Masks, apply_, multiply_, nonzero_pruned
+from pipeline.sparsity.packed import pack, unpack
 
 
 class FinetuneMethod:

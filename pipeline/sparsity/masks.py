@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.runtime import files
 from pipeline.runtime.errors import UserError
-from pipeline.sparsity import patterns
+from pipeline.sparsity.packed import Packed, pack, unpack
 
 
 @dataclass(frozen=True)
@@ -35,38 +34,6 @@ class Violation:
     def __str__(self) -> str:
         more = f", and {self.count - 1} more of this matrix" if self.count > 1 else ""
         return f"{self.name} {list(self.first)} is {self.value:g} and should be zero{more}"
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A mask at 1 bit per weight, and the pattern that it claims."""
-
-    bits: Tensor  # uint8; the mask flattened, lowest bit first
-    shape: tuple[int, ...]
-    pattern: str
-    transposed: bool = False  # the parameter is stored (in, out), as by GPT-2's Conv1D
-
-    @property
-    def weights(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def kept(self) -> int:
-        return int(np.bitwise_count(self.bits.numpy()).sum())
-
-    def unpack(self) -> Tensor:
-        return unpack(self.bits, self.shape)
-
-    def problem(self) -> str | None:
-        """Where the mask breaks the ratio or N of M that it claims, or None."""
-        if self.pattern.endswith(".py"):
-            return None  # never run code that a file names
-        try:
-            pattern = patterns.parse(self.pattern)
-        except UserError:
-            return None  # a user's own pattern, which was checked when the mask was made
-        mask = self.unpack().flatten(1)  # a 1x1 convolution's has four dimensions
-        return pattern.violation(mask.T if self.transposed else mask)
 
 
 class Masks(Mapping[str, Tensor]):
@@ -245,23 +212,6 @@ def violation_of(name: str, weight: Tensor, mask: Tensor) -> Violation | None:
     wrong = wrong.cpu().numpy()
     first = tuple(int(i) for i in np.unravel_index(wrong.argmax(), wrong.shape))
     return Violation(name, count, first, weight[first].item())
-
-
-def pack(mask: Tensor) -> Tensor:
-    """Packs a mask into (ceil(n / 8),) uint8, one bit per weight, lowest bit first, on the mask's device."""
-    if mask.device.type == "cpu":  # numpy is seven times faster
-        return torch.from_numpy(np.packbits(mask.numpy(), axis=None, bitorder="little"))
-    bits = F.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8)
-    return (bits.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
-
-
-def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `pack`: a bool mask of `shape`, on the device of `bits`."""
-    if bits.device.type == "cpu":  # numpy takes a third of the time and memory
-        flat = np.unpackbits(bits.numpy(), count=math.prod(shape), bitorder="little")
-        return torch.from_numpy(flat.view(bool)).view(shape)
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits[:, None] >> places) & 1).flatten()[: math.prod(shape)].view(shape).bool()
 
 
 def apply_(weight: Tensor, mask: Tensor) -> Tensor:

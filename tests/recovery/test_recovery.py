@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM
 from pipeline.models import model_files
 from pipeline.recovery import distillation, lora, quantization, training
 from pipeline.recovery.methods import MaskedLora, SparseFull
-from pipeline.recovery.training import TrainedModel
+from pipeline.recovery.trained_model import TrainedModel
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader, schema
 from pipeline.settings.schema import Finetune
-from pipeline.sparsity.masks import Masks, apply_, pack, unpack
+from pipeline.sparsity.masks import Masks, apply_
+from pipeline.sparsity.packed import pack, unpack
 from pipeline.stages import finetune, prune
 from pipeline.tasks.language_modeling import LanguageModeling
 from tests import launches
