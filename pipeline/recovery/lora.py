@@ -84,7 +84,7 @@ def _should_cache(model: nn.Module, settings: Finetune) -> bool:
         return False
     if processes.device().type == "cpu":
         return False  # recomputing costs 1% of a step of 2048 tokens on a CPU (benchmarks/RESULTS.md)
-    more = sum(p.numel() * (p.element_size() + 1) for p in model.parameters()) / memory.GIB
+    more = sum(p.numel() * p.element_size() for p in model.parameters()) / memory.GIB
     return more < memory.free_gib(processes.device()) / 2  # leave the other half for activations
 
 

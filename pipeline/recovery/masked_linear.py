@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.recovery import sharding
+from pipeline.recovery.effective import effective, mask_
 from pipeline.recovery.masked_parameter import Scope, read_effective
 from pipeline.recovery.quantization import dequantized
 from pipeline.runtime.errors import UserError
-from pipeline.sparsity.masks import apply_, multiply_, nonzero_pruned
 from pipeline.sparsity.packed import pack, unpack
 
 ADAPTER = "default"
@@ -28,18 +28,18 @@ class _EffectiveLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input_NI, weight_OI, bias_O, a_RI, b_OR, mask_OI, scale):
-        ctx.save_for_backward(input_NI, weight_OI, a_RI, b_OR, mask_OI)
-        ctx.scale = scale
+    def forward(ctx, input_NI, weight_OI, bias_O, a_RI, b_OR, layer):
+        ctx.save_for_backward(input_NI, weight_OI, a_RI, b_OR)
+        ctx.layer = layer
         return F.linear(input_NI, weight_OI.to(input_NI.dtype), bias_O)
 
     @staticmethod
     def backward(ctx, grad_NO):
-        input_NI, weight_OI, a_RI, b_OR, mask_OI = ctx.saved_tensors
+        input_NI, weight_OI, a_RI, b_OR = ctx.saved_tensors
         grad_input = grad_NO @ weight_OI.to(grad_NO.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = grad_NO.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        grad_a, grad_b = _lora_gradients(_weight_gradient(grad_NO, input_NI), a_RI, b_OR, mask_OI, ctx.scale)
-        return grad_input, None, grad_bias, grad_a, grad_b, None, None
+        grad_a, grad_b = ctx.layer.lora_gradients(_weight_gradient(grad_NO, input_NI), a_RI, b_OR)
+        return grad_input, None, grad_bias, grad_a, grad_b, None
 
 
 class _RecomputedLinear(torch.autograd.Function):
@@ -52,24 +52,23 @@ class _RecomputedLinear(torch.autograd.Function):
     def forward(ctx, input_NI, dropped_NI, bias_O, a_RI, b_OR, layer):
         ctx.layer = layer
         ctx.save_for_backward(input_NI, dropped_NI, a_RI, b_OR)
-        mask_OI = layer.mask()
         if dropped_NI is None:
-            return F.linear(input_NI, layer.effective_counted(a_RI, b_OR, mask_OI).to(input_NI.dtype), bias_O)
-        delta_OI = layer.delta(a_RI, b_OR, mask_OI).to(input_NI.dtype)
+            return F.linear(input_NI, layer.effective_counted(a_RI, b_OR).to(input_NI.dtype), bias_O)
+        delta_OI = layer.delta(a_RI, b_OR).to(input_NI.dtype)
         return F.linear(input_NI, layer.base_OI().to(input_NI.dtype), bias_O) + F.linear(dropped_NI, delta_OI)
 
     @staticmethod
     def backward(ctx, grad_NO):
         input_NI, dropped_NI, a_RI, b_OR = ctx.saved_tensors
-        layer, mask_OI, grad_input, grad_dropped = ctx.layer, ctx.layer.mask(), None, None
+        layer, grad_input, grad_dropped = ctx.layer, None, None
         if ctx.needs_input_grad[0]:
-            weight_OI = layer.effective(a_RI, b_OR, mask_OI) if dropped_NI is None else layer.base_OI()
+            weight_OI = layer.effective(a_RI, b_OR)[0] if dropped_NI is None else layer.base_OI()
             grad_input = grad_NO @ weight_OI.to(grad_NO.dtype)
         if ctx.needs_input_grad[1]:
-            grad_dropped = grad_NO @ layer.delta(a_RI, b_OR, mask_OI).to(grad_NO.dtype)
+            grad_dropped = grad_NO @ layer.delta(a_RI, b_OR).to(grad_NO.dtype)
         grad_bias = grad_NO.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         lora_input_NI = input_NI if dropped_NI is None else dropped_NI
-        grad_a, grad_b = _lora_gradients(_weight_gradient(grad_NO, lora_input_NI), a_RI, b_OR, mask_OI, layer.scale)
+        grad_a, grad_b = layer.lora_gradients(_weight_gradient(grad_NO, lora_input_NI), a_RI, b_OR)
         return grad_input, grad_dropped, grad_bias, grad_a, grad_b, None
 
 
@@ -77,19 +76,11 @@ def _weight_gradient(grad_NO: Tensor, input_NI: Tensor) -> Tensor:
     return grad_NO.flatten(0, -2).T @ input_NI.flatten(0, -2)
 
 
-def _lora_gradients(
-    grad_OI: Tensor, a_RI: Tensor, b_OR: Tensor, mask_OI: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    grad_OI = multiply_(grad_OI, mask_OI).to(a_RI.dtype)
-    return scale * (b_OR.T @ grad_OI), scale * (grad_OI @ a_RI.T)
-
-
 class MaskedLinear(LoraLinear):
     """peft's LoRA layer for Linear (also quantised by bitsandbytes) and Conv1D, with a mask.
 
     Cached: keeps the effective weights, which `refresh` must update after each change of A or B. Fast, but takes the weights'
-    memory again plus a byte per weight. Recomputed: computes them on use, from a 1-bit mask. For quantised or sharded
-    weights, dropout, little memory, and CPUs.
+    memory again. Recomputed: computes them on use. For quantised or sharded weights, dropout, little memory, and CPUs.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs) -> None:
@@ -99,20 +90,17 @@ class MaskedLinear(LoraLinear):
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)  # weights stored (in, out)
         self.scope: Scope | None = None
         self.nonzero_pruned: Tensor | int = 0  # nonzero pruned weights in the last forward
-        for name in ("mask_OI", "effective_OI", "mask_bits"):
+        for name in ("effective_OI", "mask_bits"):
             self.register_buffer(name, None, persistent=False)
 
     def set_mask(self, mask: Tensor, cached: bool = True) -> None:
         """Sets the mask, given in the shape of the stored weight."""
         device = self.get_base_layer().weight.device
         mask_OI = self._oriented(mask).contiguous().to(device)
-        self.cached, self.shape = cached, mask_OI.shape
+        self.cached, self.shape, self.mask_bits = cached, mask_OI.shape, pack(mask_OI)
         if cached:
-            self.mask_OI = mask_OI
             self.effective_OI = torch.empty(self.shape, dtype=self.get_base_layer().weight.dtype, device=device)
             self.refresh()
-        else:
-            self.mask_bits = pack(mask_OI)
 
     @property
     def scale(self) -> float:
@@ -133,11 +121,16 @@ class MaskedLinear(LoraLinear):
 
     def effective_weight(self, a_RI: Tensor, b_OR: Tensor) -> Tensor:
         """The effective weights in the shape of the stored weight."""
-        return self._oriented(self.effective_counted(a_RI, b_OR, self.mask()))
+        return self._oriented(self.effective_counted(a_RI, b_OR))
 
     def gradients(self, grad: Tensor, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of A and B, given that of the stored weight."""
-        return _lora_gradients(self._oriented(grad).clone(), a_RI, b_OR, self.mask(), self.scale)
+        return self.lora_gradients(self._oriented(grad).clone(memory_format=torch.contiguous_format), a_RI, b_OR)
+
+    def lora_gradients(self, grad_OI: Tensor, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of A and B, given that of the effective weight, which is masked in place."""
+        grad_OI = mask_(grad_OI, self.mask_bits).to(a_RI.dtype)
+        return self.scale * (b_OR.T @ grad_OI), self.scale * (grad_OI @ a_RI.T)
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -148,34 +141,30 @@ class MaskedLinear(LoraLinear):
         return tensor.T if self.fan_in_fan_out else tensor
 
     def mask(self) -> Tensor:
-        return self.mask_OI if self.cached else unpack(self.mask_bits, self.shape)
+        return unpack(self.mask_bits, self.shape)
 
     def base_OI(self) -> Tensor:
         """The frozen weights, unquantised."""
         return self._oriented(dequantized(self.get_base_layer().weight))
 
-    def delta(self, a_RI: Tensor, b_OR: Tensor, mask_OI: Tensor) -> Tensor:
+    def delta(self, a_RI: Tensor, b_OR: Tensor) -> Tensor:
         """M * (scale * B A), (O, I)."""
-        with torch.autocast(b_OR.device.type, enabled=False):
-            return apply_(self.scale * (b_OR @ a_RI), mask_OI)
+        return effective(None, b_OR, a_RI, self.mask_bits, self.scale)[0]
 
-    def effective(self, a_RI: Tensor, b_OR: Tensor, mask_OI: Tensor, base_OI: Tensor | None = None) -> Tensor:
-        """M * (W + scale * B A), (O, I), in the dtype of W (`base_OI`, else the layer's own weight)."""
-        base_OI = self.base_OI() if base_OI is None else base_OI
-        with torch.autocast(base_OI.device.type, enabled=False):  # as in `merged_weight`, which runs without autocast
-            effective_OI = torch.addmm(base_OI.to(b_OR.dtype), b_OR, a_RI, alpha=self.scale).to(base_OI.dtype)
-        return apply_(effective_OI, mask_OI)
+    def effective(self, a_RI: Tensor, b_OR: Tensor, base_OI: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """M * (W + scale * B A), (O, I), in the dtype of W (`base_OI`, else the layer's own weight), and how many of its pruned
+        weights are nonzero."""
+        return effective(self.base_OI() if base_OI is None else base_OI, b_OR, a_RI, self.mask_bits, self.scale)
 
-    def effective_counted(self, a_RI: Tensor, b_OR: Tensor, mask_OI: Tensor) -> Tensor:
+    def effective_counted(self, a_RI: Tensor, b_OR: Tensor) -> Tensor:
         """The effective weights for forward; records how many pruned ones are nonzero."""
-        effective_OI = self.effective(a_RI, b_OR, mask_OI)
-        self.nonzero_pruned = nonzero_pruned(effective_OI, mask_OI).count_nonzero()
+        effective_OI, self.nonzero_pruned = self.effective(a_RI, b_OR)
         return effective_OI
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Updates the cached effective weights after a change of A or B."""
-        self.effective_OI.copy_(self.effective_counted(self.a, self.b, self.mask_OI))
+        self.effective_OI.copy_(self.effective_counted(self.a, self.b))
 
     @torch.no_grad()
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
@@ -184,7 +173,7 @@ class MaskedLinear(LoraLinear):
         sharded model must call it."""
         a_RI, b_OR = sharding.full_tensor(self.a), sharding.full_tensor(self.b)
         base_OI = None if weight is None else self._oriented(weight).to(a_RI.device)
-        return self._oriented(self.effective(a_RI, b_OR, self.mask(), base_OI))
+        return self._oriented(self.effective(a_RI, b_OR, base_OI)[0])
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
@@ -194,7 +183,7 @@ class MaskedLinear(LoraLinear):
         if bias is not None:
             bias = bias.to(x.dtype)
         if self.cached:
-            return _EffectiveLinear.apply(x, self.effective_OI, bias, a, b, self.mask_OI, self.scale)
+            return _EffectiveLinear.apply(x, self.effective_OI, bias, a, b, self)
         dropout = self.lora_dropout[ADAPTER]
         # dropout acts on the LoRA branch's input only, so the branches cannot share one product
         dropped = dropout(x) if self.training and isinstance(dropout, nn.Dropout) else None

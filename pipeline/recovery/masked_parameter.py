@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pipeline.recovery import sharding
-from pipeline.sparsity.masks import apply_, multiply_, nonzero_pruned
+from pipeline.recovery.effective import effective, mask_
 from pipeline.sparsity.packed import pack, unpack
 
 
@@ -154,18 +154,14 @@ class MaskedParameter(nn.Module):
 
     def effective_weight(self, a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
         """M * (W + scale * B A) in the shape and dtype of W (`base`, else the module's own); counts nonzero pruned weights."""
-        base, mask = self.parametrization_lists[0].original if base is None else base, self.mask()
+        base = self.parametrization_lists[0].original if base is None else base
         left, right = (a.mT, b.mT) if self.transposed else (b, a)
-        add = torch.baddbmm if base.dim() == 3 else torch.addmm
         matrix = base.flatten(1) if base.dim() == 4 else base
-        with torch.autocast(base.device.type, enabled=False):
-            effective = add(matrix.to(b.dtype), left, right, alpha=self.scale).to(base.dtype).view_as(base)
-        apply_(effective, mask)
-        self.nonzero_pruned = nonzero_pruned(effective, mask).count_nonzero()
-        return effective
+        weight, self.nonzero_pruned = effective(matrix, left, right, self.mask_bits, self.scale)
+        return weight.view_as(base)
 
     def gradients(self, grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        grad = multiply_(grad.to(a.dtype, copy=True, memory_format=torch.contiguous_format), self.mask())
+        grad = mask_(grad.to(a.dtype, copy=True, memory_format=torch.contiguous_format), self.mask_bits)
         if self.dense:
             grad[self.dense] = 0.0
         grad = grad.mT if self.transposed else grad.flatten(1) if grad.dim() == 4 else grad

@@ -1,0 +1,76 @@
+"""The effective weights of a masked LoRA, M * (W + scale * B A), and the mask on their gradient: by Triton kernels on a GPU, by
+torch elsewhere.
+
+Shapes: E = experts (absent if the parameter is one matrix), P, Q = rows and columns of the stored weight, R = rank.
+"""
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from pipeline.runtime import triton_kernels
+from pipeline.sparsity.masks import apply_, multiply_, nonzero_pruned
+from pipeline.sparsity.packed import pack, unpack
+
+
+@torch.no_grad()
+def effective(
+    base: Tensor | None, left: Tensor, right: Tensor, mask_bits: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """M * (base + scale * left @ right), (E, P, Q), in the dtype of `base`, and how many of its pruned weights are not zero,
+    because the sum is not finite there. `base` (E, P, Q), None: zeros of the dtype of `left`; `left` (E, P, R), `right`
+    (E, R, Q); `mask_bits`: the mask of the result, packed. The sum is computed in the dtype of `left`."""
+    if kernels := _kernels(left.device):
+        return kernels.effective(base, left, right, mask_bits, scale)
+    return effective_by_torch(base, left, right, mask_bits, scale)
+
+
+def effective_by_torch(
+    base: Tensor | None, left: Tensor, right: Tensor, mask_bits: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(left.device.type, enabled=False):
+        if base is None:
+            summed = scale * (left @ right)
+        else:
+            add = torch.baddbmm if base.dim() == 3 else torch.addmm
+            summed = add(base.to(left.dtype), left, right, alpha=scale).to(base.dtype)
+    mask = unpack(mask_bits, summed.shape)
+    apply_(summed, mask)
+    return summed, nonzero_pruned(summed, mask).count_nonzero()
+
+
+def mask_(gradient: Tensor, mask_bits: Tensor) -> Tensor:
+    """Multiplies a contiguous tensor by its mask, in place; returns it."""
+    if kernels := _kernels(gradient.device):
+        return kernels.mask_(gradient, mask_bits)
+    return multiply_(gradient, unpack(mask_bits, gradient.shape))
+
+
+@functools.cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The kernels, checked on the device. None on a CPU, without Triton, or if the check fails."""
+    if device.type != "cuda":
+        return None
+    instead = "each masked weight takes a dozen passes over it"
+    return triton_kernels.load(_imported, device, check_kernels, "masked LoRA", instead)
+
+
+def _imported() -> ModuleType:
+    from pipeline.recovery import effective_triton  # imports triton
+
+    return effective_triton
+
+
+def check_kernels(kernels: ModuleType, device: torch.device) -> None:
+    """Compares the kernels with torch on a small matrix. Raises `RuntimeError` if they differ."""
+    generator = torch.Generator().manual_seed(0)
+    base, left, right = (torch.randn(shape, generator=generator) for shape in ((40, 72), (40, 8), (8, 72)))
+    given = (base.to(torch.bfloat16), left, right, pack(torch.rand(40, 72, generator=generator) < 0.5))
+    expected, _ = effective_by_torch(*given, 0.5)
+    found, wrong = kernels.effective(*(it.to(device) for it in given), 0.5)
+    if not torch.allclose(found.cpu().float(), expected.float(), atol=1e-2, rtol=2e-2) or wrong:
+        raise RuntimeError("an effective weight that they computed is wrong")
+    if not torch.equal(kernels.mask_(base.to(device, copy=True), given[-1].to(device)).cpu(), mask_(base, given[-1])):
+        raise RuntimeError("a gradient that they masked is wrong")

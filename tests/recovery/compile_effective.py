@@ -1,0 +1,26 @@
+"""Compiles the kernels of the masked LoRA for GPUs that need not be here: `python -m tests.recovery.compile_effective 80 90`.
+
+Prints a line for each variant: compute capability, kernel, dtype; the stack in bytes. Not with TRITON_INTERPRET=1.
+"""
+
+import sys
+
+from pipeline.recovery import effective_triton as kernels
+from tests.compact.compile_kernels import compiled, stack
+
+POINTERS = {"left": "*fp32", "right": "*fp32", "bits": "*u8", "wrong": "*i32", "scale": "fp32"}
+TILE = {"HEIGHT": kernels.HEIGHT, "WIDTH": kernels.WIDTH, "RANKS": kernels.RANKS, "CHUNKS": 1, "HAS_BASE": True}
+
+
+def main(capabilities: list[str]) -> None:
+    for capability in map(int, capabilities):
+        for dtype in ("bf16", "fp32"):
+            kinds = POINTERS | dict.fromkeys(("base", "out", "values"), f"*{dtype}")
+            made = compiled(kernels._effective_kernel, kinds, capability, TILE | {"warps": kernels.WARPS})
+            print(capability, "effective", dtype, stack(made.asm["cubin"]))
+            made = compiled(kernels._mask_kernel, kinds, capability, {"BLOCK": kernels.BLOCK, "warps": kernels.WARPS})
+            print(capability, "mask", dtype, stack(made.asm["cubin"]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

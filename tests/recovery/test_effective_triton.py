@@ -1,0 +1,94 @@
+"""The kernels of the masked LoRA give what torch gives: under Triton's interpreter, or compiled on a GPU."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline.recovery import effective
+from pipeline.runtime import code
+from pipeline.sparsity.packed import pack, unpack
+from tests.conftest import compiled_for_gpus
+
+pytestmark = pytest.mark.slow
+
+triton = pytest.importorskip("triton")
+effective_triton = pytest.importorskip("pipeline.recovery.effective_triton", exc_type=ImportError)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [1, 16, 20])
+@pytest.mark.parametrize("form", ["matrix", "Conv1D", "experts", "transposed experts", "no base"])
+def test_the_kernel_agrees_with_torch(form, rank, dtype):
+    """Tiles that are not full, transposed weights and adapters, zeros that are negative."""
+    torch.manual_seed(0)
+    experts, rows, columns = (3,) if "experts" in form else (), 37, 140
+    left, right = torch.randn(*experts, rows, rank), torch.randn(*experts, rank, columns)
+    base = torch.randn(*experts, rows, columns, dtype=dtype)
+    base[..., ::5] = -0.0
+    if form == "Conv1D":
+        base = base.T.contiguous().T
+    if form == "transposed experts":
+        left, right = left.mT.contiguous().mT, right.mT.contiguous().mT
+    given = [it.to(DEVICE) for it in (base, left, right, pack(torch.rand(base.shape) < 0.5))]
+    given[0] = None if form == "no base" else given[0]
+    expected, none = effective.effective_by_torch(*given, 0.5)
+    found, wrong = effective_triton.effective(*given, 0.5)
+    assert found.dtype == expected.dtype and found.is_contiguous() and wrong == none == 0
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[found.dtype]
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=1e-5)
+    assert torch.equal(found == 0, expected == 0) and not found[found == 0].signbit().any()
+
+
+def test_pruned_weights_that_are_not_finite_are_counted():
+    base = torch.randn(40, 200, dtype=torch.float16)
+    mask = torch.ones(40, 200, dtype=torch.bool)
+    mask[:, ::2] = False
+    left, right = torch.zeros(40, 16), torch.zeros(16, 200)
+    base[3, 4], base[33, 6], base[3, 5] = torch.inf, torch.nan, torch.nan  # the last one is kept
+    left[9, 0], right[0, 7:11] = 1e5, 1.0  # overflows float16 in two pruned and two kept weights
+    given = [it.to(DEVICE) for it in (base, left, right, pack(mask))]
+    for compute in (effective_triton.effective, effective.effective_by_torch):
+        found, wrong = compute(*given, 1.0)
+        assert wrong == 4 and found[3, 4].isnan() and found[9, 7].isinf() and found[3, 5].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(37, 140), (2, 64, 33)])
+def test_gradients_are_masked_in_place(shape, dtype):
+    torch.manual_seed(0)
+    gradient, mask = torch.randn(shape, dtype=dtype, device=DEVICE), torch.rand(shape) < 0.5
+    bits = pack(mask).to(DEVICE)
+    expected = gradient * unpack(bits, shape)
+    assert effective_triton.mask_(gradient, bits) is gradient and torch.equal(gradient, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_kernels_are_used_on_a_gpu():
+    assert effective._kernels(torch.device("cuda")) is effective_triton
+
+
+def test_they_are_checked_before_they_are_used():
+    effective.check_kernels(effective_triton, DEVICE)
+    wrong = SimpleNamespace(effective=lambda base, *rest: (base, 0), mask_=effective_triton.mask_)
+    with pytest.raises(RuntimeError, match="an effective weight that they computed is wrong"):
+        effective.check_kernels(wrong, DEVICE)
+    wrong = SimpleNamespace(effective=effective_triton.effective, mask_=lambda gradient, bits: gradient)
+    with pytest.raises(RuntimeError, match="a gradient that they masked is wrong"):
+        effective.check_kernels(wrong, DEVICE)
+    assert effective._kernels(torch.device("cpu")) is None
+
+
+def test_they_count_as_code_of_the_finetune_stage():
+    """Else the stage would not run again after a kernel is edited."""
+    assert Path(effective_triton.__file__) in code.used("pipeline.stages.finetune")
+
+
+def test_the_kernels_compile_for_gpus():
+    """Nothing is spilled to the stack. No GPU is needed for this."""
+    rows = compiled_for_gpus("tests.recovery.compile_effective")
+    assert len(rows) == 8 and all(int(row.split()[-1]) <= 16 for row in rows), rows
