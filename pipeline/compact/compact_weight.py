@@ -1,10 +1,9 @@
-"""A compact matrix in use on the CPU: kernels multiply it with a few tokens, dense tiles with many. On a GPU: gpu_weight.py.
+"""A compact matrix in use on the CPU: kernels multiply it; without them, torch multiplies a dense one. On a GPU: gpu_weight.py.
 
 Shapes: E = experts, O = out_features, I = in_features, N = tokens.
 """
 
 import copy
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +17,9 @@ from pipeline.compact import kernels
 from pipeline.compact.file_format import INTEGERS, Compact
 from pipeline.runtime.errors import UserError
 
-FEW = 16  # up to so many tokens the kernel is faster than expanding the matrix and a dense product
+FEW = 16  # up to so many tokens, reading the compact rows is faster than making them dense and torch's product
 OFFSET = 128  # of int8 values in memory: the kernels multiply unsigned bytes
-TILE = 32 << 20  # bytes of a matrix that are expanded at a time
 MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__)
-
-_scratch = threading.local()  # one tile per dtype: allocating it costs as much as filling it
 
 
 class CompactWeight:
@@ -148,50 +144,34 @@ class CompactWeight:
         needs_grad = grad and (x.requires_grad or (bias is not None and bias.requires_grad))
         same = x.dtype is dtype and x.shape[-1] == self.columns and (bias is None or bias.dtype is dtype)
         if not same or needs_grad or x.device != self.device or torch.is_autocast_enabled(self.device.type):
-            return F.linear(x, self._rows(0, self.rows), bias)
+            return F.linear(x, self.matrix(), bias)
         return self._linear(x, bias)
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`linear` without gradients, for an `x` of this device and dtype."""
-        if (
-            x.numel() <= FEW * self.columns
-            and self.dtype in kernels.DTYPES
-            and (operators := kernels.load()) is not None
-        ):
-            return operators.product.default(self.mask, self.values, self.scales, self.offsets, x, bias)
-        return self._by_tiles(x.reshape(-1, self.columns), bias).view(*x.shape[:-1], self.rows)
-
-    def _by_tiles(self, x_NI: Tensor, bias: Tensor | None) -> Tensor:
-        rows, height = self.rows, max(1, TILE // (self.columns * self.dtype.itemsize))
-        scratch = _scratch.__dict__.setdefault(self.dtype, torch.empty(0, dtype=self.dtype))
-        if len(scratch) < (needed := min(rows, height) * self.columns):
-            scratch = _scratch.__dict__[self.dtype] = torch.empty(needed, dtype=self.dtype)
-        parts = []
-        for start in range(0, rows, height):
-            stop = min(rows, start + height)
-            tile = self._rows(start, stop, scratch[: (stop - start) * self.columns].view(-1, self.columns))
-            parts.append(F.linear(x_NI, tile, None if bias is None else bias[start:stop]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        if self.dtype not in kernels.DTYPES or (operators := kernels.load()) is None:
+            return F.linear(x, self.matrix(), bias)
+        parts = (self.mask, self.values, self.scales, self.offsets)
+        if x.numel() <= FEW * self.columns:
+            return operators.product.default(*parts, x, bias)
+        return operators.prefill.default(*parts, x.reshape(-1, self.columns), bias).view(*x.shape[:-1], self.rows)
 
     def dense(self) -> Tensor:
         """The dense weight as the model stores it."""
-        dense = self._rows(0, self.rows)
+        dense = self.matrix()
         dense = dense.view(self.experts, -1, self.columns) if self.experts else dense
         return dense.transpose(-1, -2) if self.transposed else dense
 
-    def _rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Dense rows start to stop of the (rows, I) matrix, in `out` if given."""
-        if out is None:
-            out = torch.empty(stop - start, self.columns, dtype=self.dtype)
-        mask, offsets = self.mask[start:stop], self.offsets[start : stop + 1]
+    def matrix(self) -> Tensor:
+        """The dense (rows, I) matrix, of all experts."""
+        out = torch.empty(self.rows, self.columns, dtype=self.dtype)
         if self.dtype in kernels.DTYPES and (operators := kernels.load()) is not None:
-            scales = None if self.scales is None else self.scales[start:stop]
-            operators.expand.default(mask, self.values, scales, offsets, out)
+            operators.expand.default(self.mask, self.values, self.scales, self.offsets, out)
             return out
-        kept = np.unpackbits(mask.numpy(), axis=1, count=self.columns, bitorder="little").view(bool)
-        values, words = self.values[int(offsets[0]) : int(offsets[-1])], INTEGERS[self.dtype.itemsize]
+        kept = np.unpackbits(self.mask.numpy(), axis=1, count=self.columns, bitorder="little").view(bool)
+        # of one expert, `values` holds those of all
+        values, words = self.values[int(self.offsets[0]) : int(self.offsets[-1])], INTEGERS[self.dtype.itemsize]
         if self.scales is not None:
-            scales = self.scales[start:stop].repeat_interleave(offsets.diff())
-            values = ((values.float() - OFFSET) * scales).to(self.dtype)
+            values = ((values.float() - OFFSET) * self.scales.repeat_interleave(self.offsets.diff())).to(self.dtype)
         out.zero_().view(words).numpy()[kept] = values.view(words).numpy()
         return out

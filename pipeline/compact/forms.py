@@ -58,7 +58,7 @@ class Forms:
         about = self._kinds[kind]
         about["matrices"] += max(1, found.experts)
         if about["form"] == SEMI_STRUCTURED:
-            return SemiStructuredWeight(found._rows(0, found.rows), found.transposed)
+            return SemiStructuredWeight(found.matrix(), found.transposed)
         return found.dense().contiguous() if about["form"] == DENSE else found
 
     def _choose(self, weight: GpuWeight, two_of_four: bool) -> tuple[str, dict[str, dict[int, float]]]:
@@ -67,7 +67,7 @@ class Forms:
             return min(times, key=lambda form: times[form][self.tokens]), times  # the first of equals: dense comes last
         if self.form == SEMI_STRUCTURED:
             try:
-                two_of_four and SemiStructuredWeight(weight._rows(0, weight.rows), weight.transposed)
+                two_of_four and SemiStructuredWeight(weight.matrix(), weight.transposed)
             except (RuntimeError, NotImplementedError):
                 two_of_four = False
             return SEMI_STRUCTURED if two_of_four else BITMASK, {}
@@ -75,7 +75,7 @@ class Forms:
 
     def _measure(self, weight: GpuWeight, two_of_four: bool) -> dict[str, dict[int, float]]:
         """Median microseconds by form and tokens, of the forms that give right results."""
-        dense = weight._rows(0, weight.rows)
+        dense = weight.matrix()
         linears: dict[str, Callable[[Tensor], Tensor]] = {BITMASK: weight.linear}
         if two_of_four:
             try:

@@ -72,16 +72,14 @@ class GpuWeight(CompactWeight):
         if 0 < len(x_NI) <= FEW and (kernels := self._kernels()) is not None:
             out_NR = kernels.product(self.mask, self.bases, self.offsets, self.values, self.scales, x_NI, bias)
         else:
-            out_NR = F.linear(x_NI, self._rows(0, self.rows), bias)
+            out_NR = F.linear(x_NI, self.matrix(), bias)
         return out_NR.view(*x.shape[:-1], self.rows)
 
-    def _rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        part = self if (start, stop) == (0, self.rows) else self._part(start, stop)
-        if out is None:
-            out = torch.empty(stop - start, self.columns, dtype=self.dtype, device=self.device)
+    def matrix(self) -> Tensor:
+        out = torch.empty(self.rows, self.columns, dtype=self.dtype, device=self.device)
         if (kernels := self._kernels()) is not None:
-            return kernels.expand(part.mask, part.bases, part.offsets, part.values, part.scales, out)
-        return expand_by_torch(part, out)
+            return kernels.expand(self.mask, self.bases, self.offsets, self.values, self.scales, out)
+        return expand_by_torch(self, out)
 
     def is_2_of_4(self) -> bool:
         """Whether no four columns keep more than two weights."""
@@ -170,6 +168,5 @@ class SemiStructuredWeight(CompactWeight):
         out_NR = F.linear(x.reshape(-1, self.columns).contiguous(), self.packed)
         return (out_NR if bias is None else out_NR + bias).reshape(*x.shape[:-1], self.rows)
 
-    def _rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        dense = self.packed.to_dense()[start:stop]
-        return dense if out is None else out.copy_(dense)
+    def matrix(self) -> Tensor:
+        return self.packed.to_dense()

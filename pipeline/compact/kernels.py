@@ -58,7 +58,7 @@ def best() -> str | None:
 
 @functools.cache
 def load() -> Any | None:
-    """The operators `product`, `expand` and `dense` for the best instructions, built if needed. None if they cannot be built,
+    """The operators of kernels.cpp for the best instructions, built if needed. None if they cannot be built,
     which is reported once."""
     if sys.byteorder != "little" or best() is None:
         processes.say(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.commands.expand import expand
 from pipeline.commands.export import export
-from pipeline.compact import compact_weight, file_format, kernels
+from pipeline.compact import file_format, kernels
 from pipeline.compact.compact_model import CompactLinear, FewTokensLinear, load_compact
 from pipeline.compact.compact_weight import CompactWeight
 from pipeline.compact.file_format import Compact, Layout, compress
@@ -57,11 +57,17 @@ def test_products_of_few_and_many_tokens(shape, dtype, values):
             close(compact.linear(x), F.linear(x.double(), weight.double()), dtype)
 
 
-def test_many_tokens_by_several_tiles(monkeypatch):
-    monkeypatch.setattr(compact_weight, "TILE", 3 * 64 * 4)
-    weight, compact = a_matrix(20, 64, 0.5, torch.float32)
-    x, bias = torch.randn(50, 64), torch.randn(20)
-    torch.testing.assert_close(compact.linear(x, bias), F.linear(x, weight, bias))
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_many_tokens_by_several_tiles_and_threads(threads):
+    """Tiles have 256 rows; each thread has its own."""
+    weight, compact = a_matrix(1300, 40, 0.5, torch.float32)
+    x, bias, before = torch.randn(2, 25, 40).mT.contiguous().mT, torch.randn(1300), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.testing.assert_close(compact.linear(x, bias), F.linear(x, weight, bias))
+        torch.testing.assert_close(compact.linear(x), F.linear(x, weight))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.slow
@@ -188,6 +194,8 @@ def test_the_kernels_refuse_what_does_not_fit():
         with pytest.raises(RuntimeError):
             operators.product(mask, values, scales, offsets, inputs, bias)
         with pytest.raises(RuntimeError):
+            operators.prefill(mask, values, scales, offsets, inputs, bias)
+        with pytest.raises(RuntimeError):
             operators.expand(mask, values, scales, offsets, inputs.new_empty(8 if bias is None else 7, inputs.shape[1]))
 
 
@@ -260,7 +268,7 @@ def test_no_matrix_is_made_dense_for_one_token(tmp_path, monkeypatch, family):
     model.save_pretrained(tmp_path / "model")
     export(tmp_path / "model", masks, tmp_path / "compact")
     ours = load_compact(tmp_path / "compact")
-    monkeypatch.setattr(CompactWeight, "_rows", None)
+    monkeypatch.setattr(CompactWeight, "matrix", None)
     ours(input_ids=torch.tensor([[3]]))
 
 

@@ -180,7 +180,7 @@ def test_models_of_linear_conv1d_and_experts(tmp_path, family):
 @torch.no_grad()
 def test_no_matrix_is_made_dense_for_one_token(tmp_path, monkeypatch):
     _, ours = loaded(tmp_path, "2of4", save("gpt_oss", tmp_path / "tokenizer"))
-    monkeypatch.setattr(GpuWeight, "_rows", None)
+    monkeypatch.setattr(GpuWeight, "matrix", None)
     ours(input_ids=torch.tensor([[3]], device=DEVICE))
 
 
