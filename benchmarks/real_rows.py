@@ -19,7 +19,11 @@ GROUPS = {
     "layer": ("prune.group=layer",),
     "dense activations": ("calibration.activations=dense",),
 }
-PERMUTED = ("wanda", "ria")  # with channels reordered for N of M
+PERMUTED = {  # with channels reordered for N of M
+    "wanda": METHODS["wanda"],
+    "ria": METHODS["ria"],
+    "sparsegpt + swaps + admm": (*METHODS["sparsegpt"], "prune.refine=swaps", "prune.update=admm"),
+}
 DENSE_TARGET = {
     "sparsegpt, dense target": (*METHODS["sparsegpt"], "prune.target=dense"),
     "wanda + least_squares, dense target": ("prune.update=least_squares", "prune.target=dense"),
@@ -90,9 +94,9 @@ def rows() -> list[Row]:
         for pattern in ("0.5", "2of4")[: 2 if "dense" in group else 1]:
             name = f"wanda_{group.replace(' ', '_')}_{pattern}"
             every.append(Row("groups", name, f"wanda, {group}", pattern, settings))
-    for pattern, method in product(("2of4", "4of8"), PERMUTED):
-        name, stages = f"{method}_permuted_{pattern}", "permute,prune"
-        every.append(Row("options", name, f"{method}, permuted", pattern, METHODS[method], stages))
+    for pattern, (method, settings) in product(("2of4", "4of8"), PERMUTED.items()):
+        name, stages = f"{method.replace(' ', '')}_permuted_{pattern}", "permute,prune"
+        every.append(Row("options", name, f"{method}, permuted", pattern, settings, stages))
     for pattern, (method, settings) in product(PATTERNS[:2], DENSE_TARGET.items()):
         every.append(
             Row("options", f"{method.replace(',', '').replace(' ', '_')}_{pattern}", method, pattern, settings)
