@@ -1,5 +1,5 @@
-"""The effective weights of a masked LoRA, M * (W + scale * B A), and the mask on their gradient: by Triton kernels on a GPU, by
-torch elsewhere.
+"""The effective weights of a masked LoRA, M * (W + scale * B A), and masks on gradients and trained weights: by Triton kernels
+on a GPU, by torch elsewhere.
 
 Shapes: E = experts (absent if the parameter is one matrix), P, Q = rows and columns of the stored weight, R = rank.
 """
@@ -41,11 +41,30 @@ def effective_by_torch(
     return summed, nonzero_pruned(summed, mask).count_nonzero()
 
 
-def mask_(gradient: Tensor, mask_bits: Tensor) -> Tensor:
-    """Multiplies a contiguous tensor by its mask, in place; returns it."""
-    if kernels := _kernels(gradient.device):
-        return kernels.mask_(gradient, mask_bits)
-    return multiply_(gradient, unpack(mask_bits, gradient.shape))
+@torch.no_grad()
+def mask_gradient_(gradient: Tensor, mask: Tensor) -> Tensor:
+    """Multiplies a gradient by its mask, bool or packed, in place; returns it."""
+    if kernels := _kernels_for(gradient, mask):
+        kernels.mask_(gradient, mask)
+        return gradient
+    return multiply_(gradient, _unpacked(mask, gradient))
+
+
+@torch.no_grad()
+def mask_weight_(weight: Tensor, mask: Tensor) -> Tensor:
+    """Zeroes the pruned weights, in place; returns how many are not zero then, because they were not finite."""
+    if kernels := _kernels_for(weight, mask):
+        return kernels.mask_(weight, mask)
+    mask = _unpacked(mask, weight)
+    return nonzero_pruned(apply_(weight, mask), mask).count_nonzero()
+
+
+def _unpacked(mask: Tensor, tensor: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else unpack(mask, tensor.shape)
+
+
+def _kernels_for(tensor: Tensor, mask: Tensor) -> ModuleType | None:
+    return _kernels(tensor.device) if mask.dtype != torch.bool and tensor.is_contiguous() else None
 
 
 @functools.cache
@@ -72,5 +91,6 @@ def check_kernels(kernels: ModuleType, device: torch.device) -> None:
     found, wrong = kernels.effective(*(it.to(device) for it in given), 0.5)
     if not torch.allclose(found.cpu().float(), expected.float(), atol=1e-2, rtol=2e-2) or wrong:
         raise RuntimeError("an effective weight that they computed is wrong")
-    if not torch.equal(kernels.mask_(base.to(device, copy=True), given[-1].to(device)).cpu(), mask_(base, given[-1])):
-        raise RuntimeError("a gradient that they masked is wrong")
+    masked = base.to(device, copy=True)
+    if kernels.mask_(masked, given[-1].to(device)) or not torch.equal(masked.cpu(), mask_gradient_(base, given[-1])):
+        raise RuntimeError("a tensor that they masked is wrong")

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 HEIGHT, WIDTH, RANKS = 32, 128, 16  # of a tile; ranks multiplied at a time, at least 16
-BLOCK = 2048  # gradients per program
+BLOCK = 2048  # numbers per program of `mask_`
 WARPS = 4
 
 
@@ -61,11 +61,15 @@ def _effective_kernel(
 
 
 @triton.jit
-def _mask_kernel(values, bits, count, BLOCK: tl.constexpr):
+def _mask_kernel(values, bits, wrong, size, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < count
-    masked = tl.load(values + place, mask=inside, other=0.0).to(tl.float32) * _kept(bits, place, inside).to(tl.float32)
+    inside = place < size
+    kept = _kept(bits, place, inside)
+    masked = tl.load(values + place, mask=inside, other=0.0).to(tl.float32) * kept.to(tl.float32) + 0.0
     tl.store(values + place, masked.to(values.dtype.element_ty), mask=inside)
+    count = tl.sum(((masked != 0) & (kept == 0) & inside).to(tl.int32), 0)
+    if count > 0:
+        tl.atomic_add(wrong, count)
 
 
 def effective(
@@ -95,10 +99,10 @@ def _strides(matrices: Tensor) -> tuple[int, ...]:
     return matrices.stride() if matrices.dim() == 3 else (0, *matrices.stride())
 
 
-def mask_(gradient: Tensor, mask_bits: Tensor) -> Tensor:
-    """See effective.py."""
-    assert gradient.is_contiguous()
-    with torch.cuda.device_of(gradient):
-        grid = (triton.cdiv(gradient.numel(), BLOCK),)
-        _mask_kernel[grid](gradient, mask_bits, gradient.numel(), BLOCK=BLOCK, num_warps=WARPS)
-    return gradient
+def mask_(tensor: Tensor, mask_bits: Tensor) -> Tensor:
+    """See effective.py. `tensor` is contiguous."""
+    wrong = torch.zeros((), dtype=torch.int32, device=tensor.device)
+    with torch.cuda.device_of(tensor):
+        grid = (triton.cdiv(tensor.numel(), BLOCK),)
+        _mask_kernel[grid](tensor, mask_bits, wrong, tensor.numel(), BLOCK=BLOCK, num_warps=WARPS)
+    return wrong

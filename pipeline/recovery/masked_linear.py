@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.recovery import sharding
-from pipeline.recovery.effective import effective, mask_
+from pipeline.recovery.effective import effective, mask_gradient_
 from pipeline.recovery.masked_parameter import Scope, read_effective
 from pipeline.recovery.quantization import dequantized
 from pipeline.runtime.errors import UserError
@@ -129,7 +129,7 @@ class MaskedLinear(LoraLinear):
 
     def lora_gradients(self, grad_OI: Tensor, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of A and B, given that of the effective weight, which is masked in place."""
-        grad_OI = mask_(grad_OI, self.mask_bits).to(a_RI.dtype)
+        grad_OI = mask_gradient_(grad_OI, self.mask_bits).to(a_RI.dtype)
         return self.scale * (b_OR.T @ grad_OI), self.scale * (grad_OI @ a_RI.T)
 
     @property

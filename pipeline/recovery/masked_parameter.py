@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pipeline.recovery import sharding
-from pipeline.recovery.effective import effective, mask_
+from pipeline.recovery.effective import effective, mask_gradient_
 from pipeline.sparsity.packed import pack, unpack
 
 
@@ -161,7 +161,7 @@ class MaskedParameter(nn.Module):
         return weight.view_as(base)
 
     def gradients(self, grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        grad = mask_(grad.to(a.dtype, copy=True, memory_format=torch.contiguous_format), self.mask_bits)
+        grad = mask_gradient_(grad.to(a.dtype, copy=True, memory_format=torch.contiguous_format), self.mask_bits)
         if self.dense:
             grad[self.dense] = 0.0
         grad = grad.mT if self.transposed else grad.flatten(1) if grad.dim() == 4 else grad

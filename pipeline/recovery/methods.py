@@ -11,11 +11,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from pipeline.recovery import lora, sharding
+from pipeline.recovery.effective import mask_gradient_, mask_weight_
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune
-from pipeline.sparsity.masks import Masks, apply_, multiply_, nonzero_pruned
-from pipeline.sparsity.packed import pack, unpack
+from pipeline.sparsity.masks import Masks
+from pipeline.sparsity.packed import pack
 
 
 class FinetuneMethod:
@@ -126,7 +127,8 @@ class SparseFull(FinetuneMethod):
         for _ in masks.matched(model.named_parameters()):
             pass  # raises if the masks are another model's
         self.masks = masks
-        self.parts: dict[str, Tensor | None] = {}  # this rank's masks, once the model is in place
+        # this rank's masks, once the model is in place; packed on a GPU
+        self.parts: dict[str, Tensor | None] = {}
 
     def _masked(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for name, parameter in self.model.named_parameters():
@@ -135,24 +137,21 @@ class SparseFull(FinetuneMethod):
             if name not in self.parts:
                 mask = self.masks.for_parameter(name, parameter)
                 part = None if mask is None else sharding.shard_like(mask, parameter)
-                # on a GPU a bit a weight instead of a byte
                 self.parts[name] = part if part is None or not part.is_cuda or not part.numel() else pack(part)
             if (part := self.parts[name]) is not None:
-                packed = part.dtype == torch.uint8
-                yield parameter, unpack(part, sharding.local_shard(parameter).shape) if packed else part
+                yield parameter, part
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
         for parameter, mask in self._masked():
             if parameter.grad is not None:
-                multiply_(sharding.local_shard(parameter.grad), mask)
+                mask_gradient_(sharding.local_shard(parameter.grad), mask)
 
     @torch.no_grad()
     def reapply(self) -> int:
         count = 0
         for parameter, mask in self._masked():
-            part = apply_(sharding.local_shard(parameter), mask)
-            count = count + nonzero_pruned(part, mask).count_nonzero()
+            count = count + mask_weight_(sharding.local_shard(parameter), mask)
         return int(count)
 
     @functools.cached_property  # first used after training starts: sharding replaces the parameters

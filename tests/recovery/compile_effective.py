@@ -8,7 +8,7 @@ import sys
 from pipeline.recovery import effective_triton as kernels
 from tests.compact.compile_kernels import compiled, stack
 
-POINTERS = {"left": "*fp32", "right": "*fp32", "bits": "*u8", "wrong": "*i32", "scale": "fp32"}
+POINTERS = {"left": "*fp32", "right": "*fp32", "bits": "*u8", "wrong": "*i32", "size": "i32", "scale": "fp32"}
 TILE = {"HEIGHT": kernels.HEIGHT, "WIDTH": kernels.WIDTH, "RANKS": kernels.RANKS, "CHUNKS": 1, "HAS_BASE": True}
 
 

@@ -58,12 +58,15 @@ def test_pruned_weights_that_are_not_finite_are_counted():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(37, 140), (2, 64, 33)])
-def test_gradients_are_masked_in_place(shape, dtype):
+def test_tensors_are_masked_in_place(shape, dtype):
     torch.manual_seed(0)
-    gradient, mask = torch.randn(shape, dtype=dtype, device=DEVICE), torch.rand(shape) < 0.5
+    tensor, mask = torch.randn(shape, dtype=dtype, device=DEVICE), torch.rand(shape) < 0.5
     bits = pack(mask).to(DEVICE)
-    expected = gradient * unpack(bits, shape)
-    assert effective_triton.mask_(gradient, bits) is gradient and torch.equal(gradient, expected)
+    expected = tensor.clone()
+    assert effective.mask_weight_(expected, unpack(bits, shape)) == effective_triton.mask_(tensor, bits) == 0
+    assert torch.equal(tensor, expected) and not tensor[tensor == 0].signbit().any()
+    tensor.fill_(torch.nan)
+    assert effective_triton.mask_(tensor, bits) == (~mask).sum()
 
 
 @pytest.mark.gpu
@@ -77,8 +80,8 @@ def test_they_are_checked_before_they_are_used():
     wrong = SimpleNamespace(effective=lambda base, *rest: (base, 0), mask_=effective_triton.mask_)
     with pytest.raises(RuntimeError, match="an effective weight that they computed is wrong"):
         effective.check_kernels(wrong, DEVICE)
-    wrong = SimpleNamespace(effective=effective_triton.effective, mask_=lambda gradient, bits: gradient)
-    with pytest.raises(RuntimeError, match="a gradient that they masked is wrong"):
+    wrong = SimpleNamespace(effective=effective_triton.effective, mask_=lambda tensor, bits: 0)
+    with pytest.raises(RuntimeError, match="a tensor that they masked is wrong"):
         effective.check_kernels(wrong, DEVICE)
     assert effective._kernels(torch.device("cpu")) is None
 
