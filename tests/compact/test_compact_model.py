@@ -95,7 +95,7 @@ def test_the_kernels_under_address_sanitizer(tmp_path):
         pytest.skip("no AddressSanitizer here")
     code = (
         "from pipeline.compact import kernels; import tests.compact.test_compact_model as tests\n"
-        "operators = kernels.build(kernels.best(), '-fsanitize=address', '-O1'); kernels.load = lambda: operators\n"
+        "operators = kernels.build(kernels.best(), '-fsanitize=address', '-O0'); kernels.load = lambda: operators\n"
         "for dtype in tests.DTYPES:\n"
         "    for values in ('exact', 'int8'):\n"
         "        for shape in [(1, 1), (5, 7), (16, 64), (33, 100), (24, 576)]:\n"
