@@ -154,7 +154,7 @@ def main() -> None:
     args = parser.parse_args()
     work = args.work.resolve()
     if args.layers:
-        SHAPES[args.shape] = SHAPES[args.shape] | {"num_hidden_layers": args.layers}
+        SHAPES[args.shape]["num_hidden_layers"] = args.layers
     write_model(work / "model", args.shape)
     ids = torch.randint(0, VOCABULARY, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0))
     Dataset.from_dict({"input_ids": ids.tolist()}).to_parquet(work / "ids.parquet")

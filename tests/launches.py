@@ -14,6 +14,7 @@ import torch
 import launch
 from pipeline.runtime import processes
 from pipeline.stages import runner
+from tests.conftest import environment
 
 FORK = multiprocessing.get_context("fork")
 
@@ -43,15 +44,19 @@ def end(running: list[BaseProcess], timeout: float | None = None) -> list[int]:
 
 
 def run(settings: tuple, log: Path, of: int = 1, code: int = 0, work: Callable[[int], None] | None = None) -> str:
-    """The output of the first rank, once all ranks have ended with `code`."""
-    codes = end(fork(settings, log, of, work=work))
-    output = (log / "0.txt").read_text()
-    assert codes == [code] * of, output[-3000:]
-    return output
+    """The output of all ranks, once they have ended with `code`."""
+    running = fork(settings, log, of, work=work)
+    codes = end(running, 300)
+    for process in running:
+        process.kill()  # of those that hang, whose code is None
+    outputs = [(log / f"{rank}.txt").read_text() for rank in range(of)]
+    assert codes == [code] * of, "\n".join(output[-3000:] for output in outputs)
+    return "".join(outputs)
 
 
 def _rank(rank: int, of: int, nodes: int, port: int, settings: tuple, log: Path, work: Callable | None) -> None:
     here = of // nodes
+    os.environ |= environment()
     if of > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none"}
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(of)}

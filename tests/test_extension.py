@@ -149,21 +149,30 @@ def test_an_allocation_needs_a_ratio_and_must_return_numbers(tmp_path, tiny_llam
     assert "ByDepth.ratios returned [0.4]: return 3 numbers" in output
 
 
-@pytest.mark.parametrize("code", ["1 / 0", "weight_OI @ weight_OI.new_zeros(0)"])
+FAULTS = ("1 / 0", "weight_OI @ weight_OI.new_zeros(0)", "F.dropout(weight_OI, 3.0)", 'json.loads("{")', "apply_(0, 0)")
+
+
+@pytest.mark.parametrize("code", FAULTS)
 def test_an_exception_in_a_users_file_names_its_line(tmp_path, tiny_llama, refused, code):
-    """Also one that torch raises there."""
+    """Also one that is raised in what it calls: torch's C++ and Python, the standard library, this package."""
     path = tmp_path / "mine.py"
     path.write_text(
+        "import json\nimport torch.nn.functional as F\nfrom pipeline.sparsity.masks import apply_\n"
         "from pipeline.pruning.score_methods import Wanda\n\n\nclass Mine(Wanda):\n"
         f"    def score(self, weight_OI, *statistics):\n        return {code}\n"
     )
     message = refused(tmp_path / "run", f"model={tiny_llama}", f"prune.method={path}")
-    assert f"({path}, line 6: debug=true shows the traceback)" in message and "a bug" not in message
+    assert f"({path}, line 9: debug=true shows the traceback)" in message and "a bug" not in message
 
 
 def test_an_exception_elsewhere_is_a_bug(tmp_path, tiny_llama, refused, monkeypatch):
-    monkeypatch.setattr(registry.PRUNE_METHODS, "entries", None)
-    assert "TypeError: " in (message := refused(tmp_path / "run", f"model={tiny_llama}")) and "(a bug in" in message
+    """In this package, or in Python code that it calls."""
+    with monkeypatch.context() as patch:
+        patch.setattr(registry.PRUNE_METHODS, "entries", None)
+        assert "(a bug in Espalier: " in refused(tmp_path / "run", f"model={tiny_llama}")
+    monkeypatch.setattr(runner, "run", json.loads)
+    message = refused(tmp_path / "run", f"model={tiny_llama}")
+    assert "TypeError: the JSON object must be" in message and "(a bug in Espalier: " in message
 
 
 def test_an_unused_setting_is_reported():

@@ -42,8 +42,9 @@ def permute(
     The model computes the same up to rounding.
 
     The text is as in `prune`. `settings`: any other key of the recipe's section `permute`. Returns a row per matrix whose
-    inputs can be reordered: "matrix", and "kept_before" and "kept_after", the shares of the importance that `sparsity` keeps.
-    The order is recorded in `model.config.channel_order` and in the masks, which are refused for another order.
+    inputs can be reordered: "layer", "matrix", "kept_before" and "kept_after", the shares of the importance that `sparsity`
+    keeps, and "order", a digest of the new order, None if the old one is best. `model.config.channel_order` and the masks
+    record the order, and masks are refused for another.
 
     After Zhang et al. 2024, "Plug-and-Play" (section 3.2). Raises `UserError`.
     """

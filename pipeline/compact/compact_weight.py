@@ -1,4 +1,4 @@
-"""A compact matrix in use on the CPU: kernels multiply it; without them, torch multiplies a dense one. On a GPU: gpu_weight.py.
+"""A compact matrix in use on the CPU. Without kernels, it is made dense for each product. On a GPU: gpu_weight.py.
 
 Shapes: E = experts, O = out_features, I = in_features, N = tokens.
 """

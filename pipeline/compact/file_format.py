@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.runtime import files
 from pipeline.runtime.errors import UserError
-from pipeline.sparsity import masks
+from pipeline.sparsity.packed import pack, unpack
 
 MANIFEST = "compact.json"
 FORMAT, VERSION = "espalier-compact", 2
@@ -109,7 +109,7 @@ class Compact:
 
     def dense(self) -> Tensor:
         """The matrix as the model stores it, to the bit (int8: dequantised). Raises `UserError` if mask and values disagree."""
-        mask = masks.unpack(self.bits, self.layout.shape_OI).numpy()
+        mask = unpack(self.bits, self.layout.shape_OI).numpy()
         kept_R = np.count_nonzero(mask.reshape(self.layout.rows, -1), axis=1)
         if (kept := int(kept_R.sum())) != len(self.values):
             raise UserError(f"{self.name} is damaged: its mask keeps {kept} weights, but there are {len(self.values)}")
@@ -140,7 +140,7 @@ def compress(
         raise UserError(
             f"{name} holds pruned weights that are not +0.0: run `python launch.py apply`, and export its result"
         )
-    found = Compact(name, layout, masks.pack(mask), torch.from_numpy(kept).view(weight.dtype))
+    found = Compact(name, layout, pack(mask), torch.from_numpy(kept).view(weight.dtype))
     if values == "exact":
         return found
     scale_R1 = weight.float().reshape(layout.rows, -1).abs().amax(1, keepdim=True) / LARGEST

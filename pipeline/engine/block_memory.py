@@ -17,3 +17,6 @@ class BlocksInMemory(BlockStore):
     def write(self, block: Block, result: BlockResult) -> None:
         self.masks.packed |= result.masks.packed
         self.rows.append(result.log)
+        self.rows.sort(
+            key=lambda row: row["layer"]
+        )  # as in the tables of a run, whatever order the model runs its layers in

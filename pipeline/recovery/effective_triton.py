@@ -26,7 +26,7 @@ def _effective_kernel(
     base_e, base_p, base_q, left_e, left_p, left_r, right_e, right_r, right_q,
     HAS_BASE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, RANKS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """The names with a letter are strides."""
+    """The names with a suffix, such as `base_p`, are strides."""
     expert = tl.program_id(2).to(tl.int64)
     row_P = (tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)).to(tl.int64)
     column_Q = (tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
@@ -51,10 +51,11 @@ def _effective_kernel(
         sum_PQ += tl.load(base + at_PQ, mask=inside_PQ, other=0.0).to(tl.float32)
     place_PQ = expert * rows * columns + row_P[:, None] * columns + column_Q[None, :]
     rounded_PQ = sum_PQ.to(out.dtype.element_ty).to(tl.float32)  # may overflow
-    masked_PQ = rounded_PQ * _kept(bits, place_PQ, inside_PQ).to(tl.float32) + 0.0  # +0.0: no weight is -0.0
+    kept_PQ = _kept(bits, place_PQ, inside_PQ)
+    masked_PQ = rounded_PQ * kept_PQ.to(tl.float32) + 0.0  # +0.0: no weight is -0.0
     tl.store(out + place_PQ, masked_PQ.to(out.dtype.element_ty), mask=inside_PQ)
     # infinity and NaN times zero are NaN
-    nonzero_PQ = (masked_PQ != 0) & (_kept(bits, place_PQ, inside_PQ) == 0) & inside_PQ
+    nonzero_PQ = (masked_PQ != 0) & (kept_PQ == 0) & inside_PQ
     count = tl.sum(tl.sum(nonzero_PQ.to(tl.int32), 1), 0)
     if count > 0:
         tl.atomic_add(wrong, count)

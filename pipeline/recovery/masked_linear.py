@@ -15,7 +15,7 @@ from pipeline.recovery.effective import effective, mask_gradient_
 from pipeline.recovery.masked_parameter import Scope, read_effective
 from pipeline.recovery.quantization import dequantized
 from pipeline.runtime.errors import UserError
-from pipeline.sparsity.packed import pack, unpack
+from pipeline.sparsity.packed import pack
 
 ADAPTER = "default"
 
@@ -139,9 +139,6 @@ class MaskedLinear(LoraLinear):
 
     def _oriented(self, tensor: Tensor) -> Tensor:
         return tensor.T if self.fan_in_fan_out else tensor
-
-    def mask(self) -> Tensor:
-        return unpack(self.mask_bits, self.shape)
 
     def base_OI(self) -> Tensor:
         """The frozen weights, unquantised."""

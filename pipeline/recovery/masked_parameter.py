@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from pipeline.recovery import sharding
 from pipeline.recovery.effective import effective, mask_gradient_
-from pipeline.sparsity.packed import pack, unpack
+from pipeline.sparsity.packed import pack
 
 
 class Call:
@@ -148,9 +148,6 @@ class MaskedParameter(nn.Module):
     @property
     def b(self) -> Tensor:
         return self.lora_B
-
-    def mask(self) -> Tensor:
-        return unpack(self.mask_bits, self.shape)
 
     def effective_weight(self, a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
         """M * (W + scale * B A) in the shape and dtype of W (`base`, else the module's own); counts nonzero pruned weights."""

@@ -43,16 +43,14 @@ def one_line(text: object) -> str:
 
 
 def unexpected(error: Exception) -> str:
-    """The message for an exception that nobody expected. It names the innermost line outside of libraries: of a user's file, or
-    of code that came with a model. If that line is in this package, the exception is a bug."""
+    """The message for an exception that nobody expected. It names the innermost line of a user's file, or of code that came
+    with a model; if there is none, the exception is a bug."""
     where = "a bug in Espalier"
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+    for frame in traceback.extract_tb(error.__traceback__):
         path = Path(frame.filename)
-        if OWN & {*path.parents}:
-            break
-        if path.is_file() and not LIBRARIES & {*path.parts} and STANDARD not in path.parents:
+        ours = OWN & {*path.parents} or LIBRARIES & {*path.parts} or STANDARD in path.parents
+        if not ours and path != ROOT / "launch.py" and os.path.isfile(path):
             where = f"{path}, line {frame.lineno}"
-            break
     return f"{type(error).__name__}: {error} ({where}: debug=true shows the traceback)"
 
 

@@ -1,4 +1,4 @@
-"""Masks: packs, saves, loads, applies and verifies them.
+"""Masks: saves, loads, applies and verifies them.
 
 A mask has the shape of its parameter, True = kept. It is stored as 1 bit per weight, in memory and on disk, and unpacked on
 access. The mask file is the authority: a mask is never inferred from zeros.

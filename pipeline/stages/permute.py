@@ -4,6 +4,7 @@ and the stages after it take it for the dense model.
 After Zhang et al. 2024 ("Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models").
 """
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,13 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
 
 def in_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> list[dict[str, Any]]:
     """Permutes the model in place, on its device; returns the rows of `channels.csv`. `batches`: (batch_size, seq_len)."""
-    allocate(find_blocks(model), recipe.prune)
     walk = LayerWalk(model, batches, plan_memory(model, batches, recipe), in_memory=True)
+    before = getattr(model.config, "channel_order", None)
+    model.config.channel_order = f"unfinished {uuid.uuid4().hex}"  # what an interrupted call leaves is another model
     permute_layers(walk, recipe, [LayerWriter()])
     rows = _rows(walk.files.rows)
-    if order := _fingerprint(getattr(model.config, "channel_order", None), rows):
+    del model.config.channel_order
+    if order := _fingerprint(before, rows):
         model.config.channel_order = order
     return rows
 
@@ -89,7 +92,7 @@ def _rows(logs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _fingerprint(before: str | None, rows: list[dict[str, Any]]) -> str | None:
-    """`channel_order` of the config, such that masks of one order are not applied to a model in another. `before`: that of the
-    model before; it stays if no channel moved."""
+    """The new `channel_order` of the config, which tells masks of one order from models in another: a digest of the previous
+    one and all orders; the previous one if no channel moved."""
     orders = [row["order"] for row in rows]
     return files.digest([before, *orders]) if any(orders) else before

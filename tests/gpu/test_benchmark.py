@@ -11,6 +11,8 @@ from benchmarks import gpu
 @pytest.mark.slow
 def test_each_part_is_timed_against_its_floor(tmp_path, monkeypatch, capsys):
     size = "--shape 170m --layers 1 --samples 8 --seq-len 16 --steps 2 --parts evaluate compact --profile"
+    monkeypatch.setitem(gpu.SHAPES, "170m", dict(gpu.SHAPES["170m"]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(sys, "argv", ["gpu.py", *size.split(), "--work", str(tmp_path / "work")])
     gpu.main()
     output = capsys.readouterr().out

@@ -6,10 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.recovery import effective
+from pipeline.recovery import effective, lora
+from pipeline.recovery.methods import SparseFull
 from pipeline.runtime import code
+from pipeline.settings.schema import Finetune
 from pipeline.sparsity.packed import pack, unpack
 from tests.conftest import compiled_for_gpus
+from tests.engine.test_decoder import small_model
+from tests.recovery.test_lora import with_masks
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +73,47 @@ def test_tensors_are_masked_in_place(shape, dtype):
     assert effective_triton.mask_(tensor, bits) == (~mask).sum()
 
 
+@pytest.mark.parametrize("family, cached", [("llama", True), ("llama", False), ("gpt2", False), ("mixtral", False)])
+def test_the_adapters_train_with_the_kernels_as_with_torch(monkeypatch, family, cached):
+    """Linear, Conv1D and fused experts: gradients, and merged weights, of which forward used the same."""
+    found = []
+    for kernels in (None, effective_triton):
+        monkeypatch.setattr(effective, "_kernels", lambda device, kernels=kernels: kernels)
+        torch.manual_seed(0)
+        model, masks = with_masks(small_model(family))
+        adapted = lora.attach(model, masks, Finetune(rank=4), cached).train()
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        lora.refresh_all(adapted)
+        ids = torch.arange(3, 21).view(2, 9)
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        gradients = {name: it.grad for name, it in adapted.named_parameters() if it.grad is not None}
+        found.append((gradients, {name: it.merged_weight() for name, it in lora.masked_layers(adapted).items()}))
+    for torchs, ours in zip(*found):
+        assert torchs.keys() == ours.keys() and torchs
+        for name in torchs:
+            torch.testing.assert_close(ours[name], torchs[name], rtol=1e-4, atol=1e-6)
+
+
+def test_full_fine_tuning_masks_with_the_kernels_as_with_torch(monkeypatch):
+    found = []
+    for kernels in (None, effective_triton):
+        monkeypatch.setattr(effective, "_kernels", lambda device, kernels=kernels: kernels)
+        torch.manual_seed(0)
+        model, masks = with_masks(small_model("llama"))
+        recovery = SparseFull(model, masks, Finetune(method="full"))
+        recovery.parts = {name: pack(mask) for name, mask in masks.items()}
+        recovery.parts |= {name: None for name, _ in model.named_parameters() if name not in masks}
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+            parameter.data += 0.1
+        recovery.mask_gradients()
+        assert recovery.reapply() == 0 and masks.violations(model.named_parameters()) == []
+        found.append([tensor for it in model.parameters() for tensor in (it.grad, it.data)])
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_the_kernels_are_used_on_a_gpu():
@@ -94,4 +139,4 @@ def test_they_count_as_code_of_the_finetune_stage():
 def test_the_kernels_compile_for_gpus():
     """Nothing is spilled to the stack. No GPU is needed for this."""
     rows = compiled_for_gpus("tests.recovery.compile_effective")
-    assert len(rows) == 8 and all(int(row.split()[-1]) <= 16 for row in rows), rows
+    assert len(rows) == 12 and all(int(row.split()[-1]) <= 16 for row in rows), rows

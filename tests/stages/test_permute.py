@@ -143,6 +143,24 @@ class Killed(Exception):
     pass
 
 
+def test_masks_of_a_model_whose_permutation_was_interrupted_are_not_the_models(tiny_llama, monkeypatch):
+    model, original = (AutoModelForCausalLM.from_pretrained(tiny_llama) for _ in range(2))
+    done = []
+
+    def order(*args, original=block_permuter.channel_order):
+        done.append(args)
+        if len(done) == 2 + 1:  # in the second layer
+            raise Killed
+        return original(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(block_permuter, "channel_order", order)
+        espalier.permute(model, calibration=families.text(4, 16))
+    masks = espalier.prune(model, calibration=families.text(4, 16))
+    with pytest.raises(UserError, match="use the model that was pruned"):
+        espalier.apply(original, masks)
+
+
 def weights(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in [*folder.glob("*.safetensors"), *folder.glob("config.json")]}
 
