@@ -159,7 +159,7 @@ def test_all_methods_run_on_a_gpu(half_llama, simulated, tmp_path, cells, number
 
 
 def test_a_quantised_model_is_trained_and_a_streamed_one_is_measured(half_llama, simulated, tmp_path):
-    few = ("stages=[prune,finetune,evaluate]", "finetune.max_steps=2", "evaluate.windows=2", "evaluate.continuations=0")
+    few = ("stages=[prune,finetune,evaluate]", "finetune.max_steps=1", "evaluate.windows=2", "evaluate.continuations=0")
     more = ("finetune.quantize=nf4", "evaluate.placement=stream")
     simulated(*RUN, f"model={half_llama}", f"run_dir={tmp_path}", "prune.method=wanda", *few, *more)
     models = json.loads((tmp_path / "evaluate/results.json").read_text())["models"]

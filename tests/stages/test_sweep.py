@@ -4,6 +4,7 @@ import json
 import sys
 import time
 
+import psutil
 import pytest
 
 import launch
@@ -83,8 +84,10 @@ def test_a_killed_sweep_resumes_and_runs_nothing_twice(tiny_llama, tmp_path, mon
     while not (folder / "magnitude_lr=2e-2/prune/stage.json").exists() and running.is_alive():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    cells = psutil.Process(running.pid).children()
     running.kill()
     running.join()
+    psutil.wait_procs(cells, 20)  # they are killed with the sweep, but a moment later
     assert not (folder / "compare.html").exists()
     stages = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/stage.json")}
     assert folder / "magnitude_lr=1e-2/report/stage.json" in stages
