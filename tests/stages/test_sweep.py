@@ -89,7 +89,7 @@ def test_a_killed_sweep_resumes_and_runs_nothing_twice(tiny_llama, tmp_path, mon
     running.join()
     psutil.wait_procs(cells, 20)  # they are killed with the sweep, but a moment later
     assert not (folder / "compare.html").exists()
-    stages = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/stage.json")}
+    stages = {path: path.stat().st_mtime_ns for path in folder.glob("*/[!.]*/stage.json")}
     assert folder / "magnitude_lr=1e-2/report/stage.json" in stages
 
     output = launches.run(tuple(settings), tmp_path / "again")
