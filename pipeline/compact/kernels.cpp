@@ -32,6 +32,7 @@ constexpr int TOKENS = 4;           // tokens that share one pass over a row
 constexpr int64_t ROWS = 16;        // rows whose sums are made before they are written; the values stay in the cache for more tokens
 constexpr int64_t GRAIN = 1 << 17;  // weights per thread; fewer are not worth one
 constexpr int64_t TILE = 256;       // rows that a thread makes dense at a time; 128 cost 3% of a product with 512 tokens
+constexpr int64_t SMALL = 1 << 22;  // products of weights and inputs; one thread is enough for fewer
 
 using Optional = std::optional<at::Tensor>;
 
@@ -212,8 +213,8 @@ at::Tensor prefill(const at::Tensor& mask, const at::Tensor& values, const Optio
   TORCH_CHECK(x.dim() == 2, "input must have 2 dimensions");
   at::Tensor out = at::empty({x.size(0), rows}, x.options());
   with_rows(mask, values, scales, offsets, x.scalar_type(), columns, [&](auto kind, auto write) {
-    const int64_t share = (rows + at::get_num_threads() - 1) / at::get_num_threads();
-    at::parallel_for(0, rows, std::min(share, TILE), [&](int64_t begin, int64_t last) {
+    const int64_t threads = x.numel() * rows < SMALL ? 1 : at::get_num_threads(), share = (rows + threads - 1) / threads;
+    at::parallel_for(0, rows, share, [&](int64_t begin, int64_t last) {
       const at::AutoDispatchBelowADInplaceOrView guard;  // threads do not inherit the inference mode
       const at::Tensor tile = at::empty({std::min(TILE, last - begin), columns}, x.options());
       for (int64_t r = begin; r < last; r += TILE) {
