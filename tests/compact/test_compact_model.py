@@ -61,7 +61,7 @@ def test_products_of_few_and_many_tokens(shape, dtype, values):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_many_tokens_by_several_tiles_and_threads(threads, dtype):
-    """Tiles have 256 rows; so large a product is divided among the threads. Also in inference mode, which threads do not inherit."""
+    """Tiles have 256 rows; so large a product is divided among threads, which do not inherit the inference mode."""
     weight, compact = a_matrix(1300, 40, 0.5, dtype)
     x, bias, before = torch.randn(150, 80).to(dtype)[:, ::2], torch.randn(1300).to(dtype), torch.get_num_threads()
     torch.set_num_threads(threads)
