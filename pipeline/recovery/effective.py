@@ -36,9 +36,7 @@ def effective_by_torch(
         else:
             add = torch.baddbmm if base.dim() == 3 else torch.addmm
             summed = add(base.to(left.dtype), left, right, alpha=scale).to(base.dtype)
-    mask = unpack(mask_bits, summed.shape)
-    apply_(summed, mask)
-    return summed, nonzero_pruned(summed, mask).count_nonzero()
+    return summed, _mask_by_torch_(summed, mask_bits)
 
 
 @torch.no_grad()
@@ -55,6 +53,10 @@ def mask_weight_(weight: Tensor, mask: Tensor) -> Tensor:
     """Zeroes the pruned weights, in place; returns how many are not zero then, because they were not finite."""
     if kernels := _kernels_for(weight, mask):
         return kernels.mask_(weight, mask)
+    return _mask_by_torch_(weight, mask)
+
+
+def _mask_by_torch_(weight: Tensor, mask: Tensor) -> Tensor:
     mask = _unpacked(mask, weight)
     return nonzero_pruned(apply_(weight, mask), mask).count_nonzero()
 

@@ -16,9 +16,9 @@ from pipeline.models import model_files, verification
 from pipeline.models.verification import check_matrices
 from pipeline.settings.schema import Recipe
 from pipeline.sparsity.masks import Masks
+from tests import launches
 from tests.conftest import QUICK
 from tests.engine.test_decoder import small_model
-from tests.launches import end, fork
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -159,7 +159,7 @@ def test_processes_share_the_check_and_all_know_what_one_finds(pruned, tmp_path)
         found = [str(matrix) for matrix in check_matrices(folder, masks, Recipe())]
         (tmp_path / f"{rank}.json").write_text(json.dumps([read, found]))
 
-    assert end(fork((f"model={folder}", "stages=[prune]"), tmp_path / "log", 2, work=work), 100) == [0, 0]
+    launches.run((f"model={folder}", "stages=[prune]"), tmp_path / "log", of=2, work=work)
     (first, told), (second, also_told) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert told == also_told == [str(matrix) for matrix in alone]
     assert first and second and not set(first) & set(second)

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -143,18 +144,25 @@ class Killed(Exception):
     pass
 
 
-def test_masks_of_a_model_whose_permutation_was_interrupted_are_not_the_models(tiny_llama, monkeypatch):
-    model, original = (AutoModelForCausalLM.from_pretrained(tiny_llama) for _ in range(2))
-    done = []
+@contextmanager
+def killed_in_the_second_layer(monkeypatch):
+    """A layer of `tiny_llama` has two matrices whose inputs are reordered."""
+    begun = []
 
     def order(*args, original=block_permuter.channel_order):
-        done.append(args)
-        if len(done) == 2 + 1:  # in the second layer
+        begun.append(args)
+        if len(begun) == 2 + 1:
             raise Killed
         return original(*args)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(block_permuter, "channel_order", order)
+        yield
+
+
+def test_masks_of_a_model_whose_permutation_was_interrupted_are_not_the_models(tiny_llama, monkeypatch):
+    model, original = (AutoModelForCausalLM.from_pretrained(tiny_llama) for _ in range(2))
+    with killed_in_the_second_layer(monkeypatch):
         espalier.permute(model, calibration=families.text(4, 16))
     masks = espalier.prune(model, calibration=families.text(4, 16))
     with pytest.raises(UserError, match="use the model that was pruned"):
@@ -167,16 +175,8 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_bit(tiny_llama, tmp_path, monkeypatch):
-    whole, begun = permuted(tiny_llama, tmp_path / "whole"), []
-
-    def order(*args, original=block_permuter.channel_order):
-        begun.append(args)
-        if len(begun) == 2 + 1:  # in the second layer
-            raise Killed
-        return original(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(block_permuter, "channel_order", order)
+    whole = permuted(tiny_llama, tmp_path / "whole")
+    with killed_in_the_second_layer(monkeypatch):
         permuted(tiny_llama, tmp_path / "p")
     first = tmp_path / "p/model/model-00001-of-00004.safetensors"
     written = first.stat().st_mtime_ns
