@@ -3,6 +3,7 @@
     python benchmarks/speed.py --shape 0.1b --work /tmp/speed                                # Llamas of random weights
     python benchmarks/speed.py --model FOLDER --work /tmp/speed                              # a model, pruned by magnitude
     python benchmarks/speed.py --model FOLDER --masks FILE --work /tmp/speed                 # a model that is pruned already
+    python benchmarks/speed.py ... --only "torch bf16" own compact int8 --compiled           # steps by torch.compile
 
 Whole generation with KV cache, greedy; prefill; load time and resident memory of a process of its own. `own` is a dense kernel
 of the same make as the compact one, over weights in the same kind of memory, so that the gain of sparsity is told from that of
@@ -35,6 +36,7 @@ from benchmarks.speed_plot import plot
 from pipeline.commands.export import export
 from pipeline.compact import kernels
 from pipeline.compact.compact_model import FewTokensLinear, load_compact
+from pipeline.compact.compiled import compile_decoding
 from pipeline.compact.memory import HugePages
 from pipeline.engine.matrices import matrices_of
 from pipeline.models import loading
@@ -182,6 +184,8 @@ def measure(given: argparse.Namespace, name: str, sparsity: str, names: list[str
             )
             print(f"load and first token {about['load']:.2f} s", flush=True)
     models = {kind: MODELS[kind](work) for kind in names}
+    if given.compiled:
+        name, models = f"{name}, compiled", {kind: compile_decoding(model) for kind, model in models.items()}
     for threads in given.threads:
         torch.set_num_threads(threads)
         table = Table(work, {"model": name, "sparsity": sparsity, "threads": threads, "clock": given.clock})
@@ -213,6 +217,7 @@ def main() -> None:
     arguments.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of one thread, on a busy machine")
     arguments.add_argument("--repeats", type=int, default=5)
     arguments.add_argument("--prefill", action="store_true", help=f"of {PREFILL} tokens too")
+    arguments.add_argument("--compiled", action="store_true", help="decoding steps by torch.compile, in all models")
     arguments.add_argument("--memory", action="store_true", help="sizes, load time and resident memory too")
     arguments.add_argument("--work", type=Path, required=True, help="a folder for rows, plot, and models for a while")
     given = arguments.parse_args()

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.compact import empty_model, kernels
 from pipeline.compact.compact_weight import FEW, CompactWeight
+from pipeline.compact.compiled import compile_decoding
 from pipeline.compact.file_format import Compact, CompactFolder
 from pipeline.compact.forms import AUTO, BITMASK, Forms
 from pipeline.compact.gpu_weight import HALVES
@@ -72,12 +73,15 @@ def load_compact(
     device: str | torch.device = "cpu",
     form: str = AUTO,
     tokens: int = 1,
+    compiled: bool = False,
 ) -> nn.Module:
     """Loads a compact folder in evaluation mode, for `generate` or any other inference.
 
     On a GPU (`device="cuda"`), `form` says how pruned matrices are held: `bitmask`; `semi-structured`, for those that are 2:4
     in 16 bits; `dense`; or `auto`, the fastest of these here for `tokens` tokens at a time, the batch size of decoding.
     The choices and times are in `model.compact_forms`, see `Forms.table`.
+
+    On the CPU, `compiled` sets up `generate` to compile its decoding steps, see `compile_decoding`.
 
     Checks sizes, headers, and that each mask has as many bits as values; `expand` also checks the hashes.
     Raises `UserError` if the folder is not a compact model, or is damaged, or if there is no such device.
@@ -86,7 +90,10 @@ def load_compact(
     forms = Forms(device, form, tokens)
     if device.type == "cpu" and form not in (AUTO, BITMASK):
         raise UserError(f'form={form} needs a GPU: pass device="cuda" to load_compact')
-    return _load(folder, recipe or Recipe(), device, forms if device.type == "cuda" else None)
+    if compiled and device.type != "cpu":
+        raise UserError("compiled=True is for the CPU: torch.compile cannot trace compact products on a GPU")
+    model = _load(folder, recipe or Recipe(), device, forms if device.type == "cuda" else None)
+    return compile_decoding(model) if compiled else model
 
 
 def _checked(device: str | torch.device) -> torch.device:

@@ -229,11 +229,46 @@ at::Tensor prefill(const at::Tensor& mask, const at::Tensor& values, const Optio
   return out;
 }
 
+// what torch.compile knows of a product: the shape, which may be symbolic
+at::Tensor shaped_like(const at::Tensor& x, const c10::SymInt& rows) {
+  auto sizes = x.sym_sizes().vec();
+  sizes.back() = rows;
+  return at::empty_symint(sizes, x.options());
+}
+
+at::Tensor product_shape(const at::Tensor& mask, const at::Tensor&, const Optional&, const at::Tensor&, const at::Tensor& x,
+                         const Optional&) {
+  return shaped_like(x, mask.sym_size(0));
+}
+
+at::Tensor dense_shape(const at::Tensor& weight, const at::Tensor& x, const Optional&) {
+  return shaped_like(x, weight.sym_size(0));
+}
+
 }  // namespace
 
 TORCH_LIBRARY(TORCH_EXTENSION_NAME, library) {
-  library.def("product(Tensor mask, Tensor values, Tensor? scales, Tensor offsets, Tensor x, Tensor? bias) -> Tensor", &product);
-  library.def("expand(Tensor mask, Tensor values, Tensor? scales, Tensor offsets, Tensor(a!) out) -> ()", &expand);
-  library.def("prefill(Tensor mask, Tensor values, Tensor? scales, Tensor offsets, Tensor x, Tensor? bias) -> Tensor", &prefill);
-  library.def("dense(Tensor weight, Tensor x, Tensor? bias) -> Tensor", &dense);
+  library.def("product(Tensor mask, Tensor values, Tensor? scales, Tensor offsets, Tensor x, Tensor? bias) -> Tensor");
+  library.def("prefill(Tensor mask, Tensor values, Tensor? scales, Tensor offsets, Tensor x, Tensor? bias) -> Tensor");
+  library.def("dense(Tensor weight, Tensor x, Tensor? bias) -> Tensor");
+  library.def("expand(Tensor mask, Tensor values, Tensor? scales, Tensor offsets, Tensor(a!) out) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, library) {
+  library.impl("product", &product);
+  library.impl("prefill", &prefill);
+  library.impl("dense", &dense);
+  library.impl("expand", &expand);
+}
+
+TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, Meta, library) {
+  library.impl("product", &product_shape);
+  library.impl("prefill", &product_shape);
+  library.impl("dense", &dense_shape);
+  library.impl("expand", [](const at::Tensor&, const at::Tensor&, const Optional&, const at::Tensor&, at::Tensor) {});
+}
+
+// callers see to it that nothing needs a gradient
+TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, Autograd, library) {
+  for (const char* name : {"product", "prefill", "dense", "expand"}) library.impl(name, torch::CppFunction::makeFallthrough());
 }

@@ -41,6 +41,7 @@ INSTRUCTIONS: dict[str, tuple[set[str], tuple[str, ...]]] = {
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of inputs that the kernels support
 FLAGS = ("-O3", "-std=c++20", "-fopenmp")
+_loaded: list[Any] = []  # what `load` returns, once it is known
 
 
 @functools.cache
@@ -56,10 +57,15 @@ def best() -> str | None:
     return next((name for name, (needs, _) in INSTRUCTIONS.items() if needs <= cpu_flags()), None)
 
 
-@functools.cache
 def load() -> Any | None:
     """The operators of kernels.cpp for the best instructions, built if needed. None if they cannot be built,
     which is reported once."""
+    if not _loaded:  # functools.cache would do, but torch.compile traces through it
+        _loaded.append(_load())
+    return _loaded[0]
+
+
+def _load() -> Any | None:
     if sys.byteorder != "little" or best() is None:
         processes.say(
             "no fast products of compact matrices: this CPU has neither AVX-512 VBMI2 nor AVX2 (using dense products)"
@@ -90,6 +96,11 @@ def build(instructions: str, *more: str) -> Any:
     return getattr(torch.ops, name)
 
 
+def compiler() -> str:
+    """The C++ compiler that torch uses."""
+    return os.environ.get("CXX", "g++")
+
+
 def _compile(name: str, flags: list[str], library: Path) -> None:
     path = os.environ.get("PATH", os.defpath)
     # pip puts ninja there, also if the virtual environment is not active
@@ -101,7 +112,7 @@ def _compile(name: str, flags: list[str], library: Path) -> None:
 
 
 def _compile_with_tools(name: str, flags: list[str], library: Path) -> None:
-    for tool, what in ((os.environ.get("CXX", "g++"), "a C++ compiler"), ("ninja", "ninja (pip install ninja)")):
+    for tool, what in ((compiler(), "a C++ compiler"), ("ninja", "ninja (pip install ninja)")):
         if shutil.which(tool) is None:
             raise RuntimeError(f"{tool} is not installed: install {what}")
     processes.say("building the kernels for compact matrices, once (half a minute)")

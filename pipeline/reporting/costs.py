@@ -97,7 +97,8 @@ def circumstances(speed: dict) -> list[str]:
     where = "on its GPU" if on_gpu(speed) else instructions
     conditions = (
         f"Measured on {machine['hardware']} ({where}; {kernels}), "
-        f"{threads(speed)}, torch {machine['torch']}, load average before: {machine['load']:g}; {settings['repeats']} repeats."
+        f"{threads(speed)}, torch {machine['torch']}, load average before: {machine['load']:g}; {settings['repeats']} repeats"
+        + ("; decoding compiled." if settings.get("compiled") else ".")
     )
     meaning = EXPLAINED.format(prompt=settings["prompt"], memory=MEMORY["cuda" if on_gpu(speed) else "cpu"])
     first = next(iter(speed["models"]))

@@ -266,6 +266,7 @@ class Speed:
     new_tokens: int = setting(64, "tokens that are generated after a prompt of 16", low=1)
     batches: list[int] = setting([1, 4, 16], "texts that are generated at a time; none: []", low=1)
     threads: int | None = setting(None, "of the CPU; null: as many as the command has", low=1)
+    compiled: bool = setting(False, "compile decoding steps with torch.compile, in all models; on the CPU")
 
 
 @dataclass

@@ -32,13 +32,14 @@ def measure(folders: dict[str, Path], settings: Speed, trust_remote_code: bool =
     Raises `UserError` if a folder cannot be loaded, or if its process dies.
     """
     threads, notes, device = settings.threads or torch.get_num_threads(), [], _device(settings)
+    how = (threads, trust_remote_code, device, settings.compiled)
     operators = kernels.load() if device == "cpu" else None  # compiles them here, once, if necessary
     load_average = os.getloadavg()[0]
     with start_processes(folders, device) as running:
         models = {}
         for name, process in running.items():
             try:
-                models[name] = process.ask("load", str(process.folder), threads, trust_remote_code, device)
+                models[name] = process.ask("load", str(process.folder), *how)
             except MeasurementError as error:
                 raise UserError(f"{process.folder} cannot be measured: {error}") from error
         triton, *_ = [model.pop("triton") for model in models.values()]
@@ -69,7 +70,13 @@ def measure(folders: dict[str, Path], settings: Speed, trust_remote_code: bool =
         "products": products,
         "same_tokens": next((_same_tokens(answers) for answers in decode.values() if answers), {}),
         "machine": _machine(threads, load_average, device, served_by),
-        "settings": {"repeats": settings.repeats, "prompt": PROMPT, "new_tokens": new, "threads": threads},
+        "settings": {
+            "repeats": settings.repeats,
+            "prompt": PROMPT,
+            "new_tokens": new,
+            "threads": threads,
+            "compiled": settings.compiled,
+        },
         "notes": notes,
     }
 
@@ -153,7 +160,10 @@ def _rates(tokens: int, seconds: list[float]) -> dict[str, Any]:
 def _device(settings: Speed) -> str:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("speed.device=cuda, but there is no GPU here: set speed.device=auto")
-    return "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if settings.compiled and device == "cuda":
+        raise UserError("speed.compiled is for the CPU: set speed.device=cpu")
+    return device
 
 
 def _machine(threads: int, load_average: float, device: str, served_by: str | None) -> dict[str, Any]:

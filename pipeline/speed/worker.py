@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.compact import gpu_weight
 from pipeline.compact.compact_model import load_compact
+from pipeline.compact.compiled import compile_decoding
 from pipeline.compact.file_format import MANIFEST, CompactFolder
 from pipeline.models import loading, model_files
 from pipeline.runtime.errors import one_line
@@ -37,8 +38,11 @@ SLEEP = 4_000_000  # its cycles: two milliseconds, in which the launches fit
 class Worker:
     """Measures one model. The methods return data that JSON can represent."""
 
-    def load(self, folder: str, threads: int, trust_remote_code: bool, device: str = "cpu") -> dict[str, Any]:
+    def load(
+        self, folder: str, threads: int, trust_remote_code: bool, device: str = "cpu", compiled: bool = False
+    ) -> dict[str, Any]:
         """Loads an ordinary or a compact folder. Reads its files once before, so that the disk's speed does not count.
+        `compiled`: `decode` compiles its steps.
 
         "memory_bytes": the growth of resident memory up to the first token; on a GPU, the most allocated for that token.
         "load_seconds" does not include work that is deferred to the first use of the weights; "first_token_seconds" does.
@@ -68,6 +72,8 @@ class Worker:
         config = self.model.config
         # the model's configuration may stop early, sample, or penalise repetition
         self.model.generation_config = GenerationConfig(do_sample=False, use_cache=True, pad_token_id=0)
+        if compiled:
+            compile_decoding(self.model)
         return {
             "format": "compact" if is_compact else "ordinary",
             "dtype": str(self.model.dtype).removeprefix("torch."),

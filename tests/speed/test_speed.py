@@ -89,7 +89,7 @@ def test_the_results_of_the_speed_stage(run):
     assert {tokens for _, tokens in products} == {1, 4, 16}
     product = products["48 x 32", 4]
     assert product["matrices"] == 6 and product["microseconds"].keys() == results["models"].keys()
-    assert results["settings"] == {"repeats": 2, "prompt": 16, "new_tokens": 112, "threads": 1}
+    assert results["settings"] == {"repeats": 2, "prompt": 16, "new_tokens": 112, "threads": 1, "compiled": False}
     assert "prompts are cut to the model's 128 positions" in results["notes"]
     assert "112 tokens are generated, not 200: the model has 128 positions" in results["notes"]
     assert results["same_tokens"] == {"compact": 1.0}
@@ -159,11 +159,8 @@ def test_the_command_without_a_compiler(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     folders = [str(run[0] / "reconstruct/model"), str(run[0] / "export/compact")]
     chosen = ["speed.repeats=1", "speed.batches=[1]", "speed.prompt_lengths=[]", "speed.new_tokens=4"]
-    kernels.load.cache_clear()
-    try:
-        assert main(["speed", *folders, *chosen, f"out={tmp_path}/speed.json"]) == 0
-    finally:
-        kernels.load.cache_clear()
+    monkeypatch.setattr(kernels, "_loaded", [])
+    assert main(["speed", *folders, *chosen, f"out={tmp_path}/speed.json"]) == 0
     output = capsys.readouterr().out
     assert "no kernels for compact matrices" in output and "expands each matrix that it uses" in output
     assert f"1  {folders[0]}: ordinary, float32" in output and f"2  {folders[1]}: compact, float32" in output
@@ -240,6 +237,30 @@ def test_other_families_are_measured(family, tmp_path):
         assert all(count >= 1 and total > 0 for count, total in measured.products(4).values())
     finally:
         torch.set_grad_enabled(True)  # `load` turns gradients off for its process
+
+
+@pytest.mark.slow
+def test_decoding_is_measured_compiled(run):
+    folder, _ = run
+    measured = worker.Worker()
+    try:
+        measured.load(str(folder / "export/compact"), torch.get_num_threads(), False, compiled=True)
+        measured.model.generation_config.compile_config.backend = "eager"  # traces only
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        plain = worker.Worker()
+        plain.load(str(folder / "export/compact"), torch.get_num_threads(), False)
+        assert measured.decode(1, 16, 5)[1] == plain.decode(1, 16, 5)[1]
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    finally:
+        torch.set_grad_enabled(True)
+
+
+def test_compiled_decoding_is_for_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="speed.compiled is for the CPU: set speed.device=cpu"):
+        measure._device(Speed(compiled=True))
+    assert measure._device(Speed(compiled=True, device="cpu")) == "cpu"
 
 
 def test_a_note_says_what_a_model_does_not_support():
