@@ -32,7 +32,7 @@ REFINEMENTS, UPDATES = ("none", "swaps"), ("none", "obs", "admm", "least_squares
 # masked LoRA from better starts than Wanda's weights
 STARTS = {
     "sparsegpt": METHODS["sparsegpt"],
-    "wanda + swaps + least_squares": ("prune.refine=swaps", "prune.update=least_squares"),
+    "sparsegpt + swaps + admm": PERMUTED["sparsegpt + swaps + admm"],
 }
 SELF = ("calibration.dataset=self",)
 FULL = ("finetune.method=full", "finetune.lr=4e-4")

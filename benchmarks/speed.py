@@ -4,6 +4,7 @@
     python benchmarks/speed.py --model FOLDER --work /tmp/speed                              # a model, pruned by magnitude
     python benchmarks/speed.py --model FOLDER --masks FILE --work /tmp/speed                 # a model that is pruned already
     python benchmarks/speed.py ... --only "torch bf16" own compact int8 --compiled           # steps by torch.compile
+    python benchmarks/speed.py ... --only "torch bf16" compact int8 llama.cpp                # see llama_cpp_model.py
 
 Whole generation with KV cache, greedy; prefill; load time and resident memory of a process of its own. `own` is a dense kernel
 of the same make as the compact one, over weights in the same kind of memory, so that the gain of sparsity is told from that of
@@ -14,6 +15,7 @@ rows, so several short commands may share a folder.
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import shutil
@@ -32,6 +34,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.llama_cpp_model import LlamaCpp, write_gguf
 from benchmarks.speed_plot import plot
 from pipeline.commands.export import export
 from pipeline.compact import kernels
@@ -98,14 +101,22 @@ def torch_int8(model: nn.Module) -> nn.Module:
         return quantize_dynamic(model, {nn.Linear}, torch.qint8)
 
 
-MODELS: dict[str, Callable[[Path], nn.Module]] = {  # from WORK
+def llama_cpp(work: Path) -> LlamaCpp:
+    write_gguf(loading.load(work / "model", Recipe()), work / "model.gguf")
+    return LlamaCpp(work / "model.gguf")
+
+
+MODELS: dict[str, Callable[[Path], nn.Module | LlamaCpp]] = {  # from WORK
     "torch bf16": lambda work: loading.load(work / "model", Recipe()),
     "own": lambda work: own_dense(loading.load(work / "model", Recipe())),
     "compact": lambda work: load_compact(work / "compact"),
     "int8": lambda work: load_compact(work / "int8"),
     "torch fp32": lambda work: loading.load(work / "model", Recipe(), "float32"),
     "torch int8": lambda work: torch_int8(loading.load(work / "model", Recipe(), "float32")),
+    "llama.cpp": llama_cpp,
 }
+if not all(importlib.util.find_spec(name) for name in ("llama_cpp", "gguf")):
+    del MODELS["llama.cpp"]
 
 
 def generation(model: nn.Module, batch: int, tokens: int) -> Callable[[], torch.Tensor]:
@@ -185,12 +196,16 @@ def measure(given: argparse.Namespace, name: str, sparsity: str, names: list[str
             print(f"load and first token {about['load']:.2f} s", flush=True)
     models = {kind: MODELS[kind](work) for kind in names}
     if given.compiled:
-        name, models = f"{name}, compiled", {kind: compile_decoding(model) for kind, model in models.items()}
+        name = f"{name}, compiled"
+        for model in models.values():
+            if isinstance(model, nn.Module):
+                compile_decoding(model)
     for threads in given.threads:
         torch.set_num_threads(threads)
         table = Table(work, {"model": name, "sparsity": sparsity, "threads": threads, "clock": given.clock})
         for batch in given.batch:
-            calls = {kind: generation(model, batch, given.tokens) for kind, model in models.items()}
+            able = {kind: model for kind, model in models.items() if batch == 1 or isinstance(model, nn.Module)}
+            calls = {kind: generation(model, batch, given.tokens) for kind, model in able.items()}
             seconds = alternately(calls, given.repeats, CLOCKS[given.clock])
             table.add(f"{threads} threads, batch {batch}", "tokens/s", seconds, batch * given.tokens)
         if given.prefill:
