@@ -1,4 +1,4 @@
-"""Prunes a real model of 135M parameters with many methods, recovers it, and prints the tables of RESULTS.md.
+"""Prunes a real model of 135M parameters with many methods, recovers it, and makes the tables and the plot of RESULTS.md.
 
     python benchmarks/real.py --model ./smollm2 --mirror ./hub --work ./work              # hours on two cores
     python benchmarks/real.py ... --part methods --only wanda_2of4 wanda_0.5 --samples 32
@@ -34,6 +34,7 @@ import pyarrow.parquet as parquet
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.real_plot import plot
 from benchmarks.real_rows import PARTS, Row, rows
 
 VALIDATION = "wikitext2:wikitext-2-v1@validation"
@@ -61,7 +62,7 @@ def command(row: Row, args: argparse.Namespace) -> list[str]:
         "evaluate.seq_len": 1024,
         "evaluate.batch_size": args.batch_size,
         "evaluate.continuations": 0,
-        "evaluate.tasks": f"[{','.join(TASKS if args.limit else ())}]",
+        "evaluate.tasks": f"[{','.join(args.tasks if args.limit else ())}]",
         "evaluate.limit": args.limit or "null",
     }
     specific = [setting.format(text=text) for setting in row.settings]
@@ -141,10 +142,13 @@ def results(row: Row, args: argparse.Namespace) -> dict | None:
 
 
 def minutes(row: Row, args: argparse.Namespace, stages: str) -> str:
-    records = [
-        json.loads((args.work / row.name / stage / "stage.json").read_text()) for stage in stages.split(",") if stage
-    ]
-    return " + ".join(f"{stage['cpu_seconds'] / 120:.1f}" for stage in records)
+    return " + ".join(f"{spent / 120:.1f}" for spent in seconds(row, args, stages))
+
+
+def seconds(row: Row, args: argparse.Namespace, stages: str) -> list[float]:
+    """The CPU seconds of each stage, of all threads."""
+    folders = [args.work / row.name / stage for stage in stages.split(",") if stage]
+    return [json.loads((folder / "stage.json").read_text())["cpu_seconds"] for folder in folders]
 
 
 def layer_error(row: Row, args: argparse.Namespace) -> str:
@@ -183,6 +187,20 @@ def table(part: str, args: argparse.Namespace) -> None:
         print("|", " | ".join([row.method, row.pattern, *quality, *ending]), "|")
 
 
+def plot_quality(args: argparse.Namespace) -> None:
+    """WORK/quality.png, if there are finished rows: perplexity against the minutes of all stages before the evaluation."""
+    points, dense = {}, None
+    for row in {row.name: row for row in rows()}.values():
+        if content := results(row, args):
+            *_, last = content["models"].values()
+            dense = content["models"]["dense"]["perplexity"]["wikitext2"]
+            spent = sum(seconds(row, args, row.stages)) / 120
+            start = " from wanda" if row.part == "recovery" and " from " not in row.method else ""
+            points.setdefault(row.pattern, []).append((row.method + start, spent, last["perplexity"]["wikitext2"]))
+    if points:
+        plot(points, dense, args.work / "quality.png")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -196,6 +214,7 @@ def main() -> int:
     )
     parser.add_argument("--seconds", action="store_true", help="only time the prune stages")
     parser.add_argument("--limit", type=int, default=0, help="questions per task; 0: no tasks")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     parser.add_argument("--batch-size", type=int, default=4, help="windows or questions at a time, in evaluations")
     args = parser.parse_args()
     args.model, args.mirror, args.work = (path.resolve() for path in (args.model, args.mirror, args.work))
@@ -203,12 +222,15 @@ def main() -> int:
     write_text(args.mirror, args.work / "validation.jsonl")
     chosen = [row for row in rows() if row.part in args.part and (args.only is None or row.name in args.only)]
     chosen = list({row.name: row for row in reversed(chosen)}.values())[::-1]  # some rows are in two tables
+    if missing := set(args.only or ()) - {row.name for row in chosen} - {"none"}:
+        parser.error(f"there is no row {min(missing)} in --part {' '.join(args.part)}")
     if args.seconds:
         print_seconds(chosen, args)
         return 0
     failed = run_all(chosen, args)
     for part in args.part:
         table(part, args)
+    plot_quality(args)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)

@@ -1,0 +1,42 @@
+"""The plot of benchmarks/real.py: quality against time, so that one sees what the next minute buys."""
+
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+HIGHEST = 10  # times the dense perplexity: what is above is of no use, and would flatten the rest
+
+
+def plot(points: dict[str, list[tuple[str, float, float]]], dense: float, path: Path) -> None:
+    """One panel for each pattern, with points (method, minutes, perplexity). The line joins the methods that none of the others
+    beats in both."""
+    columns = min(2, len(points))
+    figure, axes = pyplot.subplots(
+        math.ceil(len(points) / columns), columns, figsize=(7 * columns, 2.3 * len(points)), squeeze=False
+    )
+    for axis, (pattern, found) in zip(axes.flat, points.items()):
+        shown = sorted((point for point in found if point[2] < HIGHEST * dense), key=lambda point: point[1:])
+        front = []
+        for number, (label, minutes, perplexity) in enumerate(shown):
+            is_best = not front or perplexity < front[-1][1]
+            if is_best:
+                front.append((minutes, perplexity))
+            axis.plot(minutes, perplexity, "o", color="C0" if is_best else "0.6")
+            below = number % 2  # neighbours would cover each other
+            axis.annotate(
+                label, (minutes, perplexity), (5, -11 if below else 4), textcoords="offset points", fontsize=8
+            )
+        axis.step(*zip(*front), where="post", color="C0", linewidth=1)
+        axis.axhline(dense, color="0.4", linestyle=":", linewidth=1)
+        axis.annotate("dense", (0, dense), (5, 4), textcoords="offset points", fontsize=8)
+        axis.set(title=pattern, xlabel="minutes on two cores", ylabel="perplexity", yscale="log")
+        axis.set(xlim=(0, 1.3 * max(minutes for _, minutes, _ in shown)), ylim=(0.8 * dense, HIGHEST * dense))
+        ticks = [tick for tick in (20, 30, 50, 100, 200) if 0.8 * dense < tick < HIGHEST * dense]
+        axis.set_yticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
