@@ -16,27 +16,25 @@ def plot(points: dict[str, list[tuple[str, float, float]]], dense: float, path: 
     beats in both."""
     columns = min(2, len(points))
     figure, axes = pyplot.subplots(
-        math.ceil(len(points) / columns), columns, figsize=(7 * columns, 2.3 * len(points)), squeeze=False
+        math.ceil(len(points) / columns), columns, figsize=(7.5 * columns, 2.3 * len(points)), squeeze=False
     )
     for axis, (pattern, found) in zip(axes.flat, points.items()):
         shown = sorted((point for point in found if point[2] < HIGHEST * dense), key=lambda point: point[1:])
         front = []
-        for number, (label, minutes, perplexity) in enumerate(shown):
+        for number, (label, minutes, perplexity) in enumerate(shown, 1):
             is_best = not front or perplexity < front[-1][1]
             if is_best:
                 front.append((minutes, perplexity))
-            axis.plot(minutes, perplexity, "o", color="C0" if is_best else "0.6")
-            below = number % 2  # neighbours would cover each other
-            axis.annotate(
-                label, (minutes, perplexity), (5, -11 if below else 4), textcoords="offset points", fontsize=8
-            )
+            axis.plot(minutes, perplexity, "o", color="C0" if is_best else "0.6", label=f"{number}  {label}")
+            axis.annotate(str(number), (minutes, perplexity), (5, 4), textcoords="offset points")
         axis.step(*zip(*front), where="post", color="C0", linewidth=1)
         axis.axhline(dense, color="0.4", linestyle=":", linewidth=1)
         axis.annotate("dense", (0, dense), (5, 4), textcoords="offset points", fontsize=8)
-        axis.set(title=pattern, xlabel="minutes on two cores", ylabel="perplexity", yscale="log")
+        axis.set(title=pattern.replace("of", ":"), xlabel="minutes on two cores", ylabel="perplexity", yscale="log")
         axis.set(xlim=(0, 1.3 * max(minutes for _, minutes, _ in shown)), ylim=(0.8 * dense, HIGHEST * dense))
         ticks = [tick for tick in (20, 30, 50, 100, 200) if 0.8 * dense < tick < HIGHEST * dense]
         axis.set_yticks(ticks, [str(tick) for tick in ticks])
         axis.minorticks_off()
+        axis.legend(handlelength=0, markerscale=0, loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
