@@ -51,6 +51,7 @@ def test_what_torch_compile_knows_of_the_operators(dtype, values):
     torch.library.opcheck(operators.expand.default, (*parts, torch.empty_like(weight)), test_utils=checks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, values", [("llama", "exact"), ("gpt2", "int8")])
 @torch.no_grad()
 def test_a_compact_model_is_traced_as_one_graph(tmp_path, family, values):
