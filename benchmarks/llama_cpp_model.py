@@ -72,10 +72,8 @@ class LlamaCpp:
     def __init__(self, path: Path) -> None:
         import llama_cpp
 
-        self.api, threads = llama_cpp, torch.get_num_threads()
-        self.model = llama_cpp.Llama(
-            str(path), n_ctx=CONTEXT, n_batch=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
+        self.api = llama_cpp
+        self.model = llama_cpp.Llama(str(path), n_ctx=CONTEXT, n_batch=CONTEXT, verbose=False)
 
     def generate(self, ids: Tensor, max_new_tokens: int, **_: Any) -> Tensor:
         """Greedily generated tokens after the prompt `ids` (1, N): (1, N + max_new_tokens)."""

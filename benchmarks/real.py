@@ -84,6 +84,11 @@ def write_text(mirror: Path, path: Path) -> None:
     path.write_text("".join(json.dumps({"text": article}) + "\n" for article in articles))
 
 
+def without_repeats(chosen: list[Row]) -> list[Row]:
+    """Some rows are in two tables."""
+    return list({row.name: row for row in reversed(chosen)}.values())[::-1]
+
+
 def run_all(chosen: list[Row], args: argparse.Namespace) -> list[str]:
     """Runs `args.jobs` rows at a time, each after the row that it continues. Returns the names of the failed rows."""
     failed, waiting, running = [], list(chosen), {}
@@ -190,15 +195,14 @@ def table(part: str, args: argparse.Namespace) -> None:
 def plot_quality(args: argparse.Namespace) -> None:
     """WORK/quality.png, if there are finished rows: perplexity against the minutes of all stages before the evaluation."""
     points, dense = {}, None
-    for row in {row.name: row for row in rows()}.values():
+    for row in without_repeats(rows()):
         if content := results(row, args):
             *_, last = content["models"].values()
             dense = content["models"]["dense"]["perplexity"]["wikitext2"]
             spent = sum(seconds(row, args, row.stages)) / 120
             start = " from wanda" if row.part == "recovery" and " from " not in row.method else ""
             points.setdefault(row.pattern, []).append((row.method + start, spent, last["perplexity"]["wikitext2"]))
-    if points:
-        plot(points, dense, args.work / "quality.png")
+    plot(points, dense, args.work / "quality.png")
 
 
 def main() -> int:
@@ -221,7 +225,7 @@ def main() -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     write_text(args.mirror, args.work / "validation.jsonl")
     chosen = [row for row in rows() if row.part in args.part and (args.only is None or row.name in args.only)]
-    chosen = list({row.name: row for row in reversed(chosen)}.values())[::-1]  # some rows are in two tables
+    chosen = without_repeats(chosen)
     if missing := set(args.only or ()) - {row.name for row in chosen} - {"none"}:
         parser.error(f"there is no row {min(missing)} in --part {' '.join(args.part)}")
     if args.seconds:

@@ -32,14 +32,15 @@ def measure(folders: dict[str, Path], settings: Speed, trust_remote_code: bool =
     Raises `UserError` if a folder cannot be loaded, or if its process dies.
     """
     threads, notes, device = settings.threads or torch.get_num_threads(), [], _device(settings)
-    how = (threads, trust_remote_code, device, settings.compiled)
     operators = kernels.load() if device == "cpu" else None  # compiles them here, once, if necessary
     load_average = os.getloadavg()[0]
     with start_processes(folders, device) as running:
         models = {}
         for name, process in running.items():
             try:
-                models[name] = process.ask("load", str(process.folder), *how)
+                models[name] = process.ask(
+                    "load", str(process.folder), threads, trust_remote_code, device, settings.compiled
+                )
             except MeasurementError as error:
                 raise UserError(f"{process.folder} cannot be measured: {error}") from error
         triton, *_ = [model.pop("triton") for model in models.values()]

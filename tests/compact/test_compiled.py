@@ -24,8 +24,7 @@ def forget_other_graphs():
 
 def folders(tmp_path, family: str, values: str = "exact", dtype: torch.dtype = torch.float32):
     """An ordinary and a compact folder of the same small pruned model."""
-    small = {} if family == "mixtral" else {"vocab_size": 521}
-    model = small_model(family, **small).to(dtype)
+    model = small_model(family).to(dtype)
     masks = prune_(model, "0.5")
     model.save_pretrained(tmp_path / "model")
     export(tmp_path / "model", masks, tmp_path / "compact", values=values)
