@@ -1,8 +1,6 @@
 """The one command: `accelerate launch launch.py recipe=NAME [key=value ...]`, or `python launch.py COMMAND ...`."""
 
-import sys
-
-from pipeline.commands.main import main
+from pipeline.commands.main import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,6 +1,7 @@
 """The entry point of `launch.py` and of the console command `espalier`: starts a run, a sweep or another command."""
 
 import ast
+import atexit
 import difflib
 import importlib.util
 import os
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NoReturn
 
 from pipeline.runtime import signals
 from pipeline.runtime.errors import ReportedByPeer, Stopped, UserError, one_line, unexpected
@@ -78,6 +80,27 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def run_and_leave() -> NoReturn:
+    leave(main())
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process with this code, after the functions registered for its end.
+
+    It does not return to the interpreter, which on its way out destroys objects that threads of torch still use: rarely
+    they then abort a process whose work is done ("terminate called without an active exception", pytorch#38228).
+    """
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:  # the reader of our output has ended, as `head` does
+        pass
+    except OSError:  # the end of the output is lost
+        code = code or 2
+    os._exit(code)
+
+
 def _command(arguments: list[str]) -> Callable[[], None] | None:
     """The command or option on the command line; None for a run. Raises `UserError` for an unknown word."""
     first, *rest = arguments or [""]
@@ -121,4 +144,4 @@ def _fail(text: str, code: int, quiet: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

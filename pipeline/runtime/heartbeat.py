@@ -40,6 +40,7 @@ class Heartbeat:
     def stop(self) -> None:
         self.stopping.set()
         self.threads[0].join(MISSED * BEAT)
+        ctypes.CDLL(None).signal(signal.SIGABRT, None)  # the default, because the handler ends with this object
 
     def post(self, text: str, code: int = ERROR) -> bool:
         """Posts why the run ends. Returns False if another process posted first and therefore reports its reason."""

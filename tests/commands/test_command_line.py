@@ -89,6 +89,24 @@ def test_mistakes_are_one_line(asked, arguments, says):
 
 
 @pytest.mark.slow
+def test_a_thread_of_torch_does_not_abort_a_command_that_is_done(tmp_path):
+    """It did, rarely, when the interpreter was torn down under a thread that came back from torch."""
+    (tmp_path / "busy.py").write_text(
+        "import atexit, runpy, sys, threading, time, torch\n"
+        "torch.set_num_threads(1)\n"
+        "def work():\n"
+        "    while True: torch.ones(200_000).add_(1)\n"
+        "for _ in range(4): threading.Thread(target=work, daemon=True).start()\n"
+        "atexit.register(lambda: print('atexit'))\n"
+        "sys.argv = ['launch.py', sys.argv[1]]\n"
+        "runpy.run_path('launch.py', run_name='__main__')"
+    )
+    for word, code in (("keys", 0), ("nothing", 2)):
+        done = subprocess.run([sys.executable, tmp_path / "busy.py", word], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout[-7:]) == (code, "atexit\n"), done
+
+
+@pytest.mark.slow
 def test_lists_do_not_import_torch():
     code = (
         "import sys; from pipeline.commands.main import main\n"

@@ -8,8 +8,13 @@ import importlib.util
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from filelock import FileLock
+
+from pipeline.commands.main import leave
 
 
 def prepare(simulator: Path) -> None:
@@ -17,7 +22,9 @@ def prepare(simulator: Path) -> None:
     spec = importlib.util.spec_from_file_location("simulator_run", simulator / "run.py")
     run = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(run)
-    sys.path[:0] = [str(run.build().parent), str(simulator)]
+    with FileLock(Path(tempfile.gettempdir()) / "simulated-gpu.lock"):  # other processes may start at the same time
+        built = run.build()
+    sys.path[:0] = [str(built.parent), str(simulator)]
     rank = os.environ.get("LOCAL_RANK", "0")
     if os.environ.get("SIM_GPUS") == "1":
         os.environ["LOCAL_RANK"] = "0"  # the simulator reads its GPU index from this variable
@@ -80,4 +87,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
