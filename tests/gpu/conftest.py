@@ -1,11 +1,14 @@
 """Runs a recipe on simulated GPUs, which count copies, synchronisations and bytes."""
 
 import json
+import os
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -20,35 +23,66 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
+@pytest.fixture(scope="session")
+def simulators() -> Iterator[Callable[[dict[int, list[dict]]], list[int]]]:
+    """A function that runs the jobs of each simulated GPU (`tests/gpu/simulated.py`), by its index; returns the exit codes.
+    Starts the process of a GPU at first use."""
+    servers: dict[int, subprocess.Popen] = {}
+
+    def run(jobs: dict[int, list[dict]]) -> list[int]:
+        for gpu in set(jobs) - set(servers):
+            servers[gpu] = subprocess.Popen(
+                [sys.executable, "-m", "tests.gpu.simulated", str(SIMULATOR)],
+                cwd=ROOT,
+                env=environment() | {"LOCAL_RANK": str(gpu), "SIM_GPUS": str(gpu + 1)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        for gpu, its_jobs in jobs.items():
+            print(json.dumps(its_jobs), file=servers[gpu].stdin, flush=True)
+        codes = []
+        for gpu in jobs:
+            if not select.select([servers[gpu].stdout], [], [], 240)[0]:
+                stop()  # their next answers would be to these jobs
+                pytest.fail("a run on a simulated GPU took more than 240 s")
+            codes += json.loads(servers[gpu].stdout.readline())
+        return codes
+
+    def stop() -> None:
+        while servers:
+            _, server = servers.popitem()
+            os.killpg(server.pid, signal.SIGKILL)
+            server.communicate()
+
+    yield run
+    stop()
+
+
 @pytest.fixture
-def simulated(tmp_path) -> Callable[..., list[dict]]:
+def simulated(simulators, tmp_path) -> Callable[..., list[dict]]:
     """A function that runs the command on `processes` simulated GPUs and returns the counters of each process. `visible`: the
     name of the only GPU that each process sees; by default all processes see all GPUs."""
     if not SIMULATOR.is_dir() or not shutil.which("g++"):
         pytest.skip("../shared or a C++ compiler is absent")
 
     def run(*settings: object, processes: int = 1, visible: tuple[str, ...] = ()) -> list[dict]:
-        common = environment() | {"SIM_COUNTS": str(tmp_path / "counts"), "SIM_GPUS": str(1 if visible else processes)}
+        common = environment() | {"SIM_GPUS": str(1 if visible else processes)}
         if processes > 1:
             common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "TORCHELASTIC_RUN_ID": "none"}
             common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        command = [sys.executable, "-m", "tests.gpu.simulated", str(SIMULATOR), *map(str, settings)]
-        running = []
+        jobs: dict[int, list[dict]] = {}
         for rank in range(processes):
             variables = common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
             variables |= {"SIM_UUID": visible[rank]} if visible else {}
-            with open(tmp_path / f"output-{rank}.txt", "w") as file:
-                running.append(
-                    subprocess.Popen(command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT)
-                )
-        try:
-            codes = [process.wait(240) for process in running]
-        finally:
-            for process in running:
-                process.kill()
-        outputs = [(tmp_path / f"output-{rank}.txt").read_text() for rank in range(processes)]
+            files = {name: str(tmp_path / f"{name}-{rank}") for name in ("output", "counts")}
+            job = {"settings": [str(it) for it in settings], "environment": variables, **files}
+            jobs.setdefault(0 if visible else rank, []).append(job)
+        codes = simulators(jobs)
+        outputs = [(tmp_path / f"output-{rank}").read_text() for rank in range(processes)]
         assert codes == [0] * processes, "\n".join(output[-3000:] for output in outputs)
-        counts = [json.loads((tmp_path / f"counts-{rank}.json").read_text()) for rank in range(processes)]
+        counts = [json.loads((tmp_path / f"counts-{rank}").read_text()) for rank in range(processes)]
         return [count | {"output": output} for count, output in zip(counts, outputs)]
 
     return run

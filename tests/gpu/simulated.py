@@ -1,7 +1,10 @@
-"""Runs the command on simulated GPUs: `python -m tests.gpu.simulated SIMULATOR key=value ...`.
+"""Runs the command on a simulated GPU: `LOCAL_RANK=INDEX python -m tests.gpu.simulated SIMULATOR`.
 
-The simulator (modules `sim` and `nccl`) must be loaded before torch's CUDA is used. This module adds support for process groups
-with two backends (`cpu:gloo,cuda:nccl`) to its NCCL, and writes the counters as JSON to the file named by SIM_COUNTS.
+Each line of its input is a JSON list of runs: their settings, environment, and files for the output and the counters. A run is
+a forked process, because the imports take 10 s. The answer is a line with the list of their exit codes.
+
+The simulator (modules `sim` and `nccl`) must be loaded before torch's CUDA is used, and then reads the index of the GPU. This
+module adds support for process groups with two backends (`cpu:gloo,cuda:nccl`) to its NCCL.
 """
 
 import importlib.util
@@ -11,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from filelock import FileLock
 
@@ -25,16 +29,7 @@ def prepare(simulator: Path) -> None:
     with FileLock(Path(tempfile.gettempdir()) / "simulated-gpu.lock"):  # other processes may start at the same time
         built = run.build()
     sys.path[:0] = [str(built.parent), str(simulator)]
-    rank = os.environ.get("LOCAL_RANK", "0")
-    if os.environ.get("SIM_GPUS") == "1":
-        os.environ["LOCAL_RANK"] = "0"  # the simulator reads its GPU index from this variable
-    import sim
-
-    if os.environ.get("SIM_GPUS") == "1":
-        os.environ["LOCAL_RANK"], sim.cu.current_device = rank, lambda: 0
-    sim.Props.uuid = os.environ.get("SIM_UUID", rank)
-    if os.environ.get("WORLD_SIZE"):
-        _support_two_backends()
+    import sim  # noqa: F401
 
 
 def _support_two_backends() -> None:
@@ -68,23 +63,44 @@ def _check(refuse: Callable) -> Callable:
     return check
 
 
-def main(arguments: list[str]) -> int:
-    prepare(Path(arguments[0]))
+def run(settings: list[str], environment: dict[str, str], output: str, counts: str) -> NoReturn:
+    """Runs the command in this process, which then ends."""
     import sim
 
     import launch
 
-    sys.argv = ["launch.py", *arguments[1:]]
+    os.environ.clear()
+    os.environ.update(environment)
+    with open(output, "w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    if environment["SIM_GPUS"] == "1":
+        sim.cu.current_device = lambda: 0
+    sim.Props.uuid = environment.get("SIM_UUID", environment.get("LOCAL_RANK", "0"))
+    if "WORLD_SIZE" in environment:
+        _support_two_backends()
+    sys.argv = ["launch.py", *settings]
     code = launch.main()
-    counts = sim.C.stats() | {"kernels": sim.C.counts()}
-    if os.environ.get("WORLD_SIZE"):
+    counted = sim.C.stats() | {"kernels": sim.C.counts()}
+    if "WORLD_SIZE" in environment:
         import nccl
 
-        counts["collectives"] = nccl.COUNT
-    if path := os.environ.get("SIM_COUNTS"):
-        Path(f"{path}-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(counts))
-    return code
+        counted["collectives"] = nccl.COUNT
+    Path(counts).write_text(json.dumps(counted))
+    leave(code)
+
+
+def serve(simulator: Path) -> None:
+    prepare(simulator)
+    importlib.import_module("pipeline.stages.runner")  # and all stages
+    for line in sys.stdin:
+        children = []
+        for job in json.loads(line):
+            children.append(os.fork())
+            if not children[-1]:
+                run(**job)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    serve(Path(sys.argv[1]))
