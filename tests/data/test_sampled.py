@@ -9,7 +9,8 @@ from pipeline.models import loading
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
 from pipeline.sparsity.masks import Masks
-from tests.conftest import PRUNE, espalier
+from tests import launches
+from tests.conftest import PRUNE
 
 SELF = ("calibration.dataset=self", "calibration.samples=20", "calibration.seq_len=24", "calibration.batch_size=4")
 
@@ -87,7 +88,7 @@ def test_calibration_with_samples_on_any_number_of_processes(tiny_llama, tmp_pat
     settings = [f"model={tiny_llama}", *SELF]
     one, output = finishes(tmp_path / "one/run", *settings)
     assert "self: the dense model writes 20 samples of 24 tokens" in output
-    espalier(*PRUNE, *settings, f"run_dir={tmp_path}/two/run", processes=2)
+    launches.run((*PRUNE, *settings, f"run_dir={tmp_path}/two/run"), tmp_path / "log", of=2)
     assert (tmp_path / "two/run/prune/masks.safetensors").read_bytes() == one
     _, output = finishes(tmp_path / "one/other", *settings, "prune.method=magnitude")
     assert "the dense model writes" not in output

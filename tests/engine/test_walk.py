@@ -23,7 +23,8 @@ from pipeline.settings import schema
 from pipeline.sparsity.masks import by_matrix
 from pipeline.sparsity.patterns import NofM
 from pipeline.stages import reconstruct
-from tests.conftest import PRUNE, espalier
+from tests import launches
+from tests.conftest import PRUNE
 from tests.families import save, text, tiny
 from tests.pruning.test_prune import Killed, pruned, settings
 
@@ -146,7 +147,7 @@ def test_experts_that_a_process_never_reaches_use_the_statistics_of_others(origi
     )
     pruned(folder, tmp_path / "one", *few)
     assert "pruned by weight alone" in capsys.readouterr().out
-    espalier(f"model={folder}", *PRUNE, *few, f"run_dir={tmp_path}/two", processes=2)
+    launches.run((f"model={folder}", *PRUNE, *few, f"run_dir={tmp_path}/two"), tmp_path / "log", of=2)
     one, two = (
         path.read_bytes() for path in (tmp_path / "one/masks.safetensors", tmp_path / "two/prune/masks.safetensors")
     )

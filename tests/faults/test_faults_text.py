@@ -7,7 +7,8 @@ import pytest
 
 from pipeline.data import sources
 from pipeline.runtime.errors import UserError
-from tests.conftest import PRUNE, espalier
+from tests import launches
+from tests.conftest import PRUNE
 
 
 @pytest.mark.slow
@@ -57,11 +58,11 @@ def test_tokens_of_another_vocabulary(tiny_llama, tmp_path, refused, token):
 
 @pytest.mark.slow
 def test_fewer_batches_than_processes(tiny_llama, tmp_path):
-    settings = (f"model={tiny_llama}", *PRUNE, "calibration.samples=2", f"run_dir={tmp_path}")
-    seen = espalier(*settings, processes=2, expect=None)
+    settings = (f"model={tiny_llama}", *PRUNE, "calibration.samples=2", f"run_dir={tmp_path}/run")
+    seen = launches.run(settings, tmp_path / "log", of=2, code=2)
     output = [line for line in seen.splitlines() if line.startswith("espalier: ")]
     assert output == [
         "espalier: 1 batches of calibration samples cannot be shared by 2 processes: set calibration.batch_size=1, or "
         "calibration.samples=4 or more"
     ]
-    assert not (tmp_path / "prune").exists()
+    assert not (tmp_path / "run/prune").exists()

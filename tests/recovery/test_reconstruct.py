@@ -18,7 +18,8 @@ from pipeline.runtime.errors import UserError
 from pipeline.settings import reader, schema
 from pipeline.sparsity.masks import by_matrix
 from pipeline.stages import reconstruct, runner
-from tests.conftest import QUICK, espalier
+from tests import launches
+from tests.conftest import QUICK
 from tests.engine.test_decoder import FAMILIES
 from tests.pruning.test_prune import Killed, families, pruned  # noqa: F401  (a fixture)
 
@@ -178,7 +179,7 @@ def test_a_killed_run_resumes_at_its_layer(tiny_llama, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_reconstruct_as_one_and_all_models_are_reported(tiny_llama, tmp_path):
     chosen = "stages=[prune,reconstruct,finetune,evaluate]"
-    espalier(f"model={tiny_llama}", *QUICK, *SETTINGS, chosen, f"run_dir={tmp_path}/two", processes=2)
+    launches.run((f"model={tiny_llama}", *QUICK, *SETTINGS, chosen, f"run_dir={tmp_path}/two"), tmp_path / "log", of=2)
     masks, _ = pruned(tiny_llama, tmp_path / "prune")
     one, _ = reconstructed(tiny_llama, tmp_path)
     for name, weight in model_files.tensors(tmp_path / "two/reconstruct/model"):
