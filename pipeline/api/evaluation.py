@@ -147,7 +147,7 @@ def _windows(
     """The windows of a text, (N, T), as the command cuts them."""
     cut = functools.partial(windows, seq_len=settings.seq_len, count=settings.windows)
     if isinstance(text, Tensor) and text.dim() == 2:
-        return inputs.token_windows(text, f"perplexity[{name}]", model)[: settings.windows]
+        return inputs.token_windows(text, f"perplexity[{name}]", model, has_loss=True)[: settings.windows]
     loading.check_length(model.config, "seq_len", settings.seq_len)
     if isinstance(text, Tensor):
         where: Any = f"perplexity[{name}]"

@@ -153,7 +153,7 @@ def _samples(
         processor = image_inputs.processor_of(model, tokenizer)
         return images.repeated(source, processor, model.config, count, seed, settings.augment)
     if isinstance(data, Tensor):
-        windows_NT = inputs.token_windows(data, name, model)
+        windows_NT = inputs.token_windows(data, name, model, has_loss=True)
         return windows_NT[torch.arange(count) % len(windows_NT)]
     loading.check_length(model.config, "seq_len", settings.seq_len)
     tokenizer = inputs.tokenizer_of(model) if tokenizer is None else tokenizer

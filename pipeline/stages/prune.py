@@ -41,9 +41,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     model = loading.load(origin, recipe)
     settings, blocks = recipe.prune, find_blocks(model)
     patterns = allocate(blocks, settings)  # raises before any text is read
-    coverage = Coverage(coverage_entries(model, blocks), patterns.keys())
-    for name, text in coverage.describe(patterns):
-        processes.say(f"  {name}: {text}")
+    coverage = tell_coverage(model, blocks, patterns)
     batches = calibration.batches(recipe, recipe.calibration, "calibration", origin, model)
     dense = loading.load(origin, recipe) if settings.target == "dense" else None
     store = plan_memory(model, batches, settings, patterns)
@@ -63,6 +61,7 @@ def in_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> Masks:
         mark_pointwise(model)
     settings, blocks = recipe.prune, find_blocks(model)
     patterns = allocate(blocks, settings)
+    tell_coverage(model, blocks, patterns)
     dense = copy.deepcopy(model) if settings.target == "dense" else None
     store = plan_memory(model, batches, settings, patterns)
     pruner = block_pruner(blocks, lambda: model, batches, store, settings)
@@ -73,6 +72,14 @@ def in_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> Masks:
         raise UserError(NOTHING)
     walk.files.masks.channel_order = getattr(model.config, "channel_order", None)
     return walk.files.masks
+
+
+def tell_coverage(model: nn.Module, blocks: list[Block], patterns: dict[str, Pattern]) -> Coverage:
+    """Prints what will be pruned, and what stays dense and why."""
+    coverage = Coverage(coverage_entries(model, blocks), patterns.keys())
+    for name, text in coverage.describe(patterns):
+        processes.say(f"  {name}: {text}")
+    return coverage
 
 
 def plan_memory(model: nn.Module, batches: list[Tensor], settings: Prune, patterns: dict[str, Pattern]) -> torch.device:
