@@ -1,4 +1,4 @@
-"""The API where a notebook has put the model: in inference mode, compiled, with replaced forwards, with other tools' weights."""
+"""The API where a notebook has put the model: in inference mode, compiled, with replaced forwards, with others' weights."""
 
 import copy
 import functools
