@@ -54,7 +54,7 @@ def evaluate(
 
     Runs on the model's device. Raises `UserError`.
     """
-    inputs.check_model(model)
+    inputs.check_model(model, may_be_compact=True)
     if image_inputs.are_read_by(model):
         if perplexity or tasks:
             raise UserError(f"{type(model).__name__} reads images: set accuracy=[...] instead of perplexity and tasks")

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.compact.compact_model import CompactModule
 from pipeline.data import sources, special_tokens
 from pipeline.data.sources import Source
 from pipeline.models import loading
@@ -86,7 +87,7 @@ def _plain(key: str, value: Any) -> Any:
     return value
 
 
-def check_model(model: Any, name: str = "model") -> None:
+def check_model(model: Any, name: str = "model", may_be_compact: bool = False) -> None:
     """Raises `UserError` unless it is a transformers model with plain weights on one device."""
     if not isinstance(model, PreTrainedModel):
         raise UserError(
@@ -95,6 +96,8 @@ def check_model(model: Any, name: str = "model") -> None:
         )
     if any(isinstance(module, BaseTunerLayer | MaskedParameter) for module in model.modules()):
         raise UserError(f"{name} has an adapter: merge it first, or pass the model without it")
+    if not may_be_compact and any(isinstance(module, CompactModule) for module in model.modules()):
+        raise UserError(f"{name} is compact: pass the model that was exported, or that `expand` writes")
     if getattr(model, "hf_quantizer", None) is not None or any(not p.is_floating_point() for p in model.parameters()):
         raise UserError(f"{name} is quantised: load it unquantised, or use the command, which dequantises it")
     if any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()]):

@@ -124,7 +124,7 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None, sett
         if settings.distill:
             raise UserError(f"distill={settings.distill:g} needs the dense model: pass teacher=...")
         return
-    inputs.check_model(teacher, "teacher")
+    inputs.check_model(teacher, "teacher", may_be_compact=True)
     if not settings.distill:
         raise UserError("teacher is unused because distill is 0: set distill=0.5")
     if teacher is model:

@@ -87,7 +87,8 @@ def load_compact(
 
     On the CPU, `compiled` sets up `generate` to compile its decoding steps, see `compile_decoding`.
 
-    Checks sizes, headers, and that each mask has as many bits as values; `expand` also checks the hashes.
+    Checks sizes, headers, the hashes of small files, and that each mask has as many bits as values; `expand` also checks the
+    hashes of the tensors' files.
     Raises `UserError` if the folder is not a compact model, or is damaged, or if there is no such device.
     """
     device = _checked(device)
@@ -103,7 +104,7 @@ def load_compact(
 def _checked(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UserError(f"device={device} is unknown: set device=cpu or device=cuda") from error
     if found.type not in ("cpu", "cuda"):
         raise UserError(f"device={device}: a compact model runs on cpu or cuda")

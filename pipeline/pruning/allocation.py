@@ -138,6 +138,8 @@ def allocate(blocks: list[Block], settings: Prune, by_block: dict[int, Pattern] 
         for block in blocks
         for name, matrix in matrices(block, blocks).items()
     }
+    if not candidates:
+        raise UserError("the layers hold no matrix that can be pruned: this model is not supported")
     overrides = {  # parsed once each, so that the matrices of an override share a pattern
         glob: None if value == "dense" else patterns.parse(value, f"prune.overrides[{glob}]")
         for glob, value in settings.overrides.items()

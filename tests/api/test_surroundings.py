@@ -104,3 +104,20 @@ def test_what_stays_dense_is_said(capsys):
     masks = espalier.prune(model, calibration=IDS)
     assert not any("layers.0.mlp.up_proj" in name for name in masks)
     assert "mlp.up_proj.weight_orig: stays dense" in capsys.readouterr().out
+
+
+def test_a_compact_model_is_only_measured(pruned, tmp_path):
+    model, masks = pruned
+    espalier.export(model, masks, tmp_path / "compact")
+    compact = espalier.load_compact(tmp_path / "compact")
+    for call in (
+        lambda: espalier.prune(compact, calibration=IDS),
+        lambda: espalier.verify(compact, masks),
+        lambda: tuned(compact, masks),
+        lambda: espalier.reconstruct(model, masks, compact, calibration=IDS),
+    ):
+        with pytest.raises(UserError, match="is compact: pass the model that was exported"):
+            call()
+    found, expected = (espalier.evaluate(it, perplexity=[IDS])["perplexity"]["text"] for it in (compact, model))
+    assert found == pytest.approx(expected, rel=1e-5)
+    espalier.finetune(copy.deepcopy(model), masks, IDS, teacher=compact, distill=0.5, **TUNING)

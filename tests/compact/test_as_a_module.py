@@ -3,6 +3,7 @@
 import copy
 import io
 import operator
+import shutil
 
 import pytest
 import torch
@@ -107,3 +108,17 @@ def test_operators_and_keywords():
         lambda it: -it + abs(it) - x * it,
     ):
         torch.testing.assert_close(call(compact), call(weight))
+
+
+def test_small_files_are_compared_with_their_hashes(both, tmp_path):
+    """A changed setting would change what the model computes."""
+    both[0].save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", prune_(both[0], "0.5"), tmp_path / "compact")
+    for name in ("config.json", "generation_config.json"):
+        bad = tmp_path / f"bad-{name}"
+        shutil.copytree(tmp_path / "compact", bad)
+        text = (bad / name).read_text()
+        (bad / name).write_text(text.replace("1", "2", 1))
+        assert (bad / name).read_text() != text
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            load_compact(bad)
