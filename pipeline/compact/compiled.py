@@ -40,8 +40,18 @@ def compile_decoding(model: nn.Module) -> nn.Module:
         raise UserError(f"{name} runs one compact expert at a time, which cannot be compiled: decode without compiling")
     if model.config._attn_implementation == "sdpa" and not _asks_for_sdpa(model):
         model.set_attn_implementation(ATTENTION)
+    model.get_compiled_call = functools.partial(_compiled_call, model)
     model.generation_config.cache_implementation, model.generation_config.compile_config = "static", how
     return model
+
+
+def _compiled_call(model: nn.Module, how: CompileConfig) -> Any:
+    """The model's own `get_compiled_call`, whose result a deep copy would take along: it would decode with the original's
+    weights."""
+    if model.__dict__.get("_compiled_of") != id(model):
+        model.__dict__.pop("_compiled_call", None)
+        model._compiled_of = id(model)
+    return type(model).get_compiled_call(model, how)
 
 
 def _asks_for_sdpa(model: nn.Module) -> bool:

@@ -1,5 +1,7 @@
 """Compact products in torch.compile, and compiled decoding: the same results as without."""
 
+import copy
+
 import pytest
 import torch
 
@@ -129,3 +131,16 @@ def test_the_attention_computes_the_same(family):
     found = model.generate(ids, **how)
     assert torch.equal(found.sequences, expected.sequences)
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_copy_decodes_with_its_own_weights():
+    model, ids = compiled.compile_decoding(tiny("llama")), text(1, 5)
+    model.generation_config.compile_config.backend = "eager"
+    how = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
+    model.generate(ids, **how)
+    for again in (copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model))):
+        again.lm_head.weight.data = -model.lm_head.weight.data
+        expected = tiny("llama")
+        expected.lm_head.weight.data = -expected.lm_head.weight.data
+        assert torch.equal(again.generate(ids, **how), expected.generate(ids, **how))
