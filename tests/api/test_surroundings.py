@@ -121,3 +121,12 @@ def test_a_compact_model_is_only_measured(pruned, tmp_path):
     found, expected = (espalier.evaluate(it, perplexity=[IDS])["perplexity"]["text"] for it in (compact, model))
     assert found == pytest.approx(expected, rel=1e-5)
     espalier.finetune(copy.deepcopy(model), masks, IDS, teacher=compact, distill=0.5, **TUNING)
+
+
+def test_a_model_that_transformers_cannot_save_is_refused_in_one_line(pruned, tmp_path):
+    model = copy.deepcopy(pruned[0])
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    masks = espalier.prune(model, calibration=IDS)
+    with pytest.raises(UserError, match="^transformers cannot save the model: .*shared tensors"):
+        espalier.export(model, masks, tmp_path / "compact")
+    assert not any(tmp_path.iterdir())
