@@ -1,18 +1,16 @@
 """Restores what a function of the API must not change: a model's state other than its weights, and the random state."""
 
-import copy
 import random
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FunctionType
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pipeline.runtime.errors import UserError
+from pipeline.models.copying import copy_of
 
 
 @contextmanager
@@ -51,16 +49,5 @@ def preserved(*models: nn.Module) -> Iterator[None]:
 
 
 def copy_sharing_weights(model: nn.Module) -> nn.Module:
-    """A copy of the modules, for adapters and hooks, that shares the parameters and buffers of `model`.
-
-    Raises `UserError` if the forward of a module is replaced by a closure, such as of torch.compile: in the copy it would still
-    run the module that it was made of."""
-    for name, module in model.named_modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, FunctionType) and forward.__closure__:
-            raise UserError(
-                f"{f'{name}.' if name else ''}forward was replaced by a function that belongs to this module alone, so no copy "
-                "can be trained: remove it by `del module.forward` (torch.compile: use `module.compile()`)"
-            )
-    shared: dict[int, Tensor] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, shared)
+    """A copy of the modules, for adapters and hooks, that shares the parameters and buffers of `model`. Raises as `copy_of`."""
+    return copy_of(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})

@@ -1,6 +1,5 @@
 """The prune stage: from a dense model and calibration text to a pruned model and masks."""
 
-import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +16,7 @@ from pipeline.engine.coverage import Coverage
 from pipeline.engine.matrices import coverage_entries
 from pipeline.engine.walk import LayerWalk, run_layerwise
 from pipeline.models import loading
+from pipeline.models.copying import copy_of
 from pipeline.models.pointwise import mark_pointwise
 from pipeline.pruning import calibration
 from pipeline.pruning.allocation import allocate, patterns_by_layer
@@ -62,7 +62,7 @@ def in_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> Masks:
     settings, blocks = recipe.prune, find_blocks(model)
     patterns = allocate(blocks, settings)
     tell_coverage(model, blocks, patterns)
-    dense = copy.deepcopy(model) if settings.target == "dense" else None
+    dense = copy_of(model) if settings.target == "dense" else None
     store = plan_memory(model, batches, settings, patterns)
     pruner = block_pruner(blocks, lambda: model, batches, store, settings)
     dense_outputs = recipe.calibration.activations == "dense"

@@ -2,6 +2,9 @@
 
 import copy
 import functools
+import math
+import threading
+import types
 
 import pytest
 import torch
@@ -82,6 +85,8 @@ def test_a_forward_that_a_copy_cannot_take_along(pruned, part, replace):
         tuned(model, pruned[1])
     again = families.tiny("llama")
     replace(again.get_submodule(part))
+    with pytest.raises(UserError, match="forward was replaced by a function"):  # it needs a copy too
+        espalier.prune(again, calibration=IDS, method="sparsegpt", target="dense")
     espalier.prune(again, calibration=IDS)
     assert same(again, model)
 
@@ -130,3 +135,42 @@ def test_a_model_that_transformers_cannot_save_is_refused_in_one_line(pruned, tm
     with pytest.raises(UserError, match="^transformers cannot save the model: .*shared tensors"):
         espalier.export(model, masks, tmp_path / "compact")
     assert not any(tmp_path.iterdir())
+
+
+def test_hooks_that_hold_what_cannot_be_copied(pruned):
+    model, lock = copy.deepcopy(pruned[0]), threading.Lock()
+    handle = model.model.layers[0].register_forward_hook(functools.partial(lambda lock, *_: None, lock))
+    for call in (
+        lambda: tuned(model, pruned[1]),
+        lambda: espalier.prune(model, calibration=IDS, method="sparsegpt", target="dense"),
+    ):
+        with pytest.raises(UserError, match="cannot be copied .*lock.*: remove the hook"):
+            call()
+    handle.remove()
+    tuned(model, pruned[1])
+
+
+def tenfold(module: nn.Module) -> None:
+    module.register_forward_hook(lambda module, args, output: 10 * output)
+
+
+def other_inputs(module: nn.Module) -> None:
+    module.register_forward_pre_hook(lambda module, args: (10 * args[0],))
+
+
+def shifted(module: nn.Module) -> None:
+    module.forward = types.MethodType(lambda self, x: nn.Linear.forward(self, x) + 1, module)
+
+
+@pytest.mark.parametrize("change", [tenfold, other_inputs, shifted])
+def test_a_lora_keeps_the_hooks_of_its_matrices(pruned, change):
+    losses = {}
+    for method in ("lora", "full"):
+        model = copy.deepcopy(pruned[0])
+        losses[None] = espalier.evaluate(model, perplexity=[IDS[:2]])["perplexity"]["text"]
+        change(model.model.layers[1].mlp.down_proj)
+        expected = espalier.evaluate(model, perplexity=[IDS[:2]])["perplexity"]["text"]
+        losses[method] = espalier.finetune(model, pruned[1], IDS, method=method, **TUNING)[0]["loss"]
+        assert espalier.verify(model, pruned[1])["sparsity"] == 0.5
+    assert losses["lora"] == pytest.approx(losses["full"], rel=1e-6) == pytest.approx(math.log(expected), rel=1e-5)
+    assert expected != pytest.approx(losses[None], rel=1e-4)
