@@ -54,7 +54,7 @@ def evaluate(
 
     Runs on the model's device. Raises `UserError`.
     """
-    inputs.check_model(model)
+    inputs.check_model(model, may_be_compact=True)
     if image_inputs.are_read_by(model):
         if perplexity or tasks:
             raise UserError(f"{type(model).__name__} reads images: set accuracy=[...] instead of perplexity and tasks")
@@ -147,7 +147,7 @@ def _windows(
     """The windows of a text, (N, T), as the command cuts them."""
     cut = functools.partial(windows, seq_len=settings.seq_len, count=settings.windows)
     if isinstance(text, Tensor) and text.dim() == 2:
-        return inputs.token_windows(text, f"perplexity[{name}]", model)[: settings.windows]
+        return inputs.token_windows(text, f"perplexity[{name}]", model, has_loss=True)[: settings.windows]
     loading.check_length(model.config, "seq_len", settings.seq_len)
     if isinstance(text, Tensor):
         where: Any = f"perplexity[{name}]"

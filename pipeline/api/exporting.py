@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.compact import export as writer
 from pipeline.models import loading
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.errors import UserError, one_line
 from pipeline.sparsity.masks import Masks
 
 from . import inputs
@@ -44,7 +44,10 @@ def export(
             inputs.check_tokenizer(tokenizer, model)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-            model.save_pretrained(temporary)
+            try:
+                model.save_pretrained(temporary)
+            except (RuntimeError, ValueError) as error:  # weights shared by hand, an invalid generation_config
+                raise UserError(f"transformers cannot save the model: {one_line(error)}") from error
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
             dense, packed = writer.export(Path(temporary), masks, folder)

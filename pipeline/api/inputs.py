@@ -6,7 +6,9 @@ Shapes: N = windows, T = tokens of a window.
 import dataclasses
 import functools
 import re
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.compact.compact_model import CompactModule
 from pipeline.data import sources, special_tokens
 from pipeline.data.sources import Source
 from pipeline.models import loading
@@ -35,7 +38,8 @@ PLAIN = (str, int, float, bool, type(None))
 
 
 def api_function(function: Callable) -> Callable:
-    """Refuses several processes, and turns the recipe keys in the function's `UserError`s into its arguments."""
+    """Refuses several processes, and turns the recipe keys in the function's `UserError`s into its arguments. Compiled parts of
+    a model run uncompiled: hooks in compiled code observe nothing. Inference mode, in which nothing can be trained, is off."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -45,7 +49,8 @@ def api_function(function: Callable) -> Callable:
                 "`accelerate launch launch.py` for several"
             )
         try:
-            return function(*args, **kwargs)
+            with torch.inference_mode(False), _uncompiled():
+                return function(*args, **kwargs)
         except UserError as error:
             text = IN_RECIPES.sub(lambda m: m[2] if m[2] in KEYS or m[2] in kwargs else m[0], str(error))
             text = text.replace("unknown key", "unknown argument")
@@ -54,6 +59,12 @@ def api_function(function: Callable) -> Callable:
             raise UserError(text) from error
 
     return call
+
+
+def _uncompiled() -> AbstractContextManager:
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled; its import takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def recipe(stages: list[str], seed: int, mirror: str | None = None, **sections: dict[str, Any]) -> Recipe:
@@ -76,7 +87,7 @@ def _plain(key: str, value: Any) -> Any:
     return value
 
 
-def check_model(model: Any, name: str = "model") -> None:
+def check_model(model: Any, name: str = "model", may_be_compact: bool = False) -> None:
     """Raises `UserError` unless it is a transformers model with plain weights on one device."""
     if not isinstance(model, PreTrainedModel):
         raise UserError(
@@ -85,8 +96,12 @@ def check_model(model: Any, name: str = "model") -> None:
         )
     if any(isinstance(module, BaseTunerLayer | MaskedParameter) for module in model.modules()):
         raise UserError(f"{name} has an adapter: merge it first, or pass the model without it")
+    if not may_be_compact and any(isinstance(module, CompactModule) for module in model.modules()):
+        raise UserError(f"{name} is compact: pass the model that was exported, or that `expand` writes")
     if getattr(model, "hf_quantizer", None) is not None or any(not p.is_floating_point() for p in model.parameters()):
         raise UserError(f"{name} is quantised: load it unquantised, or use the command, which dequantises it")
+    if any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()]):
+        raise UserError(f"{name} was made inside torch.inference_mode, so it cannot change: load it outside")
     devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
     if torch.device("meta") in devices:
         raise UserError(f"{name} has weights on the meta device: load it without offloading")
@@ -148,9 +163,13 @@ def source(data: Texts, section: str, name: str, column: str | None, mirror: str
     return Source(name, name, None, split, columns=columns, section=section, rows=data)
 
 
-def token_windows(ids_NT: Tensor, name: str, model: PreTrainedModel) -> Tensor:
-    """Checked windows of token ids, (N, T) int64 on the CPU."""
+def token_windows(ids_NT: Tensor, name: str, model: PreTrainedModel, has_loss: bool = False) -> Tensor:
+    """Checked windows of token ids, (N, T) int64 on the CPU. `has_loss`: the loss on them is wanted."""
     windows_NT = token_ids(ids_NT, name, dims=2)
+    if has_loss and windows_NT.shape[1] < 2:
+        raise UserError(
+            f"{name} holds windows of one token, and a loss is of the tokens after the first: pass longer ones"
+        )
     check_ids(windows_NT, name, model)
     return windows_NT
 
@@ -159,7 +178,7 @@ def token_ids(ids: Tensor, name: str, dims: int) -> Tensor:
     if ids.dim() != dims or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
         shape = "(windows, tokens)" if dims == 2 else "(tokens,)"
         raise UserError(f"{name} is a {ids.dtype} tensor of {tuple(ids.shape)}: token ids of {shape} are needed")
-    return ids.detach().cpu().long()
+    return ids.detach().cpu().long().clone()  # a tensor of inference mode cannot be used in training
 
 
 def check_ids(ids_NT: Tensor, where: object, model: PreTrainedModel) -> None:

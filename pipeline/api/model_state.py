@@ -1,6 +1,5 @@
 """Restores what a function of the API must not change: a model's state other than its weights, and the random state."""
 
-import copy
 import random
 import signal
 import threading
@@ -9,7 +8,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from pipeline.models.copying import copy_of
 
 
 @contextmanager
@@ -48,6 +49,5 @@ def preserved(*models: nn.Module) -> Iterator[None]:
 
 
 def copy_sharing_weights(model: nn.Module) -> nn.Module:
-    """A copy of the modules, for adapters and hooks, that shares the parameters and buffers of `model`."""
-    shared: dict[int, Tensor] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, shared)
+    """A copy of the modules, for adapters and hooks, that shares the parameters and buffers of `model`. Raises as `copy_of`."""
+    return copy_of(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})

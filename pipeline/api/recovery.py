@@ -124,7 +124,7 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None, sett
         if settings.distill:
             raise UserError(f"distill={settings.distill:g} needs the dense model: pass teacher=...")
         return
-    inputs.check_model(teacher, "teacher")
+    inputs.check_model(teacher, "teacher", may_be_compact=True)
     if not settings.distill:
         raise UserError("teacher is unused because distill is 0: set distill=0.5")
     if teacher is model:
@@ -153,7 +153,7 @@ def _samples(
         processor = image_inputs.processor_of(model, tokenizer)
         return images.repeated(source, processor, model.config, count, seed, settings.augment)
     if isinstance(data, Tensor):
-        windows_NT = inputs.token_windows(data, name, model)
+        windows_NT = inputs.token_windows(data, name, model, has_loss=True)
         return windows_NT[torch.arange(count) % len(windows_NT)]
     loading.check_length(model.config, "seq_len", settings.seq_len)
     tokenizer = inputs.tokenizer_of(model) if tokenizer is None else tokenizer

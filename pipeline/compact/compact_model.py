@@ -24,17 +24,21 @@ SMALL = 1 << 16  # weights; torch handles smaller dense matrices
 
 
 class CompactModule:
-    """Mixin of modules with compact weights, which are no parameters and cannot change device or dtype."""
+    """Mixin of modules with compact weights, which are no parameters. A state dict holds the dense weights."""
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        for weight in self._compact.values():
-            probe = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
-            if probe.dtype != weight.dtype or probe.device != weight.device:
-                raise UserError(
-                    "a compact model cannot change device or dtype: pass device= to load_compact, or make it dense with "
-                    "`python launch.py expand`"
-                )
-        return super()._apply(fn, recurse)
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """For pickle and deepcopy: a class of `_class_with` has no name to be found by."""
+        return _empty_module, (self._dense_class, tuple(self._compact)), self.__getstate__()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + attribute: weight.dense() for attribute, weight in self._compact.items()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for attribute, weight in self._compact.items():
+            if prefix + attribute in state_dict:
+                weight.refuse_change()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class CompactLinear(CompactModule, nn.Linear):
@@ -83,7 +87,8 @@ def load_compact(
 
     On the CPU, `compiled` sets up `generate` to compile its decoding steps, see `compile_decoding`.
 
-    Checks sizes, headers, and that each mask has as many bits as values; `expand` also checks the hashes.
+    Checks sizes, headers, the hashes of small files, and that each mask has as many bits as values; `expand` also checks the
+    hashes of the tensors' files.
     Raises `UserError` if the folder is not a compact model, or is damaged, or if there is no such device.
     """
     device = _checked(device)
@@ -99,7 +104,7 @@ def load_compact(
 def _checked(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UserError(f"device={device} is unknown: set device=cpu or device=cuda") from error
     if found.type not in ("cpu", "cuda"):
         raise UserError(f"device={device}: a compact model runs on cpu or cuda")
@@ -145,6 +150,9 @@ def _load(folder: str | Path, recipe: Recipe, device: torch.device, forms: Forms
         if model.can_generate():
             model.generation_config.disable_compile = True  # of static caches: compact products cannot be traced
     model.save_pretrained = functools.partial(_refuse_to_save, found.folder)
+    for module in model.modules():
+        if any(isinstance(it, CompactModule) for it in module.modules()):
+            module._apply = functools.partial(_apply, module)
     return model.eval()
 
 
@@ -178,6 +186,26 @@ def _class_with(base: type, attribute: str) -> type:
         return CompactLinear if base is nn.Linear else CompactConv1D
     bases = (base,) if issubclass(base, CompactModule) else (CompactModule, base)
     return type(base.__name__, bases, {attribute: property(lambda module: module._compact[attribute])})
+
+
+def _empty_module(base: type, attributes: tuple[str, ...]) -> nn.Module:
+    for attribute in attributes:
+        base = _class_with(base, attribute)
+    return base.__new__(base)
+
+
+def _apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    """`module._apply`, for a module that holds compact weights, which cannot change device or dtype: refuses before any of its
+    parameters has changed."""
+    for it in module.modules():
+        for weight in it.__dict__.get("_compact", {}).values():
+            probe = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
+            if probe.dtype != weight.dtype or probe.device != weight.device:
+                raise UserError(
+                    "a compact model cannot change device or dtype: pass device= to load_compact, or make it dense with "
+                    "`python launch.py expand`"
+                )
+    return type(module)._apply(module, fn, recurse)
 
 
 def _refuse_to_save(folder: Path, *args: Any, **kwargs: Any) -> None:

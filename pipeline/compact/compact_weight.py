@@ -19,12 +19,14 @@ from pipeline.runtime.errors import UserError
 
 FEW = 16  # up to so many tokens, reading the compact rows is faster than making them dense and torch's product
 OFFSET = 128  # of int8 values in memory: the kernels multiply unsigned bytes
-MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__)
+MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)  # not __rmatmul__, whose first argument is the right factor
+OF_TENSORS = {"data", "grad", "requires_grad"}  # what is set on a weight to change it or to train it
 
 
 class CompactWeight:
     """Stands in for a weight (O, I) or (E, O, I), or their transposes. `F.linear(x, weight)`, `x @ weight.T` and one expert's
-    `weight[e]` stay compact; every other operation sees the dense weight."""
+    `weight[e]` stay compact; every other operation sees the dense weight. That is a copy, so what would change a weight in
+    place raises `UserError`."""
 
     _is_hf_initialized = True
 
@@ -113,6 +115,9 @@ class CompactWeight:
         expert, rows = range(self.experts)[int(index)], self.rows // self.experts
         return self._part(expert * rows, (expert + 1) * rows)
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.refuse_change()
+
     def _part(self, start: int, stop: int) -> "CompactWeight":
         """Rows start to stop as a matrix of their own, in the same memory."""
         part = copy.copy(self)
@@ -123,20 +128,37 @@ class CompactWeight:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name == "data" or name.endswith("_"):  # peft merges an adapter by `weight.data += delta`
+            self.refuse_change()
         return getattr(self.dense(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OF_TENSORS:
+            self.refuse_change()
+        super().__setattr__(name, value)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and isinstance(args[0], Tensor) and len(args) > 1 and isinstance(args[1], cls):
-            weight, bias = args[1], args[2] if len(args) > 2 else kwargs.get("bias")
-            if not weight.experts and not weight.transposed:
-                return weight.linear(args[0], bias)
-        if func in MATMULS and isinstance(args[0], Tensor) and isinstance(weight := args[1], cls):  # noqa: SIM102
-            if not weight.experts and weight.transposed:
-                return weight.linear(args[0])
+        x, weight, bias = (*args, None, None, None)[:3]
+        if isinstance(x, Tensor) and isinstance(weight, cls) and not weight.experts:
+            if func is F.linear and not weight.transposed:
+                return weight.linear(x, kwargs.get("bias") if bias is None else bias)
+            if func in MATMULS and weight.transposed:
+                return weight.linear(x)
+        name, first = getattr(func, "__name__", ""), next(iter([*args, *kwargs.values()]))
+        in_place = name.endswith("_") and not name.endswith("__")
+        if isinstance(first if in_place else kwargs.get("out"), cls):
+            cls.refuse_change()
         args, kwargs = tree_map(lambda it: it.dense() if isinstance(it, cls) else it, (args, kwargs))
         return func(*args, **kwargs)
+
+    @staticmethod
+    def refuse_change() -> None:
+        raise UserError(
+            "a compact weight cannot be changed, nor an adapter merged into it: make the model dense with "
+            "`python launch.py expand`"
+        )
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., I) W^T + bias, (..., O), for one matrix, however it is stored."""
@@ -175,3 +197,16 @@ class CompactWeight:
             values = ((values.float() - OFFSET) * self.scales.repeat_interleave(self.offsets.diff())).to(self.dtype)
         out.zero_().view(words).numpy()[kept] = values.view(words).numpy()
         return out
+
+
+def _of_dense(name: str) -> Callable[..., Any]:
+    """An operator, which Python looks up in the class and not by `__getattr__`."""
+
+    def call(weight: CompactWeight, *others: Any) -> Any:
+        return getattr(weight.dense(), name)(*others)
+
+    return call
+
+
+for _name in ("neg", "abs", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "matmul"):
+    setattr(CompactWeight, f"__{_name}__", _of_dense(f"__{_name}__"))

@@ -4,12 +4,16 @@ A step of a small model spends more time between its products than in them: Pyth
 Compiled, they become a few fused kernels. The first step is compiled when it runs, which takes about half a minute.
 """
 
+import functools
+import inspect
+import re
 import shutil
+import sys
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, CompileConfig
+from transformers import AttentionInterface, AttentionMaskInterface, CompileConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -34,10 +38,36 @@ def compile_decoding(model: nn.Module) -> nn.Module:
         raise UserError(f"transformers cannot compile the decoding of {name}: decode without compiling")
     if any(weight.experts for module in model.modules() for weight in module.__dict__.get("_compact", {}).values()):
         raise UserError(f"{name} runs one compact expert at a time, which cannot be compiled: decode without compiling")
-    if model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation == "sdpa" and not _asks_for_sdpa(model):
         model.set_attn_implementation(ATTENTION)
+    model.get_compiled_call = functools.partial(_compiled_call, model)
     model.generation_config.cache_implementation, model.generation_config.compile_config = "static", how
     return model
+
+
+def _compiled_call(model: nn.Module, how: CompileConfig) -> Any:
+    """The model's own `get_compiled_call`, whose result a deep copy would take along: it would decode with the original's
+    weights."""
+    if model.__dict__.get("_compiled_of") != id(model):
+        model.__dict__.pop("_compiled_call", None)
+        model._compiled_of = id(model)
+    return type(model).get_compiled_call(model, how)
+
+
+def _asks_for_sdpa(model: nn.Module) -> bool:
+    """Whether code of the model compares the name of its attention, and would do something else under another name: sparse
+    attention, as of DeepSeek-V3.2, gets its mask under "sdpa" and "eager" alone."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__} - set(PreTrainedModel.__mro__)
+    # that of a module first: finding a class in it takes long
+    return any(_names_sdpa(sys.modules.get(cls.__module__)) and _names_sdpa(cls) for cls in classes)
+
+
+@functools.cache
+def _names_sdpa(code: Any) -> bool:
+    try:
+        return re.search("""["']sdpa["']""", inspect.getsource(code)) is not None
+    except (OSError, TypeError):  # no source
+        return False
 
 
 def _attention(

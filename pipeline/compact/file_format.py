@@ -5,7 +5,7 @@ its rows are all O, or all E * O.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,8 +155,9 @@ def _bits_of(tensor: Tensor) -> Tensor:
 
 
 class CompactFolder:
-    """An opened compact folder, with sizes and headers checked against compact.json. Tensors are lazy views of the files.
-    Raises `UserError` if the folder is not compact or is damaged; `check_contents` also compares the hashes."""
+    """An opened compact folder, with sizes, headers and the hashes of small files checked against compact.json. Tensors are
+    lazy views of the files. Raises `UserError` if the folder is not compact or is damaged; `check_contents` also compares the
+    hashes of the tensors' files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -184,6 +185,9 @@ class CompactFolder:
                 state = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
                 raise UserError(f"{path} {state} but should have {size}: fetch or export it again")
         self.shards = [folder / name for name in sorted(sizes) if Path(name).match(SHARDS)]
+        self._check_hashes(
+            name for name in sizes if folder / name not in self.shards
+        )  # small files, such as config.json
         self.shapes: dict[str, tuple[int, ...]] = {}  # of parameters and buffers, by name in memory
         for path in self.shards:
             self._check_header(path)
@@ -216,8 +220,11 @@ class CompactFolder:
 
     def check_contents(self) -> None:
         """Raises `UserError` if the sha256 of a file differs from compact.json."""
-        for name, expected in self.sha256.items():
-            if files.sha256(self.folder / name) != expected:
+        self._check_hashes(self.sha256)
+
+    def _check_hashes(self, names: Iterable[str]) -> None:
+        for name in names:
+            if files.sha256(self.folder / name) != self.sha256[name]:
                 raise UserError(f"{self.folder / name} is damaged (its sha256 differs): fetch or export it again")
 
     def read(self, shard: Path) -> Iterator[tuple[str, Tensor | Compact]]:

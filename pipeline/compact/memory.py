@@ -13,20 +13,18 @@ class HugePages:
     """Copies tensors into blocks of such memory, which live as long as their tensors."""
 
     def __init__(self) -> None:
-        self._block = torch.empty(0, dtype=torch.uint8)
+        self._block, self._used, self._size = None, 0, 0
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """A contiguous copy of a tensor on the CPU."""
-        size = -(-tensor.nbytes // LINE) * LINE
-        if size > len(self._block):
-            self._block = _block(max(size, BLOCK))
-        part, self._block = self._block[: tensor.nbytes], self._block[size:]
-        return part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-
-
-def _block(size: int) -> Tensor:
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+        """A contiguous copy of a tensor on the CPU, in a storage of its own: torch.save writes whole storages, and none of
+        several dtypes."""
+        if not tensor.nbytes or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
+        start, self._used = self._used, self._used + -(-tensor.nbytes // LINE) * LINE
+        if self._used > self._size:
+            self._size = max(self._used - start, BLOCK)
+            self._block = mmap.mmap(-1, self._size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._block.madvise(mmap.MADV_HUGEPAGE)
+            start, self._used = 0, self._used - start
+        part = torch.frombuffer(self._block, dtype=tensor.dtype, count=tensor.numel(), offset=start)
+        return part.view(tensor.shape).copy_(tensor)

@@ -100,13 +100,22 @@ class LayerError(Spread):
 def patterns_by_layer(
     allocation: Allocation, blocks: list[Block], measured: dict[int, float], ratio: float
 ) -> dict[int, Pattern]:
-    """The pattern of each block, by its index. `measured`: the results of `allocation.measure` by index, if it has one.
+    """The pattern of each block, by its index, such that `ratio` is the mean over the weights without an override. `measured`:
+    the results of `allocation.measure` by index, if it has one.
 
     Raises `UserError` if a user's allocation does not return a ratio per block."""
-    indices = list(measured) if allocation.measure else [block.index for block in blocks]
-    if not indices:  # the model calls none of its layers; the walk reports it
+    overrides = allocation.settings.overrides
+    sizes = {
+        block.index: sum(
+            matrix.weight_OI.numel()
+            for name, matrix in matrices(block, blocks).items()
+            if not any(fnmatch(name, glob) for glob in overrides)
+        )
+        for block in blocks
+    }
+    indices = [index for index in (measured if allocation.measure else sizes) if sizes[index]]
+    if not indices:  # the walk reports a model that calls none of its layers
         return {}
-    sizes = {block.index: sum(it.weight_OI.numel() for it in matrices(block, blocks).values()) for block in blocks}
     allocation.sizes = [sizes[index] for index in indices]
     ratios = list(allocation.ratios([measured.get(index) for index in indices], ratio))
     if len(ratios) != len(indices) or not all(isinstance(it, int | float) and 0 <= it <= LARGEST for it in ratios):
@@ -129,6 +138,8 @@ def allocate(blocks: list[Block], settings: Prune, by_block: dict[int, Pattern] 
         for block in blocks
         for name, matrix in matrices(block, blocks).items()
     }
+    if not candidates:
+        raise UserError("the layers hold no matrix that can be pruned: this model is not supported")
     overrides = {  # parsed once each, so that the matrices of an override share a pattern
         glob: None if value == "dense" else patterns.parse(value, f"prune.overrides[{glob}]")
         for glob, value in settings.overrides.items()

@@ -1,5 +1,6 @@
 """The base class of prune methods."""
 
+import functools
 import math
 from collections import defaultdict
 
@@ -75,7 +76,10 @@ class PruneMethod:
                     scores_by_ratio[self.patterns[name].ratio][name] = self.score(weight_OI, total)
         for ratio, scores in scores_by_ratio.items():
             all_scores = torch.cat([score_OI.flatten() for score_OI in scores.values()])[None]
-            kept = Unstructured(ratio).select(all_scores, whole_matrix=True)[0]
+            pattern = Unstructured(ratio)
+            kept = pattern.select(all_scores, whole_matrix=True)[0]
+            # equal scores go together, such as the zeros of dead inputs; `pattern` takes any ratio for a matrix's own
+            self.readings.add([pattern.is_broken(kept[None])], functools.partial(_refuse_ratio, pattern, list(scores)))
             parts = kept.split([score_OI.numel() for score_OI in scores.values()])
             for (name, score_OI), part in zip(scores.items(), parts):
                 self._layer_masks[name] = part.view_as(score_OI)
@@ -93,6 +97,14 @@ class PruneMethod:
             pruned = 1 - mask_OI.count_nonzero().item() / mask_OI.numel()
             return Unstructured(min(max(round(pruned, 4), 1e-4), 1 - 1e-4))  # mask files have no ratio of 0 or 1
         return pattern
+
+
+def _refuse_ratio(pattern: Pattern, names: list[str], broken: float) -> None:
+    if broken:
+        raise UserError(
+            f"too many weights of {names[0]} and the rest of its layer have equal scores to prune {pattern} of them: set "
+            "prune.group=auto, or another prune.method"
+        )
 
 
 def check_finite(readings: Readings, tensor: Tensor, problem: str) -> None:

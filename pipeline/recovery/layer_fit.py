@@ -43,7 +43,7 @@ def fit(
     `masks`: by name, of the pruned parameters. Each of `steps` lists the batches of an optimizer step; every epoch shuffles
     the steps. `error(i)` is this rank's error on batch i; `judge()` is the held-out error over all ranks. `lr` is relative
     to the size of each parameter. The best epoch's weights are kept (or the original ones), so no layer gets worse. Raises
-    `UserError` if the error exceeds that of an all-zero output, which is 1.
+    `UserError` if the error exceeds that of an all-zero output, which is 1, and the first one by a tenth.
     """
     if not parameters:  # all belong to earlier blocks
         return (found := judge()), found
@@ -72,7 +72,7 @@ def fit(
                     violation = violation_of(name, parameter, masks[name])
                     assert violation is None, violation
         now = judge()
-        if not now <= max(1.0, before):
+        if not now <= max(1.0, 1.1 * before):
             raise UserError(f"its error grew from {before:.3g} to {now:.3g} in epoch {epoch + 1}")
         if now < best:
             best, kept = now, _copy(parameters)

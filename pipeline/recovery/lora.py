@@ -97,6 +97,7 @@ def _attach(model: nn.Module, masks: Masks, config: LoraConfig, cached: bool, re
         if target_of(name) in config.target_modules:
             mask_names.setdefault(parameter_of(name), []).append(name)
     modules = list(model.modules())
+    called = {module for module in modules if _is_called(module)}  # before the scope adds its hooks
     # inside checkpointed layers, so that it runs again with the layer
     scope = Scope((part for block in find_blocks(model) for part in block.module.children()), recompute)
     wrapped: dict[nn.Module, MaskedLinear] = {}
@@ -105,7 +106,7 @@ def _attach(model: nn.Module, masks: Masks, config: LoraConfig, cached: bool, re
         module, attribute = holders[0]
         parameter, transposed = module.get_parameter(attribute), masks.packed[mask_names[name][0]].transposed
         layer: Masked
-        if len(holders) == 1 and _is_called(module):
+        if len(holders) == 1 and module in called:
             layer = MaskedLinear(module, ADAPTER, config, r=config.r, lora_alpha=config.lora_alpha)
             _check_shapes(name, mask_names[name], masks, layer.weight_shape)
             layer.set_mask(masks[name], cached)
@@ -158,10 +159,15 @@ def _holders(model: nn.Module, names: Iterable[str]) -> dict[str, list[tuple[nn.
 
 
 def _is_called(module: nn.Module) -> bool:
-    """Whether the module computes just x W^T + b: in some models a Linear has its own forward."""
+    """Whether the module computes just x W^T + b: in some models a Linear has its own forward, and users add hooks, which are
+    not called where another module takes its place."""
     if not isinstance(module, nn.Linear | Conv1D):
         return False
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward) or not module.weight.is_floating_point()
+    if not module.weight.is_floating_point():
+        return True
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    changed = "forward" in vars(module) or any(getattr(module, hooks) for hooks in kinds)
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward) and not changed
 
 
 def _check_shapes(name: str, masked: list[str], masks: Masks, shape: tuple[int, ...]) -> None:

@@ -1,6 +1,5 @@
 """The prune stage: from a dense model and calibration text to a pruned model and masks."""
 
-import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +16,7 @@ from pipeline.engine.coverage import Coverage
 from pipeline.engine.matrices import coverage_entries
 from pipeline.engine.walk import LayerWalk, run_layerwise
 from pipeline.models import loading
+from pipeline.models.copying import copy_of
 from pipeline.models.pointwise import mark_pointwise
 from pipeline.pruning import calibration
 from pipeline.pruning.allocation import allocate, patterns_by_layer
@@ -41,9 +41,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     model = loading.load(origin, recipe)
     settings, blocks = recipe.prune, find_blocks(model)
     patterns = allocate(blocks, settings)  # raises before any text is read
-    coverage = Coverage(coverage_entries(model, blocks), patterns.keys())
-    for name, text in coverage.describe(patterns):
-        processes.say(f"  {name}: {text}")
+    coverage = tell_coverage(model, blocks, patterns)
     batches = calibration.batches(recipe, recipe.calibration, "calibration", origin, model)
     dense = loading.load(origin, recipe) if settings.target == "dense" else None
     store = plan_memory(model, batches, settings, patterns)
@@ -63,7 +61,8 @@ def in_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> Masks:
         mark_pointwise(model)
     settings, blocks = recipe.prune, find_blocks(model)
     patterns = allocate(blocks, settings)
-    dense = copy.deepcopy(model) if settings.target == "dense" else None
+    tell_coverage(model, blocks, patterns)
+    dense = copy_of(model) if settings.target == "dense" else None
     store = plan_memory(model, batches, settings, patterns)
     pruner = block_pruner(blocks, lambda: model, batches, store, settings)
     dense_outputs = recipe.calibration.activations == "dense"
@@ -73,6 +72,14 @@ def in_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> Masks:
         raise UserError(NOTHING)
     walk.files.masks.channel_order = getattr(model.config, "channel_order", None)
     return walk.files.masks
+
+
+def tell_coverage(model: nn.Module, blocks: list[Block], patterns: dict[str, Pattern]) -> Coverage:
+    """Prints what will be pruned, and what stays dense and why."""
+    coverage = Coverage(coverage_entries(model, blocks), patterns.keys())
+    for name, text in coverage.describe(patterns):
+        processes.say(f"  {name}: {text}")
+    return coverage
 
 
 def plan_memory(model: nn.Module, batches: list[Tensor], settings: Prune, patterns: dict[str, Pattern]) -> torch.device:

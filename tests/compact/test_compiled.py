@@ -1,5 +1,7 @@
 """Compact products in torch.compile, and compiled decoding: the same results as without."""
 
+import copy
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from pipeline.settings.schema import Recipe
 from tests.compact.test_compact import prune_
 from tests.compact.test_compact_model import DTYPES, TOLERANCE, a_matrix
 from tests.engine.test_decoder import small_model
-from tests.families import tiny
+from tests.families import text, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -111,3 +113,34 @@ def test_what_cannot_be_compiled_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="needs a C.. compiler, and no-such-compiler is not installed"):
         compiled.compile_decoding(small_model("llama"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_5_text", "deepseek_v32", "dots3_note_text"])
+@torch.no_grad()
+def test_the_attention_computes_the_same(family):
+    """Also that of models which mask tokens only if the attention is called sdpa."""
+    model, ids = tiny(family), text(3, 7)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    how = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
+    how |= {"cache_implementation": "static", "disable_compile": True}
+    how |= {"output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(ids, **how)
+    compiled.compile_decoding(model)
+    assert (model.config._attn_implementation == compiled.ATTENTION) == (family in ("llama", "qwen3_5_text"))
+    found = model.generate(ids, **how)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_copy_decodes_with_its_own_weights():
+    model, ids = compiled.compile_decoding(tiny("llama")), text(1, 5)
+    model.generation_config.compile_config.backend = "eager"
+    how = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
+    model.generate(ids, **how)
+    for again in (copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model))):
+        again.lm_head.weight.data = -model.lm_head.weight.data
+        expected = tiny("llama")
+        expected.lm_head.weight.data = -expected.lm_head.weight.data
+        assert torch.equal(again.generate(ids, **how), expected.generate(ids, **how))

@@ -159,3 +159,13 @@ def test_dense_activations_refuse_layers_that_share_weights(capsys):
     with pytest.raises(UserError, match="model.layers.2 is run twice or shares weights.*: set activations=pruned"):
         espalier.prune(tiny("zamba2"), calibration=windows, activations="dense")
     assert float(re.search(r"(-?[0-9.]+) MiB outside the layers", capsys.readouterr().out)[1]) > 0
+
+
+def test_equal_scores_that_no_ratio_divides_are_refused():
+    """They are pruned together: where all inputs are zero, all weights would be."""
+    model = small_model("llama")
+    for layer in model.model.layers:
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+    windows = torch.randint(3, 61, (4, 24), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match="equal scores to prune 0.1 of them: set group=auto"):
+        espalier.prune(model, calibration=windows, sparsity=0.1, group="layer")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pipeline import api as espalier
 from pipeline.data import sources, token_windows
 from pipeline.models import loading, model_files
 from pipeline.pruning.score_methods import Wanda
@@ -21,6 +22,7 @@ from pipeline.stages import prune
 from tests import launches, textbook
 from tests.conftest import QUICK
 from tests.engine.test_decoder import FAMILIES, small_model
+from tests.families import text, tiny
 
 SETTINGS = [s for s in QUICK if not s.startswith("stages")]
 
@@ -193,6 +195,18 @@ def test_experts_are_scored_with_their_own_tokens_and_undersampled_ones_by_weigh
     assert "experts.gate_up_proj[0]" in capsys.readouterr().out
     expected = pattern.select(experts.gate_up_proj[0].abs())
     assert torch.equal(masks["model.layers.0.mlp.experts.gate_up_proj[0]"], expected)
+
+
+@pytest.mark.parametrize("allocation", ["owl", "alphapruning", "layer_error"])
+def test_allocations_keep_the_mean_over_what_they_decide(allocation):
+    """Overrides take a layer, and matrices of others, out of it."""
+    model = tiny("llama", hidden_size=256)
+    more = {"allocation": allocation, "overrides": {"*.layers.0.*": "dense", "*.layers.2.mlp.*": 0.2}}
+    masks = espalier.prune(model, calibration=text(4, 16), sparsity=0.5, **more)
+    decided = [entry for name, entry in masks.packed.items() if entry.pattern != "0.2"]
+    assert len({entry.pattern for entry in decided}) == 3
+    kept = sum(entry.kept for entry in decided) / sum(entry.weights for entry in decided)
+    assert kept == pytest.approx(0.5, abs=8e-3)  # rows of 64 and more
 
 
 def test_owl_prunes_layers_with_outliers_less_and_keeps_the_mean(tiny_llama, tmp_path):
