@@ -1,6 +1,5 @@
 """Writes the weights and masks of each block that a walk has finished, and builds the new model folder from them."""
 
-import csv
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -173,14 +172,3 @@ class BlockFiles(BlockStore):
 
 def _save(state: dict[str, Tensor], path: Path) -> None:
     tensor_files.save({name: tensor.cpu() for name, tensor in state.items()}, path)
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Writes a CSV with the columns layer and matrix first; nothing if there are no rows."""
-    if not rows:
-        return
-    columns = sorted(rows[0], key=("layer", "matrix").__contains__, reverse=True)
-    with files.atomic_write(path) as tmp, open(tmp, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)

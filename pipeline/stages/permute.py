@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from callbacks.layer_writer import LayerWriter
 from callbacks.stop_at_signal import StopAtSignal
-from pipeline.engine.block_files import write_rows
 from pipeline.engine.blocks import find_blocks
 from pipeline.engine.walk import LayerWalk, run_layerwise
 from pipeline.models import loading
@@ -72,7 +71,7 @@ def finish(walk: LayerWalk, origin: Path, recipe: Recipe) -> None:
     """Writes the rest of the model folder, and the table."""
     rows = _rows(walk.files.logs())
     walk.files.write_remaining(origin, recipe.dtype)
-    write_rows(walk.files.folder / "channels.csv", rows)
+    files.write_csv(walk.files.folder / "channels.csv", rows)
     path = walk.files.folder / "model" / "config.json"
     config = files.read_json(path)
     if order := _fingerprint(config.get("channel_order"), rows):

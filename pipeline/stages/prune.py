@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from callbacks.layer_writer import LayerWriter
 from callbacks.stop_at_signal import StopAtSignal
-from pipeline.engine.block_files import write_rows
 from pipeline.engine.blocks import Block, find_blocks
 from pipeline.engine.coverage import Coverage
 from pipeline.engine.matrices import coverage_entries
@@ -143,7 +142,7 @@ def finish(walk: LayerWalk, origin: Path, recipe: Recipe, coverage: Coverage) ->
     if not matrices:
         raise UserError(NOTHING)
     walk.files.write_remaining(origin, recipe.dtype)
-    write_rows(folder / "coverage.csv", coverage.rows({row["matrix"] for row in matrices}))
-    write_rows(folder / "layers.csv", rows)
-    write_rows(folder / "matrices.csv", matrices)
+    files.write_csv(folder / "coverage.csv", coverage.rows({row["matrix"] for row in matrices}))
+    files.write_csv(folder / "layers.csv", rows)
+    files.write_csv(folder / "matrices.csv", matrices)
     card.write_model_card(folder / "model", recipe, "prune")

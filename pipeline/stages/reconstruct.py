@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from callbacks.layer_writer import LayerWriter
 from callbacks.stop_at_signal import StopAtSignal
-from pipeline.engine.block_files import write_rows
 from pipeline.engine.walk import LayerWalk, run_layerwise
 from pipeline.models import loading
 from pipeline.pruning import calibration
 from pipeline.recovery.layer_reconstructor import LayerReconstructor
 from pipeline.reporting import card
-from pipeline.runtime import deterministic, memory, processes
+from pipeline.runtime import deterministic, files, memory, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Calibration, Recipe, reconstruction_text
 from pipeline.sparsity.masks import Masks
@@ -49,7 +48,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
     if processes.is_main():
         walk.files.write_remaining(origin, recipe.dtype)
-        write_rows(folder / "layers.csv", walk.files.logs())
+        files.write_csv(folder / "layers.csv", walk.files.logs())
         card.write_model_card(folder / "model", recipe, "reconstruct")
 
 
