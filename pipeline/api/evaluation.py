@@ -45,8 +45,8 @@ def evaluate(
     tasks have an accuracy.
 
     `perplexity`: a list of texts, or a dict of texts by name; unnamed ones are called "text", "text 2" and so on. Each is cut
-    into consecutive windows of `seq_len` tokens (`windows`: only the first so many; `bos`: each begins with BOS). A tensor of
-    token ids is one text (tokens,), or windows (N, T). `tasks`: names of lm-eval or .yaml files, with `limit` questions each
+    into consecutive windows of `seq_len` tokens (`windows`: only the first N; `bos`: each begins with BOS). A tensor of token
+    ids is one text (tokens,), or windows (N, T). `tasks`: names of lm-eval or .yaml files, with `limit` questions each
     and `fewshot` examples. `batch_size`: windows, questions or images at a time.
 
     Of an image classifier only `accuracy`, a list or dict of data sets of images, is measured: {"accuracy": {data set: {"acc",

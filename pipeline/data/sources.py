@@ -53,9 +53,8 @@ KNOWN = {
         separators={"train": " ", "test": " "},
         revision="refs/convert/parquet",  # the main branch is a script, which datasets 4+ does not run
     ),
-    "imagenet": Known(
-        "ILSVRC/imagenet-1k", None, column="image", held_out="validation"
-    ),  # its test split has no labels
+    # its test split has no labels
+    "imagenet": Known("ILSVRC/imagenet-1k", None, column="image", held_out="validation"),
 }
 
 

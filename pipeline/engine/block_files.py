@@ -18,14 +18,14 @@ from pipeline.sparsity.masks import Masks
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What was done to a block: its masks, where it was pruned, and what is logged of it."""
+    """The result of visiting a block: its masks (empty if it was not pruned) and its log entry."""
 
     masks: Masks
     log: dict
 
 
 class BlockStore:
-    """Where a walk leaves its results."""
+    """Where a walk stores its results. The base of `BlockFiles` (on disk) and `BlocksInMemory`."""
 
     finished_before: frozenset[int] = frozenset()  # the blocks that an earlier run finished
 
@@ -71,7 +71,7 @@ class BlockFiles(BlockStore):
         checksums.adopt(self.folder, sorted((self.folder / "masks").glob("*.json")))
         damaged = checksums.damaged(self.folder)
         if damaged:
-            processes.say(f"  damaged files, to be made again: {', '.join(damaged)}")
+            processes.say(f"  damaged files, whose layers are computed again: {', '.join(damaged)}")
         whole = {self.folder / name for name in checksums.recorded(self.folder) if name not in damaged}
         return frozenset(b.index for b in self.blocks if {self.shard(b.index), self.masks_file(b.index)} <= whole)
 

@@ -21,9 +21,8 @@ from pipeline.engine.observe import InputObserver, Observed
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
 
-Visit = Callable[
-    ["LayerWalk", Block], BlockResult | None
-]  # what is done to a block; what it returns, the callbacks get
+# what is done to a block; its result is passed on to the callbacks
+Visit = Callable[["LayerWalk", Block], BlockResult | None]
 
 
 class LayerWalk(LightningModule):
@@ -157,8 +156,8 @@ class _BlocksInOrder(IterableDataset):
 
 
 def run_layerwise(walk: LayerWalk, visit: Visit, callbacks: list[Callback]) -> None:
-    """Calls `visit` on every block; what it returns, callbacks get as the outputs of a batch. Raises `UserError` if the walk
-    ends early."""
+    """Calls `visit` on every block; callbacks get its result as the outputs of a batch. Raises `UserError` if the walk ends
+    early."""
     walk.visit = visit
     trainer = Trainer(
         callbacks=callbacks,

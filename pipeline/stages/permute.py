@@ -1,5 +1,5 @@
-"""The permute stage: reorders channels of the dense model such that N of M keeps more importance. The result computes the same,
-and the stages after it take it for the dense model.
+"""The permute stage: reorders channels of the dense model so that N of M keeps more importance. The result computes the same
+and serves as the dense model of the later stages.
 
 After Zhang et al. 2024 ("Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models").
 """

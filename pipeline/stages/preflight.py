@@ -25,7 +25,7 @@ from pipeline.settings.schema import Recipe, plain, reconstruction_text
 from pipeline.stages import pretrain, space
 
 READERS = ("permute", "prune", "reconstruct", "finetune", "evaluate")  # the stages that read text
-MOST = 200_000  # count at most so many tokens of a text: half a second
+MAX_COUNTED = 200_000  # tokens of a text that are counted: half a second
 PACKAGES = {
     "tensorboard": "finetune.loggers=[]",
     "wandb": "finetune.loggers=[]",
@@ -194,7 +194,7 @@ def _check_amount(recipe: Recipe, stage: str, source: sources.Source, tokenizer:
         needed = 2 * seq_len  # twice, because the joined text lacks each document's special tokens
         bos = special_tokens.bos(tokenizer) if recipe.evaluate.bos else None
     elif stage == "reconstruct" and source.name not in sources.KNOWN and text != recipe.calibration:
-        seq_len, needed = text.seq_len, min(text.samples * text.seq_len, MOST)
+        seq_len, needed = text.seq_len, min(text.samples * text.seq_len, MAX_COUNTED)
     else:
         return
     counted = 0

@@ -20,7 +20,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Calibration, Recipe, reconstruction_text
 from pipeline.sparsity.masks import Masks
 
-HELD_OUT = 8  # the samples of one step in so many are held out
+HELD_OUT = 8  # the samples of one in 8 steps are held out
 BYTES_PER_WEIGHT = 4 + 8 + 8 + 4 + 4  # fp32 weight, Adam's moments, gradients in float64 and fp32, best weight
 
 
