@@ -24,13 +24,18 @@ SMALL = 4096  # elements; moving smaller arguments (such as a position scale) to
 class LayerwiseForwards:
     """The forwards of one model over several batches, all paused at the same block, `current` (None at the end).
 
-    `call(batch)` calls the model. Each block is moved to `device` when it is reached, or to a GPU while the one before it is
-    computed. The arguments of paused forwards wait on `store` (None: where they are). `restore(block)` loads a block's
-    weights. With it, the caller may change weights: every block's weights are dropped once it is passed, and the blocks in
-    `dropped` start with dropped weights. Without it, the weights stay loaded, and the caller must not change them, unless
-    `keeps`: then changed weights are copied back to where the block came from. `dense_outputs`: the next block gets what the
-    block returned with the weights it came with, not with changed ones; then no block may be reached twice, or share weights
-    with another.
+    `call(batch)` calls the model. Each block is moved to `device` when it is reached, or to a GPU while the block before it is
+    computed. `store`: the device that holds the arguments of paused forwards (None: they are not moved).
+
+    What happens to weights that the caller changes:
+    - with `restore`, every block's weights are dropped once it is passed, and `restore(block)` loads them again if it is
+      reached again. The blocks in `dropped` start with dropped weights.
+    - with `keeps`, changed weights are copied back to where the block came from.
+    - with neither, the caller must not change weights.
+
+    `dense_outputs`: the next block gets the output that a block has with its original weights, not with changed ones; then no
+    block may be reached twice, or share weights with another.
+
     A context manager: inside, the blocks' `forward` is replaced; at its end, everything that was moved is moved back.
     """
 

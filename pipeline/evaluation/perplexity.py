@@ -43,8 +43,8 @@ def full_logits(model: nn.Module) -> Logits:
 
 
 def streamed_logits(model: nn.Module, device: torch.device, report: Progress = lambda text: None) -> Logits:
-    """The logits of `full_logits` to the bit, computed layer by layer: `device` holds one layer, the embeddings and the head;
-    the hidden states of all batches wait in host memory."""
+    """The same logits as `full_logits`, bit for bit, computed layer by layer: `device` holds one layer, the embeddings and the
+    head; the hidden states of all batches are kept in host memory."""
 
     def logits(batches: list[Tensor]) -> Iterator[Tensor]:
         blocks, passed = find_blocks(model), itertools.count(1)
