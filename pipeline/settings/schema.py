@@ -41,6 +41,7 @@ class Stage:
     settings: tuple[str, ...]  # the recipe's keys that decide its result
     model: str | None = None  # the name of the model that it writes
     label: str = ""  # what reports call it, unless it is its `method` setting, such as LoRA
+    data: str | None = None  # the section of the recipe that names its data sets (data/sources.py); None: it reads none
     # packages that decide only how the result looks (a model card): editing them re-runs no long stage
     display: tuple[str, ...] = ("pipeline/reporting",)
 
@@ -50,22 +51,24 @@ BEFORE = ("pretrain", "permute", "prune", "reconstruct", "finetune")
 WRITTEN = tuple(name for name in BEFORE if name != "permute")  # the permuted model computes what the dense one does
 TABLE = (
     Stage("pretrain", (), ("pretrain", "seed")),
-    Stage("permute", BEFORE[:1], (*MODEL, "calibration", "permute", "prune.sparsity", "seed")),
-    Stage("prune", BEFORE[:2], (*MODEL, "calibration", "prune", "seed"), "pruned"),
+    Stage("permute", BEFORE[:1], (*MODEL, "calibration", "permute", "prune.sparsity", "seed"), data="calibration"),
+    Stage("prune", BEFORE[:2], (*MODEL, "calibration", "prune", "seed"), "pruned", data="calibration"),
     Stage(
         "reconstruct",
         BEFORE[:3],
         (*MODEL, "calibration", "reconstruct", "seed"),
         "reconstructed",
         "reconstruction",
+        data="reconstruct",
     ),
-    Stage("finetune", BEFORE[:4], (*MODEL, "finetune", "seed"), "finetuned"),
+    Stage("finetune", BEFORE[:4], (*MODEL, "finetune", "seed"), "finetuned", data="finetune"),
     Stage("export", BEFORE[2:], (*MODEL, "export"), "compact", "rounding to int8"),  # evaluated unless it is exact
-    Stage("evaluate", (*WRITTEN, "export"), (*MODEL, "evaluate", "seed")),
+    Stage("evaluate", (*WRITTEN, "export"), (*MODEL, "evaluate", "seed"), data="evaluate"),
     Stage("speed", (*BEFORE[2:], "export"), ("trust_remote_code", "speed")),
     Stage("report", None, ("model", "stages"), display=()),
 )
 STAGES = {stage.name: stage for stage in TABLE}  # in the order in which they run
+READERS = {stage.name: stage.data for stage in TABLE if stage.data}  # the stages that read data sets, with the section
 
 
 @dataclass
