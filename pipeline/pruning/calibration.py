@@ -68,16 +68,18 @@ def plan_memory(
     working += _statistics(matrices(found[blocks.index(largest)], found), observe) if observe else 0.0
     needed = layers + training + outside + working
     fits = needed + 1.5 * hidden < 0.8 * free
-    store = device if device.type == "cpu" or where == "gpu" or (where == "auto" and fits) else torch.device("cpu")
+    hidden_device = (
+        device if device.type == "cpu" or where == "gpu" or (where == "auto" and fits) else torch.device("cpu")
+    )
     processes.say(
         f"  memory: {memory.text(layers)} for {COUNTS[count]} layers, "
         + (f"{memory.text(training)} to {work} one, " if training else "")
         + f"{memory.text(outside)} outside the layers, {memory.text(working)} to compute with, {memory.text(hidden)} "
-        f"of hidden states on the {'GPU' if store.type == 'cuda' else 'host'}; {memory.text(free)} free"
+        f"of hidden states on the {'GPU' if hidden_device.type == 'cuda' else 'host'}; {memory.text(free)} free"
     )
-    if needed + (hidden if store == device else 0) > free:
+    if needed + (hidden if hidden_device == device else 0) > free:
         processes.say("  memory: this may not fit: set a smaller batch_size or fewer samples")
-    return store
+    return hidden_device
 
 
 def _activations(block: nn.Module, tokens: int, itemsize: int, trains: bool) -> float:

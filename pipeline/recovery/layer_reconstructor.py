@@ -49,7 +49,7 @@ class LayerReconstructor:
             self._start(walk)
 
         def on_output(i: int, hidden: Tensor) -> None:
-            self.targets[i] = hidden if walk.store is None else hidden.to(walk.store)
+            self.targets[i] = hidden if walk.hidden_device is None else hidden.to(walk.hidden_device)
 
         while self.dense.current.index != block.index:  # blocks that the model calls again
             self._advance()
@@ -68,7 +68,7 @@ class LayerReconstructor:
     def _own(self, walk: LayerWalk, block: Block) -> dict[str, nn.Parameter]:
         """The parameters in the block's shard, except those that an earlier block shares, which were trained there."""
         named = block.module.named_parameters()
-        return {n: p for n, p in named if walk.files.holds(block, n) and id(p) not in self.passed}
+        return {n: p for n, p in named if walk.results.holds(block, n) and id(p) not in self.passed}
 
     def _advance(self, on_output: Callable[[int, Tensor], None] | None = None) -> None:
         for _ in self.dense.advance(on_output):
