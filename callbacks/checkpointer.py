@@ -7,8 +7,8 @@ from lightning.pytorch import Callback
 
 from pipeline.runtime import processes
 
-SLOW = 5.0  # seconds of a save, from which on it is put off
-SHARE = 20  # then there is one save in so many times as long: full fine-tuning of 7B weights writes 81 GB
+SLOW = 5.0  # seconds; a slower save is followed by at least
+PAUSE = 20  # times its duration without a save: full fine-tuning of 7B weights writes 81 GB
 
 
 class Checkpointer(Callback):
@@ -35,7 +35,7 @@ class Checkpointer(Callback):
             self.save(trainer)
 
     def _is_too_soon(self) -> bool:
-        soon = self.seconds > SLOW and time.monotonic() - self.saved < SHARE * self.seconds
+        soon = self.seconds > SLOW and time.monotonic() - self.saved < PAUSE * self.seconds
         return processes.from_main(soon)
 
     def save(self, trainer) -> None:

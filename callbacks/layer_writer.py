@@ -16,11 +16,11 @@ class LayerWriter(BasePredictionWriter):
 
     def write_on_batch_end(self, trainer, walk, result, batch_indices, block, number: int, dataloader_idx: int) -> None:
         if result is not None:
-            walk.files.write(block, result)
+            walk.results.write(block, result)
 
     def on_predict_end(self, trainer, walk) -> None:
-        walk.files.flush()
+        walk.results.flush()
 
     def on_exception(self, trainer, walk, exception: BaseException) -> None:
         with suppress(UserError):  # the first error is reported
-            walk.files.wait()
+            walk.results.wait()

@@ -22,8 +22,8 @@ class StopAtSignal(Callback):
 
     def on_predict_batch_end(self, trainer, module, outputs, batch, index: int, dataloader_idx: int = 0) -> None:
         if processes.any_rank(bool(signals.received())):
-            if module.files is not None:
-                module.files.flush()  # on all ranks: launchers end the others when one process ends
+            if module.results is not None:
+                module.results.flush()  # on all ranks: launchers end the others when one process ends
             raise Stopped(f"stopped by {_signal()} after layer {index + 1}")
 
     def on_train_start(self, trainer, module) -> None:

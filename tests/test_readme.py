@@ -34,7 +34,7 @@ def test_the_first_two_commands_are_those_of_ci():
 
 
 def test_keys_and_methods_exist():
-    table = README[README.index("| keys |") : README.index("More: [text")]
+    table = README[README.index("| keys |") : README.index("More: [")]
     known = schema.plain(reader.load([]))["prune"].keys()
     for key in re.findall(r"`prune\.(\w+)`", table):
         assert key in known
@@ -69,6 +69,16 @@ def test_settings_in_commands_of_readme_and_docs_are_valid(page):
             continue
         for cell in sweep.cells(shlex.split(line.rstrip("'\\"))).values():
             reader.load(cell)
+
+
+def test_the_recipe_of_the_docs_and_its_variant_are_valid(tmp_path):
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGES["recipes.md"], flags=re.S)
+    (tmp_path / "my_recipe.yaml").write_text(text)
+    whole, half = (reader.load([f"recipe={tmp_path}/my_recipe{ending}.yaml"]) for ending in ("", "_half"))
+    assert (whole.prune.sparsity, half.prune.sparsity) == ("2of4", 0.5)
+    assert whole.prune.method == half.prune.method == "sparsegpt"
+    assert half.finetune.max_steps == reader.load(["recipe=llama7b_2of4"]).finetune.max_steps
+    assert (whole.run_dir, half.run_dir) == ("runs/my_recipe", "runs/my_recipe_half")
 
 
 @pytest.mark.parametrize("page", PAGES)

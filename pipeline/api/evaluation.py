@@ -9,12 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.data import images, sources, special_tokens, token_windows
-from pipeline.evaluation import paired
 from pipeline.evaluation.accuracy import right_answers, scores
-from pipeline.evaluation.perplexity import full_logits, window_losses, windows
+from pipeline.evaluation.perplexity import full_logits, perplexity_error, window_losses, windows
 from pipeline.evaluation.perplexity import perplexity as of_losses
 from pipeline.evaluation.tasks import check_tasks
-from pipeline.evaluation.zero_shot import zero_shot
+from pipeline.evaluation.zero_shot import mean_accuracy, zero_shot
 from pipeline.models import loading, placement
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Evaluate
@@ -45,8 +44,8 @@ def evaluate(
     tasks have an accuracy.
 
     `perplexity`: a list of texts, or a dict of texts by name; unnamed ones are called "text", "text 2" and so on. Each is cut
-    into consecutive windows of `seq_len` tokens (`windows`: only the first so many; `bos`: each begins with BOS). A tensor of
-    token ids is one text (tokens,), or windows (N, T). `tasks`: names of lm-eval or .yaml files, with `limit` questions each
+    into consecutive windows of `seq_len` tokens (`windows`: only the first N; `bos`: each begins with BOS). A tensor of token
+    ids is one text (tokens,), or windows (N, T). `tasks`: names of lm-eval or .yaml files, with `limit` questions each
     and `fewshot` examples. `batch_size`: windows, questions or images at a time.
 
     Of an image classifier only `accuracy`, a list or dict of data sets of images, is measured: {"accuracy": {data set: {"acc",
@@ -83,16 +82,14 @@ def evaluate(
             if model.device.type == "cuda":
                 count = placement.find_batch_size(batch_size, logits, windows_NT, placement.Share(0, 1))
             losses = window_losses(logits, windows_NT, count).tolist()
-            value = of_losses(torch.tensor(losses, dtype=torch.float64))
-            results["perplexity"][name] = value
-            if (error := paired.standard_error(losses)) is not None:
-                results["perplexity_stderr"][name] = value * error  # the error of exp(x) is exp(x) times that of x
+            results["perplexity"][name] = of_losses(torch.tensor(losses, dtype=torch.float64))
+            if (error := perplexity_error(losses)) is not None:
+                results["perplexity_stderr"][name] = error
         for task in settings.tasks:
             count = batch_size if model.device.type == "cuda" else placement.batch_number(batch_size)
             results["zero_shot"] |= zero_shot(model, tokenizer, [task], mirror, count, limit, fewshot)[0]
-    accuracies = [scores["acc"] for scores in results["zero_shot"].values() if "acc" in scores]
-    if accuracies:
-        results["zero_shot_mean"] = sum(accuracies) / len(accuracies)
+    if (mean := mean_accuracy(results["zero_shot"])) is not None:
+        results["zero_shot_mean"] = mean
     return results
 
 

@@ -31,7 +31,7 @@ def export(
     """
     folder = Path(target).expanduser()
     if folder.exists():  # checked before the model is saved
-        raise UserError(f"{folder} is there already: choose another target, or remove it")
+        raise UserError(f"{folder} exists already: choose another target, or remove it")
     if isinstance(model, str | Path):
         inputs.check_masks(masks)
         if not Path(model).expanduser().is_dir():

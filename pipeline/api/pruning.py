@@ -38,7 +38,7 @@ def permute(
     mirror: str | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
-    """Reorders channels of the dense `model`, in place, such that `prune` with the same `sparsity` (N:M) keeps more importance.
+    """Reorders channels of the dense `model`, in place, so that `prune` with the same `sparsity` (N:M) keeps more importance.
     The model computes the same up to rounding.
 
     The text is as in `prune`. `settings`: any other key of the recipe's section `permute`. Returns a row per matrix whose

@@ -62,9 +62,9 @@ def finetune(
     of `batch_size` windows of `seq_len` tokens. `texts` are shuffled with `seed` and packed, as the command does; a tensor
     (N, T) of token ids is used in its order, repeatedly if it is too short. `tokenizer`: by default that of the folder or
     repository the model was loaded from. An image classifier is trained on images with labels, and `tokenizer` is its image
-    processor. `validation`: held-out text, measured every `validate_every` steps. `teacher`: the
-    dense model, for `distill`. `settings`: any other key of the recipe's section `finetune` (`espalier keys finetune`), such
-    as `rank`, `targets`, `accumulate` or `precision`.
+    processor. `validation`: held-out text, measured every `validate_every` steps. `teacher`: the dense model, for `distill`.
+    `settings`: any other key of the recipe's section `finetune` (`espalier keys finetune`), such as `rank`, `targets`,
+    `accumulate` or `precision`.
 
     If there is a GPU, it is used, wherever the model is. Returns a row per step: "step", "loss", "lr", "tokens_per_second",
     "memory_gib", and "val_perplexity" if it was measured. Raises `UserError`, also if a pruned weight of `model` is not zero.

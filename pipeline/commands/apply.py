@@ -1,7 +1,7 @@
-"""`python launch.py apply MODEL_FOLDER MASKS_FILE TARGET_FOLDER`: writes a model with its pruned weights at zero.
+"""`python launch.py apply MODEL_FOLDER MASKS_FILE TARGET_FOLDER`: writes a copy of a model with the pruned weights set to zero.
 
-From the dense model this reproduces the prune stage's model bit for bit, unless the method also updated the kept weights
-(sparsegpt, the seq and iter methods).
+From the dense model this reproduces the prune stage's model bit for bit, unless the kept weights were updated as well
+(sparsegpt, the seq and iter methods, prune.update).
 """
 
 import shutil

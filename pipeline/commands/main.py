@@ -23,10 +23,10 @@ COMMANDS = {
     "keys": "[SECTION]                        all settings: default, range, meaning",
     "compare": "RUN ... [out=FOLDER]             one table and one plot of several runs",
     "verify": "MODEL MASKS                      checks a model folder against a mask file",
-    "apply": "MODEL MASKS TARGET               writes a model with its pruned weights at zero",
+    "apply": "MODEL MASKS TARGET               writes a copy of a model with the pruned weights set to zero",
     "export": "MODEL MASKS TARGET [values=int8] writes a pruned model as a compact folder",
-    "expand": "COMPACT TARGET                   writes the model that a compact folder holds",
-    "speed": "FOLDER [OTHER ...]               load time, memory and tokens/s of models, ordinary or compact",
+    "expand": "COMPACT TARGET                   writes a compact folder as an ordinary model folder",
+    "speed": "FOLDER ... [speed.KEY=VALUE ...] load time, memory and tokens/s of models, ordinary or compact",
 }
 HELP = f"""Prunes a language model and recovers it by fine-tuning, in one resumable command.
 

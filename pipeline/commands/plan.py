@@ -19,8 +19,8 @@ from pipeline.models import loading
 from pipeline.pruning.allocation import allocate
 from pipeline.runtime import checksums
 from pipeline.settings import reader
-from pipeline.settings.schema import Recipe, reconstruction_text
-from pipeline.stages import keys, preflight, pretrain, prune, runner, space, sweep
+from pipeline.settings.schema import READERS, Recipe, reconstruction_text
+from pipeline.stages import keys, pretrain, prune, runner, space, sweep
 
 
 def main(arguments: list[str]) -> None:
@@ -103,23 +103,19 @@ def _print_model(recipe: Recipe, model: nn.Module) -> None:
 
 
 def _texts(recipe: Recipe) -> Iterator[str]:
-    text, first, tune = reconstruction_text(recipe), recipe.calibration, recipe.finetune
-    if recipe.evaluate.accuracy:
-        windows = dict.fromkeys(("permute", "prune", "reconstruct", "finetune", "evaluate"), "images")
-    else:
-        lengths = {"permute": first, "prune": first, "reconstruct": text, "finetune": tune, "evaluate": recipe.evaluate}
-        windows = {stage: f"windows of {it.seq_len} tokens" for stage, it in lengths.items()}
-    counts = {
-        "permute": f"{first.samples} ",
-        "prune": f"{first.samples} ",
-        "reconstruct": f"{text.samples} ",
-        "evaluate": "",
+    text, tune = reconstruction_text(recipe), recipe.finetune
+    by_section = {  # what is read, and how much of it
+        "calibration": (recipe.calibration, f"{recipe.calibration.samples} "),
+        "reconstruct": (text, f"{text.samples} "),
+        "finetune": (tune, f"{tune.max_steps} steps of {tune.batch_size * tune.accumulate} "),
+        "evaluate": (recipe.evaluate, ""),
     }
-    counts["finetune"] = f"{tune.max_steps} steps of {tune.batch_size * tune.accumulate} "
-    amount = {stage: counts[stage] + windows[stage] for stage in windows}
-    for stage in preflight.READERS:
+    for stage, section in READERS.items():
+        settings, count = by_section[section]
+        unit = "images" if recipe.evaluate.accuracy else f"windows of {settings.seq_len} tokens"
         if stage in recipe.stages:
-            for source in sources.of_stage(recipe, stage):
-                yield f"{stage} reads {source}: {amount[stage]}"
+            for number, source in enumerate(sources.of_stage(recipe, stage)):
+                held_out = section == "finetune" and number > 0  # finetune.validation
+                yield f"{stage} reads {source}: {f'{tune.validation_samples} ' if held_out else count}{unit}"
     if "evaluate" in recipe.stages and recipe.evaluate.tasks:
         yield f"evaluate runs the tasks {', '.join(recipe.evaluate.tasks)}"

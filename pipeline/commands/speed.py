@@ -1,8 +1,8 @@
-"""`espalier speed FOLDER [OTHER ...] [speed.KEY=VALUE ...] [out=FILE]`: measures models on this machine's GPU or CPU.
+"""`espalier speed FOLDER ... [speed.KEY=VALUE ...] [out=FILE]`: measures models on this machine's GPU or CPU.
 
 Folders are ordinary or compact model folders. Measures size, load time, memory, prefill and decode speed of each model, and the
 time of one product by matrix shape. The other models are compared with the first one. `espalier keys speed` lists the settings;
-docs/speed.md explains the figures; `speed.device=cpu` measures the CPU although there is a GPU. `out=FILE` writes them as JSON.
+docs/speed.md explains the figures. `speed.device=cpu` measures the CPU even if there is a GPU. `out=FILE` writes JSON.
 """
 
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Compact models, stored as one bit per weight and the kept values: file format and CPU runtime."""
+"""Compact models, stored as one bit per weight and the kept values: file format, and runtime on CPUs and GPUs."""

@@ -17,7 +17,7 @@ from pipeline.compact import kernels
 from pipeline.compact.file_format import INTEGERS, Compact
 from pipeline.runtime.errors import UserError
 
-FEW = 16  # up to so many tokens, reading the compact rows is faster than making them dense and torch's product
+FEW = 16  # tokens up to which reading compact rows is faster than expanding them for torch's product
 OFFSET = 128  # of int8 values in memory: the kernels multiply unsigned bytes
 MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)  # not __rmatmul__, whose first argument is the right factor
 OF_TENSORS = {"data", "grad", "requires_grad"}  # what is set on a weight to change it or to train it

@@ -22,12 +22,12 @@ def export(
     """Writes the model in `folder` with its masks to `target`; returns the bytes of the pruned matrices before and after.
 
     `values` is `exact`, or `int8` to round the kept weights to 8 bits with a scale for each row of a matrix. Raises
-    `UserError` where `target` is there, where the masks are another model's, and where a pruned weight is not zero.
+    `UserError` if `target` exists, if the masks are another model's, or if a pruned weight is not +0.0.
     """
     if values not in file_format.KINDS:
         raise UserError(f"values={values} is unknown: set values=exact or values=int8")
     if target.exists():
-        raise UserError(f"{target} is there already: choose another TARGET, or remove it")
+        raise UserError(f"{target} exists already: choose another TARGET, or remove it")
     recipe = recipe or Recipe()
     model, found = layers(folder, recipe)
     masks.refuse_other_order(model.config)

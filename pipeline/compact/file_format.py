@@ -108,7 +108,7 @@ class Compact:
         return {self.name + suffix: tensor for suffix, tensor in parts.items() if tensor is not None}
 
     def dense(self) -> Tensor:
-        """The matrix as the model stores it, to the bit (int8: dequantised). Raises `UserError` if mask and values disagree."""
+        """The matrix as the model stores it, bit for bit (int8: dequantised). Raises `UserError` if they disagree."""
         mask = unpack(self.bits, self.layout.shape_OI).numpy()
         kept_R = np.count_nonzero(mask.reshape(self.layout.rows, -1), axis=1)
         if (kept := int(kept_R.sum())) != len(self.values):

@@ -19,11 +19,8 @@ from pipeline.runtime import triton_kernels
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of inputs that the kernels support
 HALVES = DTYPES[:2]  # of matrices that torch's semi-structured tensors support
 WIDEST = 1 << 16  # columns: `bases` has 16 bits
-TOLERANCE = {
-    torch.bfloat16: 2e-2,
-    torch.float16: 3e-3,
-    torch.float32: 1e-5,
-}  # of a product, relative to its largest number
+# of a product, relative to its largest number
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
 
 
 class GpuWeight(CompactWeight):

@@ -40,7 +40,7 @@ def find(folder: Path, split: str, named: bool = False) -> list[Path] | None:
 
 
 def classes(paths: Sequence[str]) -> list[str]:
-    """The class of each image: its folder under what all paths of `find` share, for there are two classes or more."""
+    """The class of each image: the folder below the common parent of all paths. `find` returns at least two classes."""
     base = os.path.commonpath(paths)
     return [Path(path).relative_to(base).parts[0] for path in paths]
 

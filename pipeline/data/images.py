@@ -98,7 +98,7 @@ class Images(Dataset):
             raise UserError(f"{self.rows.name(place)}: the model's image processor fails: {reason}") from error
         if more := found.keys() - {"pixel_values"}:
             raise UserError(
-                f"the model reads {', '.join(sorted(more))} beside the pixels of images: this is not supported"
+                f"the model reads {', '.join(sorted(more))} in addition to pixel values: this is not supported"
             )
         return found["pixel_values"][0]
 

@@ -15,7 +15,7 @@ from pipeline.data import digits, image_files, text_files, text_rows
 from pipeline.data.text_rows import documents, first_rows
 from pipeline.runtime import files
 from pipeline.runtime.errors import UserError
-from pipeline.settings.schema import Recipe, reconstruction_text
+from pipeline.settings.schema import READERS, Recipe, reconstruction_text
 
 __all__ = ["documents", "first_rows", "held_out_split", "identity", "of_stage", "of_text", "source"]
 
@@ -53,9 +53,8 @@ KNOWN = {
         separators={"train": " ", "test": " "},
         revision="refs/convert/parquet",  # the main branch is a script, which datasets 4+ does not run
     ),
-    "imagenet": Known(
-        "ILSVRC/imagenet-1k", None, column="image", held_out="validation"
-    ),  # its test split has no labels
+    # its test split has no labels
+    "imagenet": Known("ILSVRC/imagenet-1k", None, column="image", held_out="validation"),
 }
 
 
@@ -136,20 +135,18 @@ def of_text(text: Any, mirror: str | None, section: str) -> Source:
 
 def of_stage(recipe: Recipe, stage: str) -> list[Source]:
     """The texts that a stage reads. Raises `UserError` as `source` does."""
-    if stage == "evaluate":
+    section = READERS[stage]
+    if section == "evaluate":
         settings = recipe.evaluate
         return [
             source(spec, recipe.mirror, held_out_split(spec), None, settings.column, "evaluate")
             for spec in (*settings.perplexity, *settings.accuracy)
         ]
-    settings, section = {
-        "permute": (recipe.calibration, "calibration"),
-        "prune": (recipe.calibration, "calibration"),
-        "reconstruct": (reconstruction_text(recipe), "reconstruct" if recipe.reconstruct.dataset else "calibration"),
-        "finetune": (recipe.finetune, "finetune"),
-    }[stage]
-    found = [of_text(settings, recipe.mirror, section)]
-    if stage == "finetune" and recipe.finetune.validation:
+    text = getattr(recipe, section)
+    if section == "reconstruct":
+        text, section = reconstruction_text(recipe), section if recipe.reconstruct.dataset else "calibration"
+    found = [of_text(text, recipe.mirror, section)]
+    if section == "finetune" and recipe.finetune.validation:
         spec, column = recipe.finetune.validation, recipe.finetune.column
         found.append(source(spec, recipe.mirror, "validation", None, column, "finetune"))
     return found

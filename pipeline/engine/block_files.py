@@ -1,6 +1,5 @@
 """Writes the weights and masks of each block that a walk has finished, and builds the new model folder from them."""
 
-import csv
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,14 +18,14 @@ from pipeline.sparsity.masks import Masks
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What was done to a block: its masks, where it was pruned, and what is logged of it."""
+    """The result of visiting a block: its masks (empty if it was not pruned) and its log entry."""
 
     masks: Masks
     log: dict
 
 
 class BlockStore:
-    """Where a walk leaves its results."""
+    """Where a walk stores its results. The base of `BlockFiles` (on disk) and `BlocksInMemory`."""
 
     finished_before: frozenset[int] = frozenset()  # the blocks that an earlier run finished
 
@@ -72,7 +71,7 @@ class BlockFiles(BlockStore):
         checksums.adopt(self.folder, sorted((self.folder / "masks").glob("*.json")))
         damaged = checksums.damaged(self.folder)
         if damaged:
-            processes.say(f"  damaged files, to be made again: {', '.join(damaged)}")
+            processes.say(f"  damaged files, whose layers are computed again: {', '.join(damaged)}")
         whole = {self.folder / name for name in checksums.recorded(self.folder) if name not in damaged}
         return frozenset(b.index for b in self.blocks if {self.shard(b.index), self.masks_file(b.index)} <= whole)
 
@@ -173,14 +172,3 @@ class BlockFiles(BlockStore):
 
 def _save(state: dict[str, Tensor], path: Path) -> None:
     tensor_files.save({name: tensor.cpu() for name, tensor in state.items()}, path)
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Writes a CSV with the columns layer and matrix first; nothing if there are no rows."""
-    if not rows:
-        return
-    columns = sorted(rows[0], key=("layer", "matrix").__contains__, reverse=True)
-    with files.atomic_write(path) as tmp, open(tmp, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)

@@ -8,7 +8,7 @@ from pipeline.sparsity.masks import Masks
 
 
 class BlocksInMemory(BlockStore):
-    """The walk's forwards write each block back to where it was (`LayerwiseForwards.keeps`)."""
+    """Keeps masks and log rows. Changed weights are copied back into the model by the forwards (`LayerwiseForwards.keeps`)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -17,6 +17,5 @@ class BlocksInMemory(BlockStore):
     def write(self, block: Block, result: BlockResult) -> None:
         self.masks.packed |= result.masks.packed
         self.rows.append(result.log)
-        self.rows.sort(
-            key=lambda row: row["layer"]
-        )  # as in the tables of a run, whatever order the model runs its layers in
+        # as in the tables of a run, whatever order the model runs its layers in
+        self.rows.sort(key=lambda row: row["layer"])

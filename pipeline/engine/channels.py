@@ -1,9 +1,9 @@
-"""Finds the channels between the matrices of a block that may change places without changing what the block computes, and
-reorders them.
+"""Finds the channels between the matrices of a block that can be permuted without changing what the block computes, and
+permutes them.
 
 Such channels are the inputs of one matrix, the fan-in (down_proj, o_proj), and rows of others, its producers (gate_proj and
-up_proj; v_proj). Shapes only suggest which rows of which matrices these are: a suggestion counts when the block, reordered at
-random, computes the same in float64.
+up_proj; v_proj). Shapes only suggest candidates for these rows (layouts). A candidate is accepted if the block computes the
+same in float64 with its channels in a random order.
 
 Shapes: O = out_features, C = inputs of the fan-in, V = channels. C is a multiple of V where query heads share value heads.
 """
@@ -24,11 +24,11 @@ from pipeline.engine.matrices import Matrix
 from pipeline.engine.observe import Observed
 
 EXPERT = re.compile(r"(?<=\[)\d+(?=\])|(?<=experts\.)\d+")
-# the largest difference by an exact reordering, as a share of the difference by one of the fan-in alone. Rounding makes 1e-15
-# of it; wrong heads of an untrained model, all of whose attention is nearly uniform, made 4e-5
-ROUNDING = 1e-6
-SURE = 1e-9  # the same as a share of all that the block gives
-MOST = 6  # matrices around a fan-in whose combinations are tried
+# the largest difference of the outputs that an exact reordering may make, relative to the difference if only the fan-in is
+# reordered. Rounding makes 1e-15; wrong heads of an untrained model, whose attention is nearly uniform, made 4e-5
+TOLERANCE = 1e-6
+OUTPUT_TOLERANCE = 1e-9  # the same, relative to the norm of all outputs of the block
+MAX_PRODUCERS = 6  # number of matrices around a fan-in up to which their combinations are tried
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Layout:
 
     producers: dict[str, int]  # kind: number of rows
     channels: int  # V
-    head: int  # channels may change places within runs of so many
+    head: int  # channels are permuted within runs of this length (a head, or all channels)
     rows: str  # see `_rows`
 
 
@@ -95,7 +95,7 @@ def layouts(name: str, block: Block, found: dict[str, Matrix], observed: Observe
     before: list[str] = []
     for near in _surroundings(name, block, found):
         members = [it for it in near if observed.shared_input_key.get(it) in calls[: calls.index(own)]]
-        if members == before or len(members) > MOST or inputs % multiple:
+        if members == before or len(members) > MAX_PRODUCERS or inputs % multiple:
             continue
         before = members
         rows = {kind(it, block): len(found[it].weight_OI) for it in members}
@@ -115,7 +115,7 @@ def layouts(name: str, block: Block, found: dict[str, Matrix], observed: Observe
 
 
 class Trials:
-    """Tests layouts on one block: `call` runs it on the same inputs, in float64, and returns all that it gives."""
+    """Tests layouts on one block. `call` runs the block on fixed inputs in float64 and returns its outputs and arguments."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self.call = call
@@ -123,19 +123,19 @@ class Trials:
         self.size = sum(float(it[it.isfinite()].norm()) for it in self.base)  # masks hold infinities
 
     def keep_output(self, channels: list[Channels]) -> bool:
-        """Whether the block computes the same when these are reordered at random: a cheap test of known layouts together."""
+        """Whether the block computes the same with these channels in a random order: a cheap test of known layouts together."""
         with _reordered(channels):
-            return self._difference() < SURE * self.size
+            return self._difference() < OUTPUT_TOLERANCE * self.size
 
     def are_exact(self, channels: list[Channels]) -> bool:
-        """Whether the block computes the same when these are reordered at random. False, too, if it also does when only the
-        fan-ins are, since then their inputs decide nothing here."""
+        """Whether the block computes the same with these channels in a random order. False, too, if it computes the same with
+        only the fan-ins reordered: then their inputs have no influence, and the test shows nothing."""
         with _reordered(channels):
             error = self._difference()
-        if not error < ROUNDING * self.size:
+        if not error < TOLERANCE * self.size:
             return False
         with _reordered(channels, fan_ins_alone=True):
-            return error <= ROUNDING * self._difference() > 0
+            return error <= TOLERANCE * self._difference() > 0
 
     def _run(self) -> list[Tensor]:
         return [tensor for tensor in _tensors(self.call(), set()) if tensor.is_floating_point()]
@@ -203,7 +203,7 @@ def _surroundings(name: str, block: Block, found: dict[str, Matrix]) -> Iterator
 
 
 def _head_sizes(block: Block, inputs: int) -> list[int]:
-    """What the settings of the block's modules say of heads, as sizes that divide a number of inputs, largest first."""
+    """Possible head sizes, from the configuration of the block's modules: divisors of `inputs`, largest first."""
     modules = list(block.module.modules())
     said = [vars(it) for it in [*modules, *(module.config for module in modules if hasattr(module, "config"))]]
     values = {v for one in said for key, v in one.items() if "head" in key and type(v) is int and v > 0}

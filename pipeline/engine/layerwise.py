@@ -24,13 +24,18 @@ SMALL = 4096  # elements; moving smaller arguments (such as a position scale) to
 class LayerwiseForwards:
     """The forwards of one model over several batches, all paused at the same block, `current` (None at the end).
 
-    `call(batch)` calls the model. Each block is moved to `device` when it is reached, or to a GPU while the one before it is
-    computed. The arguments of paused forwards wait on `store` (None: where they are). `restore(block)` loads a block's
-    weights. With it, the caller may change weights: every block's weights are dropped once it is passed, and the blocks in
-    `dropped` start with dropped weights. Without it, the weights stay loaded, and the caller must not change them, unless
-    `keeps`: then changed weights are copied back to where the block came from. `dense_outputs`: the next block gets what the
-    block returned with the weights it came with, not with changed ones; then no block may be reached twice, or share weights
-    with another.
+    `call(batch)` calls the model. Each block is moved to `device` when it is reached, or to a GPU while the block before it is
+    computed. `hidden_device`: the device that holds the arguments of paused forwards (None: they are not moved).
+
+    What happens to weights that the caller changes:
+    - with `restore`, every block's weights are dropped once it is passed, and `restore(block)` loads them again if it is
+      reached again. The blocks in `dropped` start with dropped weights.
+    - with `keeps`, changed weights are copied back to where the block came from.
+    - with neither, the caller must not change weights.
+
+    `dense_outputs`: the next block gets the output that a block has with its original weights, not with changed ones; then no
+    block may be reached twice, or share weights with another.
+
     A context manager: inside, the blocks' `forward` is replaced; at its end, everything that was moved is moved back.
     """
 
@@ -41,7 +46,7 @@ class LayerwiseForwards:
         call: Callable[[Tensor], Any],
         batches: Iterable[Tensor],
         device: torch.device,
-        store: torch.device | None = None,
+        hidden_device: torch.device | None = None,
         restore: Callable[[Block], None] | None = None,
         dropped: Iterable[int] = (),
         keeps: bool = False,
@@ -49,7 +54,7 @@ class LayerwiseForwards:
     ) -> None:
         self.model, self.blocks, self.call, self.batches = model, blocks, call, list(batches)
         self.device, self.restore, self.keeps, self.dense_outputs = device, restore, keeps, dense_outputs
-        self.store = None if store == device else store
+        self.hidden_device = None if hidden_device == device else hidden_device
         self.current: Block | None = None
         self.forwards: list[PausedForward] = []
         self._offloaded: list[dict[int, TensorWeakRef]] = [{} for _ in self.batches]
@@ -219,9 +224,9 @@ class LayerwiseForwards:
                     parameter.data = torch.empty(0, dtype=parameter.dtype)
 
     def _offload(self, i: int) -> None:
-        """Moves what a paused forward holds to `store`: the pending arguments, and earlier ones that the model still
+        """Moves what a paused forward holds to `hidden_device`: the pending arguments, and earlier ones that the model still
         references, such as the embeddings."""
-        if self.store is None:
+        if self.hidden_device is None:
             return
         offloaded = {key: ref for key, ref in self._offloaded[i].items() if ref() is not None}
         for leaf in tree_leaves((self.forwards[i].args, self.forwards[i].kwargs)):
@@ -229,8 +234,10 @@ class LayerwiseForwards:
                 offloaded[id(leaf)] = TensorWeakRef(leaf)
         for ref in offloaded.values():
             tensor = ref()
-            if tensor.device != self.store:
-                host = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.store, pin_memory=tensor.is_cuda)
+            if tensor.device != self.hidden_device:
+                host = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, device=self.hidden_device, pin_memory=tensor.is_cuda
+                )
                 tensor.data = host.copy_(tensor.data, non_blocking=True)
         self._offloaded[i] = offloaded
 

@@ -18,11 +18,8 @@ from pipeline.models.pointwise import PointwiseConv
 from pipeline.runtime.errors import UserError
 
 ROUTER = "router"
-PRODUCTS = (
-    nn.Linear.forward,
-    Conv1D.forward,
-    PointwiseConv.forward,
-)  # a subclass with its own forward may compute anything
+# forwards that are plain products; a subclass with its own forward may compute anything
+PRODUCTS = (nn.Linear.forward, Conv1D.forward, PointwiseConv.forward)
 # Path components that mean "router" in a block with experts. `gate_proj`, the gate of a gated MLP, does not match.
 ROUTER_NAMES = re.compile(r"(^|\.)(\w*router\w*|gate|wg|\w*expert_gate|\w*topk_gat\w*|classifier)(\.|$)", re.IGNORECASE)
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_shared_experts", "num_routed_experts", "total_experts")

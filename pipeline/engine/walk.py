@@ -21,9 +21,8 @@ from pipeline.engine.observe import InputObserver, Observed
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
 
-Visit = Callable[
-    ["LayerWalk", Block], BlockResult | None
-]  # what is done to a block; what it returns, the callbacks get
+# what is done to a block; its result is passed on to the callbacks
+Visit = Callable[["LayerWalk", Block], BlockResult | None]
 
 
 class LayerWalk(LightningModule):
@@ -38,7 +37,7 @@ class LayerWalk(LightningModule):
         self,
         model: nn.Module,
         batches: list[Tensor],
-        store: torch.device | None,
+        hidden_device: torch.device | None,
         folder: Path | None = None,
         in_memory: bool = False,
         dense_outputs: bool = False,
@@ -46,21 +45,21 @@ class LayerWalk(LightningModule):
         super().__init__()
         object.__setattr__(self, "model", model)  # not in _modules: Lightning must not move, wrap or save the model
         self.blocks = find_blocks(model)
-        self.batches, self.store = batches, store
+        self.batches, self.hidden_device = batches, hidden_device
         self.task = tasks.of(model.config)
         self.tokens = sum(map(self.task.size, batches))  # or images
-        self.files: BlockStore | None = None
+        self.results: BlockStore | None = None
         if folder or in_memory:
-            self.files = BlockFiles(folder, model, self.blocks) if folder else BlocksInMemory(model)
-        self.forwards = self.paused_forwards(model, self.files, dense_outputs)
+            self.results = BlockFiles(folder, model, self.blocks) if folder else BlocksInMemory(model)
+        self.forwards = self.paused_forwards(model, self.results, dense_outputs)
         self.visit: Visit = lambda walk, block: None
 
     def is_finished(self, block: Block) -> bool:
         """Whether an earlier run finished the block."""
-        return self.files is not None and self.files.is_finished(block)
+        return self.results is not None and self.results.is_finished(block)
 
     def paused_forwards(
-        self, model: nn.Module, files: BlockStore | None = None, dense_outputs: bool = False
+        self, model: nn.Module, results: BlockStore | None = None, dense_outputs: bool = False
     ) -> LayerwiseForwards:
         """Paused forwards of `model` over this rank's batches."""
 
@@ -68,11 +67,13 @@ class LayerWalk(LightningModule):
             self.task.forward(model, batch)
 
         known: dict[str, Any] = {"dense_outputs": dense_outputs}
-        if isinstance(files, BlockFiles):
-            known |= {"restore": files.restore, "dropped": files.finished_before}
-        elif files:
+        if isinstance(results, BlockFiles):
+            known |= {"restore": results.restore, "dropped": results.finished_before}
+        elif results:
             known |= {"keeps": True}
-        return LayerwiseForwards(model, find_blocks(model), call, self.batches, processes.device(), self.store, **known)
+        return LayerwiseForwards(
+            model, find_blocks(model), call, self.batches, processes.device(), self.hidden_device, **known
+        )
 
     def blocks_in_order(self) -> Iterator[Block]:
         """Yields each block once, in the order in which the model reaches them. Between two of them, all batches run through
@@ -157,8 +158,8 @@ class _BlocksInOrder(IterableDataset):
 
 
 def run_layerwise(walk: LayerWalk, visit: Visit, callbacks: list[Callback]) -> None:
-    """Calls `visit` on every block; what it returns, callbacks get as the outputs of a batch. Raises `UserError` if the walk
-    ends early."""
+    """Calls `visit` on every block; callbacks get its result as the outputs of a batch. Raises `UserError` if the walk ends
+    early."""
     walk.visit = visit
     trainer = Trainer(
         callbacks=callbacks,

@@ -1,4 +1,4 @@
-"""The accuracy of an image classifier: which images it answers right, by class too, and examples to look at.
+"""The accuracy of an image classifier, in total and by class, and example images for the report.
 
 Shapes: N = images, B = images of a batch, V = classes.
 """
@@ -15,7 +15,7 @@ from pipeline import tasks
 from pipeline.data.images import Images
 from pipeline.evaluation.paired import standard_error
 
-TOP = {"acc": 1, "acc_top5": 5}  # a right answer is among so many of the highest logits
+TOP = {"acc": 1, "acc_top5": 5}  # an answer is right if its class is among this many highest logits
 EXAMPLES, PIXELS = 12, 96  # images in the report, and their longest side
 
 
@@ -71,8 +71,8 @@ def by_class(right: dict[str, list], names: dict[int, str]) -> list[tuple[str, i
 
 
 def chosen(right: dict[str, list[float]], count: int = EXAMPLES) -> list[int]:
-    """The places of images to look at, in order: up to half of them are such as only the pruned model gets wrong, up to a
-    quarter such as it and the last model get wrong, and all others are spread over the rest. `right`: by model."""
+    """The indices of the images to show, in order: up to half of them only the pruned model gets wrong, up to a quarter the
+    pruned and the last model get wrong, and the others are spread over the rest. `right`: by model."""
     images = range(len(next(iter(right.values()))))
     lost = [place for place in images if "pruned" in right and not right["pruned"][place]]
     last = next(reversed(right.values()))

@@ -15,10 +15,17 @@ from pipeline import tasks
 from pipeline.compact.compact_model import load_compact, make_dense
 from pipeline.compact.file_format import MANIFEST
 from pipeline.data import images, sources, special_tokens, token_windows
-from pipeline.evaluation import accuracy, continuations, paired
-from pipeline.evaluation.perplexity import full_logits, perplexity, streamed_logits, window_losses, windows
+from pipeline.evaluation import accuracy, continuations
+from pipeline.evaluation.perplexity import (
+    full_logits,
+    perplexity,
+    perplexity_error,
+    streamed_logits,
+    window_losses,
+    windows,
+)
 from pipeline.evaluation.tasks import identity
-from pipeline.evaluation.zero_shot import zero_shot
+from pipeline.evaluation.zero_shot import mean_accuracy, zero_shot
 from pipeline.models import loading, model_files, placement
 from pipeline.runtime import code, files, processes
 from pipeline.runtime.errors import UserError
@@ -68,50 +75,19 @@ class Subject:
 def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str, Any], dict[str, dict]]:
     """The measured numbers of a model, and its per-window losses and per-question answers for `paired.difference`, with
     the "answers" to images, by data set, for `accuracy.examples`. Adds to `protocol` what was read. All ranks must call it."""
-    settings, name = recipe.evaluate, subject.name
-    # created at first use: everything may be in the cache
-    tokenizer = functools.cache(lambda: loading.tokenizer(subject.folder, recipe))
+    settings, name, measurements = recipe.evaluate, subject.name, _Measurements(subject, recipe)
     read = dict(zip([*settings.perplexity, *settings.accuracy], sources.of_stage(recipe, "evaluate"), strict=True))
-    where = functools.cache(lambda: placement.choose(settings.placement, lambda: subject.load(recipe)))
-    share = functools.cache(lambda: placement.share(where(), lambda: subject.load(recipe)))
-    model = functools.cache(lambda: _placed(subject, recipe, where(), share()))
-    identity_hash = processes.from_main(subject.identity() if processes.is_main() else None)
-    model_key = {"model": identity_hash, "dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation}
-    model_key |= {"code": code.fingerprint(__name__)}
-    cached = functools.partial(_cached, Path(recipe.run_dir).parent / ".measured", "evaluate" in recipe.rerun)
-    found: dict[str, Any] = {"hash": identity_hash, "perplexity": {}, "perplexity_stderr": {}, "zero_shot": {}}
+    found: dict[str, Any] = {"hash": measurements.hash, "perplexity": {}, "perplexity_stderr": {}, "zero_shot": {}}
     losses: dict[str, list[float]] = {}
     correct: dict[str, list[float]] = {}
     seen: dict[str, dict[str, list]] = {}  # what the model answered to the images
 
     for spec in settings.perplexity:
         source = read[spec]
-
-        def measure_losses(spec=spec, source=source) -> list[float]:
-            report = processes.progress(f"  {name}: perplexity on {spec}, ")
-            bos = special_tokens.bos(tokenizer()) if settings.bos else None
-            ids = token_windows.joined(source, tokenizer(), settings.seq_len)
-            windows_NT = windows(ids, settings.seq_len, settings.windows, bos)
-            if where() == "stream":
-                layerwise = subject.load(recipe)
-                loading.check_vocabulary(layerwise.config, windows_NT, source)
-                logits = streamed_logits(layerwise, processes.device(), report)
-                at_once = placement.batch_number(settings.batch_size)
-                part = (processes.rank(), processes.world_size())
-            else:
-                loading.check_vocabulary(model().config, windows_NT, source)
-                logits = full_logits(model())
-                at_once = placement.find_batch_size(settings.batch_size, logits, windows_NT, share())
-                part = share()[:2]
-            return window_losses(logits, windows_NT, at_once, *part, _all_sum, report).tolist()
-
-        cache_key = model_key | {"text": str(source), "data": sources.identity(source), "seq_len": settings.seq_len}
-        cache_key |= {key: value for key in ("column", "windows", "bos") if (value := getattr(settings, key))}
-        losses[spec] = cached(cache_key, measure_losses)
+        losses[spec] = measurements.losses(spec, source)
         found["perplexity"][spec] = value = perplexity(torch.tensor(losses[spec], dtype=torch.float64))
-        if (error := paired.standard_error(losses[spec])) is not None:
-            # delta method: the error of exp(x) is exp(x) times that of x
-            found["perplexity_stderr"][spec] = value * error
+        if (error := perplexity_error(losses[spec])) is not None:
+            found["perplexity_stderr"][spec] = error
         protocol["datasets"][spec] = (
             f"{source}, {'the first ' if settings.windows else ''}{len(losses[spec])} windows of {settings.seq_len} tokens"
         )
@@ -120,73 +96,139 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
         processes.say(f"  {name}: perplexity on {spec} {value:.3f}")
 
     for task in settings.tasks:
-
-        def measure_task(task=task) -> tuple[dict, dict]:
-            return zero_shot(
-                model(),
-                tokenizer(),
-                [task],
-                recipe.mirror,
-                settings.batch_size
-                if processes.device().type == "cuda"
-                else placement.batch_number(settings.batch_size),
-                settings.limit,
-                settings.fewshot,
-                processes.rank(),
-                processes.world_size(),
-                processes.progress(f"  {name}: {task}, "),
-                share()[:2],
-            )
-
-        task_identity = processes.from_main(
-            identity(task, recipe.mirror, settings.fewshot) if processes.is_main() else None
-        )
-        cache_key = model_key | {
-            "task": task,
-            "asked": task_identity,
-            "limit": settings.limit,
-            "fewshot": settings.fewshot,
-        }
-        scores, answers = cached(cache_key, measure_task)
+        scores, answers = measurements.task(task)
         found["zero_shot"] |= scores
         correct |= answers
         for entry, numbers in scores.items():
             text = ", ".join(f"{key} {value:.3f}" for key, value in numbers.items() if "stderr" not in key)
             processes.say(f"  {name}: {entry} {text}")
-    accuracies = [scores["acc"] for scores in found["zero_shot"].values() if "acc" in scores]
-    if accuracies:
-        found["zero_shot_mean"] = sum(accuracies) / len(accuracies)
+    if (mean := mean_accuracy(found["zero_shot"])) is not None:
+        found["zero_shot_mean"] = mean
 
     for spec in settings.accuracy:
-        source = read[spec]
-
-        def measure_accuracy(spec=spec, source=source) -> dict[str, list]:
-            config = loading.config(subject.folder, recipe)
-            processor = tasks.of(config).processor(subject.folder, recipe)
-            shown = images.evaluated(source, processor, config, settings.limit)
-            report = processes.progress(f"  {name}: accuracy on {spec}, ")
-            at_once = placement.batch_number(settings.batch_size)
-            return accuracy.right_answers(model(), shown, at_once, *share()[:2], _all_sum, report)
-
-        cache_key = model_key | {"images": str(source), "data": sources.identity(source), "limit": settings.limit}
-        right = cached(cache_key | {"column": settings.column}, measure_accuracy)
+        seen[spec] = right = measurements.image_answers(spec, read[spec])
         scores = found.setdefault("accuracy", {})[spec] = accuracy.scores(right)
         names = loading.config(subject.folder, recipe).id2label
         found.setdefault("classes", {})[spec] = accuracy.by_class(right, names)
-        seen[spec] = right
-        protocol["datasets"][spec] = f"{source}, {len(right['acc'])} images"
+        protocol["datasets"][spec] = f"{read[spec]}, {len(right['acc'])} images"
         processes.say(f"  {name}: accuracy on {spec} {100 * scores['acc']:.1f}%")
 
-    def measure_continuations() -> list[str] | None:
-        share()  # all ranks decide the placement together
-        if processes.is_main():
-            return continuations.continuations(model(), tokenizer(), protocol["prompts"], settings.continuation_tokens)
-
     if protocol["prompts"]:
-        cache_key = model_key | {"prompts": protocol["prompts"], "tokens": settings.continuation_tokens}
-        found["continuations"] = processes.from_main(cached(cache_key, measure_continuations))
+        found["continuations"] = measurements.continuations(protocol["prompts"])
     images_right = {spec: right["acc"] for spec, right in seen.items()}
     return found, {"losses": losses, "correct": correct, "images": images_right, "answers": seen}
+
+
+class _Measurements:
+    """The measurements of one model, each from the cache or else computed. The model and its tokenizer are loaded when they are
+    first needed, because all results may be in the cache. All ranks must call each method."""
+
+    def __init__(self, subject: Subject, recipe: Recipe) -> None:
+        self.subject, self.recipe, self.settings = subject, recipe, recipe.evaluate
+        self.hash = processes.from_main(subject.identity() if processes.is_main() else None)
+        self._key = {"model": self.hash, "dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation}
+        self._key |= {"code": code.fingerprint(__name__)}
+        self._cache = Path(recipe.run_dir).parent / ".measured"
+
+    def losses(self, spec: str, source: sources.Source) -> list[float]:
+        """The loss of each window of a text."""
+        key = {"text": str(source), "data": sources.identity(source), "seq_len": self.settings.seq_len}
+        key |= {name: value for name in ("column", "windows", "bos") if (value := getattr(self.settings, name))}
+        return self._cached(key, lambda: self._losses(spec, source))
+
+    def task(self, task: str) -> tuple[dict[str, dict[str, float]], dict[str, list[float]]]:
+        """See `zero_shot`."""
+        settings, main = self.settings, processes.is_main()
+        asked = processes.from_main(identity(task, self.recipe.mirror, settings.fewshot) if main else None)
+        key = {"task": task, "asked": asked, "limit": settings.limit, "fewshot": settings.fewshot}
+        return self._cached(key, lambda: self._task(task))
+
+    def image_answers(self, spec: str, source: sources.Source) -> dict[str, list]:
+        """See `accuracy.right_answers`."""
+        key = {"images": str(source), "data": sources.identity(source), "limit": self.settings.limit}
+        return self._cached(key | {"column": self.settings.column}, lambda: self._image_answers(spec, source))
+
+    def continuations(self, prompts: list[str]) -> list[str]:
+        key = {"prompts": prompts, "tokens": self.settings.continuation_tokens}
+        return processes.from_main(self._cached(key, lambda: self._continuations(prompts)))
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        return loading.tokenizer(self.subject.folder, self.recipe)
+
+    @functools.cached_property
+    def _placement(self) -> str:
+        return placement.choose(self.settings.placement, lambda: self.subject.load(self.recipe))
+
+    @functools.cached_property
+    def _share(self) -> placement.Share:
+        return placement.share(self._placement, lambda: self.subject.load(self.recipe))
+
+    @functools.cached_property
+    def _model(self) -> nn.Module:
+        return _placed(self.subject, self.recipe, self._placement, self._share)
+
+    def _losses(self, spec: str, source: sources.Source) -> list[float]:
+        settings, report = self.settings, processes.progress(f"  {self.subject.name}: perplexity on {spec}, ")
+        bos = special_tokens.bos(self._tokenizer) if settings.bos else None
+        ids = token_windows.joined(source, self._tokenizer, settings.seq_len)
+        windows_NT = windows(ids, settings.seq_len, settings.windows, bos)
+        if self._placement == "stream":
+            layerwise = self.subject.load(self.recipe)
+            loading.check_vocabulary(layerwise.config, windows_NT, source)
+            logits = streamed_logits(layerwise, processes.device(), report)
+            batch_size = placement.batch_number(settings.batch_size)
+            part = (processes.rank(), processes.world_size())
+        else:
+            loading.check_vocabulary(self._model.config, windows_NT, source)
+            logits = full_logits(self._model)
+            batch_size = placement.find_batch_size(settings.batch_size, logits, windows_NT, self._share)
+            part = self._share[:2]
+        return window_losses(logits, windows_NT, batch_size, *part, _all_sum, report).tolist()
+
+    def _task(self, task: str) -> tuple[dict, dict]:
+        batch_size = self.settings.batch_size  # on a GPU lm-eval tries for `auto`
+        if processes.device().type != "cuda":
+            batch_size = placement.batch_number(batch_size)
+        return zero_shot(
+            self._model,
+            self._tokenizer,
+            [task],
+            self.recipe.mirror,
+            batch_size,
+            self.settings.limit,
+            self.settings.fewshot,
+            processes.rank(),
+            processes.world_size(),
+            processes.progress(f"  {self.subject.name}: {task}, "),
+            self._share[:2],
+        )
+
+    def _image_answers(self, spec: str, source: sources.Source) -> dict[str, list]:
+        config = loading.config(self.subject.folder, self.recipe)
+        processor = tasks.of(config).processor(self.subject.folder, self.recipe)
+        shown = images.evaluated(source, processor, config, self.settings.limit)
+        report = processes.progress(f"  {self.subject.name}: accuracy on {spec}, ")
+        batch_size = placement.batch_number(self.settings.batch_size)
+        return accuracy.right_answers(self._model, shown, batch_size, *self._share[:2], _all_sum, report)
+
+    def _continuations(self, prompts: list[str]) -> list[str] | None:
+        _ = self._share  # all ranks decide the placement together
+        if not processes.is_main():
+            return None
+        return continuations.continuations(self._model, self._tokenizer, prompts, self.settings.continuation_tokens)
+
+    def _cached(self, about: dict[str, Any], find: Callable[[], Any]) -> Any:
+        """The cached measurement, the same on all ranks; with rerun=evaluate, or if there is none, the result of `find`."""
+        key = self._key | about
+        path = self._cache / f"{files.digest(key)}.json"
+        before = None if "evaluate" in self.recipe.rerun else processes.from_main(files.read_json(path))
+        if before is not None:
+            return before["measured"]
+        measured = find()
+        if processes.is_main():
+            files.write_json(path, {"about": key, "measured": measured})
+        return measured
 
 
 def _placed(subject: Subject, recipe: Recipe, where: str, share: placement.Share) -> nn.Module:
@@ -194,18 +236,6 @@ def _placed(subject: Subject, recipe: Recipe, where: str, share: placement.Share
     if share.number == placement.IDLE:
         return loading.skeleton(subject.folder, recipe)
     return placement.place(share, functools.partial(subject.load, recipe), where)
-
-
-def _cached(cache: Path, again: bool, key: dict, find: Callable[[], Any]) -> Any:
-    """The cached measurement; else, or if `again`, the result of `find`, which is then cached. The same on all ranks."""
-    path = cache / f"{files.digest(key)}.json"
-    before = None if again else processes.from_main(files.read_json(path))
-    if before is not None:
-        return before["measured"]
-    measured = find()
-    if processes.is_main():
-        files.write_json(path, {"about": key, "measured": measured})
-    return measured
 
 
 def _all_sum(loss_N: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.engine.blocks import find_blocks
 from pipeline.engine.layerwise import LayerwiseForwards
+from pipeline.evaluation.paired import standard_error
 from pipeline.runtime.errors import UserError
 
 # positions whose logits are in float32 at a time: 256 MiB with a vocabulary of 256K, where a whole window takes 2 GiB
@@ -42,8 +43,8 @@ def full_logits(model: nn.Module) -> Logits:
 
 
 def streamed_logits(model: nn.Module, device: torch.device, report: Progress = lambda text: None) -> Logits:
-    """The logits of `full_logits` to the bit, computed layer by layer: `device` holds one layer, the embeddings and the head;
-    the hidden states of all batches wait in host memory."""
+    """The same logits as `full_logits`, bit for bit, computed layer by layer: `device` holds one layer, the embeddings and the
+    head; the hidden states of all batches are kept in host memory."""
 
     def logits(batches: list[Tensor]) -> Iterator[Tensor]:
         blocks, passed = find_blocks(model), itertools.count(1)
@@ -93,6 +94,13 @@ def window_losses(
 def perplexity(loss_N: Tensor) -> float:
     """exp of the mean loss over windows (SparseGPT and Wanda)."""
     return loss_N.mean().exp().item()
+
+
+def perplexity_error(losses: list[float]) -> float | None:
+    """The standard error of the perplexity by the delta method: the error of exp(x) is exp(x) times that of x. None for one
+    window."""
+    error = standard_error(losses)
+    return None if error is None else perplexity(torch.tensor(losses, dtype=torch.float64)) * error
 
 
 def _window_loss(logits_TV: Tensor, ids_T: Tensor) -> Tensor:

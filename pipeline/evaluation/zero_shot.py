@@ -69,6 +69,12 @@ def zero_shot(
     return scores, correct
 
 
+def mean_accuracy(scores: dict[str, dict[str, float]]) -> float | None:
+    """The mean of `acc` over the tasks that have one; None if there are none."""
+    accuracies = [score["acc"] for score in scores.values() if "acc" in score]
+    return sum(accuracies) / len(accuracies) if accuracies else None
+
+
 def _entries(tasks: dict) -> list[str]:
     """The tasks, with the tasks of an aggregated group replaced by the group."""
     groups = [group for group in tasks["groups"].values() if group.has_aggregation]

@@ -1,4 +1,4 @@
-"""The visitor of `run_layerwise` that reorders the channels of each block such that N of M keeps more importance."""
+"""The visitor of `run_layerwise` that reorders the channels of each block so that N of M keeps more importance."""
 
 import time
 from collections import defaultdict
@@ -27,7 +27,7 @@ class BlockPermuter:
 
     def __init__(self, model: nn.Module, blocks: list[Block], pattern: NofM, rounds: int) -> None:
         self.pattern, self.rounds = pattern, rounds
-        # how the channels lie, by kind of matrix and its shape, as the first block with it has it; a resumed run finds the same
+        # where the channels lie, by kind and shape of matrix, found in the first block with it; a resumed run finds the same
         self.layouts: dict[tuple, Layout | None] = {}
         # weights that are used elsewhere too
         self.shared = shared_parameters(blocks) | {id(tensor) for tensor in tensors_outside(model, blocks)}
@@ -76,7 +76,7 @@ class BlockPermuter:
             raise
         except RuntimeError as error:
             processes.say(
-                f"  {block.name} keeps the order of its channels, as it does not run in float64: {one_line(str(error))}"
+                f"  {block.name}: the order of channels stays, as the layer does not run in float64: {one_line(str(error))}"
             )
             return {}
         alike: dict[tuple, list[str]] = defaultdict(list)  # matrices of one kind, such as all experts
@@ -101,11 +101,13 @@ class BlockPermuter:
                 tried = () if first is None else (first, *suggested)
                 self.layouts[place] = next(filter(is_exact, tried), None)
                 if first and not self.layouts[place]:
-                    processes.say(f"  {place[0]} keeps the order of its inputs: no other is known to compute the same")
+                    processes.say(
+                        f"  {place[0]}: the order of inputs stays, as no permutation is known to compute the same"
+                    )
             layout = self.layouts[place]
             if layout and known and not is_exact(layout):
                 processes.say(
-                    f"  {block.name}.{place[0]} keeps the order of its inputs: here another computes something else"
+                    f"  {block.name}.{place[0]}: the order of inputs stays, as here a permutation changes the output"
                 )
             elif layout:
                 chosen |= dict.fromkeys(names, layout)

@@ -59,7 +59,7 @@ def plan_memory(
     training = per_weight * sum(parameter.numel() for parameter in largest.parameters()) / memory.GIB
     # each once: embeddings may be tied, and layers may share weights
     outside = sum(it.nbytes for it in {id(it): it for it in tensors_outside(model, found)}.values()) / memory.GIB
-    sizes = [tasks.of(model.config).hidden_size(model, batch) for batch in batches]
+    sizes = [tasks.of(model.config).hidden_shape(model, batch) for batch in batches]
     # a paused forward keeps the embeddings as well as the hidden states
     hidden = 2 * streams * sum(count * width for count, width in sizes) * model.dtype.itemsize / memory.GIB
     free, tokens = memory.free_gib(device), max((count for count, _ in sizes), default=0)
@@ -68,16 +68,18 @@ def plan_memory(
     working += _statistics(matrices(found[blocks.index(largest)], found), observe) if observe else 0.0
     needed = layers + training + outside + working
     fits = needed + 1.5 * hidden < 0.8 * free
-    store = device if device.type == "cpu" or where == "gpu" or (where == "auto" and fits) else torch.device("cpu")
+    hidden_device = (
+        device if device.type == "cpu" or where == "gpu" or (where == "auto" and fits) else torch.device("cpu")
+    )
     processes.say(
         f"  memory: {memory.text(layers)} for {COUNTS[count]} layers, "
         + (f"{memory.text(training)} to {work} one, " if training else "")
         + f"{memory.text(outside)} outside the layers, {memory.text(working)} to compute with, {memory.text(hidden)} "
-        f"of hidden states on the {'GPU' if store.type == 'cuda' else 'host'}; {memory.text(free)} free"
+        f"of hidden states on the {'GPU' if hidden_device.type == 'cuda' else 'host'}; {memory.text(free)} free"
     )
-    if needed + (hidden if store == device else 0) > free:
+    if needed + (hidden if hidden_device == device else 0) > free:
         processes.say("  memory: this may not fit: set a smaller batch_size or fewer samples")
-    return store
+    return hidden_device
 
 
 def _activations(block: nn.Module, tokens: int, itemsize: int, trains: bool) -> float:

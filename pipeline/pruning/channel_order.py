@@ -27,7 +27,7 @@ def _ordered(score_RV: Tensor, pattern: NofM, head: int, rounds: int) -> list[Te
     orders = []
     for score in score_RV.split(head, dim=1):
         identity = torch.arange(head)
-        order_GM = _dealt(score, pattern.m)
+        order_GM = _initial_groups(score, pattern.m)
         best, kept = identity, kept_importance(score, pattern)
         for done in range(rounds + 1):
             order = order_GM.flatten()
@@ -42,8 +42,8 @@ def _ordered(score_RV: Tensor, pattern: NofM, head: int, rounds: int) -> list[Te
     return orders
 
 
-def _dealt(score_RV: Tensor, m: int) -> Tensor:
-    """Channels by importance, dealt to the groups in turn, back and forth, (G, M)."""
+def _initial_groups(score_RV: Tensor, m: int) -> Tensor:
+    """Channels sorted by importance and distributed over the groups in turn, back and forth, (G, M)."""
     ranked = score_RV.sum(0, dtype=torch.float64).argsort(descending=True, stable=True).cpu().view(m, -1)
     ranked[1::2] = ranked[1::2].flip(1)
     return ranked.T.contiguous()

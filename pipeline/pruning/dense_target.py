@@ -1,4 +1,4 @@
-"""`prune.target=dense`: a matrix shall return for the pruned model's inputs what the dense one returns for the dense model's.
+"""`prune.target=dense`: pruned matrices reproduce the outputs of the dense model from the inputs in the pruned model.
 
 Published for quantisation as asymmetric calibration (Li et al. 2025, "GPTAQ: Efficient Finetuning-Free Quantization for
 Asymmetric Calibration"). Before a matrix is pruned, the best unpruned weights for this aim take the place of its dense ones;
@@ -47,7 +47,7 @@ def solve(weight_OI: Tensor, difference_II: Tensor, gram_II: Tensor, damp: float
 
 
 class DenseTarget:
-    """Takes the forwards of the dense model along with the walk's."""
+    """Runs the forwards of the dense model block by block, in step with the walk."""
 
     def __init__(self, forwards: LayerwiseForwards) -> None:
         self.forwards = forwards
@@ -59,8 +59,8 @@ class DenseTarget:
     def observe_in_turn(
         self, walk: LayerWalk, block: Block, block_matrices: dict[str, Matrix], method: PruneMethod
     ) -> Iterator[tuple[dict[str, Matrix], Observed]]:
-        """Yields the matrices to prune, those with the same inputs together, in the order in which the block calls them. They
-        are to be pruned before the next are observed: weights for inputs that the block gives no more would do harm.
+        """Yields the matrices to prune, those with the same inputs together, in the order in which the block calls them. The
+        caller prunes them before it asks for the next, whose inputs depend on them.
 
         Matrices that stay dense are not observed: the tokens of an expert differ in the dense model.
         """

@@ -30,7 +30,7 @@ class PruneMethod:
         default = "matrix" if self.whole_matrix else "row"
         self.group = default if settings.group == "auto" else settings.group
         self._layer_masks: dict[str, Tensor] = {}
-        self.readings = Readings()  # what the pruner reads at the end of a layer
+        self.readings = Readings()  # numbers that the pruner reads from the GPU at the end of a layer
 
     def observe(self, input_NI: Tensor) -> Tensor:
         """The statistic to sum (in float64) over a matrix's inputs. Default: the square sum of each feature, (I,)."""

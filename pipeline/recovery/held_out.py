@@ -18,8 +18,8 @@ from pipeline.tasks.task import Samples
 
 
 class HeldOut:
-    """With `patience`, a training is over after so many measurements without progress; `restore` then puts back the weights
-    that were best, kept in the stage's `folder`."""
+    """`patience`: the number of measurements without improvement after which training stops; `restore` then loads the best
+    weights, which are kept in the stage's `folder`. 0: never."""
 
     def __init__(self, samples: Samples, batch_size: int, patience: int, folder: Path) -> None:
         self.samples, self.batch_size, self.patience = samples, batch_size, patience
@@ -53,8 +53,8 @@ class HeldOut:
     def measure(
         self, model: nn.Module, device: torch.device, context: Callable[[], AbstractContextManager] = nullcontext
     ) -> float:
-        """exp of the mean loss of all predictions that bear one, the same on any number of processes; `context`: the
-        precision's, in which Lightning calls no hook."""
+        """exp of the mean loss of all predictions that have one, the same on any number of processes. `context`: the autocast
+        of the training's precision, which Lightning does not enter for hooks."""
         task, world_size, rank = tasks.of(model.config), processes.world_size(), processes.rank()
         starts = range(0, len(self.samples), self.batch_size)
         total = torch.zeros(2, dtype=torch.float64, device=device)
@@ -75,7 +75,7 @@ class HeldOut:
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
-        """After a training; no hook of it, for one that is resumed after its last step calls none."""
+        """Loads the best weights. Called after training and not by a hook: a run resumed after its last step calls no hook."""
         if not self.patience or self.lowest == math.inf:
             return
         self.check_best()

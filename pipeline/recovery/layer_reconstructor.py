@@ -1,4 +1,4 @@
-"""Trains each pruned layer, as `run_layerwise` reaches it, to give what the dense model has in its place."""
+"""The visitor of `run_layerwise` that trains each pruned layer towards the hidden states of the dense model."""
 
 import itertools
 import math
@@ -19,15 +19,15 @@ from pipeline.runtime.memory import peak_gib
 from pipeline.settings.schema import Reconstruct
 from pipeline.sparsity.masks import Masks
 
-PATIENCE = 30  # seconds that a layer may take before each of its epochs says a line
+QUIET_SECONDS = 30  # time on a layer after which each epoch prints a line
 
 
 class LayerReconstructor:
-    """Takes the forwards of the dense model along with the walk's, those of the pruned model.
+    """Runs the forwards of the dense model in step with the walk, whose forwards are those of the pruned model.
 
-    A layer's inputs are what the layers before it give, reconstructed already; its targets are the hidden states of the
-    dense model, so that it makes good what the layers before it got wrong as well. `steps` are the batches of each
-    optimizer step, see `layer_fit.fit`; the batches after them judge.
+    A layer's inputs are the outputs of the layers before it, already reconstructed. Its targets are the hidden states of the
+    dense model, so a layer also corrects errors of earlier layers. `steps` are the batches of each optimizer step, see
+    `layer_fit.fit`; the batches after them are held out to measure the error.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class LayerReconstructor:
             self._start(walk)
 
         def on_output(i: int, hidden: Tensor) -> None:
-            self.targets[i] = hidden if walk.store is None else hidden.to(walk.store)
+            self.targets[i] = hidden if walk.hidden_device is None else hidden.to(walk.hidden_device)
 
         while self.dense.current.index != block.index:  # blocks that the model calls again
             self._advance()
@@ -60,15 +60,15 @@ class LayerReconstructor:
             return None
         before, after = self._fit(walk, block, own)
         seconds = time.perf_counter() - started
-        found = f"{before:.4f} -> {after:.4f}" if after < before else f"{before:.4f}, no better: it stays as it was"
+        found = f"{before:.4f} -> {after:.4f}" if after < before else f"{before:.4f}, no better: left unchanged"
         processes.say(f"  layer {block.index + 1}/{len(walk.blocks)}: held-out error {found}, {seconds:.1f} s")
         row = {"layer": block.index, "seconds": round(seconds, 4), "error_before": before, "error_after": after}
         return BlockResult(Masks(), row | {"memory_gib": round(peak_gib(walk.device), 3)})
 
     def _own(self, walk: LayerWalk, block: Block) -> dict[str, nn.Parameter]:
-        """What the block's shard will hold, but for what a block before it uses as well, which has been trained there."""
+        """The parameters in the block's shard, except those that an earlier block shares, which were trained there."""
         named = block.module.named_parameters()
-        return {n: p for n, p in named if walk.files.holds(block, n) and id(p) not in self.passed}
+        return {n: p for n, p in named if walk.results.holds(block, n) and id(p) not in self.passed}
 
     def _advance(self, on_output: Callable[[int, Tensor], None] | None = None) -> None:
         for _ in self.dense.advance(on_output):
@@ -93,7 +93,7 @@ class LayerReconstructor:
             sum_, tokens = processes.all_sum(total).tolist()
             found = math.sqrt(sum_ / tokens)
             epoch, seconds = next(epochs_done), time.perf_counter() - started
-            if seconds > PATIENCE:
+            if seconds > QUIET_SECONDS:
                 processes.say(f"    epoch {epoch}/{epochs}: held-out error {found:.4f}, {seconds:.0f} s")
             return found
 

@@ -1,4 +1,4 @@
-"""The finetune methods: what trains on a pruned model, and how its masks hold meanwhile."""
+"""The fine-tuning methods: what is trained on a pruned model, and how its masks are kept."""
 
 import functools
 import textwrap
@@ -20,13 +20,13 @@ from pipeline.sparsity.packed import pack
 
 
 class FinetuneMethod:
-    """Chooses what trains on a pruned `model`, and keeps its masks meanwhile: of the model's own weights where they train
-    (`SparseFull`), or by adapters whose update is masked (`MaskedLora`).
+    """Chooses what is trained on a pruned `model`, and keeps its masks during training: on the model's own weights if they are
+    trained (`SparseFull`), or by adapters with a masked update (`MaskedLora`).
 
-    A subclass sets `self.model`, the model that is called, with `requires_grad` where it trains. In a file of the user's,
-    its attributes `label`, `description` and `citation` say what it is called in checks and reports; a subclass of neither
-    class sets `trains_weights` and `leaves_model` as well (registry/finetune_methods.py). One that leaves no model writes
-    `adapter/`, a folder of peft, in `save`.
+    A subclass sets `self.model`, the model that is called, with `requires_grad` on the trained parameters. A subclass in a
+    user's file may set `label`, `description` and `citation` for checks and reports. If it extends `FinetuneMethod` itself, it
+    also sets `trains_weights` and `leaves_model` (registry/finetune_methods.py). If `leaves_model` is False, `save` writes
+    `adapter/`, a folder of peft.
     """
 
     model: nn.Module
@@ -38,16 +38,16 @@ class FinetuneMethod:
         """Called before the gradients are clipped."""
 
     def reapply(self) -> int:
-        """Called after each real step: masks what trains. Returns how many pruned weights were not zero after that."""
+        """Called after each real optimizer step: masks what is trained. Returns how many pruned weights are still not zero."""
         return 0
 
     def merged(self, name: str, weight: Tensor) -> Tensor | None:
-        """The finished model's weight of this name in its files, from the pruned model's; None where it is the same. All
-        ranks must call."""
+        """The trained value of the parameter `name`, given the pruned model's `weight`; None if it did not change. All ranks
+        must call."""
         return None
 
     def save(self, folder: Path, masks_file: Path) -> None:
-        """Writes what there is beside the model. All ranks must call."""
+        """Writes what the method keeps besides the model, such as an adapter. All ranks must call."""
 
 
 class PlainLora(FinetuneMethod):

@@ -38,8 +38,8 @@ def batch_per_process(settings: Finetune, world_size: int) -> tuple[int, int]:
 
 
 def training_mode(model: nn.Module) -> None:
-    """Puts a model into training mode, but for batch norms, which keep the dense model's statistics: those of small batches
-    are noise, differ between processes, and are not in checkpoints."""
+    """Puts a model into training mode, except for its batch norms. They keep the dense model's statistics: those of small
+    batches are noise, differ between processes, and are not in checkpoints."""
     model.train()
     for module in model.modules():
         if getattr(module, "track_running_stats", False):
@@ -55,20 +55,18 @@ def fit(
     callbacks: Sequence[Callback] = (),
     teacher: nn.Module | None = None,
 ) -> None:
-    """Trains `model` in place on `samples` (as many as all steps take), in order, resuming from a checkpoint in `folder` if
-    any.
+    """Trains `model` in place on `samples` (as many as all steps take), in order. If `folder` has a checkpoint, resumes there.
 
-    The callbacks write checkpoints and logs (see
-    `callbacks.of_training`). The caller removes the checkpoints when its stage is complete. Raises `UserError` if the loss
-    is not finite or the checkpoint does not fit.
+    The callbacks write checkpoints and logs (see `callbacks.of_training`). The caller removes the checkpoints when its stage
+    is complete. Raises `UserError` if the loss is not finite or the checkpoint does not fit.
     """
     rank, world_size = processes.rank(), processes.world_size()
     batch_size, accumulate = batch_per_process(settings, world_size)
     order = torch.arange(len(samples)).view(settings.max_steps, sequences_per_step(settings))
     mine = Subset(samples, order[:, rank::world_size].flatten().tolist())
     counts = None
-    if with_loss := tasks.of(model.config).with_loss(samples, settings.max_steps):
-        counts = [count / (accumulate * world_size) for count in with_loss for _ in range(accumulate)]
+    if by_step := tasks.of(model.config).loss_counts(samples, settings.max_steps):
+        counts = [count / (accumulate * world_size) for count in by_step for _ in range(accumulate)]
     trainer = Trainer(
         max_steps=settings.max_steps,
         accumulate_grad_batches=accumulate,

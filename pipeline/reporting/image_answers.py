@@ -8,7 +8,7 @@ import pandas as pd
 from pipeline.reporting import summary
 from pipeline.runtime import files
 
-MOST = 30  # classes that are shown
+MAX_CLASSES = 30  # that are shown
 
 
 def by_class(results: dict) -> dict[str, pd.DataFrame]:
@@ -21,7 +21,7 @@ def by_class(results: dict) -> dict[str, pd.DataFrame]:
         labels = [name for name, _, _ in next(iter(counts.values()))]
         frame = pd.DataFrame({name: [right / of for _, right, of in rows] for name, rows in counts.items()})
         drop = frame.iloc[:, 0] - frame.iloc[:, min(1, frame.shape[1] - 1)]
-        order = drop.sort_values(ascending=False, kind="stable").index[:MOST]
+        order = drop.sort_values(ascending=False, kind="stable").index[:MAX_CLASSES]
         caption = f"Accuracy by class on {dataset}, largest drop first"
         if left_out := len(labels) - len(order):
             caption += f" ({left_out} of {len(labels)} classes, with smaller drops, are left out)"

@@ -1,4 +1,4 @@
-"""What others published for the same model, method and pattern by the same protocol; `published.yaml` has the numbers."""
+"""Published results for the same model, method, pattern and protocol; the numbers are in `published.yaml`."""
 
 from pathlib import Path
 

@@ -133,7 +133,7 @@ def _check_texts(runs: list[Run]) -> None:
             text = source.rpartition(", ")[0]  # the number of windows depends on the tokenizer
             before, folder = seen.setdefault(name, (text, run.folder))
             if before != text:
-                raise UserError(f"{name} is {before} in {folder} and {text} in {run.folder}: that does not compare")
+                raise UserError(f"{name} is {before} in {folder} and {text} in {run.folder}: these cannot be compared")
 
 
 def _flat(recipe: dict) -> dict[str, Any]:

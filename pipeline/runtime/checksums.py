@@ -16,20 +16,21 @@ DIGEST = "digest"  # key of the digest of all other keys
 
 
 def write(folder: Path, content: dict[str, Any]) -> None:
-    write_whole(folder / STAGE_FILE, content)
+    write_with_digest(folder / STAGE_FILE, content)
 
 
 def read(folder: Path) -> dict[str, Any] | None:
     """None if stage.json is missing or damaged."""
-    return read_whole(folder / STAGE_FILE)
+    return read_with_digest(folder / STAGE_FILE)
 
 
-def write_whole(path: Path, content: dict[str, Any]) -> None:
+def write_with_digest(path: Path, content: dict[str, Any]) -> None:
     """Writes JSON with a digest of itself."""
     files.write_json(path, content | {DIGEST: files.digest(content)})
 
 
-def read_whole(path: Path) -> dict[str, Any] | None:
+def read_with_digest(path: Path) -> dict[str, Any] | None:
+    """None if the file is missing or its digest does not match."""
     content = files.read_json(path) or {}
     return content if content.pop(DIGEST, None) == files.digest(content) else None
 
@@ -43,16 +44,18 @@ def record(folder: Path, *paths: Path) -> None:
 
 
 def note(folder: Path, path: Path, known: dict[Path, str]) -> None:
-    """Writes the entries of files of a stage whose SHA-256 is `known` to a file of their own, for `adopt`: the processes of a
-    run must not write stage.json at the same time."""
-    write_whole(path, {"artefacts": {_name(folder, file): _entry(file, sha256) for file, sha256 in known.items()}})
+    """Writes the entries of some files of a stage to the separate file `path`, for `adopt`: several processes must not write
+    stage.json at the same time. `known`: the SHA-256 of each file."""
+    write_with_digest(
+        path, {"artefacts": {_name(folder, file): _entry(file, sha256) for file, sha256 in known.items()}}
+    )
 
 
 def adopt(folder: Path, notes: Iterable[Path]) -> None:
     """Adds what `note` wrote to the entries of the stage; ignores damaged notes."""
     content, noted = read(folder) or {}, {}
     for path in notes:
-        noted |= (read_whole(path) or {}).get("artefacts", {})
+        noted |= (read_with_digest(path) or {}).get("artefacts", {})
     if noted:
         write(folder, content | {"artefacts": content.get("artefacts", {}) | noted})
 

@@ -1,5 +1,6 @@
-"""Atomic writes, and fingerprints of files."""
+"""Atomic writes of files, JSON and CSV, and fingerprints of files."""
 
+import csv
 import hashlib
 import json
 import os
@@ -72,7 +73,19 @@ def read_json(path: Path) -> dict | None:
         return None
 
 
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Writes a table with the columns of its first row, layer and matrix first. Writes nothing if there are no rows."""
+    if not rows:
+        return
+    columns = sorted(rows[0], key=("layer", "matrix").__contains__, reverse=True)
+    with atomic_write(path) as tmp, open(tmp, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def digest(value: Any) -> str:
+    """A short hash of plain data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 

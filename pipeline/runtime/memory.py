@@ -1,4 +1,4 @@
-"""Memory that is needed, free and used at most, in GiB."""
+"""Sizes of models, free memory and peak memory, in GiB."""
 
 import gc
 import resource

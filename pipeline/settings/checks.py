@@ -86,7 +86,7 @@ def _check_stages(recipe: Recipe) -> None:
     tuning = FINETUNE_METHODS.entry(recipe.finetune.method)
     if {"export", "finetune"} <= set(recipe.stages) and not tuning.leaves_model:
         raise UserError(
-            f"export needs a sparse model, and finetune.method={recipe.finetune.method} leaves an adapter beside one: set "
+            f"export needs a sparse model, and finetune.method={recipe.finetune.method} writes only an adapter: set "
             f"finetune.method={Finetune().method}, or leave export out of stages"
         )
     if "report" in recipe.stages and "evaluate" not in recipe.stages:
@@ -108,7 +108,9 @@ def _check_finetune(settings: Finetune) -> None:
             "set finetune.strategy=ddp"
         )
     if sharded and settings.optimizer != "adamw":
-        raise UserError("finetune.strategy=fsdp shards what bitsandbytes needs whole: set finetune.optimizer=adamw")
+        raise UserError(
+            "finetune.strategy=fsdp does not support bitsandbytes' optimizers: set finetune.optimizer=adamw"
+        )
     if settings.effective == "cached" and (settings.quantize or sharded or settings.dropout):
         raise UserError(
             "finetune.effective=cached needs whole, unquantised weights and no dropout: set finetune.effective=auto"

@@ -21,8 +21,9 @@ def setting(
     registry: Registry | None = None,
     decides: bool = True,
 ) -> Any:
-    """A field with its meaning, and its range (inclusive) and words allowed instead of a number, its choices, or the registry
-    of its values; checks.py checks them. `decides`: whether the result depends on it, so that a change re-runs the stage."""
+    """A field of a section. `help`: its meaning; `low`, `high`: its range (inclusive); `words`: allowed instead of a number;
+    `choices` or `registry`: its allowed values; all checked by checks.py. `decides`: whether the stage's result depends on it,
+    so that a change re-runs the stage."""
     metadata = {"help": help, "low": low, "high": high, "choices": choices, "words": words, "decides": decides}
     metadata["registry"] = registry
     if isinstance(default, list | dict):
@@ -40,6 +41,7 @@ class Stage:
     settings: tuple[str, ...]  # the recipe's keys that decide its result
     model: str | None = None  # the name of the model that it writes
     label: str = ""  # what reports call it, unless it is its `method` setting, such as LoRA
+    data: str | None = None  # the section of the recipe that names its data sets (data/sources.py); None: it reads none
     # packages that decide only how the result looks (a model card): editing them re-runs no long stage
     display: tuple[str, ...] = ("pipeline/reporting",)
 
@@ -49,27 +51,29 @@ BEFORE = ("pretrain", "permute", "prune", "reconstruct", "finetune")
 WRITTEN = tuple(name for name in BEFORE if name != "permute")  # the permuted model computes what the dense one does
 TABLE = (
     Stage("pretrain", (), ("pretrain", "seed")),
-    Stage("permute", BEFORE[:1], (*MODEL, "calibration", "permute", "prune.sparsity", "seed")),
-    Stage("prune", BEFORE[:2], (*MODEL, "calibration", "prune", "seed"), "pruned"),
+    Stage("permute", BEFORE[:1], (*MODEL, "calibration", "permute", "prune.sparsity", "seed"), data="calibration"),
+    Stage("prune", BEFORE[:2], (*MODEL, "calibration", "prune", "seed"), "pruned", data="calibration"),
     Stage(
         "reconstruct",
         BEFORE[:3],
         (*MODEL, "calibration", "reconstruct", "seed"),
         "reconstructed",
         "reconstruction",
+        data="reconstruct",
     ),
-    Stage("finetune", BEFORE[:4], (*MODEL, "finetune", "seed"), "finetuned"),
+    Stage("finetune", BEFORE[:4], (*MODEL, "finetune", "seed"), "finetuned", data="finetune"),
     Stage("export", BEFORE[2:], (*MODEL, "export"), "compact", "rounding to int8"),  # evaluated unless it is exact
-    Stage("evaluate", (*WRITTEN, "export"), (*MODEL, "evaluate", "seed")),
+    Stage("evaluate", (*WRITTEN, "export"), (*MODEL, "evaluate", "seed"), data="evaluate"),
     Stage("speed", (*BEFORE[2:], "export"), ("trust_remote_code", "speed")),
     Stage("report", None, ("model", "stages"), display=()),
 )
 STAGES = {stage.name: stage for stage in TABLE}  # in the order in which they run
+READERS = {stage.name: stage.data for stage in TABLE if stage.data}  # the stages that read data sets, with the section
 
 
 @dataclass
 class Pretrain:
-    """Toy recipes only: a small Llama, trained from scratch on the generated world, or a small ViT on handwritten digits."""
+    """Only for toy recipes: trains a small Llama on a generated world, or a small ViT on handwritten digits, from scratch."""
 
     dataset: str = setting("world", "text (a Llama), or images (a ViT)", choices=("world", "digits"))
     hidden_size: int = setting(128, "width of the model", low=8)
@@ -109,9 +113,9 @@ class Prune:
 
     method: str = setting("wanda", "how weights are scored, or a .py file with your own method", registry=PRUNE_METHODS)
     refine: str = setting(NONE, "how the mask is improved, or a .py file", registry=REFINEMENTS)
-    swaps: int = setting(100, "largest number of exchanges in each row, of refine=swaps", low=1)
+    swaps: int = setting(100, "refine=swaps: largest number of exchanges in each row", low=1)
     update: str = setting(NONE, "how the kept weights are updated, or a .py file", registry=UPDATES)
-    update_steps: int = setting(30, "iterations of update=admm, at most of update=least_squares", low=1)
+    update_steps: int = setting(30, "iterations of update=admm; largest number of update=least_squares", low=1)
     target: str = setting(
         "pruned",
         "inputs for which updated weights reproduce the dense layer's output: those in the pruned model, or in the dense one",
@@ -122,26 +126,31 @@ class Prune:
     )
     group: str = setting(
         "auto",
-        "weights among which a ratio's scores are compared; auto: as the method's paper",
+        "weights among which a ratio's scores are compared; auto: as in the method's paper",
         choices=("auto", "row", "matrix", "layer"),
     )
     allocation: str = setting("uniform", "how sparsity is distributed over layers, or a .py file", registry=ALLOCATIONS)
     owl_outliers: float = setting(5.0, "OWL's M: an outlier is above M times its layer's mean score", low=0)
     owl_spread: float = setting(0.08, "OWL's lambda: layers differ by at most twice this", low=0, high=1)
-    allocation_spread: float = setting(0.08, "the same for allocation=alphapruning and layer_error", low=0, high=1)
+    allocation_spread: float = setting(
+        0.08, "as owl_spread, for allocation=alphapruning and layer_error", low=0, high=1
+    )
     pointwise: bool = setting(False, "also prune 1x1 convolutions, which act as Linear layers on each position")
     overrides: dict[str, Any] = setting({}, "{glob of parameter names: a sparsity, or dense}; the last match counts")
     damp: float = setting(0.01, "damping of the Gram matrix, as a share of its mean diagonal", low=0, high=10)
     hidden_states: str = setting(
-        "auto", "where they are kept between layers", choices=("auto", "gpu", "cpu"), decides=False
+        "auto",
+        "where hidden states are kept between layers; auto: on the GPU if they fit",
+        choices=("auto", "gpu", "cpu"),
+        decides=False,
     )
 
 
 @dataclass
 class Permute:
-    """An optional stage: reorders channels of the dense model such that N of M keeps more; it computes the same."""
+    """An optional stage: reorders channels of the dense model so that N of M keeps more; the model computes the same."""
 
-    rounds: int = setting(2, "passes that exchange channels between groups; 0: channels are only dealt to them", low=0)
+    rounds: int = setting(2, "passes that exchange channels between groups; 0: only the initial distribution", low=0)
 
 
 @dataclass
@@ -178,7 +187,7 @@ class Finetune:
     )
     optimizer: str = setting(
         "adamw",
-        "adamw is torch's, the others are bitsandbytes'",
+        "adamw: of torch; the others: of bitsandbytes",
         choices=("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"),
     )
     lr: float = setting(1e-4, "peak learning rate", low=0)
@@ -200,7 +209,9 @@ class Finetune:
     distill: float = setting(0.0, "share of the loss that is the KL divergence from the dense model", low=0, high=1)
     temperature: float = setting(1.0, "temperature of the distillation", low=0.01)
     augment: bool = setting(False, "random resized crops and horizontal flips of training images")
-    label_smoothing: float = setting(0.0, "of the training's cross-entropy; validations have none", low=0, high=0.99)
+    label_smoothing: float = setting(
+        0.0, "label smoothing of the training loss's cross-entropy; validation has none", low=0, high=0.99
+    )
     precision: str = setting(
         "auto",
         "auto: bf16-mixed on a GPU, 32-true on a CPU",
@@ -239,12 +250,12 @@ class Evaluate:
     fewshot: int = setting(0, "examples before a question", low=0)
     placement: str = setting(
         "auto",
-        "for a model larger than the GPU; stream: perplexity layer by layer, all else by a device map",
+        "auto: whole if the model fits the GPU, else stream: perplexity layer by layer, all else by a device map",
         choices=("auto", "whole", "stream", "device_map"),
     )
     continuations: int = setting(3, "prompts to continue, from the first perplexity data set", low=0)
     continuation_tokens: int = setting(48, "tokens per continuation", low=1)
-    prompts: list[str] = setting([], "your prompts instead of the data set's")
+    prompts: list[str] = setting([], "your own prompts instead of those from the data set")
 
 
 @dataclass
@@ -252,7 +263,9 @@ class Export:
     """The last model of the run as a compact folder."""
 
     values: str = setting(
-        "exact", "how kept weights are stored; int8: in 8 bits with a scale for each row", choices=("exact", "int8")
+        "exact",
+        "how kept weights are stored; int8: rounded to 8 bits, with a scale for each row",
+        choices=("exact", "int8"),
     )
 
 
@@ -261,12 +274,12 @@ class Speed:
     """What the ordinary and the compact model cost, measured on this machine."""
 
     device: str = setting("auto", "auto: the GPU if there is one, else the CPU", choices=("auto", "cpu", "cuda"))
-    repeats: int = setting(5, "measurements of each kind; a first one is not counted", low=1)
-    prompt_lengths: list[int] = setting([128, 512], "tokens of the prompts of a prefill; none: []", low=1)
-    new_tokens: int = setting(64, "tokens that are generated after a prompt of 16", low=1)
-    batches: list[int] = setting([1, 4, 16], "texts that are generated at a time; none: []", low=1)
-    threads: int | None = setting(None, "of the CPU; null: as many as the command has", low=1)
-    compiled: bool = setting(False, "compile decoding steps with torch.compile, in all models; on the CPU")
+    repeats: int = setting(5, "repeats of each measurement, after a first one that is not counted", low=1)
+    prompt_lengths: list[int] = setting([128, 512], "prompt lengths of the prefill, in tokens; []: not measured", low=1)
+    new_tokens: int = setting(64, "tokens generated after a prompt of 16 tokens", low=1)
+    batches: list[int] = setting([1, 4, 16], "batch sizes of decoding; []: not measured", low=1)
+    threads: int | None = setting(None, "CPU threads; null: as many as the command uses", low=1)
+    compiled: bool = setting(False, "compile the decoding steps of all models with torch.compile (on the CPU)")
 
 
 @dataclass
@@ -282,16 +295,13 @@ class Recipe:
         ["prune", "finetune", "evaluate", "report"], "the stages of the run", choices=tuple(STAGES)
     )
     rerun: list[str] = setting([], "finished stages to run again", choices=tuple(STAGES))
-    mirror: str | None = setting(None, "a folder laid out as the hub, read instead of the hub")
+    mirror: str | None = setting(None, "a folder with the layout of the hub, read instead of the hub")
     debug: bool = setting(False, "show tracebacks")
     timeout_minutes: float = setting(30.0, "how long processes wait for the slowest one", low=0.05)
-
     deterministic: bool = setting(
-        False, "training repeats and resumes to the bit on GPUs too, somewhat slower; in no stage's key"
+        False, "training repeats and resumes bit for bit on GPUs too, somewhat slower; changing it re-runs no stage"
     )
-    threads: int | None = setting(
-        None, "of the CPU for each process; null: its share of the cores that it may use", low=1
-    )
+    threads: int | None = setting(None, "CPU threads of each process; null: its share of the available cores", low=1)
 
     pretrain: Pretrain = field(default_factory=Pretrain)
     calibration: Calibration = field(default_factory=Calibration)

@@ -14,13 +14,13 @@ from torch import Tensor
 from pipeline.registry.patterns import PATTERNS
 
 CHUNK = 64  # rows per task
-WIDEST = 16  # groups of up to so many are ranked by comparing all pairs on a GPU
+WIDEST = 16  # largest group that is ranked by comparing all pairs on a GPU
 RANKED = 1 << 28  # pairs compared at once: 256 MiB of bools each time
 
 
 class Pattern:
-    """Base class of patterns. `prune.sparsity=./my_pattern.py` uses the one subclass in that file, whose attributes `label`,
-    `description` and `citation` say what it is called."""
+    """Base class of patterns. `prune.sparsity=./my_pattern.py` uses the one subclass in that file, which may set `label`,
+    `description` and `citation` for checks and reports."""
 
     ratio: float  # share of the weights that is pruned
 

@@ -23,7 +23,7 @@ from pipeline.sparsity.masks import Masks
 
 LIBRARIES = ("torch", "transformers", "lm_eval")
 MODELS = {stage.model: stage.name for stage in STAGES.values() if stage.model}  # the stage that writes each
-PROMPT = 128  # longest prompt in tokens; at most half the model's positions
+MAX_PROMPT = 128  # tokens; at most half the model's positions
 
 
 def check(recipe: Recipe) -> None:
@@ -125,7 +125,7 @@ def _prompts(recipe: Recipe, dense: Path) -> list[str]:
         return settings.prompts if settings.continuations else []
     rows = sources.documents(sources.of_stage(recipe, "evaluate")[0])
     positions = loading.positions(loading.config(dense, recipe))
-    longest = min(PROMPT, positions // 2) if positions else PROMPT
+    longest = min(MAX_PROMPT, positions // 2) if positions else MAX_PROMPT
     return continuations.prompts(rows, loading.tokenizer(dense, recipe), settings.continuations, longest)
 
 

@@ -9,7 +9,7 @@ from pipeline.data import sources
 from pipeline.evaluation import tasks
 from pipeline.models import loading, model_files
 from pipeline.runtime import checksums, code, files
-from pipeline.settings.schema import STAGES, Recipe, Stage, own_code, section
+from pipeline.settings.schema import READERS, STAGES, Recipe, Stage, own_code, section
 
 OUTCOME = (".safetensors", "results.json")  # the files that other stages read; tables also hold times
 
@@ -80,7 +80,7 @@ def external_inputs(recipe: Recipe) -> dict[str, dict[str, Any]]:
         identity = model_files.identity(loading.locate(recipe.model, recipe.revision))
         for name in ("permute", "prune", "evaluate"):
             external[name]["model"] = identity
-    for name in ("permute", "prune", "reconstruct", "finetune", "evaluate"):
+    for name in READERS:
         if name in recipe.stages:
             texts = {str(source): sources.identity(source) for source in sources.of_stage(recipe, name)}
             external[name]["data"] = texts

@@ -1,5 +1,5 @@
-"""The permute stage: reorders channels of the dense model such that N of M keeps more importance. The result computes the same,
-and the stages after it take it for the dense model.
+"""The permute stage: reorders channels of the dense model so that N of M keeps more importance. The result computes the same
+and serves as the dense model of the later stages.
 
 After Zhang et al. 2024 ("Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models").
 """
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from callbacks.layer_writer import LayerWriter
 from callbacks.stop_at_signal import StopAtSignal
-from pipeline.engine.block_files import write_rows
 from pipeline.engine.blocks import find_blocks
 from pipeline.engine.walk import LayerWalk, run_layerwise
 from pipeline.models import loading
@@ -36,7 +35,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     allocate(find_blocks(model), recipe.prune)  # raises before any text is read
     batches = calibration.batches(recipe, recipe.calibration, "calibration", origin, model)
     walk = LayerWalk(model, batches, plan_memory(model, batches, recipe), folder)
-    if done := walk.files.finished_before:
+    if done := walk.results.finished_before:
         processes.say(f"  {len(done)} of {len(walk.blocks)} layers are already permuted")
     permute_layers(walk, recipe, [LayerWriter(), StopAtSignal()])
     processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
@@ -50,7 +49,7 @@ def in_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> list[d
     before = getattr(model.config, "channel_order", None)
     model.config.channel_order = f"unfinished {uuid.uuid4().hex}"  # what an interrupted call leaves is another model
     permute_layers(walk, recipe, [LayerWriter()])
-    rows = _rows(walk.files.rows)
+    rows = _rows(walk.results.rows)
     del model.config.channel_order
     if order := _fingerprint(before, rows):
         model.config.channel_order = order
@@ -70,10 +69,10 @@ def permute_layers(walk: LayerWalk, recipe: Recipe, callbacks: list[Callback]) -
 
 def finish(walk: LayerWalk, origin: Path, recipe: Recipe) -> None:
     """Writes the rest of the model folder, and the table."""
-    rows = _rows(walk.files.logs())
-    walk.files.write_remaining(origin, recipe.dtype)
-    write_rows(walk.files.folder / "channels.csv", rows)
-    path = walk.files.folder / "model" / "config.json"
+    rows = _rows(walk.results.logs())
+    walk.results.write_remaining(origin, recipe.dtype)
+    files.write_csv(walk.results.folder / "channels.csv", rows)
+    path = walk.results.folder / "model" / "config.json"
     config = files.read_json(path)
     if order := _fingerprint(config.get("channel_order"), rows):
         files.write_json(path, config | {"channel_order": order})

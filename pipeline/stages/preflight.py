@@ -21,11 +21,10 @@ from pipeline.models import loading
 from pipeline.recovery.training import batch_per_process
 from pipeline.runtime import caches, checksums, processes
 from pipeline.runtime.errors import UserError
-from pipeline.settings.schema import Recipe, plain, reconstruction_text
+from pipeline.settings.schema import READERS, STAGES, Recipe, plain, reconstruction_text
 from pipeline.stages import pretrain, space
 
-READERS = ("permute", "prune", "reconstruct", "finetune", "evaluate")  # the stages that read text
-MOST = 200_000  # count at most so many tokens of a text: half a second
+MAX_COUNTED = 200_000  # tokens of a text that are counted: half a second
 PACKAGES = {
     "tensorboard": "finetune.loggers=[]",
     "wandb": "finetune.loggers=[]",
@@ -80,11 +79,7 @@ def _check_language(recipe: Recipe, tokenizer: Any, config: PreTrainedConfig, fo
 
 def _check_images(recipe: Recipe, stage: str, source: sources.Source, processor: Any, config: PreTrainedConfig) -> None:
     """Raises `UserError` if the first image cannot be read, there are too few, or the classes are not the model's."""
-    settings = {
-        "permute": recipe.calibration,
-        "prune": recipe.calibration,
-        "reconstruct": reconstruction_text(recipe),
-    }.get(stage)
+    settings = {"calibration": recipe.calibration, "reconstruct": reconstruction_text(recipe)}.get(READERS[stage])
     if settings:
         found = images.drawn(source, processor, config, settings.samples, recipe.seed, source.section)
     else:
@@ -104,16 +99,16 @@ def _model(recipe: Recipe) -> tuple[Any, PreTrainedConfig, str]:
 
 def _check_lengths(recipe: Recipe, config: PreTrainedConfig) -> None:
     lengths = {
-        "pretrain": ("pretrain.seq_len", recipe.pretrain.seq_len),
-        "permute": ("calibration.seq_len", recipe.calibration.seq_len),
-        "prune": ("calibration.seq_len", recipe.calibration.seq_len),
-        "reconstruct": ("reconstruct.seq_len", reconstruction_text(recipe).seq_len),
-        "finetune": ("finetune.seq_len", recipe.finetune.seq_len),
-        "evaluate": ("evaluate.seq_len", recipe.evaluate.seq_len if recipe.evaluate.perplexity else 0),
+        "pretrain": recipe.pretrain.seq_len,
+        "calibration": recipe.calibration.seq_len,
+        "reconstruct": reconstruction_text(recipe).seq_len,
+        "finetune": recipe.finetune.seq_len,
+        "evaluate": recipe.evaluate.seq_len if recipe.evaluate.perplexity else 0,
     }
-    for stage, (key, seq_len) in lengths.items():
-        if stage in recipe.stages:
-            loading.check_length(config, key, seq_len)
+    for stage in STAGES:
+        section = READERS.get(stage, stage)
+        if stage in recipe.stages and section in lengths:
+            loading.check_length(config, f"{section}.seq_len", lengths[section])
 
 
 def _check_prompts(recipe: Recipe, tokenizer: Any, config: PreTrainedConfig) -> list[str]:
@@ -194,7 +189,7 @@ def _check_amount(recipe: Recipe, stage: str, source: sources.Source, tokenizer:
         needed = 2 * seq_len  # twice, because the joined text lacks each document's special tokens
         bos = special_tokens.bos(tokenizer) if recipe.evaluate.bos else None
     elif stage == "reconstruct" and source.name not in sources.KNOWN and text != recipe.calibration:
-        seq_len, needed = text.seq_len, min(text.samples * text.seq_len, MOST)
+        seq_len, needed = text.seq_len, min(text.samples * text.seq_len, MAX_COUNTED)
     else:
         return
     counted = 0
@@ -217,5 +212,5 @@ def _check_amount(recipe: Recipe, stage: str, source: sources.Source, tokenizer:
 
 def _is_done(recipe: Recipe, stage: str) -> bool:
     before = checksums.read(Path(recipe.run_dir) / stage) or {}
-    section = "calibration" if stage in ("permute", "prune") else stage
+    section = READERS[stage]
     return (before.get("recipe") or {}).get(section) == plain(recipe)[section]

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from callbacks.layer_writer import LayerWriter
 from callbacks.stop_at_signal import StopAtSignal
-from pipeline.engine.block_files import write_rows
 from pipeline.engine.blocks import Block, find_blocks
 from pipeline.engine.coverage import Coverage
 from pipeline.engine.matrices import coverage_entries
@@ -44,10 +43,10 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     coverage = tell_coverage(model, blocks, patterns)
     batches = calibration.batches(recipe, recipe.calibration, "calibration", origin, model)
     dense = loading.load(origin, recipe) if settings.target == "dense" else None
-    store = plan_memory(model, batches, settings, patterns)
-    pruner = block_pruner(blocks, lambda: loading.load(origin, recipe), batches, store, settings, folder)
-    walk = LayerWalk(model, batches, store, folder, dense_outputs=recipe.calibration.activations == "dense")
-    if done := walk.files.finished_before:
+    hidden_device = plan_memory(model, batches, settings, patterns)
+    pruner = block_pruner(blocks, lambda: loading.load(origin, recipe), batches, hidden_device, settings, folder)
+    walk = LayerWalk(model, batches, hidden_device, folder, dense_outputs=recipe.calibration.activations == "dense")
+    if done := walk.results.finished_before:
         processes.say(f"  {len(done)} of {len(blocks)} layers are already pruned")
     prune_layers(walk, pruner, dense, [LayerWriter(), StopAtSignal()])
     processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
@@ -63,15 +62,15 @@ def in_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> Masks:
     patterns = allocate(blocks, settings)
     tell_coverage(model, blocks, patterns)
     dense = copy_of(model) if settings.target == "dense" else None
-    store = plan_memory(model, batches, settings, patterns)
-    pruner = block_pruner(blocks, lambda: model, batches, store, settings)
+    hidden_device = plan_memory(model, batches, settings, patterns)
+    pruner = block_pruner(blocks, lambda: model, batches, hidden_device, settings)
     dense_outputs = recipe.calibration.activations == "dense"
-    walk = LayerWalk(model, batches, store, in_memory=True, dense_outputs=dense_outputs)
+    walk = LayerWalk(model, batches, hidden_device, in_memory=True, dense_outputs=dense_outputs)
     prune_layers(walk, pruner, dense, [LayerWriter()])
-    if not walk.files.masks:
+    if not walk.results.masks:
         raise UserError(NOTHING)
-    walk.files.masks.channel_order = getattr(model.config, "channel_order", None)
-    return walk.files.masks
+    walk.results.masks.channel_order = getattr(model.config, "channel_order", None)
+    return walk.results.masks
 
 
 def tell_coverage(model: nn.Module, blocks: list[Block], patterns: dict[str, Pattern]) -> Coverage:
@@ -106,7 +105,7 @@ def block_pruner(
     blocks: list[Block],
     load_dense: Callable[[], nn.Module],
     batches: list[Tensor],
-    store: torch.device,
+    hidden_device: torch.device,
     settings: Prune,
     folder: Path | None = None,
 ) -> BlockPruner:
@@ -114,7 +113,7 @@ def block_pruner(
     `allocation.json` for a resumed run."""
     by_layer = None
     if ALLOCATIONS.entry(settings.allocation).shares_ratio:
-        by_layer = layer_patterns(blocks, load_dense, batches, store, settings, folder)
+        by_layer = layer_patterns(blocks, load_dense, batches, hidden_device, settings, folder)
     patterns = allocate(blocks, settings, by_layer)
     return BlockPruner(prune_method(settings, patterns))
 
@@ -123,7 +122,7 @@ def layer_patterns(
     blocks: list[Block],
     load_dense: Callable[[], nn.Module],
     batches: list[Tensor],
-    store: torch.device,
+    hidden_device: torch.device,
     settings: Prune,
     folder: Path | None,
 ) -> dict[int, Pattern]:
@@ -134,7 +133,7 @@ def layer_patterns(
     measured = {int(index): value for index, value in before["measured"].items()}
     if allocation.measure and not measured:
         measure = BlockMeasure(allocation)
-        run_layerwise(LayerWalk(load_dense(), batches, store), measure, [StopAtSignal()] if folder else [])
+        run_layerwise(LayerWalk(load_dense(), batches, hidden_device), measure, [StopAtSignal()] if folder else [])
         measured = measure.measured
         if path and processes.is_main():
             files.write_json(path, {"measured": measured})
@@ -143,14 +142,14 @@ def layer_patterns(
 
 def finish(walk: LayerWalk, origin: Path, recipe: Recipe, coverage: Coverage) -> None:
     """Writes the rest of the model folder, all masks in one file, and the tables."""
-    folder = walk.files.folder
+    folder = walk.results.folder
     order = getattr(walk.model.config, "channel_order", None)
-    rows = Masks.merge(walk.files.masks_files(), folder / "masks.safetensors", order)
+    rows = Masks.merge(walk.results.masks_files(), folder / "masks.safetensors", order)
     matrices = [matrix for row in rows for matrix in row.pop("matrices")]
     if not matrices:
         raise UserError(NOTHING)
-    walk.files.write_remaining(origin, recipe.dtype)
-    write_rows(folder / "coverage.csv", coverage.rows({row["matrix"] for row in matrices}))
-    write_rows(folder / "layers.csv", rows)
-    write_rows(folder / "matrices.csv", matrices)
+    walk.results.write_remaining(origin, recipe.dtype)
+    files.write_csv(folder / "coverage.csv", coverage.rows({row["matrix"] for row in matrices}))
+    files.write_csv(folder / "layers.csv", rows)
+    files.write_csv(folder / "matrices.csv", matrices)
     card.write_model_card(folder / "model", recipe, "prune")

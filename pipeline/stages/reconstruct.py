@@ -10,18 +10,17 @@ from torch import Tensor, nn
 
 from callbacks.layer_writer import LayerWriter
 from callbacks.stop_at_signal import StopAtSignal
-from pipeline.engine.block_files import write_rows
 from pipeline.engine.walk import LayerWalk, run_layerwise
 from pipeline.models import loading
 from pipeline.pruning import calibration
 from pipeline.recovery.layer_reconstructor import LayerReconstructor
 from pipeline.reporting import card
-from pipeline.runtime import deterministic, memory, processes
+from pipeline.runtime import deterministic, files, memory, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Calibration, Recipe, reconstruction_text
 from pipeline.sparsity.masks import Masks
 
-HELD_OUT = 8  # the samples of one step in so many are held out
+HELD_OUT = 8  # the samples of one in 8 steps are held out
 BYTES_PER_WEIGHT = 4 + 8 + 8 + 4 + 4  # fp32 weight, Adam's moments, gradients in float64 and fp32, best weight
 
 
@@ -39,17 +38,17 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     model = loading.load(origin, recipe)
     dense = loading.load(loading.dense_folder(recipe, inputs), recipe)
     batches = calibration.batches(recipe, text, "reconstruct", origin, model)
-    store = calibration.plan_memory(model, batches, recipe.prune.hidden_states, 2, BYTES_PER_WEIGHT)
-    walk = LayerWalk(model, batches, store, folder)
-    if done := walk.files.finished_before:
+    hidden_device = calibration.plan_memory(model, batches, recipe.prune.hidden_states, 2, BYTES_PER_WEIGHT)
+    walk = LayerWalk(model, batches, hidden_device, folder)
+    if done := walk.results.finished_before:
         processes.say(f"  {len(done)} of {len(walk.blocks)} layers are already reconstructed")
     with walk.paused_forwards(dense) as forwards, deterministic.training(recipe.deterministic):
         reconstructor = LayerReconstructor(forwards, masks, settings, recipe.seed, steps)
         run_layerwise(walk, reconstructor, [LayerWriter(), StopAtSignal()])
     processes.say(f"  memory: at most {memory.text(memory.peak_gib(processes.device()))}")
     if processes.is_main():
-        walk.files.write_remaining(origin, recipe.dtype)
-        write_rows(folder / "layers.csv", walk.files.logs())
+        walk.results.write_remaining(origin, recipe.dtype)
+        files.write_csv(folder / "layers.csv", walk.results.logs())
         card.write_model_card(folder / "model", recipe, "reconstruct")
 
 
@@ -57,12 +56,12 @@ def in_memory(
     model: nn.Module, dense: nn.Module, masks: Masks, batches: list[Tensor], recipe: Recipe, steps: list[range]
 ) -> list[dict]:
     """Reconstructs the model's layers in place; returns the rows of `layers.csv`. `batches`: tokens, (batch_size, seq_len)."""
-    store = calibration.plan_memory(model, batches, recipe.prune.hidden_states, 2, BYTES_PER_WEIGHT)
-    walk = LayerWalk(model, batches, store, in_memory=True)
+    hidden_device = calibration.plan_memory(model, batches, recipe.prune.hidden_states, 2, BYTES_PER_WEIGHT)
+    walk = LayerWalk(model, batches, hidden_device, in_memory=True)
     with walk.paused_forwards(dense) as forwards:
         reconstructor = LayerReconstructor(forwards, masks, recipe.reconstruct, recipe.seed, steps)
         run_layerwise(walk, reconstructor, [LayerWriter()])
-    return walk.files.rows
+    return walk.results.rows
 
 
 def plan_steps(text: Calibration, accumulate: int, world_size: int) -> list[range]:

@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 from pipeline.models import file_names, loading, model_files
 from pipeline.registry import FINETUNE_METHODS
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.memory import GIB
 from pipeline.settings.schema import Recipe
 from pipeline.stages.export import last_model
 
-GIB = 2**30
 SMALL = 2**17  # tables, logs, a report
 RUN = "the run"  # all of its stages
 

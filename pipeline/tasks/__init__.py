@@ -1,4 +1,4 @@
-"""What a model is for. `of(config)` gives the `Task`, which holds all that the stages need to know of it beside its layers."""
+"""What kinds of models do: `of(config)` returns the `Task`, with all that the stages need to know besides the layers."""
 
 from transformers import PreTrainedConfig
 

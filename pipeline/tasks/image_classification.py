@@ -87,7 +87,7 @@ class ImageClassification(Task):
         height, width = (size, size) if isinstance(size, int) else size
         return getattr(config, "num_channels", 3), height, width
 
-    def hidden_size(self, model: nn.Module, batch: Tensor) -> tuple[int, int]:
+    def hidden_shape(self, model: nn.Module, batch: Tensor) -> tuple[int, int]:
         """By the patches of the first stage, where there are most."""
         config = model.config
         patch = getattr(config, "patch_size", None) or PATCH

@@ -62,7 +62,7 @@ class LanguageModeling(Task):
         loading.check_vocabulary(config, ids_NT, source)
         return windows_NT
 
-    def with_loss(self, samples: Tensor, steps: int) -> list[int] | None:
+    def loss_counts(self, samples: Tensor, steps: int) -> list[int] | None:
         if not (samples < 0).any():
             return None
         return (samples.view(steps, -1, samples.shape[1])[..., 1:] >= 0).sum((1, 2)).tolist()
@@ -95,6 +95,6 @@ class LanguageModeling(Task):
     def sample_shape(self, config: PreTrainedConfig, seq_len: int) -> tuple[int, ...]:
         return (seq_len,)
 
-    def hidden_size(self, model: nn.Module, batch: Tensor) -> tuple[int, int]:
+    def hidden_shape(self, model: nn.Module, batch: Tensor) -> tuple[int, int]:
         config = model.config.get_text_config()
         return batch.numel(), getattr(config, "hidden_size", None) or model.get_input_embeddings().weight.shape[1]

@@ -18,7 +18,7 @@ Samples = Sequence[Any]
 
 
 class Task:
-    """What a model reads and predicts, where kinds of models differ."""
+    """What a model reads and predicts: all in which language models and image classifiers differ."""
 
     noun: str  # in messages: "a language model"
     unit: str  # of what a model reads: "tokens"
@@ -42,11 +42,11 @@ class Task:
     def training(
         self, source: Source, processor: Any, config: PreTrainedConfig, settings: Finetune, count: int, seed: int
     ) -> Samples:
-        """`count` samples to train on, in their order: all of the source, again and again, shuffled with `seed`."""
+        """`count` samples to train on, in order: the source shuffled with `seed`, as often as needed."""
         raise NotImplementedError
 
-    def with_loss(self, samples: Samples, steps: int) -> list[int] | None:
-        """How many predictions bear a loss in each of `steps` steps, where not all do."""
+    def loss_counts(self, samples: Samples, steps: int) -> list[int] | None:
+        """The number of predictions with a loss in each of `steps` steps; None if all predictions have one."""
         return None
 
     def forward(self, model: nn.Module, batch: Tensor) -> Any:
@@ -63,7 +63,7 @@ class Task:
     def cross_entropy(
         self, logits: Tensor, labels: Tensor, reduction: str = "mean", label_smoothing: float = 0.0
     ) -> Tensor:
-        """In nats, of the predictions that bear a loss; the last two arguments are torch's."""
+        """The loss in nats over the predictions that have one; `reduction` and `label_smoothing` as in torch."""
         raise NotImplementedError
 
     def predictions(self, logits: Tensor) -> Tensor:
@@ -71,17 +71,17 @@ class Task:
         raise NotImplementedError
 
     def targets(self, labels: Tensor) -> Tensor:
-        """The right answers, (P,); those below 0 bear no loss."""
+        """The right answers, (P,); those below 0 have no loss."""
         raise NotImplementedError
 
     def size(self, batch: Any) -> int:
-        """What a batch of `calibration` or of `training` holds, in `unit`."""
+        """The size of a batch of `calibration` or `training`, in `unit`."""
         raise NotImplementedError
 
     def sample_shape(self, config: PreTrainedConfig, seq_len: int) -> tuple[int, ...]:
-        """Of a sample of `calibration`."""
+        """The shape of one sample of `calibration`."""
         raise NotImplementedError
 
-    def hidden_size(self, model: nn.Module, batch: Tensor) -> tuple[int, int]:
-        """About how many vectors a batch of `calibration` makes the layers compute, and how wide they are."""
+    def hidden_shape(self, model: nn.Module, batch: Tensor) -> tuple[int, int]:
+        """(vectors, width) of the hidden states of a batch of `calibration`, about."""
         raise NotImplementedError

@@ -288,7 +288,7 @@ def test_export_refuses_in_one_line_and_leaves_nothing(tmp_path):
     masks = espalier.prune(model, calibration=families.text(4, 16))
     (tmp_path / "there").mkdir()
     for arguments, says in [
-        ((model, masks, tmp_path / "there"), "is there already"),
+        ((model, masks, tmp_path / "there"), "exists already"),
         ((dense, masks, tmp_path / "new"), "holds pruned weights that are not \\+0.0"),
         ((model, {}, tmp_path / "new"), "masks is a dict: pass the result of prune or Masks.load"),
         ((tmp_path / "none", masks, tmp_path / "new"), "no such folder"),

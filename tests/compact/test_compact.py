@@ -11,10 +11,10 @@ from hypothesis import strategies as some
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.commands.expand import expand
 from pipeline.commands.export import export
 from pipeline.compact import file_format
 from pipeline.compact.compact_weight import CompactWeight
+from pipeline.compact.expand import expand
 from pipeline.compact.file_format import CompactFolder, compress
 from pipeline.engine.matrices import matrices_of
 from pipeline.models import model_files, rewrite
@@ -160,11 +160,11 @@ def test_what_is_typed_wrong_is_one_line(tiny_llama, pruned, tmp_path, typed):  
         (["export", tiny_llama], "3 paths are needed"),
         (["export", tiny_llama, masks, tmp_path / "new"], "pruned weights that are not +0.0"),
         (["export", tmp_path / "other", masks, tmp_path / "new"], "another model's mask file?"),
-        (["export", pruned / "model", masks, tmp_path], "is there already"),
+        (["export", pruned / "model", masks, tmp_path], "exists already"),
         (["export", pruned / "model", masks, tmp_path / "new", "values=int4"], "values=int4 is unknown"),
         (["expand", tiny_llama], "2 paths are needed"),
         (["expand", tiny_llama, tmp_path / "new"], "write a compact folder with"),
-        (["expand", tiny_llama, tmp_path], "is there already"),
+        (["expand", tiny_llama, tmp_path], "exists already"),
     ]:
         code, _, lines = typed(*words)
         assert code == 2 and len(lines) == 1 and says in lines[0], (words, lines)

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from pipeline.commands.expand import expand
 from pipeline.commands.export import export
 from pipeline.compact import file_format, kernels
 from pipeline.compact.compact_model import CompactLinear, FewTokensLinear, load_compact
 from pipeline.compact.compact_weight import CompactWeight
+from pipeline.compact.expand import expand
 from pipeline.compact.file_format import Compact, Layout, compress
 from pipeline.compact.memory import HugePages
 from pipeline.models import loading

@@ -106,7 +106,7 @@ CASES: dict[str, list[Case]] = {
         Case("finetune.effective=cached finetune.dropout=0.1", "set finetune.effective=auto"),
         Case(
             "finetune.method=plain_lora",
-            "export needs a sparse model, and finetune.method=plain_lora leaves an adapter",
+            "export needs a sparse model, and finetune.method=plain_lora writes only an adapter",
         ),
         Case("finetune.patience=3", "set finetune.validation="),
         Case("prune.sparsity=0.6 finetune.targets=[query]", "no pruned matrix is called 'query'"),

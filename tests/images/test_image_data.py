@@ -191,7 +191,7 @@ def test_processors_that_give_more_than_pixels_are_refused(tmp_path):
         return PROCESSOR(images=images, return_tensors=return_tensors) | {"spatial_shapes": torch.zeros(1)}
 
     source = sources.source(str(folders(tmp_path)))
-    with pytest.raises(UserError, match="the model reads spatial_shapes beside the pixels"):
+    with pytest.raises(UserError, match="the model reads spatial_shapes in addition to pixel"):
         images.drawn(source, processor, CONFIG, 1, seed=0)[0]
 
 

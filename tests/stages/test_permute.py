@@ -118,7 +118,7 @@ def test_an_image_classifier_keeps_its_answers(name):
     before = {key: tensor.clone() for key, tensor in before.items()}
     walk = LayerWalk(model, images, None, in_memory=True)
     run_layerwise(walk, BlockPermuter(model, walk.blocks, NofM(2, 4), 1), [LayerWriter()])
-    rows = [row for log in walk.files.rows for row in log["matrices"]]
+    rows = [row for log in walk.results.rows for row in log["matrices"]]
     assert len(rows) == 4 and any(row["order"] for row in rows)
     assert any(not torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
     assert (model(classifiers.pixels(2, seed=2)).logits - expected).abs().max() < 1e-5 * expected.abs().max()
