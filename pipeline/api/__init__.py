@@ -16,7 +16,7 @@ texts: a `datasets.Dataset` (with columns `image` and `label`), the name of a da
 from importlib.metadata import PackageNotFoundError, version
 
 from pipeline.compact.compact_model import load_compact
-from pipeline.recovery.lora import load_adapter
+from pipeline.recovery.adapter_files import load_adapter
 from pipeline.runtime.errors import UserError
 from pipeline.sparsity.masks import Masks
 

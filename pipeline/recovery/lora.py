@@ -1,31 +1,24 @@
-"""Attaches the masked LoRA to a model (which matrices, in which form), and saves and loads its adapter folder."""
+"""Attaches the masked LoRA to a model: which matrices, in which form."""
 
-import json
 import re
-import shutil
 from collections.abc import Iterable
-from pathlib import Path
 
+import torch
 from peft import LoraConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline import tasks
 from pipeline.engine.blocks import find_blocks
-from pipeline.recovery import sharding
 from pipeline.recovery.masked_linear import ADAPTER, MaskedLinear
 from pipeline.recovery.masked_parameter import MaskedParameter, Scope
-from pipeline.runtime import files, memory, processes
+from pipeline.runtime import memory, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune
 from pipeline.sparsity.masks import Masks
 
 ALL = ["all"]  # value of finetune.targets
-# peft has no such adapter type, so its own loader refuses the folder instead of loading it as a dense LoRA
-MASKED_TYPE = "MASKED_LORA"
-WEIGHTS = "adapter_model.safetensors"  # peft's file name
+SAMPLE = 256
 Masked = MaskedLinear | MaskedParameter
 
 
@@ -62,7 +55,22 @@ def attach(model: nn.Module, masks: Masks, settings: Finetune, cached: bool | No
     `cached`: see `MaskedLinear`; None decides by `settings`, device and free memory.
     """
     cached = _should_cache(model, settings) if cached is None else cached
-    return _attach(model, masks, lora_config(model, masks, settings), cached, not settings.checkpoint_activations)
+    config = lora_config(model, masks, settings)
+    model.base_sample = base_sample(model, masks, config)
+    return adapt(model, masks, config, cached, not settings.checkpoint_activations)
+
+
+@torch.no_grad()
+def base_sample(model: nn.Module, masks: Masks, config: LoraConfig) -> dict[str, Tensor]:
+    """Up to `SAMPLE` values of each parameter to adapt, evenly spaced, by which an adapter knows its model again. None of a
+    quantised one, whose values belong to no model."""
+    names = {parameter_of(name) for name in masks if target_of(name) in config.target_modules}
+    sample = {}
+    for name, parameter in model.named_parameters():
+        if name in names and parameter.is_floating_point():
+            flat = parameter.view(-1) if parameter.is_contiguous() else parameter.reshape(-1)
+            sample[name] = flat[:: -(-len(flat) // SAMPLE)].cpu().clone()
+    return sample
 
 
 def lora_config(model: nn.Module, masks: Masks, settings: Finetune) -> LoraConfig:
@@ -88,9 +96,9 @@ def _should_cache(model: nn.Module, settings: Finetune) -> bool:
     return more < memory.free_gib(processes.device()) / 2  # leave the other half for activations
 
 
-def _attach(model: nn.Module, masks: Masks, config: LoraConfig, cached: bool, recompute: bool) -> nn.Module:
-    """Does without peft's `get_peft_model`, which matches name suffixes, redirects some targets to fused experts and refuses
-    others: it would silently skip some of the chosen matrices."""
+def adapt(model: nn.Module, masks: Masks, config: LoraConfig, cached: bool, recompute: bool) -> nn.Module:
+    """Attaches the masked LoRA of `config`, in place. Does without peft's `get_peft_model`, which matches name suffixes,
+    redirects some targets to fused experts and refuses others: it would silently skip some of the chosen matrices."""
     model.requires_grad_(False)
     mask_names: dict[str, list[str]] = {}  # the masks of each parameter: one, or one per expert
     for name in masks:
@@ -177,52 +185,6 @@ def _check_shapes(name: str, masked: list[str], masks: Masks, shape: tuple[int, 
             raise UserError(
                 f"{mask} has shape {expected}, its mask {masks.packed[mask].shape}: is this another model's mask file?"
             )
-
-
-def save_adapter(model: nn.Module, masks_file: Path, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-    """Saves the trained parameters of an attached model (`state`, else the model's own) and its masks; only `load_adapter`
-    opens the folder."""
-    state = sharding.gather_trained(model) if state is None else state
-    folder.mkdir(parents=True, exist_ok=True)
-    with files.atomic_write(folder / WEIGHTS) as tmp:
-        save_file({_saved_name(name): value for name, value in state.items()}, tmp, {"format": "pt"})
-    shutil.copyfile(masks_file, folder / "masks.safetensors")
-    model.masked_lora.save_pretrained(folder)
-    about = json.loads((folder / "adapter_config.json").read_text())
-    about |= {"peft_type": MASKED_TYPE, "target_modules": sorted(about["target_modules"])}
-    files.write_json(folder / "adapter_config.json", about)
-
-
-def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Adds the masked LoRA saved in `folder` to the pruned `model`, in place. Raises `UserError` if they do not fit."""
-    folder = Path(folder)
-    about = files.read_json(folder / "adapter_config.json")
-    if about is None or about.get("peft_type") != MASKED_TYPE:
-        raise UserError(
-            f"{folder} holds no masked LoRA of this project (adapter_config.json with peft_type {MASKED_TYPE})"
-        )
-    masks = Masks.load(folder / "masks.safetensors")
-    masks.refuse_other_order(model.config)
-    config = LoraConfig.from_peft_type(**about | {"peft_type": "LORA"})
-    try:
-        saved = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS} cannot be read: {error}") from error
-    _attach(model, masks, config, cached=not config.lora_dropout, recompute=True)
-    trained = {_saved_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-    if differ := saved.keys() ^ trained.keys():
-        raise UserError(f"{folder / WEIGHTS} does not fit the model: only one of them has {sorted(differ)[0]}")
-    for name, parameter in trained.items():
-        if parameter.shape != saved[name].shape:
-            raise UserError(f"{folder / WEIGHTS} does not fit the model: {name} has shape {tuple(saved[name].shape)}")
-        parameter.data.copy_(saved[name])
-    refresh_all(model)
-    return model
-
-
-def _saved_name(name: str) -> str:
-    """The name in peft's files: without the adapter's name. Biases keep .base_layer."""
-    return "base_model.model." + re.sub(r"\.parametrizations\.(\w+)\.0\b", r".\1", name).replace(f".{ADAPTER}.", ".")
 
 
 def parameter_of(mask: str) -> str:

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from pipeline.recovery import lora, sharding
+from pipeline.recovery import adapter_files, lora, sharding
 from pipeline.recovery.effective import mask_gradient_, mask_weight_
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
@@ -113,7 +113,7 @@ class MaskedLora(PlainLora):
     def save(self, folder: Path, masks_file: Path) -> None:
         state = sharding.gather_trained(self.model)
         if processes.is_main():
-            lora.save_adapter(self.model, masks_file, folder / "adapter", state)
+            adapter_files.save_adapter(self.model, masks_file, folder / "adapter", state)
 
 
 class SparseFull(FinetuneMethod):

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pipeline.engine.matrices import matrices_of
-from pipeline.recovery import lora
+from pipeline.recovery import adapter_files, lora
 from pipeline.recovery.lora import MaskedLinear
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune
@@ -135,11 +135,19 @@ def test_the_saved_adapter_restores_the_model(tmp_path):
     pruned = copy.deepcopy(model)
     adapted = trained(lora.attach(model, masks, SETTINGS))
     masks.save(tmp_path / "masks.safetensors")
-    lora.save_adapter(adapted, tmp_path / "masks.safetensors", tmp_path / "adapter")
+    adapter_files.save_adapter(adapted, tmp_path / "masks.safetensors", tmp_path / "adapter")
     ids = torch.randint(3, 61, (2, 16))
     with torch.no_grad():
-        again = lora.load_adapter(copy.deepcopy(pruned), tmp_path / "adapter").eval()
+        again = adapter_files.load_adapter(copy.deepcopy(pruned), tmp_path / "adapter").eval()
         assert torch.equal(again(input_ids=ids).logits, adapted(input_ids=ids).logits)
+        adapter_files.load_adapter(copy.deepcopy(pruned).bfloat16(), tmp_path / "adapter")
+        other = copy.deepcopy(pruned)
+        other.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+        for base in (other, copy.deepcopy(other).bfloat16()):
+            with pytest.raises(
+                UserError, match="was trained on other weights than the model has in model.layers.1.mlp.up"
+            ):
+                adapter_files.load_adapter(base, tmp_path / "adapter")
     with pytest.raises((KeyError, ValueError), match="MASKED_LORA"):  # as a dense LoRA it would lose the sparsity
         PeftModel.from_pretrained(pruned, tmp_path / "adapter")
 
@@ -151,7 +159,7 @@ def test_bad_input_says_what_to_set(tmp_path):
     ):
         lora.attach(model, masks, Finetune(targets=["query"]))
     with pytest.raises(UserError, match="no masked LoRA"):
-        lora.load_adapter(model, tmp_path)
+        adapter_files.load_adapter(model, tmp_path)
     with pytest.raises(UserError, match="DoRA"):
         MaskedLinear(nn.Linear(4, 4), "default", LoraConfig(r=2, use_dora=True), r=2, lora_alpha=2)
     masks.add(next(iter(masks)), torch.ones(2, 2, dtype=torch.bool), "2of4")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from pipeline.recovery import lora, sharding, training
+from pipeline.recovery import adapter_files, lora, sharding, training
 from pipeline.recovery.lora import MaskedLinear, MaskedParameter
 from pipeline.recovery.methods import MaskedLora, PlainLora, SparseFull
 from pipeline.runtime import processes
@@ -87,7 +87,7 @@ def test_the_merged_model_equals_forward_is_exactly_sparse_and_reloads(family, t
 
     masks.save(tmp_path / "masks.safetensors")
     recovery.save(tmp_path, tmp_path / "masks.safetensors")
-    assert torch.equal(logits(lora.load_adapter(again, tmp_path / "adapter")), after)
+    assert torch.equal(logits(adapter_files.load_adapter(again, tmp_path / "adapter")), after)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from pipeline.models import model_files
-from pipeline.recovery import lora
+from pipeline.recovery import adapter_files, lora
 from pipeline.sparsity.masks import Masks
 from tests import launches
 from tests.conftest import QUICK, ROOT, environment, espalier
@@ -59,7 +59,7 @@ def test_a_run_ends_with_an_exactly_sparse_model_and_the_table(finished):
 def test_the_adapter_on_the_pruned_model_equals_the_merged_model(finished):
     run_dir, _, _ = finished
     pruned = AutoModelForCausalLM.from_pretrained(run_dir / "prune/model")
-    adapted = lora.load_adapter(pruned, run_dir / "finetune/adapter")
+    adapted = adapter_files.load_adapter(pruned, run_dir / "finetune/adapter")
     merged = dict(model_files.tensors(run_dir / "finetune/model"))
     for name, layer in lora.masked_layers(adapted).items():
         assert layer.merged_weight().equal(merged[name])
