@@ -125,15 +125,15 @@ def _load(folder: str | Path, recipe: Recipe, device: torch.device, forms: Forms
     # on the CPU a copy of every tensor: one view of a file would keep all that was read of it in memory
     memory = HugePages().copy if forms is None else (lambda tensor: tensor)
     for shard in found.shards:
-        for name, it in found.read(shard):
+        for name, value in found.read(shard):
             dtype = empty_model.dtype_in_memory(model, name, found.dtype)
-            if isinstance(it, Compact) and len(it.layout.shape) == 4:
-                weight = memory(it.dense().to(device, dtype))  # no kernel convolves
-            elif isinstance(it, Compact):
-                weight = CompactWeight.from_compact(it, dtype, memory)
+            if isinstance(value, Compact) and len(value.layout.shape) == 4:
+                weight = memory(value.dense().to(device, dtype))  # no kernel convolves
+            elif isinstance(value, Compact):
+                weight = CompactWeight.from_compact(value, dtype, memory)
                 weight = weight if forms is None else forms.place(weight)
             else:
-                weight = memory(it.to(device, dtype))
+                weight = memory(value.to(device, dtype))
             if isinstance(weight, CompactWeight):
                 _attach(model, aliases[name], weight)
             else:
@@ -151,7 +151,7 @@ def _load(folder: str | Path, recipe: Recipe, device: torch.device, forms: Forms
             model.generation_config.disable_compile = True  # of static caches: compact products cannot be traced
     model.save_pretrained = functools.partial(_refuse_to_save, found.folder)
     for module in model.modules():
-        if any(isinstance(it, CompactModule) for it in module.modules()):
+        if any(isinstance(inner, CompactModule) for inner in module.modules()):
             module._apply = functools.partial(_apply, module)
     return model.eval()
 
@@ -197,8 +197,8 @@ def _empty_module(base: type, attributes: tuple[str, ...]) -> nn.Module:
 def _apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
     """`module._apply`, for a module that holds compact weights, which cannot change device or dtype: refuses before any of its
     parameters has changed."""
-    for it in module.modules():
-        for weight in it.__dict__.get("_compact", {}).values():
+    for part in module.modules():
+        for weight in part.__dict__.get("_compact", {}).values():
             probe = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
             if probe.dtype != weight.dtype or probe.device != weight.device:
                 raise UserError(

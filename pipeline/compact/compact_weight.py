@@ -150,7 +150,7 @@ class CompactWeight:
         in_place = name.endswith("_") and not name.endswith("__")
         if isinstance(first if in_place else kwargs.get("out"), cls):
             cls.refuse_change()
-        args, kwargs = tree_map(lambda it: it.dense() if isinstance(it, cls) else it, (args, kwargs))
+        args, kwargs = tree_map(lambda value: value.dense() if isinstance(value, cls) else value, (args, kwargs))
         return func(*args, **kwargs)
 
     @staticmethod

@@ -27,7 +27,9 @@ def expand(folder: Path, target: Path, recipe: Recipe | None = None) -> bool:
     tmp = target.with_name(f".{target.name}.part")
     shutil.rmtree(tmp, ignore_errors=True)
     for path in found.shards:
-        state = {name: it.dense() if isinstance(it, file_format.Compact) else it for name, it in found.read(path)}
+        state = {
+            name: value.dense() if isinstance(value, file_format.Compact) else value for name, value in found.read(path)
+        }
         state = {name: tensor.contiguous() for name, tensor in file_names.to_files(model, state).items()}
         with files.atomic_write(tmp / path.name.replace("compact-", "model-")) as part:
             save_file(state, part, {"format": "pt"})

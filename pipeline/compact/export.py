@@ -44,13 +44,13 @@ def export(
         state: dict[str, Tensor] = {}
         for layer in members:
             for name, weight in found[layer]():
-                it = _compressed(name, weight, masks, values)
-                if it is None:
+                compact = _compressed(name, weight, masks, values)
+                if compact is None:
                     state[name] = weight.contiguous()
                     continue
-                matrices[name] = it.layout
-                state |= it.tensors()
-                dense, packed = dense + weight.nbytes, packed + it.nbytes
+                matrices[name] = compact.layout
+                state |= compact.tensors()
+                dense, packed = dense + weight.nbytes, packed + compact.nbytes
         with files.atomic_write(tmp / f"compact-{number:05d}-of-{len(parts):05d}.safetensors") as path:
             save_file(state, path, {"format": "pt"})
     written = {matrix for name in matrices for matrix in _matrices(name, model.get_parameter(name))}

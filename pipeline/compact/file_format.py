@@ -238,5 +238,5 @@ class CompactFolder:
                     layout = self.layouts[parameter]
                     yield (
                         parameter,
-                        Compact(parameter, layout, *(file.get_tensor(parameter + it) for it in layout.parts())),
+                        Compact(parameter, layout, *(file.get_tensor(parameter + part) for part in layout.parts())),
                     )

@@ -20,16 +20,18 @@ def find(folder: Path, split: str, named: bool = False) -> list[Path] | None:
     split, so a folder without splits does not count. Raises `UserError` if the layout is wrong or the split is missing."""
     if not folder.is_dir() or _holds_text(folder) or not any(_images(folder)):
         return None
-    splits = {SPLITS[it.name.lower()]: it for it in _folders(folder) if it.name.lower() in SPLITS and any(_folders(it))}
+    splits = {
+        SPLITS[sub.name.lower()]: sub for sub in _folders(folder) if sub.name.lower() in SPLITS and any(_folders(sub))
+    }
     wanted = SPLITS.get(split, split)
     if splits and wanted not in splits:
         raise NoSplit(f"{folder} has no split '{split}': the splits there are {', '.join(splits)}", list(splits))
     if not splits and named:
         raise NoSplit(f"{folder} has no split '{split}': its folders name no split, so leave out @{split}", [])
     base = splits.get(wanted, folder)
-    if loose := next((it for it in base.iterdir() if it.suffix.lower() in SUFFIXES), None):
+    if loose := next((path for path in base.iterdir() if path.suffix.lower() in SUFFIXES), None):
         raise UserError(f"{loose} is in no class folder: put the images of each class into {base}/CLASS")
-    found = {it.name: list(_images(it)) for it in sorted(_folders(base))}
+    found = {sub.name: list(_images(sub)) for sub in sorted(_folders(base))}
     if empty := [name for name, images in found.items() if not images]:
         raise UserError(f"{base / empty[0]} holds no image: remove the folder, or put the images of the class into it")
     if len(found) < 2:

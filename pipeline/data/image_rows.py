@@ -93,7 +93,9 @@ class ImageRows:
                 f"{LABEL_COLUMNS[0]}"
             )
         values, kind = list(rows[columns[0]]), kinds[columns[0]]
-        if strange := [it for it in values if not isinstance(it, int | str) or type(it) is not type(values[0])]:
+        if strange := [
+            value for value in values if not isinstance(value, int | str) or type(value) is not type(values[0])
+        ]:
             raise UserError(
                 f"column {columns[0]} of {self.source} holds {strange[0]!r}: numbers, or names, of classes are needed"
             )
@@ -101,7 +103,7 @@ class ImageRows:
             return self._set(values)
         self.labels = values
         self.classes = list(kind.names) if isinstance(kind, ClassLabel) else None
-        if self.classes and (strange := [it for it in values if not 0 <= it < len(self.classes)]):
+        if self.classes and (strange := [value for value in values if not 0 <= value < len(self.classes)]):
             raise UserError(f"{self.source} has images of no class (label {strange[0]}): set another split")
 
 

@@ -59,7 +59,11 @@ class Images(Dataset):
                 f"the image processor leaves the images of {self.rows.source} in different sizes: set do_resize and size in "
                 "its preprocessor_config.json"
             ) from error
-        return pixels_BCHW if self.labels is None else [pixels_BCHW, torch.tensor([self.labels[it] for it in places])]
+        return (
+            pixels_BCHW
+            if self.labels is None
+            else [pixels_BCHW, torch.tensor([self.labels[place] for place in places])]
+        )
 
     def _item(self, number: int) -> Tensor:
         place = self.places[number]
@@ -89,7 +93,9 @@ class Images(Dataset):
         """(C, H, W). `resized`: the image has the model's size, so that the processor must not crop it again."""
         try:
             if resized and hasattr(self.processor, "val_transforms"):  # timm's processor has no such arguments
-                steps = [it for it in self.processor.val_transforms.transforms if "Resize" not in type(it).__name__]
+                steps = [
+                    step for step in self.processor.val_transforms.transforms if "Resize" not in type(step).__name__
+                ]
                 return functools.reduce(lambda found, step: step(found), steps, image)
             whole = {"do_resize": False, "do_center_crop": False} if resized else {}
             found = self.processor(images=image, return_tensors="pt", **whole)

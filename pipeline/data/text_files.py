@@ -160,15 +160,15 @@ def _files_of_split(folder: Path, files: dict[Path, Path], split: str, named: bo
     """The `files` of the split; all of them if no file names a split and the user named none."""
     by_path = {path: _split_of(relative) for path, relative in files.items()}
     # among texts without split names, "my-train-trip.txt" means no split
-    if not all(it.standard for it in by_path.values()):
-        by_path = {path: it if it.certain else SplitName() for path, it in by_path.items()}
+    if not all(found.standard for found in by_path.values()):
+        by_path = {path: found if found.certain else SplitName() for path, found in by_path.items()}
     wanted = SPLITS.get(split, split)
-    chosen = [path for path, it in by_path.items() if split == it.name or wanted == it.standard]
-    splits = sorted({it.standard or it.name for it in by_path.values() if it.name})
+    chosen = [path for path, found in by_path.items() if split == found.name or wanted == found.standard]
+    splits = sorted({found.standard or found.name for found in by_path.values() if found.name})
     meaningless = len(splits) == 1 and not set(re.split(r"[-._ \d]+", splits[0])) & SPLITS.keys()  # part-00000-of-00010
     if not chosen and (named or (splits and not meaningless)):
         raise _missing_split(folder, split, splits)
-    by_name = [path for path in chosen if (it := _split_of(Path(path.name))).standard or it.name == split]
+    by_name = [path for path in chosen if (own := _split_of(Path(path.name))).standard or own.name == split]
     places = sorted({str(files[path].parent) for path in by_name})
     if "default" in places:
         return [path for path in chosen if str(files[path].parent) == "default"]

@@ -39,7 +39,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
     staged = reads_images(model)
     kind = nn.ModuleList | nn.Sequential if staged else nn.ModuleList
     for name, module in language_model(model):
-        outer = [it for it in lists if name.startswith(f"{it}.")]
+        outer = [other for other in lists if name.startswith(f"{other}.")]
         if isinstance(module, kind) and any(map(_has_matrices, module)) and (staged or not outer):
             for stage in outer:
                 del lists[stage]

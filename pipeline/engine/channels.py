@@ -94,11 +94,11 @@ def layouts(name: str, block: Block, found: dict[str, Matrix], observed: Observe
     heads = [size for size in _head_sizes(block, inputs) if size % multiple == 0]
     before: list[str] = []
     for near in _surroundings(name, block, found):
-        members = [it for it in near if observed.shared_input_key.get(it) in calls[: calls.index(own)]]
+        members = [name for name in near if observed.shared_input_key.get(name) in calls[: calls.index(own)]]
         if members == before or len(members) > MAX_PRODUCERS or inputs % multiple:
             continue
         before = members
-        rows = {kind(it, block): len(found[it].weight_OI) for it in members}
+        rows = {kind(name, block): len(found[name].weight_OI) for name in members}
         equal = [it for it, count in rows.items() if count == inputs]
         for count in range(1, len(equal) + 1):
             for chosen in itertools.combinations(equal, count):
@@ -120,7 +120,7 @@ class Trials:
     def __init__(self, call: Callable[[], Any]) -> None:
         self.call = call
         self.base = self._run()
-        self.size = sum(float(it[it.isfinite()].norm()) for it in self.base)  # masks hold infinities
+        self.size = sum(float(tensor[tensor.isfinite()].norm()) for tensor in self.base)  # masks hold infinities
 
     def keep_output(self, channels: list[Channels]) -> bool:
         """Whether the block computes the same with these channels in a random order: a cheap test of known layouts together."""
@@ -143,7 +143,7 @@ class Trials:
     def _difference(self) -> float:
         """NaN if the tensors cannot be compared."""
         now = self._run()
-        if [it.shape for it in now] != [it.shape for it in self.base]:
+        if [tensor.shape for tensor in now] != [tensor.shape for tensor in self.base]:
             return float("nan")
         pairs = [pair for pair in zip(now, self.base) if not torch.equal(*pair)]
         return sum(float((one - other).double().square().sum()) for one, other in pairs) ** 0.5
@@ -192,12 +192,12 @@ def _surroundings(name: str, block: Block, found: dict[str, Matrix]) -> Iterator
     """The other matrices in the modules around a matrix, from the innermost outwards; of a fused one those of its expert."""
     if found[name].expert is not None:
         place = found[name].module, found[name].expert
-        yield [it for it, matrix in found.items() if (matrix.module, matrix.expert) == place and it != name]
+        yield [other for other, matrix in found.items() if (matrix.module, matrix.expert) == place and other != name]
         return
     path = name
     while path != block.name and (path := path.rpartition(".")[0]):
-        inside = [it for it, matrix in found.items() if it.startswith(f"{path}.") and matrix.expert is None]
-        yield [it for it in inside if it != name]
+        inside = [other for other, matrix in found.items() if other.startswith(f"{path}.") and matrix.expert is None]
+        yield [other for other in inside if other != name]
         if re.search(r"experts\.\d+$", path):
             return  # around it are the matrices of other experts
 
@@ -205,7 +205,7 @@ def _surroundings(name: str, block: Block, found: dict[str, Matrix]) -> Iterator
 def _head_sizes(block: Block, inputs: int) -> list[int]:
     """Possible head sizes, from the configuration of the block's modules: divisors of `inputs`, largest first."""
     modules = list(block.module.modules())
-    said = [vars(it) for it in [*modules, *(module.config for module in modules if hasattr(module, "config"))]]
+    said = [vars(holder) for holder in [*modules, *(module.config for module in modules if hasattr(module, "config"))]]
     values = {v for one in said for key, v in one.items() if "head" in key and type(v) is int and v > 0}
     sizes = values | {inputs // value for value in values}
     return sorted((size for size in sizes if 1 < size < inputs and inputs % size == 0), reverse=True)
@@ -214,8 +214,8 @@ def _head_sizes(block: Block, inputs: int) -> list[int]:
 @contextmanager
 def _reordered(channels: list[Channels], fan_ins_alone: bool = False) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
-    orders = [_random_order(it, generator) for it in channels]
-    moves = [it.reorder_fan_in if fan_ins_alone else it.reorder for it in channels]
+    orders = [_random_order(group, generator) for group in channels]
+    moves = [group.reorder_fan_in if fan_ins_alone else group.reorder for group in channels]
     for move, order_V in zip(moves, orders):
         move(order_V)
     try:

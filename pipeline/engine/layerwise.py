@@ -189,7 +189,7 @@ class LayerwiseForwards:
             self._ahead.start(self.blocks[index + 1])
 
     def _remember_dense(self) -> None:
-        sharing = [it.name for it in self.blocks if any(id(p) in self._shared for p in it.module.parameters())]
+        sharing = [block.name for block in self.blocks if any(id(p) in self._shared for p in block.module.parameters())]
         if sharing or self.current.index in self._reached:
             name = sharing[0] if sharing else self.current.name
             raise UserError(
@@ -197,8 +197,8 @@ class LayerwiseForwards:
             )
         self._reached.add(self.current.index)
         self._dense = [
-            (it, it.data if self.current.index in self._dropped else it.data.clone())
-            for it in self.current.module.parameters()
+            (parameter, parameter.data if self.current.index in self._dropped else parameter.data.clone())
+            for parameter in self.current.module.parameters()
         ]
 
     def _exchange_dense(self) -> None:
@@ -249,8 +249,10 @@ class LayerwiseForwards:
 
 def _converted(arguments: Any, dtype: torch.dtype) -> Any:
     """A copy whose floating-point tensors have the dtype; also those in the dict of keys and values that layers share."""
-    arguments = tree_map_only(Tensor, lambda it: it.to(dtype) if it.is_floating_point() else it, arguments)
-    return tree_map_only(UserDict, lambda it: type(it)(_converted(dict(it), dtype)), arguments)
+    arguments = tree_map_only(
+        Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, arguments
+    )
+    return tree_map_only(UserDict, lambda mapping: type(mapping)(_converted(dict(mapping), dtype)), arguments)
 
 
 def hidden_states(output: Any) -> Tensor:

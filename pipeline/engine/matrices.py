@@ -113,11 +113,11 @@ def coverage_entries(model: nn.Module, blocks: list[Block]) -> dict[str, Entry]:
     the head. Call it before a walk, which drops the weights."""
     found = {}
     for block in blocks:
-        for name, it in classify(block, blocks).items():
-            if isinstance(it, Matrix):
-                found[name] = Entry(block.name, it.weight_OI.numel(), None)
+        for name, part in classify(block, blocks).items():
+            if isinstance(part, Matrix):
+                found[name] = Entry(block.name, part.weight_OI.numel(), None)
             else:
-                found[name] = Entry(block.name, it.parameter.numel(), it.reason)
+                found[name] = Entry(block.name, part.parameter.numel(), part.reason)
     inside = {module for block in blocks for module in block.module.modules()}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for path, module in language_model(model):

@@ -64,7 +64,7 @@ class ReadAhead:
             sent = [torch.cuda.Event(blocking=True) for _ in buffers]
             turn = 0
             for pair in pairs:
-                source, target = (it.detach().reshape(-1).view(torch.uint8) for it in pair)
+                source, target = (tensor.detach().reshape(-1).view(torch.uint8) for tensor in pair)
                 for part, place in zip(source.split(CHUNK), target.split(CHUNK)):
                     sent[turn].synchronize()  # what was in the buffer has left it
                     place.copy_(buffers[turn][: len(part)].copy_(part), non_blocking=True)

@@ -76,7 +76,7 @@ def chosen(right: dict[str, list[float]], count: int = EXAMPLES) -> list[int]:
     images = range(len(next(iter(right.values()))))
     lost = [place for place in images if "pruned" in right and not right["pruned"][place]]
     last = next(reversed(right.values()))
-    groups = [[it for it in lost if last[it]], [it for it in lost if not last[it]]]
+    groups = [[place for place in lost if last[place]], [place for place in lost if not last[place]]]
     taken = [place for group, most in zip(groups, (count // 2, count // 4)) for place in _spread(group, most)]
     rest = [place for place in images if place not in set(lost)]
     return sorted(taken + _spread(rest, count - len(taken)))

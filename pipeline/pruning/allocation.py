@@ -118,7 +118,9 @@ def patterns_by_layer(
         return {}
     allocation.sizes = [sizes[index] for index in indices]
     ratios = list(allocation.ratios([measured.get(index) for index in indices], ratio))
-    if len(ratios) != len(indices) or not all(isinstance(it, int | float) and 0 <= it <= LARGEST for it in ratios):
+    if len(ratios) != len(indices) or not all(
+        isinstance(value, int | float) and 0 <= value <= LARGEST for value in ratios
+    ):
         raise UserError(
             f"{type(allocation).__name__}.ratios returned {ratios}: return {len(indices)} numbers from 0 to {LARGEST}"
         )

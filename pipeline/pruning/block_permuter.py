@@ -45,12 +45,12 @@ class BlockPermuter:
             return None
         ordered = self._orders(channels, observed)
         rows = []
-        for it, (order_V, before, after) in zip(channels, ordered):
-            it.reorder(order_V)
+        for group, (order_V, before, after) in zip(channels, ordered):
+            group.reorder(order_V)
             identity = torch.equal(order_V, torch.arange(len(order_V)))
             order = None if identity else files.digest(order_V.tolist())
             rows.append(
-                {"layer": block.index, "matrix": it.name, "kept_before": before, "kept_after": after, "order": order}
+                {"layer": block.index, "matrix": group.name, "kept_before": before, "kept_after": after, "order": order}
             )
         parts = [f"{name} {before:.4f} -> {after:.4f}" for name, before, after in _means(block, channels, ordered)]
         gains = f"kept importance {', '.join(parts)}" if parts else "no channels to reorder"
@@ -114,17 +114,19 @@ class BlockPermuter:
         return chosen
 
     def _are_shared(self, channels: list[Channels]) -> bool:
-        moved = [matrix for it in channels for matrix in (it.fan_in, *(producer for producer, _ in it.producers))]
+        moved = [
+            matrix for group in channels for matrix in (group.fan_in, *(producer for producer, _ in group.producers))
+        ]
         return any(id(matrix.parameter) in self.shared for matrix in moved)
 
     def _orders(self, channels: list[Channels], observed: Observed) -> list[tuple[Tensor, float, float]]:
         """The order of each, and the shares of the importance kept before and after; computed by the ranks in turn."""
         mine = {}
         for i in range(processes.rank(), len(channels), processes.world_size()):
-            it = channels[i]
-            score_OC = scores.wanda(it.fan_in.weight_OI, observed.totals[observed.shared_input_key[it.name]])
-            score_RV = score_OC[:, it.columns.to(score_OC.device)].flatten(0, 1)
-            order_V = channel_order(score_RV, self.pattern, it.head, self.rounds)
+            group = channels[i]
+            score_OC = scores.wanda(group.fan_in.weight_OI, observed.totals[observed.shared_input_key[group.name]])
+            score_RV = score_OC[:, group.columns.to(score_OC.device)].flatten(0, 1)
+            order_V = channel_order(score_RV, self.pattern, group.head, self.rounds)
             reordered = score_RV[:, order_V.to(score_RV.device)]
             mine[i] = order_V, kept_importance(score_RV, self.pattern), kept_importance(reordered, self.pattern)
         everyone = {i: value for part in processes.all_ranks(mine) for i, value in part.items()}
@@ -138,6 +140,6 @@ def _place(name: str, block: Block, found: dict[str, Matrix]) -> tuple:
 def _means(block: Block, channels: list[Channels], ordered: list) -> list[tuple[str, float, float]]:
     """Kind, and the means of the shares before and after, for each kind."""
     by_kind = defaultdict(list)
-    for it, (_, before, after) in zip(channels, ordered):
-        by_kind[kind(it.name, block)].append((before, after))
+    for group, (_, before, after) in zip(channels, ordered):
+        by_kind[kind(group.name, block)].append((before, after))
     return [(name, *(sum(part) / len(part) for part in zip(*pairs))) for name, pairs in by_kind.items()]

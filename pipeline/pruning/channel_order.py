@@ -56,7 +56,7 @@ def _exchange(score_RV: Tensor, order_GM: Tensor, pattern: NofM) -> None:
     max(x, t) = (x + t + |x - t|) / 2, whose first terms sum to the same for each assignment."""
     for place in range(pattern.m):
         on_device = order_GM.to(score_RV.device)
-        others = [it for it in range(pattern.m) if it != place]
+        others = [other for other in range(pattern.m) if other != place]
         rest_RGM = score_RV[:, on_device[:, others]]
         nth_RG = rest_RGM.topk(pattern.n, dim=2).values[..., -1]
         new_RG = score_RV[:, on_device[:, place]]

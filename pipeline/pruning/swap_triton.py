@@ -120,7 +120,7 @@ def swap_in_groups(
     (bool), which are contiguous. All other tensors are fp32."""
     rows, inputs = dense_RI.shape
     assert supports(group) and inputs % group == 0
-    assert all(it.is_contiguous() for it in (weight_RI, mask_RI, product_RI, done_R))
+    assert all(tensor.is_contiguous() for tensor in (weight_RI, mask_RI, product_RI, done_R))
     start_G1 = torch.arange(0, inputs, group, device=gram_II.device)[:, None]
     inside_GM = start_G1 + torch.arange(group, device=gram_II.device)
     blocks_GMM = gram_II[inside_GM[:, :, None], inside_GM[:, None, :]].contiguous()

@@ -69,7 +69,12 @@ def tabulate(found: list[Run], tasks: list[str]) -> tuple[pd.DataFrame, list[str
         keys = ", ".join(f"evaluate.{key}" for key in differing)
         notes.append(f"the runs differ in {keys}: their numbers are not comparable")
     if (
-        len({(it["machine"]["hardware"], it["machine"]["threads"], it["machine"]["kernels"]) for it in _speeds(found)})
+        len(
+            {
+                (speed["machine"]["hardware"], speed["machine"]["threads"], speed["machine"]["kernels"])
+                for speed in _speeds(found)
+            }
+        )
         > 1
     ):
         notes.append(
@@ -82,7 +87,7 @@ def tabulate(found: list[Run], tasks: list[str]) -> tuple[pd.DataFrame, list[str
             about = {"model": row.model, "is_sparse": state != "dense", "method": row.method, "label": row.label}
             is_last = state == summary.columns(run.results)[-1]
             for number in [*_measured(run.results["models"][state], tasks), *(_cost(run) if is_last else ())]:
-                for pattern in dict.fromkeys(it.pattern for it in found) if state == "dense" else [run.pattern]:
+                for pattern in dict.fromkeys(other.pattern for other in found) if state == "dense" else [run.pattern]:
                     first = seen.setdefault((row, number["measure"], pattern), number)
                     if first is number:
                         lines.append({**about, "is_recovered": bool(row.recovery), "pattern": pattern, **number})
@@ -93,7 +98,7 @@ def tabulate(found: list[Run], tasks: list[str]) -> tuple[pd.DataFrame, list[str
         raise UserError("nothing to compare: the runs have no perplexity, and no task that all have")
     order = ["measure", "model", "is_sparse", "method", "is_recovered"]  # each in the order of appearance
     frame = pd.DataFrame(lines).sort_values(
-        order, key=lambda it: it if it.dtype == bool else it.factorize()[0], kind="stable"
+        order, key=lambda column: column if column.dtype == bool else column.factorize()[0], kind="stable"
     )
     cost = frame.value.where(frame.measure.str.contains("|".join(LOWER)), -frame.value)
     rivals = cost.groupby([frame[name] for name in ("measure", "model", "pattern", "is_sparse", "is_recovered")])

@@ -26,7 +26,10 @@ def headline(recipe: Recipe, results: dict) -> str:
         share = "" if overall is None else f" ({overall:.2%} of the prunable weights are zero)"
         pattern = label_of(recipe, "prune.sparsity", results)
         sentence += f", pruned with {pruned_with(recipe, results)} to {pattern}{share}"
-    kind = next((it for it in ("perplexity", "accuracy") if any(model.get(it) for model in models.values())), None)
+    kind = next(
+        (measure for measure in ("perplexity", "accuracy") if any(model.get(measure) for model in models.values())),
+        None,
+    )
     dataset = next(iter(keys(model.get(kind) for model in models.values())), None)
     measure, form = "mean zero-shot accuracy (%)", lambda value: f"{100 * value:.1f}"
     if kind == "perplexity":

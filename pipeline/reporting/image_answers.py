@@ -39,7 +39,7 @@ def examples(folder: Path) -> list[tuple[str, list[dict[str, Any]]]]:
     line."""
     found = files.read_json(folder / "examples.json") or {}
     for shown in found.values():
-        for it in shown:
-            it["class"] = " ".join(it["class"].split())
-            it["answers"] = {model: " ".join(answer.split()) for model, answer in it["answers"].items()}
+        for example in shown:
+            example["class"] = " ".join(example["class"].split())
+            example["answers"] = {model: " ".join(answer.split()) for model, answer in example["answers"].items()}
     return list(found.items())

@@ -83,7 +83,7 @@ def by_class(figure: Figure, accuracy: pd.DataFrame) -> None:
     for number, (model, shares) in enumerate(accuracy.items()):
         look = {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)]}
         axes.plot(100 * shares.to_numpy(), places, linestyle="", markersize=5, alpha=0.85, label=model, **look)
-    axes.set_yticks(places, [it if len(it) <= 24 else f"{it[:23]}…" for it in accuracy.index.astype(str)])
+    axes.set_yticks(places, [label if len(label) <= 24 else f"{label[:23]}…" for label in accuracy.index.astype(str)])
     axes.grid(False, axis="y")
     axes.margins(y=0.6 / len(accuracy))
     axes.invert_yaxis()

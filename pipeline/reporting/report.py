@@ -58,7 +58,10 @@ def show(run_dir: Path, console: Console | None = None, stages: Iterable[str] = 
     header, rows = costs.table(*costs.read({name: run_dir / name for name in stages}), spread=False)
     if rows:
         print_table(
-            header[1:], [("Size and speed", [(label, list(map(summary.Cell, it))) for label, *it in rows])], [], console
+            header[1:],
+            [("Size and speed", [(label, list(map(summary.Cell, cells))) for label, *cells in rows])],
+            [],
+            console,
         )
     (console or Console()).print(Text(f"report: {run_dir / 'report' / 'report.html'}"), soft_wrap=True)
 
@@ -120,7 +123,7 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> tuple[dict[str, Any], di
         "costs": costs.table(sizes, speed),
         "circumstances": costs.circumstances(speed) if speed else [],
         "share": f"{costs.size_ratio(sizes):.2f}" if sizes else "",
-        "with_export": ",".join(it for it in STAGES if it in recipe.stages or it in ("export", "speed")),
+        "with_export": ",".join(stage for stage in STAGES if stage in recipe.stages or stage in ("export", "speed")),
         "continuations": _continuations(results),
         "examples": image_answers.examples(inputs["evaluate"]),
         "tables": [table for table in tables if table[-1]],
@@ -149,11 +152,16 @@ def _tables(logs: dict[str, series.Rows], classes: dict[str, pd.DataFrame]) -> l
         "Fine-tuning loss (nats)": loss.iloc[[0, -1]] if len(loss) else loss,
         **{caption: image_answers.table(frame) for caption, frame in classes.items()},
     }
-    return [(it, [name.replace("_", " ") for name in rows], _cells(rows)) for it, rows in frames.items() if len(rows)]
+    return [
+        (title, [name.replace("_", " ") for name in rows], _cells(rows)) for title, rows in frames.items() if len(rows)
+    ]
 
 
 def _cells(frame: pd.DataFrame) -> list[list[str]]:
-    return [[it if isinstance(it, str) else "-" if it != it else f"{it:.4g}" for it in row] for row in frame.values]
+    return [
+        [value if isinstance(value, str) else "-" if value != value else f"{value:.4g}" for value in row]
+        for row in frame.values
+    ]
 
 
 def figures(
@@ -182,7 +190,7 @@ def figures(
         drawn["Fine-tuning loss"] = plots.loss(loss, np.log(perplexity))
     if measured:
         drawn["The compact model against the ordinary one"] = plots.ratios(
-            [(it.label.rpartition(",")[0], it.ratios()[0], it.more_is_better) for it in measured]
+            [(ratio.label.rpartition(",")[0], ratio.ratios()[0], ratio.more_is_better) for ratio in measured]
         )
     if about:
         seconds, gib = ([stage.get(key) for stage in about.values()] for key in ("seconds", "memory_gib"))
@@ -209,7 +217,7 @@ def _cost(about: dict) -> list[str]:
 def _protocol(protocol: dict) -> list[tuple[str, str]]:
     settings = [(PROTOCOL.get(key, key), value) for key, value in protocol.items() if key not in SHOWN_ELSEWHERE]
     pairs = [*settings, *(protocol.get("datasets") or {}).items()]
-    return [(key, WORDS[it] if it is None or isinstance(it, bool) else str(it)) for key, it in pairs]
+    return [(key, WORDS[value] if value is None or isinstance(value, bool) else str(value)) for key, value in pairs]
 
 
 def _environment(recipe: Recipe, results: dict, about: dict[str, dict]) -> list[tuple[str, str]]:

@@ -41,13 +41,13 @@ def groups(results: dict, published: dict[str, float] | None = None) -> Groups:
     for dataset in keys(model.get("perplexity") for model in models.values()):
         language += _row(dataset + part(results), [perplexity_cell(model, dataset) for model in models.values()])
         if dataset == "wikitext2":
-            language += _row(f"{dataset}, published", [_cell(published.get(it), perplexity) for it in models], "")
+            language += _row(f"{dataset}, published", [_cell(published.get(model), perplexity) for model in models], "")
         shares = [recovered_of(models, name, "perplexity", dataset) for name in models]
-        language += _row(f"{dataset}, recovered", [_cell(it, "{:.0%}".format) for it in shares], "")
+        language += _row(f"{dataset}, recovered", [_cell(share, "{:.0%}".format) for share in shares], "")
     tasks = _accuracies(models, "zero_shot")
     tasks += _row("mean", [_mean_cell(model) for model in models.values()])
     sparsity = [get(model, "sparsity", "overall") for model in models.values()]
-    weights += _row("sparsity, %", [_cell(it, lambda it: f"{100 * it:.2f}") for it in sparsity])
+    weights += _row("sparsity, %", [_cell(share, lambda share: f"{100 * share:.2f}") for share in sparsity])
     weights += _row("mask violations", [_cell(model.get("mask_violations"), str) for model in models.values()])
     fewshot = get(results, "protocol", "fewshot")
     shots = f"{fewshot}-shot" if fewshot else "Zero-shot"
@@ -71,7 +71,7 @@ def _accuracies(models: dict[str, dict], kind: str) -> list[tuple[str, list[Cell
                 rows += _row(label, [_score_cell(model, kind, task, metric) for model in models.values()])
         if kind == "accuracy":
             shares = [recovered_of(models, name, kind, task) for name in models]
-            rows += _row(f"{task}, recovered", [_cell(it, "{:.0%}".format) for it in shares], "")
+            rows += _row(f"{task}, recovered", [_cell(share, "{:.0%}".format) for share in shares], "")
     return rows
 
 

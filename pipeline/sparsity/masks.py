@@ -70,8 +70,8 @@ class Masks(Mapping[str, Tensor]):
     def add_packed(self, packed: dict[str, Packed]) -> None:
         """Stores masks packed on a device, which are copied from it together: each copy of its own waits for the GPU."""
         bits = [entry.bits for entry in packed.values()]
-        if any(it.device.type != "cpu" for it in bits):
-            bits = list(torch.cat(bits).cpu().split([len(it) for it in bits]))
+        if any(part.device.type != "cpu" for part in bits):
+            bits = list(torch.cat(bits).cpu().split([len(part) for part in bits]))
         for (name, entry), host in zip(packed.items(), bits):
             self.packed[name] = replace(entry, bits=host)
 
@@ -149,7 +149,7 @@ class Masks(Mapping[str, Tensor]):
         theirs = getattr(config, "channel_order", None)
         if theirs != self.channel_order:
             masks, model = (
-                f"channel order {it}" if it else "its original order" for it in (self.channel_order, theirs)
+                f"channel order {order}" if order else "its original order" for order in (self.channel_order, theirs)
             )
             raise UserError(
                 f"the masks are of a model in {masks}, this model is in {model}: use the model that was pruned, which for a "

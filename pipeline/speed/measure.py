@@ -139,7 +139,7 @@ def _products(repeats: _Repeats) -> list[dict[str, Any]]:
             if all(shape in other for other in others):
                 medians = {
                     name: 1e6
-                    * statistics.median(seconds / matrices for matrices, seconds in (it[shape] for it in values))
+                    * statistics.median(seconds / matrices for matrices, seconds in (timed[shape] for timed in values))
                     for name, values in answers.items()
                 }
                 rows.append({"shape": shape, "matrices": count, "tokens": tokens, "microseconds": medians})

@@ -114,7 +114,8 @@ class Worker:
         """
         totals: dict[str, tuple[int, float]] = {}
         measured = []
-        for number, module in enumerate(it for it in self.model.modules() if isinstance(it, nn.Linear | Conv1D)):
+        layers = [module for module in self.model.modules() if isinstance(module, nn.Linear | Conv1D)]
+        for number, module in enumerate(layers):
             if self.device.type == "cuda" and number % GROUP == 0:
                 torch.cuda._sleep(SLEEP)
             is_conv = isinstance(module, Conv1D)
