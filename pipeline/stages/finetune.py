@@ -14,6 +14,7 @@ from pipeline import tasks
 from pipeline.data import sources
 from pipeline.engine.blocks import find_blocks
 from pipeline.models import loading
+from pipeline.models.architecture import classifies_images
 from pipeline.models.rewrite import rewrite
 from pipeline.models.verification import check_matrices
 from pipeline.pruning.allocation import allocate
@@ -107,7 +108,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         violations = [m.violation for m in check_matrices(folder / "model", masks, recipe) if m.violation]
         assert not violations, violations
         if processes.is_main():
-            card.write_model_card(folder / "model", recipe, "finetune")
+            card.write_model_card(folder / "model", recipe, "finetune", classifies_images(pruned.config))
 
 
 def train(
