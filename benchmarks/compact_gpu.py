@@ -123,7 +123,7 @@ def main() -> None:
 
     started = time.perf_counter()
     torch.manual_seed(0)
-    served = gpu_weight.load(torch.device("cuda", 0)) is not None
+    served = gpu_weight.KERNELS.load(torch.device("cuda", 0)) is not None
     cusparselt = torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else None
     print(
         f"{hardware.machine()}; torch {torch.__version__}, Triton kernels: {served}, cuSPARSELt: {cusparselt}",

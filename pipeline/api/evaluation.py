@@ -72,25 +72,36 @@ def evaluate(
     if tasks or any(not isinstance(text, Tensor) for text in texts.values()):
         tokenizer = inputs.tokenizer_of(model) if tokenizer is None else tokenizer
         inputs.check_tokenizer(tokenizer, model)
-    results: dict[str, Any] = {"perplexity": {}, "perplexity_stderr": {}, "zero_shot": {}}
     with model_state.preserved(model):
         windows_by_name = {
             name: _windows(name, text, settings, tokenizer, model, mirror) for name, text in texts.items()
         }
-        for name, windows_NT in windows_by_name.items():
-            logits, count = full_logits(model), placement.batch_number(batch_size)
-            if model.device.type == "cuda":
-                count = placement.find_batch_size(batch_size, logits, windows_NT, placement.Share(0, 1))
-            losses = window_losses(logits, windows_NT, count).tolist()
-            results["perplexity"][name] = of_losses(torch.tensor(losses, dtype=torch.float64))
-            if (error := perplexity_error(losses)) is not None:
-                results["perplexity_stderr"][name] = error
-        for task in settings.tasks:
-            count = batch_size if model.device.type == "cuda" else placement.batch_number(batch_size)
-            results["zero_shot"] |= zero_shot(model, tokenizer, [task], mirror, count, limit, fewshot)[0]
-    if (mean := mean_accuracy(results["zero_shot"])) is not None:
-        results["zero_shot_mean"] = mean
+        results = _perplexity(model, windows_by_name, settings.batch_size)
+        return results | _zero_shot(model, tokenizer, settings, mirror)
+
+
+def _perplexity(model: PreTrainedModel, windows_by_name: dict[str, Tensor], batch_size: int | str) -> dict[str, Any]:
+    results: dict[str, Any] = {"perplexity": {}, "perplexity_stderr": {}}
+    for name, windows_NT in windows_by_name.items():
+        logits, count = full_logits(model), placement.batch_number(batch_size)
+        if model.device.type == "cuda":
+            count = placement.find_batch_size(batch_size, logits, windows_NT, placement.Share(0, 1))
+        losses = window_losses(logits, windows_NT, count).tolist()
+        results["perplexity"][name] = of_losses(torch.tensor(losses, dtype=torch.float64))
+        if (error := perplexity_error(losses)) is not None:
+            results["perplexity_stderr"][name] = error
     return results
+
+
+def _zero_shot(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, settings: Evaluate, mirror: str | None
+) -> dict[str, Any]:
+    found, size = {}, settings.batch_size
+    count = size if model.device.type == "cuda" else placement.batch_number(size)
+    for task in settings.tasks:
+        found |= zero_shot(model, tokenizer, [task], mirror, count, settings.limit, settings.fewshot)[0]
+    mean = mean_accuracy(found)
+    return {"zero_shot": found} | ({} if mean is None else {"zero_shot_mean": mean})
 
 
 def _image_accuracy(

@@ -11,6 +11,7 @@ from pipeline.engine.blocks import find_blocks
 from pipeline.models import loading
 from pipeline.models.pointwise import mark_pointwise
 from pipeline.pruning.allocation import allocate
+from pipeline.pruning.calibration import split
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Calibration, reconstruction_text
 from pipeline.sparsity.masks import Masks
@@ -55,7 +56,7 @@ def permute(
     allocate(find_blocks(model), recipe.prune)  # raises before any text is read
     found = _samples(calibration, "calibration", recipe.calibration, "calibration", tokenizer, model, seed, mirror)
     with model_state.preserved(model):
-        return permute_stage.in_memory(model, _batches(found, batch_size), recipe)
+        return permute_stage.in_memory(model, split(found, batch_size), recipe)
 
 
 @inputs.api_function
@@ -99,7 +100,7 @@ def prune(
     allocate(find_blocks(model), recipe.prune)  # raises before any text is read
     found = _samples(calibration, "calibration", recipe.calibration, "calibration", tokenizer, model, seed, mirror)
     with model_state.preserved(model):
-        return prune_stage.in_memory(model, _batches(found, batch_size), recipe)
+        return prune_stage.in_memory(model, split(found, batch_size), recipe)
 
 
 @inputs.api_function
@@ -142,7 +143,7 @@ def reconstruct(
     steps = reconstruct_stage.plan_steps(reconstruction_text(recipe), recipe.reconstruct.accumulate, 1)
     found = _samples(calibration, "reconstruct", recipe.calibration, "calibration", tokenizer, model, seed, mirror)
     with model_state.preserved(model, dense):
-        return reconstruct_stage.in_memory(model, dense, masks, _batches(found, batch_size), recipe, steps)
+        return reconstruct_stage.in_memory(model, dense, masks, split(found, batch_size), recipe, steps)
 
 
 def refuse_violations(model: PreTrainedModel, masks: Masks) -> None:
@@ -161,10 +162,6 @@ def _checked(data: Tensor, name: str, model: PreTrainedModel) -> Tensor:
     """Token windows (N, T), or pixel values (N, C, H, W)."""
     check = image_inputs.pixels if image_inputs.are_read_by(model) else inputs.token_windows
     return check(data, name, model)
-
-
-def _batches(samples: Samples, batch_size: int) -> list[Tensor]:
-    return [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
 
 
 def _samples(

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import tasks
 from pipeline.data import images, token_windows
 from pipeline.models import loading
+from pipeline.recovery.methods import FinetuneMethod
 from pipeline.recovery.training import sequences_per_step
-from pipeline.recovery.training_dtype import frozen_dtype, trains_in_float32
+from pipeline.recovery.training_dtype import weights_dtype
 from pipeline.registry import FINETUNE_METHODS
 from pipeline.runtime.errors import UserError
-from pipeline.settings.schema import Finetune
+from pipeline.settings.schema import Finetune, Recipe
 from pipeline.sparsity.masks import Masks
 from pipeline.stages import finetune as finetune_stage
 from pipeline.tasks.task import Samples
@@ -78,11 +79,7 @@ def finetune(
     section |= {"column": column, "validation": None if validation is None else "validation", **settings}
     recipe = inputs.recipe(["prune", "finetune"], seed, mirror, finetune=section)
     finetune = recipe.finetune
-    tasks.of(model.config).check(recipe, type(model).__name__)
-    if not FINETUNE_METHODS.entry(finetune.method).leaves_model:
-        merging = " or ".join(name for name, entry in FINETUNE_METHODS.entries.items() if entry.leaves_model)
-        raise UserError(f"method={finetune.method} is not merged into the weights: set method={merging}")
-    finetune_stage.check_bias(finetune, str(model.dtype))
+    _check_settings(model, recipe)
     _check_teacher(model, teacher, finetune)
     refuse_violations(model, masks)
     count = finetune.max_steps * sequences_per_step(finetune)
@@ -96,27 +93,49 @@ def finetune(
     models = [model] if teacher is None else [model, teacher]
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder, model_state.preserved(*models):
         originals = {name: (p, p.data) for name, p in model.named_parameters(remove_duplicate=False)}
-        trained = model_state.copy_sharing_weights(model)
-        if trains_in_float32(finetune):
-            trained.float()
-        elif dtype := frozen_dtype(finetune, str(stored := model.dtype).removeprefix("torch.")):
-            for parameter in trained.parameters():
-                if parameter.dtype == stored:
-                    parameter.data = parameter.data.to(getattr(torch, dtype))
+        trained = _training_copy(model, finetune)
         recovery = finetune_stage.train(
             trained, masks, found, held_out, finetune, seed, Path(folder), teacher, checkpoints=False
         )
-        with torch.no_grad():
-            merged: set[int] = set()
-            for name, (parameter, original) in originals.items():
-                if id(parameter) in merged:
-                    continue
-                if (weight := recovery.merged(name, original)) is not None:
-                    original.copy_(weight)
-                    merged.add(id(parameter))
+        _merge_(originals, recovery)
         rows = _rows(Path(folder, "metrics.csv"))
     assert not masks.violations(model.named_parameters(remove_duplicate=False))
     return rows
+
+
+def _training_copy(model: PreTrainedModel, settings: Finetune) -> nn.Module:
+    """A copy in its training dtype. The parameters are those of `model`, with other data until `preserved` restores it."""
+    trained, stored = model_state.copy_sharing_weights(model), model.dtype
+    dtype = weights_dtype(settings, str(stored).removeprefix("torch."))
+    if dtype == "float32":
+        return trained.float()
+    if dtype is not None:
+        for parameter in trained.parameters():
+            if parameter.dtype == stored:
+                parameter.data = parameter.data.to(getattr(torch, dtype))
+    return trained
+
+
+@torch.no_grad()
+def _merge_(originals: dict[str, tuple[nn.Parameter, Tensor]], recovery: FinetuneMethod) -> None:
+    """Writes the trained weights into the original tensors. A parameter with several names is written once."""
+    merged: set[int] = set()
+    for name, (parameter, original) in originals.items():
+        if id(parameter) in merged:
+            continue
+        if (weight := recovery.merged(name, original)) is not None:
+            original.copy_(weight)
+            merged.add(id(parameter))
+
+
+def _check_settings(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Raises `UserError` for settings that do not fit the model, or leave no merged model."""
+    settings = recipe.finetune
+    tasks.of(model.config).check(recipe, type(model).__name__)
+    if not FINETUNE_METHODS.entry(settings.method).leaves_model:
+        merging = " or ".join(name for name, entry in FINETUNE_METHODS.entries.items() if entry.leaves_model)
+        raise UserError(f"method={settings.method} is not merged into the weights: set method={merging}")
+    finetune_stage.check_bias(settings, str(model.dtype))
 
 
 def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None, settings: Finetune) -> None:

@@ -7,12 +7,12 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
 from pipeline.runtime import signals
 from pipeline.runtime.errors import ReportedByPeer, Stopped, UserError, one_line, unexpected
+from pipeline.runtime.versions import version_of, versions
 from pipeline.settings import reader
 from pipeline.stages import sweep
 
@@ -41,7 +41,6 @@ Commands, as `espalier COMMAND` or `python launch.py COMMAND`:
 
 Options: --help, --version; debug=true shows tracebacks.
 """
-LIBRARIES = ("torch", "transformers", "lightning", "peft", "lm_eval")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -127,14 +126,8 @@ def _command_help(command: str) -> str:
 
 
 def _versions() -> str:
-    versions = {}
-    for name in ("espalier", *LIBRARIES):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    own = versions.pop("espalier")
-    return f"espalier {own} (Python {sys.version.split()[0]}, {', '.join(f'{n} {v}' for n, v in versions.items())})"
+    libraries = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return f"espalier {version_of('espalier')} (Python {sys.version.split()[0]}, {libraries})"
 
 
 def _fail(text: str, code: int, quiet: bool) -> int:

@@ -4,7 +4,6 @@ Without Triton, or where it does not compile, torch's own operations expand the 
 Shapes as in kernels_triton.py: R = rows, I = columns, W = ceil(I / 32), N = tokens.
 """
 
-import functools
 import warnings
 from types import ModuleType
 
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.compact.compact_weight import FEW, OFFSET, CompactWeight
-from pipeline.runtime import triton_kernels
+from pipeline.runtime.triton_kernels import TritonKernels
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of inputs that the kernels support
 HALVES = DTYPES[:2]  # of matrices that torch's semi-structured tensors support
@@ -62,7 +61,7 @@ class GpuWeight(CompactWeight):
         return part
 
     def _kernels(self) -> ModuleType | None:
-        return load(self.device) if self.dtype in DTYPES and self.columns < WIDEST else None
+        return KERNELS.load(self.device) if self.dtype in DTYPES and self.columns < WIDEST else None
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         x_NI = x.reshape(-1, self.columns)
@@ -97,12 +96,6 @@ def expand_by_torch(weight: GpuWeight, out: Tensor) -> Tensor:
     return out.copy_(scaled_RI.mul_(weight.scales[:, None]))
 
 
-@functools.cache
-def load(device: torch.device) -> ModuleType | None:
-    """The module kernels_triton, checked on the device. None without Triton, or if a check fails, which is reported once."""
-    return triton_kernels.load(_imported, device, _check, "compact matrices", "expanding each matrix that is used")
-
-
 def _imported() -> ModuleType:
     from pipeline.compact import kernels_triton  # imports triton
 
@@ -132,6 +125,9 @@ def error_of(found: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest number expected. NaN counts as infinite."""
     error = ((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
     return error if error == error else float("inf")
+
+
+KERNELS = TritonKernels(_imported, _check, "compact matrices", "expanding each matrix that is used")
 
 
 class SemiStructuredWeight(CompactWeight):

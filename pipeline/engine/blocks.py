@@ -5,9 +5,10 @@ from collections import Counter
 from collections.abc import Iterator
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.models.architecture import classifies_images
 from pipeline.models.pointwise import PointwiseConv, is_pointwise
 from pipeline.runtime.errors import UserError
 
@@ -36,7 +37,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
     innermost lists, since its stages hold the lists of its layers; timm's lists are nn.Sequential.
     """
     lists: dict[str, nn.ModuleList | nn.Sequential] = {}
-    staged = reads_images(model)
+    staged = _classifies_images(model)
     kind = nn.ModuleList | nn.Sequential if staged else nn.ModuleList
     for name, module in language_model(model):
         outer = [other for other in lists if name.startswith(f"{other}.")]
@@ -69,15 +70,14 @@ def _items(name: str, modules: nn.ModuleList | nn.Sequential) -> Iterator[tuple[
             yield f"{name}.{i}", item
 
 
-def reads_images(model: nn.Module) -> bool:
-    """Whether a model reads images and no text. Those that generate text also say that pixels are their main input."""
-    pixels = getattr(model, "main_input_name", "") == "pixel_values"
-    return pixels and not (hasattr(model, "can_generate") and model.can_generate())
+def _classifies_images(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    return isinstance(config, PreTrainedConfig) and classifies_images(config)
 
 
 def language_model(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a model by name, without those of submodels that do not read text; of an image model all."""
-    if reads_images(model):
+    if _classifies_images(model):
         yield from model.named_modules()
         return
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model

@@ -1,5 +1,6 @@
 """The inputs of a walk: this rank's batches of calibration data, and the device that holds the hidden states."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from pipeline.engine.matrices import Matrix, matrices
 from pipeline.runtime import memory, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Calibration, Recipe
+from pipeline.tasks.task import Samples
 
 COUNTS = {2: "two", 3: "three", 4: "four"}
 
@@ -21,17 +23,21 @@ def batches(recipe: Recipe, text: Calibration, section: str, origin: Path, model
     """This rank's batches of tokens, each (batch_size, seq_len), or of images. `section`: the recipe's section that sets
     `text`."""
     samples = tasks.of(model.config).calibration(recipe, text, section, origin, model.config)
-    # split into batches first, so that each batch is the same for any number of processes
-    starts = range(0, len(samples), text.batch_size)
+    count = math.ceil(len(samples) / text.batch_size)
     smaller = text.samples // processes.world_size()
-    if len(starts) < processes.world_size():  # not split here: in other shapes, products are rounded otherwise
+    if count < processes.world_size():  # not split here: in other shapes, products are rounded otherwise
         raise UserError(
-            f"{len(starts)} batches of {section} samples cannot be shared by {processes.world_size()} processes: "
+            f"{count} batches of {section} samples cannot be shared by {processes.world_size()} processes: "
             + (f"set {section}.batch_size={smaller}, or " if smaller else "set ")
             + f"{section}.samples={text.batch_size * processes.world_size()} or more"
         )
-    mine = starts[processes.rank() :: processes.world_size()]
-    return [samples[start : start + text.batch_size] for start in mine]
+    return split(samples, text.batch_size, processes.rank(), processes.world_size())
+
+
+def split(samples: Samples, batch_size: int, rank: int = 0, world_size: int = 1) -> list[Tensor]:
+    """One process's batches, every `world_size`-th. Each batch is the same for any number of processes."""
+    mine = range(0, len(samples), batch_size)[rank::world_size]
+    return [samples[start : start + batch_size] for start in mine]
 
 
 def plan_memory(

@@ -1,24 +1,19 @@
 """Whether a GPU has a kernel for the column loop of `obs.prune_rows`. Without one the loop runs in torch."""
 
-import functools
 from types import ModuleType
 
 import torch
 
 from pipeline.pruning import obs
-from pipeline.runtime import triton_kernels
+from pipeline.runtime.triton_kernels import TritonKernels
 from pipeline.sparsity.patterns import NofM
 
 TOLERANCE = 1e-4  # of a weight or an error after 48 columns in fp32, relative to the largest
 
 
-@functools.cache
 def load(device: torch.device) -> obs.PruneBlock | None:
     """The kernel, checked on the device. None on a CPU, without Triton, or if a check fails, which is reported once."""
-    if device.type != "cuda":
-        return None
-    instead = "each column takes several launches, which is slow"
-    kernels = triton_kernels.load(_imported, device, check, "the column loop", instead)
+    kernels = KERNELS.on_gpu(device)
     return kernels and kernels.prune_block
 
 
@@ -49,3 +44,6 @@ def check(kernels: ModuleType, device: torch.device) -> None:
             ours, other = ours.cpu().float(), other.float()
             if not torch.allclose(ours, other, rtol=0, atol=TOLERANCE * float(other.abs().max())):
                 raise RuntimeError("a block that they pruned is wrong")
+
+
+KERNELS = TritonKernels(_imported, check, "the column loop", "each column takes several launches, which is slow")

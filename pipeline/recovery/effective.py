@@ -4,13 +4,12 @@ on a GPU, by torch elsewhere.
 Shapes: E = experts (absent if the parameter is one matrix), P, Q = rows and columns of the stored weight, R = rank.
 """
 
-import functools
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from pipeline.runtime import triton_kernels
+from pipeline.runtime.triton_kernels import TritonKernels
 from pipeline.sparsity.masks import apply_, multiply_, nonzero_pruned
 from pipeline.sparsity.packed import pack, unpack
 
@@ -67,16 +66,7 @@ def _unpacked(mask: Tensor, tensor: Tensor) -> Tensor:
 
 def _kernels_for(tensor: Tensor, mask: Tensor, strided: bool = False) -> ModuleType | None:
     supported = mask.dtype != torch.bool and tensor.dtype.itemsize <= 4 and (strided or tensor.is_contiguous())
-    return _kernels(tensor.device) if supported else None
-
-
-@functools.cache
-def _kernels(device: torch.device) -> ModuleType | None:
-    """The kernels, checked on the device. None on a CPU, without Triton, or if the check fails."""
-    if device.type != "cuda":
-        return None
-    instead = "masking takes a dozen passes over each weight"
-    return triton_kernels.load(_imported, device, check_kernels, "masked weights", instead)
+    return KERNELS.on_gpu(tensor.device) if supported else None
 
 
 def _imported() -> ModuleType:
@@ -100,3 +90,6 @@ def check_kernels(kernels: ModuleType, device: torch.device) -> None:
     wrong = kernels.mask_(masked, given[-1].to(device))
     if wrong != 1 or not torch.allclose(masked.cpu(), mask_gradient_(base, given[-1]), 0, 0, equal_nan=True):
         raise RuntimeError("a tensor that they masked is wrong")
+
+
+KERNELS = TritonKernels(_imported, check_kernels, "masked weights", "masking takes a dozen passes over each weight")

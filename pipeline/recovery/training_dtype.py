@@ -36,6 +36,11 @@ def in_float32(module: nn.Module) -> nn.Module:
     return module
 
 
+def weights_dtype(settings: Finetune, stored: str) -> str | None:
+    """The dtype in which to load the weights of the trained model; None if it is `stored`."""
+    return "float32" if trains_in_float32(settings) else frozen_dtype(settings, stored)
+
+
 def frozen_dtype(settings: Finetune, stored: str) -> str | None:
     """The dtype in which to load frozen weights; None if it is `stored`, the dtype of their files.
 

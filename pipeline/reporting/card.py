@@ -7,13 +7,13 @@ from pipeline import registry
 from pipeline.registry import ALLOCATIONS, FINETUNE_METHODS
 from pipeline.reporting import page
 from pipeline.reporting.summary import label_of, model_name, pruned_with, short
-from pipeline.runtime import files
 from pipeline.settings.schema import Recipe
 
 
-def write_model_card(folder: Path, recipe: Recipe, stage: str, compact: bool = False) -> None:
+def write_model_card(folder: Path, recipe: Recipe, stage: str, images: bool, compact: bool = False) -> None:
     """README.md of the model that `stage` (prune, reconstruct or finetune) made, or of its compact folder: how it was made.
 
+    `images`: whether it is an image classifier, by `architecture.classifies_images`, which needs torch.
     Its results are not known yet, and a finished stage is not written to again.
     """
     text, prune, tune = recipe.calibration, recipe.prune, recipe.finetune
@@ -23,7 +23,6 @@ def write_model_card(folder: Path, recipe: Recipe, stage: str, compact: bool = F
     made = f"{name}, {reordered}pruned with {pruned_with(recipe, methods)} to {pattern}"
     if ALLOCATIONS.entry(prune.allocation).shares_ratio:
         made += f" shared out by {allocation}"
-    images = reads_images(folder)
     samples = "images" if images else f"samples of {text.seq_len} tokens"
     made += f" ({text.samples} {samples} of {text.dataset})"
     if stage != "prune" and "reconstruct" in recipe.stages:
@@ -35,13 +34,6 @@ def write_model_card(folder: Path, recipe: Recipe, stage: str, compact: bool = F
     facts = {"base_model": on_hub(model_name(recipe)), "title": f"{name} {pattern}", "summary": f"{made}."}
     facts |= {"compact": compact, "images": images}
     page.write(folder / "README.md", page.render("model_card.md.jinja", **facts))
-
-
-def reads_images(folder: Path) -> bool:
-    """Whether the model in a folder is an image classifier, by its config.json."""
-    config = files.read_json(folder / "config.json") or {}
-    named = config.get("architectures") or [""]
-    return "ForImageClassification" in named[0] or "pretrained_cfg" in config  # timm's own
 
 
 def on_hub(model: str) -> str:

@@ -134,7 +134,7 @@ class Worker:
     def _prepare_gpu(self) -> str | None:
         """Starts the GPU, and compiles Triton's kernels; its version, or None without them."""
         torch.zeros(1, device=self.device)
-        if gpu_weight.load(torch.device("cuda", torch.cuda.current_device())) is None:
+        if gpu_weight.KERNELS.load(torch.device("cuda", torch.cuda.current_device())) is None:
             return None
         return importlib.metadata.version("triton")
 

@@ -5,7 +5,6 @@ runs in the same parent folder measure their dense model once.
 """
 
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from pipeline.models import loading, verification
 from pipeline.reporting import series
 from pipeline.runtime import files, memory, processes
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.versions import versions
 from pipeline.settings.schema import STAGES, Recipe
 from pipeline.sparsity.masks import Masks
 
-LIBRARIES = ("torch", "transformers", "lm_eval")
 MODELS = {stage.model: stage.name for stage in STAGES.values() if stage.model}  # the stage that writes each
 MAX_PROMPT = 128  # tokens; at most half the model's positions
 
@@ -82,8 +81,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     if processes.is_main():
         if masks:
             protocol["masks"] = files.sha256(path)
-        libraries = {library: version(library) for library in LIBRARIES}
-        content = {"models": results, "protocol": protocol, "versions": libraries, "methods": registry.describe(recipe)}
+        content = {"models": results, "protocol": protocol}
+        content |= {"versions": versions(), "methods": registry.describe(recipe)}
         files.write_json(folder / "results.json", content)
         if settings.accuracy:
             files.write_json(folder / "examples.json", _examples(dense, recipe, samples))

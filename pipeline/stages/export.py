@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 from pipeline.compact.export import export
-from pipeline.models import model_files
+from pipeline.models import loading, model_files
+from pipeline.models.architecture import classifies_images
 from pipeline.reporting import card
 from pipeline.runtime import files, processes
 from pipeline.runtime.errors import UserError
@@ -37,5 +38,6 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         },
     }
     files.write_json(folder / "sizes.json", sizes)
-    card.write_model_card(target, recipe, model.parent.name, compact=True)
+    images = classifies_images(loading.config(model, recipe))
+    card.write_model_card(target, recipe, model.parent.name, images, compact=True)
     processes.say(f"  pruned matrices: {packed / max(1, dense):.3f} of their {dense:,} bytes")

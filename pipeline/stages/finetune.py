@@ -14,6 +14,7 @@ from pipeline import tasks
 from pipeline.data import sources
 from pipeline.engine.blocks import find_blocks
 from pipeline.models import loading
+from pipeline.models.architecture import classifies_images
 from pipeline.models.rewrite import rewrite
 from pipeline.models.verification import check_matrices
 from pipeline.pruning.allocation import allocate
@@ -21,7 +22,7 @@ from pipeline.recovery import lora, quantization
 from pipeline.recovery.held_out import HeldOut
 from pipeline.recovery.methods import FinetuneMethod
 from pipeline.recovery.training import batch_per_process, fit, sequences_per_step
-from pipeline.recovery.training_dtype import frozen_dtype, in_float32, precision, trains_in_float32
+from pipeline.recovery.training_dtype import frozen_dtype, in_float32, precision, trains_in_float32, weights_dtype
 from pipeline.registry import FINETUNE_METHODS
 from pipeline.reporting import card
 from pipeline.runtime import deterministic, processes
@@ -61,13 +62,14 @@ def load(folder: Path, recipe: Recipe) -> nn.Module:
         # not with 16-bit buffers: those computed at construction, such as Gemma's embedding scale, are already rounded
         if all(buffer.dtype.itemsize != 2 for buffer in model.buffers()):
             return model if sharded else in_float32(model.to(device))
-    dtype = "float32" if trains_in_float32(settings) else frozen(folder, recipe)
+    dtype = weights_dtype(settings, stored_dtype(loading.config(folder, recipe), recipe))
     return loading.load(folder, recipe, dtype, quantized)
 
 
-def frozen(folder: Path, recipe: Recipe) -> str | None:
-    """The dtype in which to load a model whose weights are frozen; None: the recipe's."""
-    return frozen_dtype(recipe.finetune, stored_dtype(loading.config(folder, recipe), recipe))
+def load_teacher(folder: Path, recipe: Recipe) -> nn.Module:
+    """The dense model in the dtype of frozen weights."""
+    stored = stored_dtype(loading.config(folder, recipe), recipe)
+    return loading.load(folder, recipe, frozen_dtype(recipe.finetune, stored))
 
 
 def stored_dtype(config: PreTrainedConfig, recipe: Recipe) -> str:
@@ -93,10 +95,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         count = settings.validation_samples
         plain = dataclasses.replace(settings, augment=False)
         held_out = task.training(validation[0], processor, pruned.config, plain, count, 0)
-    teacher = None
-    if settings.distill:
-        dense = loading.dense_folder(recipe, inputs)
-        teacher = loading.load(dense, recipe, frozen(dense, recipe))
+    teacher = load_teacher(loading.dense_folder(recipe, inputs), recipe) if settings.distill else None
     with deterministic.training(recipe.deterministic):
         recovery = train(pruned, masks, samples, held_out, settings, seed, folder, teacher)
 
@@ -107,7 +106,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         violations = [m.violation for m in check_matrices(folder / "model", masks, recipe) if m.violation]
         assert not violations, violations
         if processes.is_main():
-            card.write_model_card(folder / "model", recipe, "finetune")
+            card.write_model_card(folder / "model", recipe, "finetune", classifies_images(pruned.config))
 
 
 def train(

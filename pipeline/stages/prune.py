@@ -15,6 +15,7 @@ from pipeline.engine.coverage import Coverage
 from pipeline.engine.matrices import coverage_entries
 from pipeline.engine.walk import LayerWalk, run_layerwise
 from pipeline.models import loading
+from pipeline.models.architecture import classifies_images
 from pipeline.models.copying import copy_of
 from pipeline.models.pointwise import mark_pointwise
 from pipeline.pruning import calibration
@@ -152,4 +153,4 @@ def finish(walk: LayerWalk, origin: Path, recipe: Recipe, coverage: Coverage) ->
     files.write_csv(folder / "coverage.csv", coverage.rows({row["matrix"] for row in matrices}))
     files.write_csv(folder / "layers.csv", rows)
     files.write_csv(folder / "matrices.csv", matrices)
-    card.write_model_card(folder / "model", recipe, "prune")
+    card.write_model_card(folder / "model", recipe, "prune", classifies_images(walk.model.config))

@@ -12,6 +12,7 @@ from callbacks.layer_writer import LayerWriter
 from callbacks.stop_at_signal import StopAtSignal
 from pipeline.engine.walk import LayerWalk, run_layerwise
 from pipeline.models import loading
+from pipeline.models.architecture import classifies_images
 from pipeline.pruning import calibration
 from pipeline.recovery.layer_reconstructor import LayerReconstructor
 from pipeline.reporting import card
@@ -49,7 +50,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     if processes.is_main():
         walk.results.write_remaining(origin, recipe.dtype)
         files.write_csv(folder / "layers.csv", walk.results.logs())
-        card.write_model_card(folder / "model", recipe, "reconstruct")
+        card.write_model_card(folder / "model", recipe, "reconstruct", classifies_images(model.config))
 
 
 def in_memory(

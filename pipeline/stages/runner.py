@@ -14,17 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pipeline.reporting.report import show
 from pipeline.runtime import checksums, deterministic, files, hardware, lock, memory, processes
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.versions import versions
 from pipeline.settings.schema import STAGES, Recipe, Stage, plain
 from pipeline.stages import keys, out_of_memory, preflight, siblings, space
 
-LIBRARIES = ("torch", "transformers", "datasets", "lightning", "peft", "accelerate", "lm_eval")
 SCRATCH = ("masks", "checkpoints")  # folders from which an unfinished stage resumes
 # imported here, so that the forked cells of a sweep import nothing
 MODULES = {name: importlib.import_module(f"pipeline.stages.{name}") for name in STAGES}
@@ -100,7 +99,7 @@ def _run_one(stage: Stage, recipe: Recipe, run_dir: Path, inputs: dict[str, Path
             "memory_gib": round(memory_gib, 3),  # of the process with the highest peak
             "machine": hardware.machine(),
             "system": hardware.system(),
-            "versions": {library: version(library) for library in LIBRARIES},
+            "versions": versions(),
             "made_from": made_from,
             "recipe": plain(recipe),
             "artefacts": checksums.of_folder(work, SCRATCH),

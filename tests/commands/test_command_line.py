@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.commands import keys
 from pipeline.commands.main import COMMANDS, main
+from pipeline.runtime.versions import LIBRARIES
 from pipeline.settings import recipe_files, schema
 from tests.conftest import QUICK, ROOT
 
@@ -40,7 +41,8 @@ def test_each_command_has_its_own_help(asked, command):
 
 
 def test_version(asked):
-    assert re.match(r"espalier \S+ \(Python 3\.\S+, torch \S+, transformers \S+,", asked("--version"))
+    libraries = ", ".join(rf"{name} \d\S*" for name in LIBRARIES)
+    assert re.fullmatch(rf"espalier \S+ \(Python 3\.\S+, {libraries}\)", asked("--version").strip())
 
 
 @pytest.mark.slow

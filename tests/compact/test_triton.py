@@ -75,7 +75,7 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("pattern", ["0.5", "0.7", "2of4", "4of8", None])
 def test_every_pattern(pattern, dtype, values):
     weight, ours = a_matrix((11, 200), pattern, dtype, values)
-    assert gpu_weight.load(DEVICE) is kernels_triton
+    assert gpu_weight.KERNELS.load(DEVICE) is kernels_triton
     assert torch.equal(expand_by_torch(ours, torch.empty_like(weight)), weight)
     same(ours.dense(), weight)
     assert ours.shape == weight.shape and ours.is_2_of_4() == (pattern == "2of4")
@@ -140,15 +140,12 @@ def test_other_dtypes_and_wide_matrices_are_expanded_by_torch():
 
 def test_without_triton_torch_expands_and_a_line_says_so(monkeypatch, capsys):
     monkeypatch.setattr(kernels_triton, "product", lambda *args: torch.zeros(args[5].shape[0], 24, device=DEVICE))
-    gpu_weight.load.cache_clear()
-    try:
-        weight, ours = a_matrix((9, 72), "0.5", torch.bfloat16, "int8")
-        check(weight, ours, 1, True)
-        check(weight, ours, 3, True)
-        (said,) = capsys.readouterr().out.splitlines()  # once
-        assert "no Triton kernels for compact matrices: a product that they computed is wrong" in said
-    finally:
-        gpu_weight.load.cache_clear()
+    monkeypatch.setattr(gpu_weight.KERNELS, "loaded", {})
+    weight, ours = a_matrix((9, 72), "0.5", torch.bfloat16, "int8")
+    check(weight, ours, 1, True)
+    check(weight, ours, 3, True)
+    (said,) = capsys.readouterr().out.splitlines()  # once
+    assert "no Triton kernels for compact matrices: a product that they computed is wrong" in said
 
 
 def loaded(folder, pattern: str, model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:

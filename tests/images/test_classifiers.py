@@ -4,7 +4,7 @@ ordinary load gives the pruned model."""
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, SwinForImageClassification
 
 from pipeline import tasks
 from pipeline.engine.blocks import find_blocks
@@ -38,6 +38,17 @@ def test_a_walk_equals_the_forward_to_the_bit(name):
                 walk.run_block(i)  # repeatable: it changes nothing
             found += walk.advance()
     assert all(torch.equal(one.logits, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_the_configuration_decides_what_a_classifier_is():
+    """Not the class, which of a model with its own code may not say what it reads."""
+
+    class OwnCode(SwinForImageClassification):
+        main_input_name = "input_ids"
+
+    model = OwnCode(tiny("Swin").config)
+    assert not tasks.of(model.config).reads_text
+    assert [block.name for block in find_blocks(model)] == [block.name for block in find_blocks(tiny("Swin"))]
 
 
 @torch.no_grad()

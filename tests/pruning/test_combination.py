@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from pipeline import api
 from pipeline.pruning import obs, scores
 from pipeline.pruning.combination import Combination, prune_method
-from pipeline.pruning.refinements import Dsnot, Swaps, swap
+from pipeline.pruning.refinements import Dsnot, Swaps
 from pipeline.pruning.statistics import GRAM, MOMENTS, OBSERVE, SQUARE_SUM, Sums
+from pipeline.pruning.swap import swap
 from pipeline.pruning.updates import Admm, LeastSquares, ObsUpdate
 from pipeline.registry import PRUNE_METHODS, REFINEMENTS, UPDATES
 from pipeline.runtime.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.pruning import refinements
+from pipeline.pruning import swap
 from pipeline.runtime import code
 from pipeline.sparsity.patterns import parse
 from tests.conftest import compiled_for_gpus
@@ -42,31 +42,31 @@ def error(dense_RI: Tensor, weight_RI: Tensor, gram_II: Tensor) -> Tensor:
 def test_the_kernel_agrees_with_torch(monkeypatch, sparsity, rows, inputs):
     """Inputs that do not fill the last chunk, dead inputs, a refreshed product, rows that are done early."""
     monkeypatch.setattr(swap_triton, "CHUNK", 32)
-    monkeypatch.setattr(refinements, "REFRESH", 3)
+    monkeypatch.setattr(swap, "REFRESH", 3)
     given, group = matrix(rows, inputs, sparsity), parse(sparsity).m
-    expected = refinements.swap(*given, group, 8)
-    found = refinements.swap_by_kernel(swap_triton, *(it.to(DEVICE) for it in given), group, 8).cpu()
+    expected = swap.swap_by_torch(*given, group, 8)
+    found = swap.swap_by_kernel(swap_triton, *(it.to(DEVICE) for it in given), group, 8).cpu()
     assert torch.equal(found, expected) and not torch.equal(found, given[2])
 
 
 def test_exchanges_end_where_none_helps(monkeypatch):
-    monkeypatch.setattr(refinements, "REFRESH", 4)
+    monkeypatch.setattr(swap, "REFRESH", 4)
     dense_RI, _, mask_RI, gram_II = (it.to(DEVICE) for it in matrix(2, 16, "2of4"))
-    found = refinements.swap_by_kernel(swap_triton, dense_RI, dense_RI, mask_RI, gram_II, 4, 1000)
-    assert torch.equal(found, refinements.swap(dense_RI, dense_RI, mask_RI, gram_II, 4, 1000))
+    found = swap.swap_by_kernel(swap_triton, dense_RI, dense_RI, mask_RI, gram_II, 4, 1000)
+    assert torch.equal(found, swap.swap_by_torch(dense_RI, dense_RI, mask_RI, gram_II, 4, 1000))
     assert (error(dense_RI, dense_RI * found, gram_II) < error(dense_RI, dense_RI * mask_RI, gram_II)).all()
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_the_kernel_is_used_on_a_gpu_and_agrees_on_large_matrices():
-    assert refinements._kernels(torch.device("cuda")) is swap_triton
+    assert swap.KERNELS.on_gpu(torch.device("cuda")) is swap_triton
     dense_RI, weight_RI, mask_RI, gram_II = (it.cuda() for it in matrix(512, 5504, "2of4"))
     before = error(dense_RI, weight_RI * mask_RI, gram_II)
     errors = []
     for masks in (
-        refinements.swap(dense_RI, weight_RI, mask_RI, gram_II, 4, 100),
-        refinements.swap_by_kernel(swap_triton, dense_RI, weight_RI, mask_RI, gram_II, 4, 100),
+        swap.swap_by_torch(dense_RI, weight_RI, mask_RI, gram_II, 4, 100),
+        swap.swap_by_kernel(swap_triton, dense_RI, weight_RI, mask_RI, gram_II, 4, 100),
     ):
         assert masks.unflatten(1, (-1, 4)).sum(2).eq(2).all()
         errors.append(error(dense_RI, torch.where(mask_RI, weight_RI, dense_RI) * masks, gram_II))
@@ -75,11 +75,11 @@ def test_the_kernel_is_used_on_a_gpu_and_agrees_on_large_matrices():
 
 
 def test_it_is_checked_before_it_is_used(monkeypatch):
-    monkeypatch.setattr(refinements, "REFRESH", 2)
-    refinements.check_kernels(swap_triton, DEVICE)
+    monkeypatch.setattr(swap, "REFRESH", 2)
+    swap.check_kernels(swap_triton, DEVICE)
     with pytest.raises(RuntimeError, match="a mask that they refined is wrong"):
-        refinements.check_kernels(SimpleNamespace(swap_in_groups=lambda *state: None), DEVICE)
-    assert refinements._kernels(torch.device("cpu")) is None
+        swap.check_kernels(SimpleNamespace(swap_in_groups=lambda *state: None), DEVICE)
+    assert swap.KERNELS.on_gpu(torch.device("cpu")) is None
 
 
 def test_it_counts_as_code_of_the_refinements():

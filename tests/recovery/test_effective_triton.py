@@ -78,7 +78,7 @@ def test_the_adapters_train_with_the_kernels_as_with_torch(monkeypatch, family, 
     """Linear, Conv1D and fused experts: gradients, and merged weights, of which forward used the same."""
     found = []
     for kernels in (None, effective_triton):
-        monkeypatch.setattr(effective, "_kernels", lambda device, kernels=kernels: kernels)
+        monkeypatch.setattr(effective.KERNELS, "on_gpu", lambda device, kernels=kernels: kernels)
         torch.manual_seed(0)
         model, masks = with_masks(small_model(family))
         adapted = lora.attach(model, masks, Finetune(rank=4), cached).train()
@@ -99,7 +99,7 @@ def test_the_adapters_train_with_the_kernels_as_with_torch(monkeypatch, family, 
 def test_full_fine_tuning_masks_with_the_kernels_as_with_torch(monkeypatch):
     found = []
     for kernels in (None, effective_triton):
-        monkeypatch.setattr(effective, "_kernels", lambda device, kernels=kernels: kernels)
+        monkeypatch.setattr(effective.KERNELS, "on_gpu", lambda device, kernels=kernels: kernels)
         torch.manual_seed(0)
         model, masks = with_masks(small_model("llama"))
         recovery = SparseFull(model, masks, Finetune(method="full"))
@@ -117,7 +117,7 @@ def test_full_fine_tuning_masks_with_the_kernels_as_with_torch(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_the_kernels_are_used_on_a_gpu():
-    assert effective._kernels(torch.device("cuda")) is effective_triton
+    assert effective.KERNELS.on_gpu(torch.device("cuda")) is effective_triton
 
 
 def test_they_are_checked_before_they_are_used():
@@ -128,7 +128,7 @@ def test_they_are_checked_before_they_are_used():
     wrong = SimpleNamespace(effective=effective_triton.effective, mask_=lambda tensor, bits: 0)
     with pytest.raises(RuntimeError, match="a tensor that they masked is wrong"):
         effective.check_kernels(wrong, DEVICE)
-    assert effective._kernels(torch.device("cpu")) is None
+    assert effective.KERNELS.on_gpu(torch.device("cpu")) is None
 
 
 def test_they_count_as_code_of_the_finetune_stage():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.engine.blocks import find_blocks
 from pipeline.models import model_files
 from pipeline.recovery import sharding
-from pipeline.recovery.training_dtype import frozen_dtype, precision
+from pipeline.recovery.training_dtype import frozen_dtype, precision, weights_dtype
 from pipeline.runtime import processes
 from pipeline.settings import reader
 from pipeline.stages import finetune, prune
@@ -52,7 +52,11 @@ def test_a_float16_checkpoint_trains_in_bfloat16_and_ends_in_float16(half_llama,
     ],
 )
 def test_only_the_other_16_bit_dtype_is_converted(precision, stored, loaded):
-    assert frozen_dtype(settings("m", f"finetune.precision={precision}").finetune, stored) == loaded
+    given = f"finetune.precision={precision}"
+    assert frozen_dtype(settings("m", given).finetune, stored) == loaded
+    assert weights_dtype(settings("m", given).finetune, stored) == loaded  # a LoRA's base is frozen
+    trained = None if precision == "bf16-true" else "float32"
+    assert weights_dtype(settings("m", given, "finetune.method=full").finetune, stored) == trained
 
 
 def test_a_gpu_that_only_emulates_bfloat16_trains_in_float16(monkeypatch):

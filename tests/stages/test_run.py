@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.models import model_files
 from pipeline.recovery import adapter_files, lora
+from pipeline.runtime.versions import versions
 from pipeline.sparsity.masks import Masks
 from tests import launches
 from tests.conftest import QUICK, ROOT, environment, espalier
@@ -33,7 +34,8 @@ def finished(tiny_llama, tmp_path_factory) -> tuple[Path, list[str], str]:
 
 def test_a_run_ends_with_an_exactly_sparse_model_and_the_table(finished):
     run_dir, _, seen = finished
-    results = json.loads((run_dir / "evaluate/results.json").read_text())["models"]
+    content = json.loads((run_dir / "evaluate/results.json").read_text())
+    results = content["models"]
     assert list(results) == ["dense", "pruned", "finetuned"]
     for name in ("pruned", "finetuned"):
         assert results[name]["mask_violations"] == 0
@@ -52,6 +54,7 @@ def test_a_run_ends_with_an_exactly_sparse_model_and_the_table(finished):
         and "cores" in about["machine"]
         and about["recipe"]["run_dir"] == str(run_dir)
     )
+    assert about["versions"] == content["versions"] == versions() and "not installed" not in versions().values()
     for stage in ("prune", "finetune", "export", "evaluate", "report"):
         assert not (run_dir / f".{stage}").exists()
 
