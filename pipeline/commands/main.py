@@ -28,6 +28,7 @@ COMMANDS = {
     "expand": "COMPACT TARGET                   writes a compact folder as an ordinary model folder",
     "speed": "FOLDER ... [speed.KEY=VALUE ...] load time, memory and tokens/s of models, ordinary or compact",
 }
+SEVERAL = os.environ.get("WORLD_SIZE", "1") != "1"  # Lightning may delete the variable later
 HELP = f"""Prunes a language model and recovers it by fine-tuning, in one resumable command.
 
   espalier [recipe=NAME] [key=value ...]           runs a recipe (tiny, if none is named)
@@ -84,11 +85,14 @@ def run_and_leave() -> NoReturn:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process with this code, after the functions registered for its end.
+    """Ends the process with this code.
 
-    It does not return to the interpreter, which on its way out destroys objects that threads of torch still use: rarely
-    they then abort a process whose work is done ("terminate called without an active exception", pytorch#38228).
+    One of several processes does not return to the interpreter, which on its way out destroys objects that threads of torch
+    still use: rarely they then abort a process whose work is done ("terminate called without an active exception",
+    pytorch#38228).
     """
+    if not SEVERAL:
+        sys.exit(code)  # profilers write their results after it
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
