@@ -14,7 +14,7 @@ USAGE = "run `python launch.py expand COMPACT_FOLDER TARGET`"
 
 def main(arguments: list[str]) -> None:
     """Writes TARGET, which must not exist and appears only when it is complete."""
-    given = [Path(argument).expanduser() for argument in arguments if argument != "debug=true"]
+    given = [Path(argument).expanduser() for argument in arguments]
     if len(given) != 2:
         raise UserError(f"2 paths are needed, {len(given)} given: {USAGE}")
     folder, target = given

@@ -104,6 +104,7 @@ def leave(code: int) -> NoReturn:
 def _command(arguments: list[str]) -> Callable[[], None] | None:
     """The command or option on the command line; None for a run. Raises `UserError` for an unknown word."""
     first, *rest = arguments or [""]
+    rest = [argument for argument in rest if argument != "debug=true"]  # `main` has read it
     command = first if first in COMMANDS else None
     if {"-h", "--help"} & set(arguments):
         return lambda: print(_command_help(command) if command else HELP)

@@ -40,7 +40,6 @@ def main(arguments: list[str]) -> None:
 
 def paths(arguments: list[str], count: int, usage: str) -> list[Path]:
     """`count` paths, the first of a model folder, the second of a mask file; raises `UserError` otherwise."""
-    arguments = [argument for argument in arguments if argument != "debug=true"]
     if len(arguments) != count:
         raise UserError(f"{count} paths are needed, {len(arguments)} given: {usage}")
     folder, masks, *rest = (Path(argument).expanduser() for argument in arguments)

@@ -29,8 +29,10 @@ def cells(arguments: list[str]) -> dict[str, list[str]]:
 
     Without a key of several values, one cell named "". A comma inside brackets, braces or quotes does not separate values.
     """
-    pairs = [argument.partition("=")[::2] for argument in arguments]
-    swept = {key: options(value) for key, value in pairs if len(options(value)) > 1}
+    last = dict(
+        argument.partition("=")[::2] for argument in arguments
+    )  # as in a run, the last of a key's settings counts
+    swept = {key: options(value) for key, value in last.items() if len(options(value)) > 1}
     if not swept:
         return {"": arguments}
     for key, values in swept.items():

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.commands import keys
 from pipeline.commands.main import COMMANDS, main
+from pipeline.runtime.errors import UserError
 from pipeline.settings import recipe_files, schema
 from tests.conftest import QUICK, ROOT
 
@@ -49,6 +50,16 @@ def test_recipes_lists_all_recipes(asked):
     assert lines[0].split() == ["recipe", "model", "sparsity", "stages"]
     assert [line.split()[0] for line in lines[1:]] == recipe_files.available()
     assert any(line.startswith("llama7b_2of4") and " 2:4 " in line for line in lines)
+
+
+def test_debug_is_an_option_of_every_command(asked):
+    assert asked("keys", "export", "debug=true") == asked("keys", "export")
+    with pytest.raises(
+        UserError, match="is no finished run"
+    ):  # the traceback that was asked for, of the first argument
+        main(["compare", "nowhere", "debug=true"])
+    with pytest.raises(UserError, match="2 paths are needed, 1 given"):
+        main(["verify", "nowhere", "debug=true"])
 
 
 @pytest.mark.parametrize("section", SECTIONS)
