@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from pipeline import registry, tasks
-from pipeline.data import chat, digits, images, sampled, sources, special_tokens, token_windows
+from pipeline.data import chat, digits, images, sampled, sources, special_tokens, token_windows, world
 from pipeline.evaluation.perplexity import windows
 from pipeline.evaluation.tasks import hub_data
 from pipeline.models import loading
@@ -162,6 +162,8 @@ def _check_text(recipe: Recipe, stage: str, source: sources.Source, tokenizer: A
     if source.name == sources.SELF:
         sampled.first_token(tokenizer, config)
         return
+    if source.name == "world":
+        world.check_split(source.split)  # generating it takes a second
     if source.is_local:
         rows = sources.first_rows(source)
     elif _is_done(recipe, stage) or (source.name == "world" and stage != "evaluate" and loss == "all"):

@@ -44,6 +44,7 @@ LATE = {
     "evaluate.seq_len=129": "set evaluate.seq_len=128",
     "reconstruct.dataset={here}/t.txt": "8 samples of 32 are needed: set a longer text or a shorter reconstruct.seq_len",
     "finetune.batch_size=3 finetune.accumulate=1 evaluate.tasks=[nothing]": "unknown task 'nothing'",
+    "finetune.validation=world": "the generated world has no split 'validation': use world@train or world@test",
     "evaluate.prompts=['']": "'' has no token to continue from",
     "finetune.loggers=[wandb]": "run `pip install wandb`, or set finetune.loggers=[]",
 }
