@@ -37,5 +37,6 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         },
     }
     files.write_json(folder / "sizes.json", sizes)
-    card.write_model_card(target, recipe, model.parent.name, compact=True)
+    metrics = inputs["finetune"] / "metrics.csv" if "finetune" in inputs else None
+    card.write_model_card(target, recipe, model.parent.name, metrics, compact=True)
     processes.say(f"  pruned matrices: {packed / max(1, dense):.3f} of their {dense:,} bytes")

@@ -109,7 +109,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         violations = [m.violation for m in check_matrices(folder / "model", masks, recipe) if m.violation]
         assert not violations, violations
         if processes.is_main():
-            card.write_model_card(folder / "model", recipe, "finetune")
+            card.write_model_card(folder / "model", recipe, "finetune", folder / "metrics.csv")
 
 
 def train(
