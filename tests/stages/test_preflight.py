@@ -77,6 +77,16 @@ def no_bos(model: Path, folder: Path) -> Path:
     return folder / "model"
 
 
+def test_finished_stages_that_are_left_out_are_named(tiny_llama, tmp_path, typed):
+    same = (f"model={tiny_llama}", f"run_dir={tmp_path}/run", "evaluate.windows=1", "evaluate.continuations=0")
+    assert "is not in stages" not in typed(*same, "stages=[prune,evaluate]")[1]
+    code, output, _ = typed(*same, "stages=[evaluate]")
+    assert (
+        code == 0
+        and f"{tmp_path}/run/prune is finished, but prune is not in stages: evaluate will not read it" in output
+    )
+
+
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
