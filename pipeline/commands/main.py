@@ -39,7 +39,7 @@ A value with a comma makes a sweep: prune.method=wanda,sparsegpt. The same comma
 Commands, as `espalier COMMAND` or `python launch.py COMMAND`:
 {chr(10).join(f"  {name:8} {description}" for name, description in COMMANDS.items())}
 
-Options: --help, --version; debug=true shows tracebacks.
+Options: --help, --version; debug=true shows tracebacks; trust_remote_code=true runs the code that a model folder holds.
 """
 LIBRARIES = ("torch", "transformers", "lightning", "peft", "lm_eval")
 
