@@ -189,10 +189,10 @@ def test_plan_of_a_sweep_and_of_a_pretrain_recipe(asked, tmp_path, monkeypatch):
 
 def test_plan_says_how_much_each_stage_reads(asked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    output = asked("plan", "recipe=tiny", "finetune.validation=world", "finetune.validation_samples=9")
+    output = asked("plan", "recipe=tiny", "finetune.validation=world@test", "finetune.validation_samples=9")
     assert "prune reads world@train: 64 windows of 128 tokens" in output
     assert "finetune reads world@train: 300 steps of 16 windows of 128 tokens" in output
-    assert "finetune reads world@validation: 9 windows of 128 tokens" in output
+    assert "finetune reads world@test: 9 windows of 128 tokens" in output
     assert "evaluate reads world@test: windows of 128 tokens" in output
 
 
