@@ -14,7 +14,7 @@ USAGE = "run `python launch.py export MODEL_FOLDER MASKS_FILE TARGET [values=int
 def main(arguments: list[str]) -> None:
     """Writes TARGET, which must not exist and appears only when it is complete."""
     words = [word for word in arguments if word.startswith("values=")]
-    folder, path, target = paths([word for word in arguments if word not in words], 3, USAGE)
+    (folder, path, target), recipe = paths([word for word in arguments if word not in words], 3, USAGE)
     masks, values = Masks.load(path), words[-1].partition("=")[2] if words else "exact"
-    dense, packed = export(folder, masks, target, values=values)
+    dense, packed = export(folder, masks, target, recipe, values)
     print(f"{target}: {len(masks)} pruned matrices take {packed / max(1, dense):.3f} of their {dense:,} bytes")

@@ -40,7 +40,7 @@ A value with a comma makes a sweep: prune.method=wanda,sparsegpt. The same comma
 Commands, as `espalier COMMAND` or `python launch.py COMMAND`:
 {chr(10).join(f"  {name:8} {description}" for name, description in COMMANDS.items())}
 
-Options: --help, --version; debug=true shows tracebacks.
+Options: --help, --version; debug=true shows tracebacks; trust_remote_code=true runs the code that a model folder holds.
 """
 
 
@@ -107,6 +107,7 @@ def leave(code: int) -> NoReturn:
 def _command(arguments: list[str]) -> Callable[[], None] | None:
     """The command or option on the command line; None for a run. Raises `UserError` for an unknown word."""
     first, *rest = arguments or [""]
+    rest = [argument for argument in rest if argument != "debug=true"]  # `main` has read it
     command = first if first in COMMANDS else None
     if {"-h", "--help"} & set(arguments):
         return lambda: print(_command_help(command) if command else HELP)

@@ -22,7 +22,6 @@ USAGE = "run `python launch.py speed FOLDER [OTHER ...]`"
 
 def main(arguments: list[str]) -> None:
     """Prints the tables. Raises `UserError` if a folder holds no model."""
-    arguments = [argument for argument in arguments if argument != "debug=true"]
     folders = {argument: Path(argument).expanduser() for argument in arguments if "=" not in argument}
     outputs = [argument.removeprefix("out=") for argument in arguments if argument.startswith("out=")]
     settings = [argument for argument in arguments if "=" in argument and not argument.startswith("out=")]

@@ -9,18 +9,19 @@ from pipeline.runtime.files import sha256
 from pipeline.settings.schema import Recipe
 from pipeline.sparsity.masks import Masks
 
+TRUST = "trust_remote_code=true"  # for a model folder with code of its own
 USAGE = "run `python launch.py verify MODEL_FOLDER MASKS_FILE`"
 
 
 def main(arguments: list[str]) -> None:
     """Prints the masked matrices. Raises `UserError` if a pruned weight is not zero or a mask breaks its pattern."""
-    folder, path = paths(arguments, 2, USAGE)
+    (folder, path), recipe = paths(arguments, 2, USAGE)
     masks = Masks.load(path)
     widths = [max((len(name) for name in masks), default=6), 16, max(map(len, [*masks.patterns.values(), "pattern"]))]
     row = f"{{:{widths[0]}}}  {{:>{widths[1]}}}  {{:>{widths[2]}}}  {{:>9}}  {{:>8}}  {{:>10}}"
     print(row.format("matrix", "shape", "pattern", "pruned, %", "zero, %", "violations"))
     problems, zeros, weights = [], 0, 0
-    for matrix in check_matrices(folder, masks, Recipe()):
+    for matrix in check_matrices(folder, masks, recipe):
         entry, violation = masks.packed[matrix.name], matrix.violation
         count = violation.count if violation else 0
         shares = (f"{100 * part / matrix.weights:.2f}" for part in (entry.weights - entry.kept, matrix.zeros))
@@ -38,9 +39,10 @@ def main(arguments: list[str]) -> None:
     print(f"{len(masks)} matrices, {weights:,} weights, {zeros / max(1, weights):.2%} zero, no violations")
 
 
-def paths(arguments: list[str], count: int, usage: str) -> list[Path]:
-    """`count` paths, the first of a model folder, the second of a mask file; raises `UserError` otherwise."""
-    arguments = [argument for argument in arguments if argument != "debug=true"]
+def paths(arguments: list[str], count: int, usage: str) -> tuple[list[Path], Recipe]:
+    """`count` paths, the first of a model folder, the second of a mask file, and a recipe for loading the model; raises
+    `UserError` otherwise."""
+    arguments, recipe = without_trust(arguments)
     if len(arguments) != count:
         raise UserError(f"{count} paths are needed, {len(arguments)} given: {usage}")
     folder, masks, *rest = (Path(argument).expanduser() for argument in arguments)
@@ -48,4 +50,9 @@ def paths(arguments: list[str], count: int, usage: str) -> list[Path]:
         raise UserError(f"no model folder {folder}: {usage}")
     if not masks.is_file():
         raise UserError(f"no mask file {masks}: {usage}")
-    return [loading.locate(str(folder), None), masks, *rest]
+    return [loading.locate(str(folder), None), masks, *rest], recipe
+
+
+def without_trust(arguments: list[str]) -> tuple[list[str], Recipe]:
+    """The arguments without `trust_remote_code=true`, and a recipe that has it if it was among them."""
+    return [it for it in arguments if it != TRUST], Recipe(trust_remote_code=TRUST in arguments)

@@ -94,14 +94,19 @@ def _people() -> list[dict[str, str]]:
 PEOPLE = _people()
 
 
+def check_split(split: str) -> None:
+    """Raises `UserError` for an unknown split."""
+    if split not in DOCUMENTS:
+        raise UserError(f"the generated world has no split '{split}': use world@train or world@test")
+
+
 @functools.lru_cache
 def documents(split: str, seed: int = 0) -> list[str]:
     """Portraits of about 40 words, one string each, reproducible by `seed`. Raises `UserError` for an unknown split.
 
     A checksum of the document decides its split, so the splits never overlap, whatever the seeds.
     """
-    if split not in DOCUMENTS:
-        raise UserError(f"the generated world has no split '{split}': use world@train or world@test")
+    check_split(split)
     rng = random.Random(f"{split} {seed}")
     portraits = (_portrait(rng) for _ in itertools.count())
     chosen = (text for text in portraits if (zlib.crc32(text.encode()) % 16 == 0) == (split == "test"))

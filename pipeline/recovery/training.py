@@ -37,6 +37,15 @@ def batch_per_process(settings: Finetune, world_size: int) -> tuple[int, int]:
     return size, each // size
 
 
+def check_checkpointing(model: nn.Module) -> None:
+    """Raises `UserError` if the model's code cannot recompute activations. The model needs no weights."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(
+            f"{type(model).__name__} cannot recompute activations: set finetune.checkpoint_activations=false, "
+            "and a smaller finetune.batch_size to save memory"
+        )
+
+
 def training_mode(model: nn.Module) -> None:
     """Puts a model into training mode, except for its batch norms. They keep the dense model's statistics: those of small
     batches are noise, differ between processes, and are not in checkpoints."""
@@ -81,6 +90,7 @@ def fit(
     )
     assert trainer.world_size == world_size
     if settings.checkpoint_activations:
+        check_checkpointing(model)
         model.gradient_checkpointing_enable({"use_reentrant": False})
     training_mode(model)
     # a plain DataLoader resumed mid-epoch repeats early batches and drops later ones

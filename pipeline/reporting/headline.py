@@ -1,5 +1,6 @@
 """The sentence that says what a run did to a model, and what became of it."""
 
+from pipeline.reporting.series import Rows, steps
 from pipeline.reporting.summary import (
     MODEL_STAGES,
     columns,
@@ -17,9 +18,9 @@ from pipeline.reporting.summary import (
 from pipeline.settings.schema import Recipe
 
 
-def headline(recipe: Recipe, results: dict) -> str:
+def headline(recipe: Recipe, results: dict, metrics: Rows = ()) -> str:
     """What was pruned, how, to what sparsity, and what became of the first perplexity, or else of the
-    accuracy."""
+    accuracy. `metrics`: the log of the fine-tuning."""
     models, sentence = {name: results["models"][name] for name in columns(results)}, short(model_name(recipe))
     if "pruned" in models:
         overall = get(models, "pruned", "sparsity", "overall")
@@ -43,7 +44,7 @@ def headline(recipe: Recipe, results: dict) -> str:
     values = {name: value for name, value in values.items() if value is not None}
     if not values:
         return f"{sentence} was evaluated."
-    parts = [f"{form(value)} {_state(recipe, results, name)}" for name, value in values.items()]
+    parts = [f"{form(value)} {_state(recipe, results, name, metrics)}" for name, value in values.items()]
     sentence += f": {measure} {' → '.join(parts)}."
     share = recovered_of(models, list(values)[-1], kind, dataset) if kind else None
     if share is None:
@@ -52,11 +53,11 @@ def headline(recipe: Recipe, results: dict) -> str:
     return f"{sentence} {f'{share:.0%} of the lost {lost}' if share > 0 else 'Nothing'} was recovered."
 
 
-def _state(recipe: Recipe, results: dict, model: str) -> str:
+def _state(recipe: Recipe, results: dict, model: str, metrics: Rows) -> str:
     """A model in the headline: `pruned`, `after LoRA for 300 steps`."""
     if model in ("dense", "pruned"):
         return model
     stage = MODEL_STAGES[model]
-    steps = getattr(getattr(recipe, stage.name, None), "max_steps", None)
+    planned = getattr(getattr(recipe, stage.name, None), "max_steps", None)
     text = f"after {stage_label(stage, lambda key: label_of(recipe, key, results))}"
-    return f"{text} for {steps} steps" if steps else text
+    return f"{text} for {steps(metrics, planned)} steps" if planned else text

@@ -4,10 +4,12 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from pipeline.registry import ALLOCATIONS, FINETUNE_METHODS, NONE, PATTERNS
-from pipeline.settings.schema import Recipe
+from pipeline.registry import ALLOCATIONS, FINETUNE_METHODS, PATTERNS
+from pipeline.settings.schema import Calibration, Prune, Recipe
 
 TEXT = "wikitext-2-raw-v1@test"  # the tokenised configuration gives other numbers
+
+AS_PUBLISHED = ("refine", "update", "target", "group", "overrides", "damp", "pointwise")  # settings at their defaults
 
 
 def find(recipe: Recipe, protocol: dict) -> tuple[dict[str, float], str]:
@@ -19,10 +21,12 @@ def find(recipe: Recipe, protocol: dict) -> tuple[dict[str, float], str]:
     pruned = f"{settings.method} {PATTERNS.label(settings.sparsity)}"
     rows = {"dense": "dense"}
     allocation = ALLOCATIONS.entries.get(settings.allocation)  # none of these for a file of the user's
-    plain = (settings.refine, settings.update) == (NONE, NONE) and not settings.overrides
+    plain = "permute" not in recipe.stages and recipe.calibration.activations == Calibration().activations
+    plain = plain and all(getattr(settings, key) == getattr(Prune(), key) for key in AS_PUBLISHED)
     if allocation and not allocation.shares_ratio and plain:
         tuning = FINETUNE_METHODS.entries.get(recipe.finetune.method)
-        rows |= {"pruned": pruned, "finetuned": f"{pruned} + {tuning.published_as}" if tuning else ""}
+        recovered = tuning and "reconstruct" not in recipe.stages
+        rows |= {"pruned": pruned, "finetuned": f"{pruned} + {tuning.published_as}" if recovered else ""}
     for table in OmegaConf.to_container(OmegaConf.load(Path(__file__).with_suffix(".yaml"))):
         columns = [Path(model).name.lower() for model in table["models"]]
         if name in columns and protocol.get("seq_len") == table["seq_len"]:

@@ -113,7 +113,7 @@ def collect(recipe: Recipe, inputs: dict[str, Path]) -> tuple[dict[str, Any], di
     facts = {
         "title": summary.short(summary.model_name(recipe)),
         "pattern": summary.label_of(recipe, "prune.sparsity", results) if "pruned" in results["models"] else "",
-        "headline": f"{headline.headline(recipe, results)} {costs.headline(sizes, speed)}".strip(),
+        "headline": f"{headline.headline(recipe, results, logs['metrics'])} {costs.headline(sizes, speed)}".strip(),
         "cost": f"It took {total} on {'; '.join(machines)}." if machines else "",
         "columns": summary.columns(results),
         "groups": summary.groups(results, reference),

@@ -9,11 +9,16 @@ from pipeline.reporting.summary import MODEL_STAGES, MODELS
 from pipeline.runtime import checksums, files
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import MODEL as MODEL_KEYS
+from pipeline.settings.schema import STAGES
 
 # the sections of the recipe that decide each model of a run, together with those of the models before it
 SECTIONS: dict[str, tuple[str, ...]] = {"dense": ("model", "revision", *MODEL_KEYS, "pretrain")}
-for stage in MODEL_STAGES.values():
-    SECTIONS[stage.model] = tuple(key for key in stage.settings if all(key not in keys for keys in SECTIONS.values()))
+since: tuple[str, ...] = ()  # of the stages since the last model: those of permute decide the pruned model
+for stage in STAGES.values():
+    since += stage.settings
+    if stage.model:
+        SECTIONS[stage.model] = tuple(key for key in since if all(key not in keys for keys in SECTIONS.values()))
+        since = ()
 # shown by the names of rows and columns
 IN_NAMES = ("model", *registry.PRUNING, registry.TARGET, "prune.sparsity", "finetune.method")
 PROTOCOL = ("seq_len", "limit", "fewshot", "windows", "bos")
@@ -98,8 +103,10 @@ def row_of(run: Run, state: str, runs: list[Run]) -> Row:
     """The row of a run's model. Rows of the same model name all settings in which their runs differ."""
     alike = [other for other in runs if other.settings["model"] == run.settings["model"]]
     named = {model: _differing(run, alike, sections) for model, sections in SECTIONS.items()}
+    if "pretrain" in run.settings["stages"]:
+        named["dense"] += _differing(run, alike, ("seed",))
     named["dense"] += [f"evaluate.{key}={run.results['protocol'].get(key)}" for key in differing_protocol(runs)]
-    model = summary.short(run.settings["model"] or "A small Llama trained here")
+    model = _model_name(run, runs)
     if state == "dense":
         return Row(model, state, f"dense{_in_brackets(named['dense'])}")
     recovery = ""
@@ -110,19 +117,32 @@ def row_of(run: Run, state: str, runs: list[Run]) -> Row:
     return Row(model, state, f"{run.pruned_with}{_in_brackets(named['dense'] + named['pruned'])}", recovery)
 
 
+def _model_name(run: Run, runs: list[Run]) -> str:
+    """Short, unless another model in `runs` has the same short name: model folders are often called `model`."""
+    model = run.settings["model"] or "A small Llama trained here"
+    hashes = {_dense(other) for other in runs if summary.short(other.settings["model"] or "") == summary.short(model)}
+    return model if len(hashes) > 1 else summary.short(model)
+
+
+def _dense(run: Run) -> str:
+    """What tells the dense models of two runs apart."""
+    return summary.get(run.results, "models", "dense", "hash") or run.settings["model"]
+
+
 def differing_protocol(runs: list[Run]) -> list[str]:
     return [key for key in PROTOCOL if len({summary.get(run.results, "protocol", key) or None for run in runs}) > 1]
 
 
 def _differing(run: Run, runs: list[Run], sections: tuple[str, ...]) -> list[str]:
-    keys = [key for key in run.settings if key.partition(".")[0] in sections and key not in IN_NAMES]
+    names = set(sections) - (STAGES.keys() - set(run.settings["stages"]))  # without stages that did not run
+    keys = [key for key in run.settings if key.partition(".")[0] in names and key not in IN_NAMES]
     keys = [key for key in keys if len({str(other.settings.get(key)) for other in runs}) > 1]
     own = {key for key in registry.REGISTRIES if registry.is_file(run.settings.get(key))}
     return [f"{key}={run.label(key) if key in own else run.settings[key]}" for key in keys]
 
 
 def _in_brackets(settings: list[str]) -> str:
-    return f" ({', '.join(settings)})" if settings else ""
+    return f" ({', '.join(dict.fromkeys(settings))})" if settings else ""
 
 
 def _check_texts(runs: list[Run]) -> None:

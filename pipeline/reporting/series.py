@@ -33,6 +33,12 @@ def points(rows: Rows, x: str, y: str) -> pd.Series:
     return frame.set_index(x)[y] if y in frame and x in frame else pd.Series(dtype=float)
 
 
+def steps(metrics: Rows, planned: int) -> str:
+    """The steps of a training, `300`, or `120 of at most 300` if its validation stopped it."""
+    last = metrics[-1].get("step") if metrics else None
+    return f"{last} of at most {planned}" if last and last != str(planned) else str(planned)
+
+
 def by_type(rows: Rows, y: str) -> pd.DataFrame:
     """`y` by layer, a column for each type of matrix, such as q_proj; the mean over the experts of a layer."""
     if y not in (frame := numbers(rows, "layer", y)):

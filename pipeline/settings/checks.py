@@ -62,6 +62,8 @@ def _check_value(
 
 
 def _check_stages(recipe: Recipe) -> None:
+    if not recipe.stages:
+        raise UserError("stages=[] names nothing to do: set stages=[prune,finetune,evaluate,report], or some of them")
     if recipe.model is None and "pretrain" not in recipe.stages:
         raise UserError("no model: set model=<hub id or folder>, such as model=huggyllama/llama-7b")
     if recipe.model is not None and "pretrain" in recipe.stages:

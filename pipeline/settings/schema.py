@@ -51,7 +51,12 @@ BEFORE = ("pretrain", "permute", "prune", "reconstruct", "finetune")
 WRITTEN = tuple(name for name in BEFORE if name != "permute")  # the permuted model computes what the dense one does
 TABLE = (
     Stage("pretrain", (), ("pretrain", "seed")),
-    Stage("permute", BEFORE[:1], (*MODEL, "calibration", "permute", "prune.sparsity", "seed"), data="calibration"),
+    Stage(
+        "permute",
+        BEFORE[:1],
+        (*MODEL, "calibration", "permute", "prune.sparsity", "prune.pointwise", "seed"),
+        data="calibration",
+    ),
     Stage("prune", BEFORE[:2], (*MODEL, "calibration", "prune", "seed"), "pruned", data="calibration"),
     Stage(
         "reconstruct",

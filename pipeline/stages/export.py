@@ -39,5 +39,6 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     }
     files.write_json(folder / "sizes.json", sizes)
     images = classifies_images(loading.config(model, recipe))
-    card.write_model_card(target, recipe, model.parent.name, images, compact=True)
+    metrics = inputs["finetune"] / "metrics.csv" if "finetune" in inputs else None
+    card.write_model_card(target, recipe, model.parent.name, images, metrics, compact=True)
     processes.say(f"  pruned matrices: {packed / max(1, dense):.3f} of their {dense:,} bytes")

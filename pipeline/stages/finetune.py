@@ -21,7 +21,7 @@ from pipeline.pruning.allocation import allocate
 from pipeline.recovery import lora, quantization
 from pipeline.recovery.held_out import HeldOut
 from pipeline.recovery.methods import FinetuneMethod
-from pipeline.recovery.training import batch_per_process, fit, sequences_per_step
+from pipeline.recovery.training import batch_per_process, check_checkpointing, fit, sequences_per_step
 from pipeline.recovery.training_dtype import frozen_dtype, in_float32, precision, trains_in_float32, weights_dtype
 from pipeline.registry import FINETUNE_METHODS
 from pipeline.reporting import card
@@ -33,13 +33,15 @@ from pipeline.tasks.task import Samples
 
 
 def check(recipe: Recipe) -> None:
-    """Raises `UserError` for settings that do not fit the model: length, targets, dtype."""
+    """Raises `UserError` for settings that do not fit the model: length, targets, dtype, checkpointing."""
     if "finetune" not in recipe.stages or recipe.model is None:
         return
     folder = loading.locate(recipe.model, recipe.revision)
     config, settings = loading.config(folder, recipe), recipe.finetune
     loading.check_length(config, "finetune.seq_len", settings.seq_len)
     check_bias(settings, stored_dtype(config, recipe))
+    if settings.checkpoint_activations:
+        check_checkpointing(loading.skeleton(folder, recipe))
     if settings.targets != lora.ALL:
         lora.targets(allocate(find_blocks(loading.skeleton(folder, recipe)), recipe.prune), settings.targets)
 
@@ -106,7 +108,8 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         violations = [m.violation for m in check_matrices(folder / "model", masks, recipe) if m.violation]
         assert not violations, violations
         if processes.is_main():
-            card.write_model_card(folder / "model", recipe, "finetune", classifies_images(pruned.config))
+            images = classifies_images(pruned.config)
+            card.write_model_card(folder / "model", recipe, "finetune", images, folder / "metrics.csv")
 
 
 def train(

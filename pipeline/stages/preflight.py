@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from pipeline import registry, tasks
-from pipeline.data import chat, digits, images, sampled, sources, special_tokens, token_windows
+from pipeline.data import chat, digits, images, sampled, sources, special_tokens, token_windows, world
 from pipeline.evaluation.perplexity import windows
 from pipeline.evaluation.tasks import hub_data
 from pipeline.models import loading
@@ -55,7 +55,7 @@ def _check(recipe: Recipe) -> list[str]:
     task = tasks.of(config)
     task.check(recipe, folder)
     warnings = _check_language(recipe, processor, config, folder) if task.reads_text else []
-    warnings += registry.ignored(recipe)
+    warnings += [*registry.ignored(recipe), *_left_out(recipe)]
     _check_packages(recipe)
     reading = [stage for stage in READERS if stage in recipe.stages]
     texts = [(stage, source) for stage in reading for source in sources.of_stage(recipe, stage)]
@@ -67,6 +67,21 @@ def _check(recipe: Recipe) -> list[str]:
         elif not _is_done(recipe, stage):
             _check_images(recipe, stage, source, processor, config)
     return warnings
+
+
+def _left_out(recipe: Recipe) -> Iterator[str]:
+    """Finished stages of the run folder that the stages to run would read if they were in `stages`: with stages=[evaluate] the
+    dense model alone would be measured, and replace the results of the whole run."""
+    for name in STAGES:
+        readers = [
+            it for it in STAGES.values() if it.name in recipe.stages and it.reads is not None and name in it.reads
+        ]
+        if name not in recipe.stages and readers and checksums.read(Path(recipe.run_dir) / name):
+            named = ", ".join(stage.name for stage in readers)
+            yield (
+                f"{Path(recipe.run_dir) / name} is finished, but {name} is not in stages: {named} will not read it (a finished "
+                "stage in stages is not run again)"
+            )
 
 
 def _check_language(recipe: Recipe, tokenizer: Any, config: PreTrainedConfig, folder: str) -> list[str]:
@@ -162,6 +177,8 @@ def _check_text(recipe: Recipe, stage: str, source: sources.Source, tokenizer: A
     if source.name == sources.SELF:
         sampled.first_token(tokenizer, config)
         return
+    if source.name == "world":
+        world.check_split(source.split)  # generating it takes a second
     if source.is_local:
         rows = sources.first_rows(source)
     elif _is_done(recipe, stage) or (source.name == "world" and stage != "evaluate" and loss == "all"):

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.commands import keys
 from pipeline.commands.main import COMMANDS, main
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.versions import LIBRARIES
 from pipeline.settings import recipe_files, schema
 from tests.conftest import QUICK, ROOT
@@ -51,6 +52,16 @@ def test_recipes_lists_all_recipes(asked):
     assert lines[0].split() == ["recipe", "model", "sparsity", "stages"]
     assert [line.split()[0] for line in lines[1:]] == recipe_files.available()
     assert any(line.startswith("llama7b_2of4") and " 2:4 " in line for line in lines)
+
+
+def test_debug_is_an_option_of_every_command(asked):
+    assert asked("keys", "export", "debug=true") == asked("keys", "export")
+    with pytest.raises(
+        UserError, match="is no finished run"
+    ):  # the traceback that was asked for, of the first argument
+        main(["compare", "nowhere", "debug=true"])
+    with pytest.raises(UserError, match="2 paths are needed, 1 given"):
+        main(["verify", "nowhere", "debug=true"])
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -186,10 +197,10 @@ def test_plan_of_a_sweep_and_of_a_pretrain_recipe(asked, tmp_path, monkeypatch):
 
 def test_plan_says_how_much_each_stage_reads(asked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    output = asked("plan", "recipe=tiny", "finetune.validation=world", "finetune.validation_samples=9")
+    output = asked("plan", "recipe=tiny", "finetune.validation=world@test", "finetune.validation_samples=9")
     assert "prune reads world@train: 64 windows of 128 tokens" in output
     assert "finetune reads world@train: 300 steps of 16 windows of 128 tokens" in output
-    assert "finetune reads world@validation: 9 windows of 128 tokens" in output
+    assert "finetune reads world@test: 9 windows of 128 tokens" in output
     assert "evaluate reads world@test: windows of 128 tokens" in output
 
 

@@ -15,6 +15,7 @@ CASES: dict[str, list[Case]] = {
         Case("model=null", "no model: set model=<hub id or folder>"),
         Case("stages=[pretrain,prune]", "exclude each other"),
         Case("stages=[prun]", "did you mean 'prune'?"),
+        Case("stages=[]", "stages=[] names nothing to do"),
         Case("stages=[finetune]", "finetune needs prune in stages"),
         Case("stages=[reconstruct]", "reconstruct needs prune in stages"),
         Case("stages=[prune,report]", "report needs evaluate in stages"),

@@ -10,10 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.commands.main import main
 from pipeline.models import loading
 from pipeline.runtime.errors import UserError, one_line
 from pipeline.settings import reader
 from tests.conftest import QUICK
+
+OWN_CODE = """from transformers import LlamaConfig, LlamaForCausalLM
+
+class Own(LlamaConfig):
+    model_type = "own"
+
+class OwnLM(LlamaForCausalLM):
+    config_class = Own
+"""
 
 
 class Bomb:
@@ -61,6 +71,27 @@ def test_model_code_runs_only_with_trust_remote_code(tiny_llama, tmp_path, refus
     with pytest.raises(UserError):
         loading.load(folder, reader.load([f"model={folder}", "stages=[prune]", "trust_remote_code=true"]))
     assert (tmp_path / "ran").exists()
+
+
+def test_the_commands_take_models_with_code(tiny_llama, tmp_path, typed, capsys):
+    model, run = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(tiny_llama, model)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnLM"]}
+    config["auto_map"] = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnLM"}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "own.py").write_text(OWN_CODE)
+    masks, trust = run / "prune/masks.safetensors", "trust_remote_code=true"
+    assert typed(f"model={model}", f"run_dir={run}", trust)[0] == 0
+    for words in (
+        ("verify", run / "prune/model", masks),
+        ("apply", model, masks, tmp_path / "applied"),
+        ("export", run / "prune/model", masks, tmp_path / "compact"),
+        ("expand", tmp_path / "compact", tmp_path / "expanded"),
+    ):
+        asked = list(map(str, words))
+        assert main(asked) == 2 and "trust_remote_code=true" in capsys.readouterr().err
+        assert main([*asked, trust]) == 0
 
 
 @pytest.mark.parametrize("value", ["${oc.env:HF_TOKEN}", "${seed}", "${", "a${b"])

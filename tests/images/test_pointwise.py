@@ -15,6 +15,7 @@ from pipeline.models import loading
 from pipeline.models.pointwise import mark_pointwise
 from pipeline.recovery import lora
 from pipeline.recovery.layer_fit import token_error
+from pipeline.recovery.training import fit
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune, Prune, Recipe
 from pipeline.sparsity.masks import Masks, apply_
@@ -172,6 +173,18 @@ def test_batch_norms_keep_their_statistics_in_training(method, tmp_path):
     settings = Finetune(method=method, max_steps=3, batch_size=2, accumulate=1, precision="32-true", rank=2)
     finetune.train(model, masks, samples, None, settings, 0, tmp_path)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers() if name in before)
+
+
+def test_a_model_that_cannot_recompute_activations_is_refused_before_it_is_pruned(tmp_path):
+    model, settings = tiny("ResNet"), Finetune(checkpoint_activations=True, max_steps=1)
+    model.save_pretrained(tmp_path / "model")
+    asked = Recipe(model=str(tmp_path / "model"), stages=["prune", "finetune"], finetune=settings)
+    with pytest.raises(
+        UserError, match="ResNetForImageClassification cannot .* set finetune.checkpoint_activations=false"
+    ):
+        finetune.check(asked)
+    with pytest.raises(UserError, match="set finetune.checkpoint_activations=false"):
+        fit(model, [(BATCHES[0][0], torch.tensor(0))] * settings.batch_size, settings, 0, tmp_path)
 
 
 def test_the_error_of_a_reconstruction_is_by_pixel():

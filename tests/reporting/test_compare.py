@@ -18,7 +18,7 @@ from tests.reporting.report_files import Page, make_results
 from tests.reporting.test_report import HOSTILE, PLAIN
 
 
-def write_run(folder: Path, *settings: str, results: dict | None = None, model: str = "some/model") -> dict:
+def write_run(folder: Path, *settings: str, results: dict | None = None, model: str | None = "some/model") -> dict:
     """Writes the parts of a run that `compare` reads, with distinct numbers; returns its results."""
     recipe = reader.load(["recipe=tiny", "stages=[prune,finetune,evaluate,report]", "model=some/model", *settings])
     recipe.model = model
@@ -90,6 +90,30 @@ def test_each_model_has_its_own_rows(tmp_path):
     assert "small, wikitext2 perplexity (lower is better)" in labels
     assert "org/large, wikitext2 perplexity (lower is better)" in labels
     assert labels.count("dense") == 6
+
+
+def test_models_of_the_same_short_name_keep_their_rows(tmp_path):
+    for name in ("a", "b"):
+        results = make_results(*PLAIN)
+        results["models"]["dense"]["hash"] = name
+        write_run(tmp_path / name, results=results, model=f"/{name}/model")
+    labels = [row[0] for row in compared(tmp_path / "a", tmp_path / "b")]
+    assert labels.count("dense") == labels.count("Wanda") == 6
+    assert "/b/model, wikitext2 perplexity (lower is better)" in labels
+
+
+def test_rows_show_the_settings_of_permute_and_the_seed_of_a_model_trained_here(tmp_path):
+    stages = "stages=[permute,prune,finetune,evaluate,report]"
+    for rounds in (0, 2):
+        write_run(tmp_path / f"{rounds}", stages, f"permute.rounds={rounds}")
+    labels = [row[0] for row in compared(tmp_path / "0", tmp_path / "2")]
+    assert labels.count("Wanda + permuted channels (permute.rounds=2)") == 3
+    assert labels.count("dense") == 3
+    stages = "stages=[pretrain,prune,finetune,evaluate,report]"
+    for seed in (0, 1):
+        write_run(tmp_path / f"seed{seed}", stages, "model=null", f"seed={seed}", model=None)
+    labels = [row[0] for row in compared(tmp_path / "seed0", tmp_path / "seed1")]
+    assert labels.count("dense (seed=1)") == labels.count("Wanda (seed=1)") == 3
 
 
 def test_another_protocol_is_marked(tmp_path):

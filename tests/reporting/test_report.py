@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.reporting import headline, plots, published, report, summary
+from pipeline.reporting import card, headline, plots, published, report, series, summary
 from pipeline.settings import reader, schema
 from tests.reporting.report_files import (
     Page,
@@ -179,6 +179,10 @@ def test_the_recipe_in_the_report_can_be_loaded(tmp_path: Path) -> None:
         (["recipe=llama2_7b_4of8", "prune.sparsity='4:8'"], 4096, RAW, (5.12, 7.97)),
         (["recipe=llama7b_2of4", "prune.overrides={'*.0.*': dense}"], 2048, RAW, (5.68,)),
         (["recipe=llama7b_2of4", "prune.sparsity=1of4"], 2048, RAW, (5.68,)),
+        (["recipe=llama7b_half", "prune.group=layer"], 2048, RAW, (5.68,)),
+        (["recipe=llama7b_2of4", "calibration.activations=dense"], 2048, RAW, (5.68,)),
+        (["recipe=llama7b_2of4", "stages=[permute,prune,finetune,evaluate,report]"], 2048, RAW, (5.68,)),
+        (["recipe=llama7b_2of4", "stages=[prune,reconstruct,finetune,evaluate,report]"], 2048, RAW, (5.68, 11.53)),
         (["recipe=llama7b_2of4"], 1024, RAW, ()),
         (["recipe=llama7b_2of4"], 2048, "Salesforce/wikitext:wikitext-2-v1@test", ()),
         (["recipe=opt_125m_half"], 2048, RAW, ()),
@@ -217,6 +221,25 @@ def test_headline_says_what_was_recovered(finetuned: float, words: str) -> None:
     settings = reader.load(["recipe=tiny", "model=some/model", "stages=[prune,evaluate,report]"])
     results = {"models": {n: {"perplexity": {"ptb": p}} for n, p in zip(PLAIN, (5.68, 11.53, finetuned))}}
     assert words in headline.headline(settings, results)
+
+
+def test_headline_and_card_say_how_many_steps_were_trained(tmp_path: Path) -> None:
+    settings = reader.load(["recipe=tiny", "model=some/model", "stages=[prune,finetune,evaluate,report]"])
+    settings.finetune.patience, metrics = 2, tmp_path / "metrics.csv"
+    results = {"models": {name: {"perplexity": {"ptb": 9.0}} for name in PLAIN}}
+    for last, words in ((120, "120 of at most 300 steps"), (300, "300 steps")):
+        metrics.write_text(f"step,loss\n1,2.5\n{last},1.5\n")
+        assert f"after LoRA for {words}." in headline.headline(settings, results, series.read(metrics))
+        card.write_model_card(tmp_path, settings, "finetune", metrics)
+        assert f"({words} of 16 x 128 tokens of world, of which the best" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("values, says", [("exact", ", bit for bit."), ("int8", " of the rounded weights.")])
+def test_the_card_of_a_compact_folder_says_what_it_holds(tmp_path: Path, values: str, says: str) -> None:
+    settings = reader.load(["recipe=tiny", f"export.values={values}"])
+    card.write_model_card(tmp_path, settings, "prune", compact=True)
+    text = (tmp_path / "README.md").read_text()
+    assert f"converts it back to an ordinary folder{says}" in text and (values in text) == (values == "int8")
 
 
 @pytest.mark.parametrize("seconds, text", [(0.14, "0.1 s"), (42.2, "42 s"), (59.7, "1 min 0 s"), (3599.6, "1 h 0 min")])

@@ -44,6 +44,7 @@ LATE = {
     "evaluate.seq_len=129": "set evaluate.seq_len=128",
     "reconstruct.dataset={here}/t.txt": "8 samples of 32 are needed: set a longer text or a shorter reconstruct.seq_len",
     "finetune.batch_size=3 finetune.accumulate=1 evaluate.tasks=[nothing]": "unknown task 'nothing'",
+    "finetune.validation=world": "the generated world has no split 'validation': use world@train or world@test",
     "evaluate.prompts=['']": "'' has no token to continue from",
     "finetune.loggers=[wandb]": "run `pip install wandb`, or set finetune.loggers=[]",
 }
@@ -74,6 +75,16 @@ def no_bos(model: Path, folder: Path) -> Path:
     shutil.copytree(model, folder / "model")
     ours.save_pretrained(folder / "model")
     return folder / "model"
+
+
+def test_finished_stages_that_are_left_out_are_named(tiny_llama, tmp_path, typed):
+    same = (f"model={tiny_llama}", f"run_dir={tmp_path}/run", "evaluate.windows=1", "evaluate.continuations=0")
+    assert "is not in stages" not in typed(*same, "stages=[prune,evaluate]")[1]
+    code, output, _ = typed(*same, "stages=[evaluate]")
+    assert (
+        code == 0
+        and f"{tmp_path}/run/prune is finished, but prune is not in stages: evaluate will not read it" in output
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 
 import launch
 from pipeline.runtime.errors import UserError
+from pipeline.settings import reader
 from pipeline.stages import sweep
 from tests import launches
 from tests.conftest import QUICK
@@ -40,6 +41,12 @@ def test_cells_are_the_product_of_all_values():
     ]
     assert sweep.cells(["recipe=tiny", "seed=7"]) == {"": ["recipe=tiny", "seed=7"]}
     assert list(sweep.cells(["model=m", "stages=[prune]", "prune.sparsity=0.5,2:4"])) == ["0.5", "2of4"]
+
+
+def test_the_last_setting_of_a_key_counts():
+    assert list(sweep.cells(["recipe=tiny", "seed=7", "seed=0,1"])) == ["seed=0", "seed=1"]
+    assert list(sweep.cells(["recipe=tiny", "seed=0,1", "seed=7"])) == [""]
+    assert reader.load(["recipe=tiny", "seed=0,1", "seed=7"]).seed == 7
 
 
 def test_paths_with_the_same_last_part_keep_their_whole_path():
@@ -122,3 +129,9 @@ def test_a_failed_cell_does_not_stop_the_others_also_with_two_processes(tiny_lla
         results = json.loads((tmp_path / f"sweep/dataset=world_seed={seed}/evaluate/results.json").read_text())
         assert results["models"]["pruned"]["mask_violations"] == 0
     assert "Wanda (seed=1)" in (tmp_path / "sweep/compare.md").read_text()
+
+
+def test_a_sweep_without_common_measurements_is_done(tiny_llama, tmp_path):
+    settings = [f"model={tiny_llama}", *QUICK, "stages=[evaluate]", f"run_dir={tmp_path}/sweep", "seed=0,1"]
+    settings += ["evaluate.perplexity=[]", "evaluate.continuations=0"]
+    assert "no comparison: nothing to compare: the runs have no perplexity" in launches.run(tuple(settings), tmp_path)
