@@ -16,8 +16,8 @@ def write_model_card(
     """README.md of the model that `stage` (prune, reconstruct or finetune) made, or of its compact folder: how it was made.
     Its results are not known yet, and a finished stage is not written to again.
 
-    `images`: whether it is an image classifier, by `architecture.classifies_images`, which needs torch. `metrics`: the log of the
-    fine-tuning.
+    `images`: whether it is an image classifier, by `architecture.classifies_images`, which needs torch. `metrics`: the log of
+    the fine-tuning.
     """
     text, prune, tune = recipe.calibration, recipe.prune, recipe.finetune
     name, methods = short(model_name(recipe)), {"methods": registry.describe(recipe)}

@@ -92,6 +92,7 @@ def test_each_model_has_its_own_rows(tmp_path):
     assert labels.count("dense") == 6
 
 
+@pytest.mark.slow
 def test_models_of_the_same_short_name_keep_their_rows(tmp_path):
     for name in ("a", "b"):
         results = make_results(*PLAIN)

@@ -230,14 +230,14 @@ def test_headline_and_card_say_how_many_steps_were_trained(tmp_path: Path) -> No
     for last, words in ((120, "120 of at most 300 steps"), (300, "300 steps")):
         metrics.write_text(f"step,loss\n1,2.5\n{last},1.5\n")
         assert f"after LoRA for {words}." in headline.headline(settings, results, series.read(metrics))
-        card.write_model_card(tmp_path, settings, "finetune", metrics)
+        card.write_model_card(tmp_path, settings, "finetune", images=False, metrics=metrics)
         assert f"({words} of 16 x 128 tokens of world, of which the best" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("values, says", [("exact", ", bit for bit."), ("int8", " of the rounded weights.")])
 def test_the_card_of_a_compact_folder_says_what_it_holds(tmp_path: Path, values: str, says: str) -> None:
     settings = reader.load(["recipe=tiny", f"export.values={values}"])
-    card.write_model_card(tmp_path, settings, "prune", compact=True)
+    card.write_model_card(tmp_path, settings, "prune", images=False, compact=True)
     text = (tmp_path / "README.md").read_text()
     assert f"converts it back to an ordinary folder{says}" in text and (values in text) == (values == "int8")
 

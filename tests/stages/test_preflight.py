@@ -77,6 +77,7 @@ def no_bos(model: Path, folder: Path) -> Path:
     return folder / "model"
 
 
+@pytest.mark.slow
 def test_finished_stages_that_are_left_out_are_named(tiny_llama, tmp_path, typed):
     same = (f"model={tiny_llama}", f"run_dir={tmp_path}/run", "evaluate.windows=1", "evaluate.continuations=0")
     assert "is not in stages" not in typed(*same, "stages=[prune,evaluate]")[1]

@@ -135,6 +135,7 @@ def test_rerun_runs_only_the_named_stage_again(again, tmp_path):
     assert set(again().values()) == {"done before"}  # `rerun` is in no stage's key
 
 
+@pytest.mark.slow
 def test_convolutions_that_become_prunable_are_permuted_too(tiny_llama, tmp_path, typed):
     same = (f"model={tiny_llama}", f"run_dir={tmp_path}/run", "stages=[permute,prune]")
     assert typed(*same)[0] == 0

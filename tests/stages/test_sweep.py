@@ -131,6 +131,7 @@ def test_a_failed_cell_does_not_stop_the_others_also_with_two_processes(tiny_lla
     assert "Wanda (seed=1)" in (tmp_path / "sweep/compare.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_sweep_without_common_measurements_is_done(tiny_llama, tmp_path):
     settings = [f"model={tiny_llama}", *QUICK, "stages=[evaluate]", f"run_dir={tmp_path}/sweep", "seed=0,1"]
     settings += ["evaluate.perplexity=[]", "evaluate.continuations=0"]
