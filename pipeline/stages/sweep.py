@@ -29,8 +29,9 @@ def cells(arguments: list[str]) -> dict[str, list[str]]:
 
     Without a key of several values, one cell named "". A comma inside brackets, braces or quotes does not separate values.
     """
-    last = dict(argument.partition("=")[::2] for argument in arguments)  # of a key's settings the last, as in a run
-    swept = {key: options(value) for key, value in last.items() if len(options(value)) > 1}
+    pairs = [argument.partition("=")[::2] for argument in arguments]
+    last = dict(pairs)  # of a key's settings the last, as in a run
+    swept = {key: options(value) for key, value in pairs if value == last[key] and len(options(value)) > 1}
     if not swept:
         return {"": arguments}
     for key, values in swept.items():

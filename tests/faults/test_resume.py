@@ -65,7 +65,7 @@ def test_a_signal_during_a_layer_then_a_damaged_file(tiny_llama, whole_masks, tm
     code, output, _ = typed(*settings)
     assert code == 0
     assert f"{1 if damaged else 2} of 3 layers are already pruned" in output
-    assert not damaged or f"damaged files, to be made again: {damaged}" in output
+    assert not damaged or f"damaged files, whose layers are computed again: {damaged}" in output
     assert (tmp_path / "run/prune/masks.safetensors").read_bytes() == whole_masks
     assert signal.getsignal(signal.SIGTERM) == handler
 
