@@ -55,4 +55,4 @@ def paths(arguments: list[str], count: int, usage: str) -> tuple[list[Path], Rec
 
 def without_trust(arguments: list[str]) -> tuple[list[str], Recipe]:
     """The arguments without `trust_remote_code=true`, and a recipe that has it if it was among them."""
-    return [it for it in arguments if it != TRUST], Recipe(trust_remote_code=TRUST in arguments)
+    return [word for word in arguments if word != TRUST], Recipe(trust_remote_code=TRUST in arguments)

@@ -73,9 +73,7 @@ def _left_out(recipe: Recipe) -> Iterator[str]:
     """Finished stages of the run folder that the stages to run would read if they were in `stages`: with stages=[evaluate] the
     dense model alone would be measured, and replace the results of the whole run."""
     for name in STAGES:
-        readers = [
-            it for it in STAGES.values() if it.name in recipe.stages and it.reads is not None and name in it.reads
-        ]
+        readers = [stage for stage in STAGES.values() if stage.name in recipe.stages and name in (stage.reads or ())]
         if name not in recipe.stages and readers and checksums.read(Path(recipe.run_dir) / name):
             named = ", ".join(stage.name for stage in readers)
             yield (
