@@ -185,9 +185,7 @@ class CompactFolder:
                 state = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
                 raise UserError(f"{path} {state} but should have {size}: fetch or export it again")
         self.shards = [folder / name for name in sorted(sizes) if Path(name).match(SHARDS)]
-        self._check_hashes(
-            name for name in sizes if folder / name not in self.shards
-        )  # small files, such as config.json
+        self._check_hashes(name for name in sizes if not Path(name).match(SHARDS))  # small, such as config.json
         self.shapes: dict[str, tuple[int, ...]] = {}  # of parameters and buffers, by name in memory
         for path in self.shards:
             self._check_header(path)
@@ -219,8 +217,8 @@ class CompactFolder:
             self.shapes[parameter] = shape
 
     def check_contents(self) -> None:
-        """Raises `UserError` if the sha256 of a file differs from compact.json."""
-        self._check_hashes(self.sha256)
+        """Raises `UserError` if the sha256 of a tensors' file differs from compact.json."""
+        self._check_hashes(name for name in self.sha256 if Path(name).match(SHARDS))
 
     def _check_hashes(self, names: Iterable[str]) -> None:
         for name in names:

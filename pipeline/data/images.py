@@ -59,11 +59,9 @@ class Images(Dataset):
                 f"the image processor leaves the images of {self.rows.source} in different sizes: set do_resize and size in "
                 "its preprocessor_config.json"
             ) from error
-        return (
-            pixels_BCHW
-            if self.labels is None
-            else [pixels_BCHW, torch.tensor([self.labels[place] for place in places])]
-        )
+        if self.labels is None:
+            return pixels_BCHW
+        return [pixels_BCHW, torch.tensor([self.labels[place] for place in places])]
 
     def _item(self, number: int) -> Tensor:
         place = self.places[number]

@@ -64,10 +64,8 @@ def plan_memory(
     layers = count * memory.size_gib(largest)
     training = per_weight * sum(parameter.numel() for parameter in largest.parameters()) / memory.GIB
     # each once: embeddings may be tied, and layers may share weights
-    outside = (
-        sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors_outside(model, found)}.values())
-        / memory.GIB
-    )
+    distinct = {id(tensor): tensor for tensor in tensors_outside(model, found)}
+    outside = sum(tensor.nbytes for tensor in distinct.values()) / memory.GIB
     sizes = [tasks.of(model.config).hidden_shape(model, batch) for batch in batches]
     # a paused forward keeps the embeddings as well as the hidden states
     hidden = 2 * streams * sum(count * width for count, width in sizes) * model.dtype.itemsize / memory.GIB

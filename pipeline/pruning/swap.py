@@ -97,7 +97,7 @@ def check_kernels(kernels: ModuleType, device: torch.device) -> None:
     mask_RI = NofM(2, 4).select(dense_RI.abs())
     given = (dense_RI, dense_RI, mask_RI, input_NI.T @ input_NI)
     expected = swap_by_torch(*given, 4, REFRESH + 2)
-    found = swap_by_kernel(kernels, *(it.to(device) for it in given), 4, REFRESH + 2)
+    found = swap_by_kernel(kernels, *(tensor.to(device) for tensor in given), 4, REFRESH + 2)
     if torch.equal(expected, mask_RI) or not torch.equal(found.cpu(), expected):
         raise RuntimeError("a mask that they refined is wrong")
 

@@ -83,7 +83,7 @@ def check_kernels(kernels: ModuleType, device: torch.device) -> None:
     mask[3, 4], base[3, 4] = False, torch.inf
     given = (base.to(torch.bfloat16), left, right, pack(mask))
     expected, _ = effective_by_torch(*given, 0.5)
-    found, wrong = kernels.effective(*(it.to(device) for it in given), 0.5)
+    found, wrong = kernels.effective(*(tensor.to(device) for tensor in given), 0.5)
     if not torch.allclose(found.cpu().float(), expected.float(), 2e-2, 1e-2, equal_nan=True) or wrong != 1:
         raise RuntimeError("an effective weight that they computed is wrong")
     masked = base.to(device, copy=True)

@@ -18,7 +18,7 @@ from pipeline.settings.schema import Finetune
 from pipeline.sparsity.masks import Masks
 
 ALL = ["all"]  # value of finetune.targets
-SAMPLE = 256
+SAMPLE = 256  # values of a matrix by which an adapter knows its model again
 Masked = MaskedLinear | MaskedParameter
 
 
@@ -62,13 +62,13 @@ def attach(model: nn.Module, masks: Masks, settings: Finetune, cached: bool | No
 
 @torch.no_grad()
 def base_sample(model: nn.Module, masks: Masks, config: LoraConfig) -> dict[str, Tensor]:
-    """Up to `SAMPLE` values of each parameter to adapt, evenly spaced, by which an adapter knows its model again. None of a
+    """Up to `SAMPLE` values of each parameter to adapt, evenly spaced, for `adapter_files`. None of a
     quantised one, whose values belong to no model."""
     names = {parameter_of(name) for name in masks if target_of(name) in config.target_modules}
     sample = {}
     for name, parameter in model.named_parameters():
         if name in names and parameter.is_floating_point():
-            flat = parameter.view(-1) if parameter.is_contiguous() else parameter.reshape(-1)
+            flat = parameter.reshape(-1)
             sample[name] = flat[:: -(-len(flat) // SAMPLE)].cpu().clone()
     return sample
 

@@ -68,15 +68,8 @@ def tabulate(found: list[Run], tasks: list[str]) -> tuple[pd.DataFrame, list[str
     if differing := runs.differing_protocol(found):
         keys = ", ".join(f"evaluate.{key}" for key in differing)
         notes.append(f"the runs differ in {keys}: their numbers are not comparable")
-    if (
-        len(
-            {
-                (speed["machine"]["hardware"], speed["machine"]["threads"], speed["machine"]["kernels"])
-                for speed in _speeds(found)
-            }
-        )
-        > 1
-    ):
+    machines = [speed["machine"] for speed in _speeds(found)]
+    if len({(machine["hardware"], machine["threads"], machine["kernels"]) for machine in machines}) > 1:
         notes.append(
             "the decode speeds were measured on different machines, threads or kernels: each is relative to its own"
         )

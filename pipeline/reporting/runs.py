@@ -11,14 +11,20 @@ from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import MODEL as MODEL_KEYS
 from pipeline.settings.schema import STAGES
 
-# the sections of the recipe that decide each model of a run, together with those of the models before it
-SECTIONS: dict[str, tuple[str, ...]] = {"dense": ("model", "revision", *MODEL_KEYS, "pretrain")}
-since: tuple[str, ...] = ()  # of the stages since the last model: those of permute decide the pruned model
-for stage in STAGES.values():
-    since += stage.settings
-    if stage.model:
-        SECTIONS[stage.model] = tuple(key for key in since if all(key not in keys for keys in SECTIONS.values()))
-        since = ()
+
+def _sections() -> dict[str, tuple[str, ...]]:
+    """The sections of the recipe that decide each model of a run, together with those of the models before it."""
+    sections = {"dense": ("model", "revision", *MODEL_KEYS, "pretrain")}
+    since: tuple[str, ...] = ()  # of the stages since the last model: those of permute decide the pruned model
+    for stage in STAGES.values():
+        since += stage.settings
+        if stage.model:
+            sections[stage.model] = tuple(key for key in since if all(key not in keys for keys in sections.values()))
+            since = ()
+    return sections
+
+
+SECTIONS = _sections()
 # shown by the names of rows and columns
 IN_NAMES = ("model", *registry.PRUNING, registry.TARGET, "prune.sparsity", "finetune.method")
 PROTOCOL = ("seq_len", "limit", "fewshot", "windows", "bos")

@@ -40,10 +40,13 @@ def check(recipe: Recipe) -> None:
     config, settings = loading.config(folder, recipe), recipe.finetune
     loading.check_length(config, "finetune.seq_len", settings.seq_len)
     check_bias(settings, stored_dtype(config, recipe))
+    if not settings.checkpoint_activations and settings.targets == lora.ALL:
+        return
+    model = loading.skeleton(folder, recipe)
     if settings.checkpoint_activations:
-        check_checkpointing(loading.skeleton(folder, recipe))
+        check_checkpointing(model)
     if settings.targets != lora.ALL:
-        lora.targets(allocate(find_blocks(loading.skeleton(folder, recipe)), recipe.prune), settings.targets)
+        lora.targets(allocate(find_blocks(model), recipe.prune), settings.targets)
 
 
 def check_bias(settings: Finetune, dtype: str) -> None:
