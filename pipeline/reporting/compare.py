@@ -1,6 +1,7 @@
 """Compares finished runs: a table over methods, patterns and models, on the terminal and as compare.html and compare.md,
 and a plot of it."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,7 +80,7 @@ def tabulate(found: list[Run], tasks: list[str]) -> tuple[pd.DataFrame, list[str
             row = runs.row_of(run, state, found)
             about = {"model": row.model, "is_sparse": state != "dense", "method": row.method, "label": row.label}
             is_last = state == summary.columns(run.results)[-1]
-            for number in [*_measured(run.results["models"][state], tasks), *(_cost(run) if is_last else ())]:
+            for number in [*_measured(run.results["models"][state], tasks), *(_cost(run, found) if is_last else ())]:
                 for pattern in dict.fromkeys(other.pattern for other in found) if state == "dense" else [run.pattern]:
                     first = seen.setdefault((row, number["measure"], pattern), number)
                     if first is number:
@@ -119,11 +120,12 @@ def _speeds(found: list[Run]) -> list[dict]:
     return [run.speed for run in found if run.speed]
 
 
-def _cost(run: Run) -> Iterator[dict]:
-    """The compact folder of a run's last model against the ordinary one."""
-    gain = costs.speed_ratio(run.speed)
-    for measure, value in ((SIZE, run.sizes and costs.size_ratio(run.sizes)), (SPEED, gain)):
+def _cost(run: Run, found: list[Run]) -> Iterator[dict]:
+    """The compact folder of a run's last model against the ordinary one; a measure for each setting of export and speed."""
+    size, gain = run.sizes and costs.size_ratio(run.sizes), costs.speed_ratio(run.speed)
+    for measure, stages, value in ((SIZE, ("export",), size), (SPEED, ("export", "speed"), gain)):
         if value is not None:
+            measure += runs.differing_costs(run, found, *stages)
             yield dict(measure=measure, value=value, error=None, text=f"{value:.2f}")
 
 
@@ -131,14 +133,14 @@ def _quality_and_speed(numbers: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """By model and text, where speeds were measured: a line for each row and pattern, with "perplexity" and "speed"; the dense
     model has speed 1, as the ordinary folder computes the same products."""
     found = []
-    speeds = numbers[numbers.measure == SPEED]
+    speeds = numbers[numbers.measure.str.startswith(SPEED)]
     keys = ["model", "label", "pattern"]
-    for (measure, model), part in numbers[numbers.measure.str.contains(PERPLEXITY)].groupby(
-        ["measure", "model"], sort=False
-    ):
-        rows = part.merge(speeds[[*keys, "value"]].rename(columns={"value": "speed"}), "left", keys)
+    texts = numbers[numbers.measure.str.contains(PERPLEXITY)].groupby(["measure", "model"], sort=False)
+    for ((measure, model), part), (speed, gains) in itertools.product(texts, speeds.groupby("measure", sort=False)):
+        rows = part.merge(gains[[*keys, "value"]].rename(columns={"value": "speed"}), "left", keys)
         rows.loc[~rows.is_sparse, "speed"] = 1.0
         rows = rows[rows.speed.notna() & np.isfinite(rows.value)].rename(columns={"value": PERPLEXITY})
         if rows.is_sparse.any():
-            found.append((f"{model}, {measure}" if numbers.model.nunique() > 1 else measure, rows))
+            title = f"{model}, {measure}" if numbers.model.nunique() > 1 else measure
+            found.append((title + speed.removeprefix(SPEED), rows))
     return found

@@ -27,6 +27,8 @@ def _sections() -> dict[str, tuple[str, ...]]:
 SECTIONS = _sections()
 # shown by the names of rows and columns
 IN_NAMES = ("model", *registry.PRUNING, registry.TARGET, "prune.sparsity", "finetune.method")
+COSTS = ("export", "speed")
+NOT_IN_COSTS = ("speed.repeats", "speed.prompt_lengths", "speed.batches")  # they do not change what `compare` shows
 PROTOCOL = ("seq_len", "limit", "fewshot", "windows", "bos")
 
 
@@ -77,22 +79,27 @@ def find(folders: list[Path]) -> list[Run]:
             whole[checksums.STAGE_FILE] = about and "recipe" in about
             if damaged := [name for name, good in whole.items() if not good]:
                 raise UserError(f"{evaluate / damaged[0]} is damaged: repeat its command, which makes it again")
-            found.append(Run(evaluate.parent, _flat(about["recipe"]), results, *_costs(evaluate, about)))
+            found.append(_run(evaluate, about, results))
     _check_texts(found)
     return found
 
 
-def _costs(evaluate: Path, about: dict) -> tuple[dict | None, dict | None]:
-    """What the stages export and speed found of the models that were evaluated; not of those of an earlier command."""
-    folders = {name: evaluate.with_name(name) for name in ("export", "speed")}
-    measured = summary.get(about, "made_from", "read")
-    for name, folder in list(folders.items()):
-        read = summary.get(checksums.read(folder), "made_from", "read") or {}
-        if not read or any(
-            outcome != (measured or {}).get(stage) for stage, outcome in read.items() if stage != "export"
-        ):
-            del folders[name]
-    return costs.read(folders)
+def _run(evaluate: Path, about: dict, results: dict) -> Run:
+    """With what the stages export and speed found of the models that were evaluated; not of those of an earlier command.
+
+    The settings of these two are read from their own records: the cells of a sweep over them share one evaluation, whose record
+    has the settings of the first cell."""
+    settings, folders = _flat(about["recipe"]), {}
+    evaluated = summary.get(about, "made_from", "read") or {}
+    for name in COSTS:
+        folder = evaluate.with_name(name)
+        content = checksums.read(folder) or {}
+        read = summary.get(content, "made_from", "read") or {}
+        if read and all(outcome == evaluated.get(stage) for stage, outcome in read.items() if stage != "export"):
+            folders[name] = folder
+            own = _flat(content.get("recipe") or {})
+            settings |= {key: value for key, value in own.items() if key.partition(".")[0] == name}
+    return Run(evaluate.parent, settings, results, *costs.read(folders))
 
 
 def unfinished(folders: list[Path]) -> list[str]:
@@ -133,6 +140,15 @@ def _model_name(run: Run, runs: list[Run]) -> str:
 def _dense(run: Run) -> str:
     """What tells the dense models of two runs apart."""
     return summary.get(run.results, "models", "dense", "hash") or run.settings["model"]
+
+
+def differing_costs(run: Run, runs: list[Run], *stages: str) -> str:
+    """The settings of these stages in which the measured runs differ, for the name of a measure."""
+    measured = [other for other in runs if other.sizes or other.speed]
+    keys = [key for key in run.settings if key.partition(".")[0] in stages and key not in NOT_IN_COSTS]
+    return "".join(
+        f", {key}={run.settings[key]}" for key in keys if len({str(other.settings.get(key)) for other in measured}) > 1
+    )
 
 
 def differing_protocol(runs: list[Run]) -> list[str]:

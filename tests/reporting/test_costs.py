@@ -1,11 +1,13 @@
 """The report and `compare` show the results of export and speed, losses included, if the stages ran."""
 
 import json
+import shutil
 
 import pytest
 
 from pipeline.reporting import costs
 from pipeline.runtime import checksums
+from pipeline.settings import reader, schema
 from tests.reporting.test_compare import compared, write_run
 from tests.reporting.test_report import PLAIN, Page, make_results, write_report
 
@@ -117,12 +119,30 @@ def test_compare_shows_the_speed_of_runs_that_have_it(tmp_path):
     assert "measured on different machines, threads or kernels" in (tmp_path / "out/compare.md").read_text()
 
 
-def write_costs(run, speed: dict) -> None:
+@pytest.mark.slow
+def test_the_cells_of_a_sweep_over_speed_are_two_measures(tmp_path):
+    """They share the evaluation, whose record names the settings of the first cell."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    write_run(folders[0])
+    shutil.copytree(*folders)
+    for threads, (folder, gain) in enumerate(zip(folders, (1.8, 1.2)), 1):
+        write_costs(folder, make_speed(gain), f"speed.threads={threads}")
+    table = compared(*folders)
+    for threads, gain in ((1, "1.80"), (2, "1.20")):
+        place = next(place for place, row in enumerate(table) if f"batch 1, speed.threads={threads}" in row[0])
+        assert table[place + 1] == ["Wanda + LoRA", gain]
+    assert "equal settings" not in (tmp_path / "out/compare.md").read_text()
+    assert "speed.threads=2" in Page((tmp_path / "out/compare_speed.svg").read_text()).text
+
+
+def write_costs(run, speed: dict, *settings: str) -> None:
     """Adds the stages export and speed, made from the evaluated models, to a finished run."""
+    recipe = schema.plain(reader.load(["model=some/model", "stages=[prune,export,speed]", *settings]))
     evaluated = checksums.read(run / "evaluate")
     read = {"prune": "1", "finetune": "2"}
     checksums.write(run / "evaluate", evaluated | {"made_from": {"read": read}})
     for stage, file, what in (("export", "sizes.json", SIZES), ("speed", "results.json", speed)):
         (run / stage).mkdir()
-        checksums.write(run / stage, {"made_from": {"read": read | ({"export": "3"} if stage == "speed" else {})}})
+        made_from = {"read": read | ({"export": "3"} if stage == "speed" else {})}
+        checksums.write(run / stage, {"recipe": recipe, "made_from": made_from})
         (run / stage / file).write_text(json.dumps(what))
