@@ -7,8 +7,8 @@ import dataclasses
 import functools
 import re
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ PLAIN = (str, int, float, bool, type(None))
 
 def api_function(function: Callable) -> Callable:
     """Refuses several processes, and turns the recipe keys in the function's `UserError`s into its arguments. Compiled parts of
-    a model run uncompiled: hooks in compiled code observe nothing. Inference mode, in which nothing can be trained, is off."""
+    a model run uncompiled: hooks in compiled code observe nothing. The caller's modes and defaults of torch do not count."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -49,7 +49,7 @@ def api_function(function: Callable) -> Callable:
                 "`accelerate launch launch.py` for several"
             )
         try:
-            with torch.inference_mode(False), _uncompiled():
+            with _usual_torch(), _uncompiled():
                 return function(*args, **kwargs)
         except UserError as error:
             text = IN_RECIPES.sub(lambda m: m[2] if m[2] in KEYS or m[2] in kwargs else m[0], str(error))
@@ -59,6 +59,29 @@ def api_function(function: Callable) -> Callable:
             raise UserError(text) from error
 
     return call
+
+
+@contextmanager
+def _usual_torch() -> Iterator[None]:
+    """torch's modes and defaults as in the command, so that results are equal: autocast would round every sum over the inputs
+    to 16 bits, and in inference mode nothing can be trained. The caller's are restored."""
+    dtype, matmuls = torch.get_default_dtype(), (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    precisions = [matmul.fp32_precision for matmul in matmuls]
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        try:
+            torch.set_default_dtype(torch.float32)
+            for matmul in matmuls:
+                matmul.fp32_precision = "ieee"
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            for matmul, precision in zip(matmuls, precisions):
+                matmul.fp32_precision = precision
 
 
 def _uncompiled() -> AbstractContextManager:

@@ -1,5 +1,6 @@
 """The API where a notebook has put the model: in inference mode, compiled, with replaced forwards, with others' weights."""
 
+import contextlib
 import copy
 import functools
 import math
@@ -52,6 +53,41 @@ def test_inference_mode(pruned):
     ):
         with pytest.raises(UserError, match="made inside torch.inference_mode"):
             call()
+
+
+@contextlib.contextmanager
+def bfloat16_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+        assert torch.get_default_dtype() == torch.bfloat16
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        functools.partial(torch.autocast, "cpu", torch.bfloat16),
+        functools.partial(torch.device, "meta"),
+        bfloat16_by_default,
+    ],
+    ids=["autocast", "default device", "default dtype"],
+)
+def test_modes_and_defaults_of_torch_do_not_count(surroundings):
+    """Autocast computed Gram matrices in bfloat16, so that SparseGPT's masks and weights were others."""
+    settings = {"method": "sparsegpt", "refine": "swaps", "update": "admm", "calibration": IDS}
+    expected, inside = families.tiny("llama"), families.tiny("llama")
+    masks = espalier.prune(expected, **settings)
+    tuned(expected, masks)
+    losses = espalier.evaluate(expected, perplexity=[IDS])
+    with surroundings():
+        tuned(inside, espalier.prune(inside, **settings))
+        assert espalier.evaluate(inside, perplexity=[IDS]) == losses
+    assert same(inside, expected)
 
 
 @pytest.mark.parametrize("part", ["", "model.layers.0", "model.layers.0.mlp"])
