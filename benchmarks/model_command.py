@@ -24,7 +24,8 @@ QUICK = (
     "evaluate.tasks=[]",
     "evaluate.seq_len=32",
     "evaluate.batch_size=2",
-    "evaluate.continuations=0",
+    "evaluate.continuations=1",
+    "evaluate.continuation_tokens=2",
 )
 
 

@@ -9,10 +9,14 @@ from transformers import GenerationConfig
 
 from pipeline.data import chat, special_tokens
 from pipeline.models import loading
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.errors import UserError, one_line
 
 WORDS = 24  # per prompt; a text with twice as many is long enough
 SCAN = 1000  # texts to search for one prompt
+
+
+class CannotGenerate(Exception):
+    """A model computes logits, but cannot generate."""
 
 
 def prompts(rows: Dataset, tokenizer: Any, count: int, room: int) -> list[str]:
@@ -42,7 +46,8 @@ def prompts(rows: Dataset, tokenizer: Any, count: int, room: int) -> list[str]:
 def continuations(model: nn.Module, tokenizer: Any, prompts: list[str], tokens: int) -> list[str]:
     """Generates greedily after each prompt, up to `tokens` tokens or the end of text.
 
-    One prompt at a time, since padding would change the numbers. Raises `UserError` if a prompt fills all positions.
+    One prompt at a time, since padding would change the numbers. Raises `UserError` if a prompt fills all positions, and
+    `CannotGenerate` if the model's `generate` fails.
     """
     positions = loading.positions(model.config)
     generation = model.generation_config
@@ -59,7 +64,12 @@ def continuations(model: nn.Module, tokenizer: Any, prompts: list[str], tokens: 
             eos_token_id=generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id,
             pad_token_id=0,  # unused for a single prompt, but generate warns without it
         )
-        out_1T = model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=settings)
+        try:
+            out_1T = model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=settings)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # in transformers 5.23 the caches of Blt, xLSTM, HRM and Qwen4 raise their own types
+            raise CannotGenerate(f"generate of {type(model).__name__} fails ({one_line(error)})") from error
         # decoding the new tokens alone would drop the space before the first word
         text, prompt_text = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (out_1T[0], ids_1T[0]))
         found.append(text[len(prompt_text) :])

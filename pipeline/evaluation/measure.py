@@ -114,7 +114,10 @@ def measure(subject: Subject, recipe: Recipe, protocol: dict) -> tuple[dict[str,
         processes.say(f"  {name}: accuracy on {spec} {100 * scores['acc']:.1f}%")
 
     if protocol["prompts"]:
-        found["continuations"] = measurements.continuations(protocol["prompts"])
+        found["continuations"], failure = measurements.continuations(protocol["prompts"])
+        if failure and (note := f"no continuations: {failure}") not in protocol["notes"]:
+            protocol["notes"].append(note)
+            processes.say(f"  {name}: {note}")
     images_right = {spec: right["acc"] for spec, right in seen.items()}
     return found, {"losses": losses, "correct": correct, "images": images_right, "answers": seen}
 
@@ -148,7 +151,8 @@ class _Measurements:
         key = {"images": str(source), "data": sources.identity(source), "limit": self.settings.limit}
         return self._cached(key | {"column": self.settings.column}, lambda: self._image_answers(spec, source))
 
-    def continuations(self, prompts: list[str]) -> list[str]:
+    def continuations(self, prompts: list[str]) -> tuple[list[str], str | None]:
+        """The texts, or none and why the model cannot generate."""
         key = {"prompts": prompts, "tokens": self.settings.continuation_tokens}
         return processes.from_main(self._cached(key, lambda: self._continuations(prompts)))
 
@@ -212,11 +216,15 @@ class _Measurements:
         batch_size = placement.batch_number(self.settings.batch_size)
         return accuracy.right_answers(self._model, shown, batch_size, *self._share[:2], _all_sum, report)
 
-    def _continuations(self, prompts: list[str]) -> list[str] | None:
+    def _continuations(self, prompts: list[str]) -> tuple[list[str], str | None] | None:
         _ = self._share  # all ranks decide the placement together
         if not processes.is_main():
             return None
-        return continuations.continuations(self._model, self._tokenizer, prompts, self.settings.continuation_tokens)
+        try:
+            tokens = self.settings.continuation_tokens
+            return continuations.continuations(self._model, self._tokenizer, prompts, tokens), None
+        except continuations.CannotGenerate as error:
+            return [], str(error)
 
     def _cached(self, about: dict[str, Any], find: Callable[[], Any]) -> Any:
         """The cached measurement, the same on all ranks; with rerun=evaluate, or if there is none, the result of `find`."""
