@@ -5,12 +5,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from pipeline.registry import FINETUNE_METHODS
+from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune
 
 
 def precision(setting: str) -> str:
     """Lightning's `precision` for the setting. `auto` is 32-true on a CPU, bf16-mixed on a GPU, and 16-mixed on a GPU that only
-    emulates bfloat16 (V100, T4)."""
+    emulates bfloat16 (V100, T4). Raises `UserError` for 16-mixed on a CPU, where Lightning would train in bf16-mixed."""
+    if setting == "16-mixed" and not torch.cuda.is_available():
+        raise UserError("finetune.precision=16-mixed needs a GPU, and there is none: set finetune.precision=bf16-mixed")
     if setting != "auto":
         return setting
     if not torch.cuda.is_available():

@@ -200,7 +200,7 @@ class Finetune:
     weight_decay: float = setting(0.0, "weight decay of AdamW", low=0)
     clip: float = setting(1.0, "maximum gradient norm; 0 is off", low=0)
     rank: int = setting(8, "rank of the LoRA", low=1)
-    alpha: float = setting(16.0, "LoRA scale is alpha / rank", low=0)
+    alpha: float = setting(16.0, "LoRA scale is alpha / rank", low=0.01)
     dropout: float = setting(0.0, "dropout on the LoRA's inputs", low=0, high=0.99)
     bias: str = setting("none", "which biases are trained with a LoRA", choices=("none", "all", "lora_only"))
     targets: list[str] = setting(["all"], "last parts of module names, such as q_proj; all: every pruned matrix")

@@ -98,6 +98,7 @@ CASES: dict[str, list[Case]] = {
         Case("finetune.dataset=self", "text that the model writes is for calibration only"),
         Case("finetune.rank=0", "finetune.rank=0 is out of range"),
         Case("finetune.rank=many", "finetune.rank=many: a whole number is needed"),
+        Case("finetune.alpha=0", "finetune.alpha=0.0 is out of range: set 0.01 or more"),
         Case("finetune.lr=nan", "finetune.lr=nan is not a finite number"),
         Case("finetune.lr=1e20", "set a smaller lr than 1e+20"),
         Case("finetune.method=lorra", "did you mean 'lora'?"),

@@ -13,6 +13,7 @@ from pipeline.models import model_files
 from pipeline.recovery import sharding
 from pipeline.recovery.training_dtype import frozen_dtype, precision, weights_dtype
 from pipeline.runtime import processes
+from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
 from pipeline.stages import finetune, prune
 from tests.conftest import QUICK
@@ -51,7 +52,8 @@ def test_a_float16_checkpoint_trains_in_bfloat16_and_ends_in_float16(half_llama,
         ("bf16-true", "float16", None),  # Lightning converts the whole model
     ],
 )
-def test_only_the_other_16_bit_dtype_is_converted(precision, stored, loaded):
+def test_only_the_other_16_bit_dtype_is_converted(precision, stored, loaded, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     given = f"finetune.precision={precision}"
     assert frozen_dtype(settings("m", given).finetune, stored) == loaded
     assert weights_dtype(settings("m", given).finetune, stored) == loaded  # a LoRA's base is frozen
@@ -65,6 +67,15 @@ def test_a_gpu_that_only_emulates_bfloat16_trains_in_float16(monkeypatch):
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, m=major: SimpleNamespace(major=m))
         assert precision("auto") == expected
+
+
+def test_float16_needs_a_gpu(tiny_llama, monkeypatch):
+    """Lightning would train in bfloat16."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    small = reader.load(["recipe=tiny", "finetune.precision=16-mixed"])  # whose model is trained by the run
+    for recipe in (small, settings(tiny_llama, "stages=[prune,finetune]", "finetune.precision=16-mixed")):
+        with pytest.raises(UserError, match="16-mixed needs a GPU.* set finetune.precision=bf16-mixed"):
+            finetune.check(recipe)
 
 
 @pytest.fixture
