@@ -11,6 +11,8 @@ from pipeline.models import loading, model_files
 from pipeline.runtime import checksums, code, files
 from pipeline.settings.schema import READERS, STAGES, Recipe, Stage, own_code, section
 
+# what a stage is made from besides settings, the first reason to name first
+INPUTS = ("model", "data", "tasks", "own_code", "read", "code")
 OUTCOME = (".safetensors", "results.json")  # the files that other stages read; tables also hold times
 
 
@@ -48,18 +50,29 @@ def reason_to_run(finished: Path, made_from: dict, forced: bool = False) -> str 
 
 
 def difference(before: dict, now: dict, prefix: str = "") -> str:
-    """The first setting that differs, such as `finetune.lr 0.1 -> 0.2`, or else the packages whose code differs."""
-    for key in sorted(before.keys() | now.keys(), key=lambda key: (key == "code", key)):
+    """The first setting that differs, such as `finetune.lr 0.1 -> 0.2`, or else what changed of its inputs or of the code."""
+    order = () if prefix else INPUTS
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (order.index(key) if key in order else -1, key)):
         old, new = before.get(key), now.get(key)
-        if key == "code" and old != new:
+        if not prefix and key == "code" and old != new:
             old = old if isinstance(old, dict) else {}  # written by a version without it
             return f"the code of {', '.join(sorted(name for name in new if old.get(name) != new[name]))} changed"
         if isinstance(old, dict) and isinstance(new, dict):
             if old != new:
                 return difference(old, new, f"{prefix}{key}.")
-        elif old != new:
-            return f"{prefix}{key} {old} -> {new}"
+        elif old != new or (key in before) != (key in now):
+            name, value = _named(prefix, key), f"{old} -> {new}"
+            if name != f"{prefix}{key}":
+                value = "changed"  # from one hash to another
+            return f"{name} {value if key in before and key in now else 'is new' if key in now else 'was left out'}"
     return "unfinished"
+
+
+def _named(prefix: str, key: str) -> str:
+    """A setting by its key, an input in words."""
+    words = {"model": "the model's files", "own_code": "your code", f"read.{key}": f"the result of {key}"}
+    words |= {f"data.{key}": key, f"tasks.{key}": f"the task {key}"}
+    return words.get(f"{prefix}{key}", f"{prefix}{key}")
 
 
 def external_inputs(recipe: Recipe) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from pipeline.runtime import code
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
 from pipeline.settings.schema import STAGES, Recipe
-from pipeline.stages.keys import stage_code
+from pipeline.stages.keys import difference, stage_code
 from tests.conftest import QUICK, ROOT, typing
 
 ALL = (
@@ -109,7 +109,7 @@ def test_a_run_after_an_edit_runs_and_measures_again(source, again, tmp_path):
     edit(source / SCORES, *STATEMENT)
     messages = again()
     assert messages["prune"] == "the code of pipeline/pruning changed: running again"
-    assert messages["evaluate"].startswith("read.prune ")
+    assert messages["evaluate"] == "the result of prune changed: running again"
     kept = set(tmp_path.glob(".measured/*.json"))
     edit(source / "pipeline/evaluation/perplexity.py", *STATEMENT)
     messages = again()
@@ -140,6 +140,27 @@ def test_convolutions_that_become_prunable_are_permuted_too(tiny_llama, tmp_path
     same = (f"model={tiny_llama}", f"run_dir={tmp_path}/run", "stages=[permute,prune]")
     assert typed(*same)[0] == 0
     assert "permute: prune.pointwise False -> True: running again" in typed(*same, "prune.pointwise=true")[1]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "reason"),
+    [
+        ({"finetune": {"lr": 1, "rank": 2}}, {"finetune": {"lr": 1, "rank": 4}}, "finetune.rank 2 -> 4"),
+        (
+            {"evaluate": {"limit": 1}, "data": {"c4": "a"}},
+            {"evaluate": {"limit": 2}, "data": {}},
+            "evaluate.limit 1 -> 2",
+        ),
+        ({"data": {"c4": "a"}}, {"data": {"c4": "b"}}, "c4 changed"),
+        ({"data": {}}, {"data": {"world@test": "None"}}, "world@test is new"),
+        ({"tasks": {"boolq": "a", "rte": "b"}}, {"tasks": {"boolq": "a"}}, "the task rte was left out"),
+        ({"model": "a", "read": {"prune": "c"}}, {"model": "b", "read": {"prune": "d"}}, "the model's files changed"),
+        ({"read": {"prune": "c"}}, {"read": {"prune": "d"}}, "the result of prune changed"),
+        ({"code": {"data": "a", "engine": "b"}}, {"code": {"data": "a", "engine": "c"}}, "the code of engine changed"),
+    ],
+)
+def test_the_reason_to_run_again_is_in_words(before, now, reason):
+    assert difference(before, now) == reason
 
 
 @pytest.mark.parametrize(
