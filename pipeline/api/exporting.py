@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.compact import export as writer
 from pipeline.models import loading
+from pipeline.runtime import files
 from pipeline.runtime.errors import UserError, one_line
 from pipeline.sparsity.masks import Masks
 
@@ -30,8 +31,7 @@ def export(
     to another model, or if `target` exists.
     """
     folder = Path(target).expanduser()
-    if folder.exists():  # checked before the model is saved
-        raise UserError(f"{folder} exists already: choose another target, or remove it")
+    files.refuse_existing(folder)  # before the model is saved
     if isinstance(model, str | Path):
         inputs.check_masks(masks)
         if not Path(model).expanduser().is_dir():

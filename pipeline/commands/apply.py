@@ -4,13 +4,11 @@ From the dense model this reproduces the prune stage's model bit for bit, unless
 (sparsegpt, the seq and iter methods, prune.update).
 """
 
-import shutil
-
 from torch import Tensor
 
 from pipeline.commands.verify import paths
 from pipeline.models.rewrite import layers, rewrite
-from pipeline.runtime.errors import UserError
+from pipeline.runtime import files
 from pipeline.sparsity.masks import Masks, apply_, by_matrix
 
 USAGE = "run `python launch.py apply MODEL_FOLDER MASKS_FILE TARGET_FOLDER`"
@@ -19,17 +17,13 @@ USAGE = "run `python launch.py apply MODEL_FOLDER MASKS_FILE TARGET_FOLDER`"
 def main(arguments: list[str]) -> None:
     """Writes TARGET_FOLDER, which must not exist, atomically."""
     (folder, path, target), recipe = paths(arguments, 3, USAGE)
-    if target.exists():
-        raise UserError(f"{target} exists already: choose another TARGET_FOLDER, or remove it")
-    masks = Masks.load(path)
-    model, _ = layers(folder, recipe)
-    masks.refuse_other_order(model.config)
-    for _ in masks.matched(model.named_parameters()):
-        pass  # raises for another model's masks, before anything is written
-    tmp = target.with_name(f".{target.name}.part")
-    shutil.rmtree(tmp, ignore_errors=True)
-    rewrite(folder, tmp, recipe, lambda name, weight: _masked(name, weight, masks))
-    tmp.rename(target)
+    with files.new_folder(target) as work:
+        masks = Masks.load(path)
+        model, _ = layers(folder, recipe)
+        masks.refuse_other_order(model.config)
+        for _ in masks.matched(model.named_parameters()):
+            pass  # raises for another model's masks, before anything is written
+        rewrite(folder, work, recipe, lambda name, weight: _masked(name, weight, masks))
     print(f"{target}: {len(masks)} matrices masked, {masks.sparsity():.2%} of their weights are zero")
 
 

@@ -1,6 +1,5 @@
 """Writes a pruned model as a compact folder, layer by layer, so that it need not fit into memory."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.compact import file_format
 from pipeline.models import model_files
-from pipeline.models.rewrite import layers, shards
+from pipeline.models.rewrite import Layer, layers, shards
 from pipeline.runtime import files, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
@@ -26,15 +25,27 @@ def export(
     """
     if values not in file_format.KINDS:
         raise UserError(f"values={values} is unknown: set values=exact or values=int8")
-    if target.exists():
-        raise UserError(f"{target} exists already: choose another TARGET, or remove it")
     recipe = recipe or Recipe()
-    model, found = layers(folder, recipe)
-    masks.refuse_other_order(model.config)
-    for _ in masks.matched(model.named_parameters()):
-        pass  # refuses another model's masks before anything is written
-    tmp = target.with_name(f".{target.name}.part")
-    shutil.rmtree(tmp, ignore_errors=True)
+    with files.new_folder(target) as work:
+        model, found = layers(folder, recipe)
+        masks.refuse_other_order(model.config)
+        for _ in masks.matched(model.named_parameters()):
+            pass  # refuses another model's masks before anything is written
+        matrices, dense, packed = _write_shards(work, model, found, masks, values)
+        written = {matrix for name in matrices for matrix in _matrices(name, model.get_parameter(name))}
+        if left := set(masks) - written:
+            raise UserError(
+                f"{min(left)} is another name of a tied weight ({len(left)} in all): tied weights stay dense"
+            )
+        model_files.copy_other_files(folder, work)
+        _write_manifest(work, folder, model, matrices, values)
+    return dense, packed
+
+
+def _write_shards(
+    folder: Path, model: nn.Module, found: dict[str, Layer], masks: Masks, values: str
+) -> tuple[dict[str, file_format.Layout], int, int]:
+    """The compact matrices by name, and their bytes before and after."""
     parts = list(shards(model, list(found)))
     matrices: dict[str, file_format.Layout] = {}
     dense = packed = 0
@@ -51,15 +62,9 @@ def export(
                 matrices[name] = compact.layout
                 state |= compact.tensors()
                 dense, packed = dense + weight.nbytes, packed + compact.nbytes
-        with files.atomic_write(tmp / f"compact-{number:05d}-of-{len(parts):05d}.safetensors") as path:
+        with files.atomic_write(folder / f"compact-{number:05d}-of-{len(parts):05d}.safetensors") as path:
             save_file(state, path, {"format": "pt"})
-    written = {matrix for name in matrices for matrix in _matrices(name, model.get_parameter(name))}
-    if left := set(masks) - written:
-        raise UserError(f"{min(left)} is another name of a tied weight ({len(left)} in all): tied weights stay dense")
-    model_files.copy_other_files(folder, tmp)
-    _write_manifest(tmp, folder, model, matrices, values)
-    tmp.rename(target)
-    return dense, packed
+    return matrices, dense, packed
 
 
 def _matrices(name: str, parameter: Tensor) -> list[str]:

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,6 +40,26 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             tmp.unlink()
         raise UserError(f"cannot write {path}: {error} (once this is fixed, the same command resumes here)") from error
+
+
+def refuse_existing(target: Path) -> None:
+    if target.exists():
+        raise UserError(f"{target} exists already: choose another target, or remove it")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write to, which is renamed to `target` at the end, so that `target` appears only when it is complete. If
+    the block fails, nothing is left. Raises `UserError` if `target` exists."""
+    refuse_existing(target)
+    work = target.with_name(f".{target.name}.part")
+    shutil.rmtree(work, ignore_errors=True)  # of a killed process
+    try:
+        yield work
+        work.rename(target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def apply_umask(folder: Path) -> None:

@@ -34,7 +34,8 @@ def toy(settings: Pretrain) -> Toy:
 
 
 def _llama(settings: Pretrain) -> Toy:
-    if settings.hidden_size % (2 * settings.heads) or settings.heads % settings.kv_heads:  # rotary embeddings turn pairs
+    # rotary embeddings turn pairs of channels
+    if settings.hidden_size % (2 * settings.heads) or settings.heads % settings.kv_heads:
         raise ValueError("twice heads must divide hidden_size, and kv_heads must divide heads")
     tokenizer = world.tokenizer()
     config = LlamaConfig(
