@@ -3,6 +3,8 @@
 Shapes: R = rows (output features), I = in_features, G = groups of M consecutive inputs, C = candidates.
 """
 
+import itertools
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -15,72 +17,99 @@ from pipeline.sparsity.patterns import NofM
 CANDIDATES = 16  # pruned and kept weights each whose pairs are compared in a row without groups; 64 gave the same error
 REFRESH = 32  # exchanges after which the products with the Gram matrix are recomputed, to limit rounding errors
 SMALLEST = 1e-6  # share of a row's error that an exchange must remove; smaller gains are below fp32 accuracy
+TILE = 1 << 17  # weights of the rows that a CPU works on at a time, whose state stays in its cache
+
+# exchange(dense_RI, weight_RI, mask_RI, product_RI, gram_II, done_R, group, exchanges, smallest): makes at most `exchanges`
+# exchanges in each row that is not done, in the weights and the mask; sets `done_R` where none is left
+Exchange = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int | None, int, float], None]
 
 
 def swap(
-    dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, group: int | None, budget: int
+    dense_RI: Tensor,
+    weight_RI: Tensor,
+    mask_RI: Tensor,
+    gram_II: Tensor,
+    group: int | None,
+    budget: int,
+    exchange: Exchange | None = None,
 ) -> Tensor:
     """The mask after at most `budget` exchanges in each row. Each exchange reduces the output error of the row, e G e^T with
-    e = dense - weight. If `group` is set, the exchanges stay within groups of `group` consecutive inputs.
+    e = dense - weight. If `group` is set, the exchanges stay within groups of `group` consecutive inputs. `exchange`: by
+    default the kernel for `group` on a GPU that can run it, else torch; where changes of the error are equal, the two may
+    choose differently.
 
     An exchange changes e by s_p at the pruned weight p (to zero) and by s_k at the kept weight k (to the dense weight). This
     changes the error by s_p (2 g_p + s_p G_pp) + s_k (2 g_k + s_k G_kk) + 2 s_p s_k G_pk, with g = e G. The best of all pairs
     within groups is chosen. In a row without groups, the pairs are those of the `CANDIDATES` pruned and the `CANDIDATES` kept
     weights with the smallest s (2 g + s G).
     """
-    kernels = KERNELS.on_gpu(dense_RI.device)
-    if kernels and kernels.supports(group):
-        return swap_by_kernel(kernels, dense_RI, weight_RI, mask_RI, gram_II, group, budget)
-    return swap_by_torch(dense_RI, weight_RI, mask_RI, gram_II, group, budget)
-
-
-def swap_by_torch(
-    dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, group: int | None, budget: int
-) -> Tensor:
-    weight_RI, mask_RI = weight_RI * mask_RI, mask_RI.clone()
-    error_RI = dense_RI - weight_RI
-    product_RI = obs.product(error_RI, gram_II)
-    diagonal_I = gram_II.diagonal()
-    rows_R = torch.arange(len(mask_RI), device=mask_RI.device)  # the rows that may still improve
-    find = _best_pair if group is None else _best_pair_in_groups
-    for number in range(1, budget + 1):
-        step_RI = torch.where(mask_RI[rows_R], weight_RI[rows_R], -error_RI[rows_R])
-        alone_RI = step_RI * (2 * product_RI[rows_R] + step_RI * diagonal_I)
-        change_R, restored_R, removed_R = find(step_RI, alone_RI, mask_RI[rows_R], gram_II, group)
-        better_R = change_R < -SMALLEST * (error_RI[rows_R] * product_RI[rows_R]).sum(1)
-        if not better_R.any():
-            break
-        rows_R, restored_R, removed_R = rows_R[better_R], restored_R[better_R], removed_R[better_R]
-        steps_R2 = step_RI[better_R].gather(1, torch.stack([restored_R, removed_R], 1))
-        mask_RI[rows_R, restored_R], mask_RI[rows_R, removed_R] = True, False
-        weight_RI[rows_R, restored_R], weight_RI[rows_R, removed_R] = dense_RI[rows_R, restored_R], 0.0
-        error_RI[rows_R, restored_R], error_RI[rows_R, removed_R] = 0.0, dense_RI[rows_R, removed_R]
-        if number % REFRESH == 0:
-            product_RI = obs.product(error_RI, gram_II)
-        else:
-            product_RI[rows_R] += steps_R2[:, :1] * gram_II[restored_R] + steps_R2[:, 1:] * gram_II[removed_R]
-    return mask_RI
-
-
-def swap_by_kernel(
-    kernels: ModuleType,
-    dense_RI: Tensor,
-    weight_RI: Tensor,
-    mask_RI: Tensor,
-    gram_II: Tensor,
-    group: int,
-    budget: int,
-) -> Tensor:
-    """`swap` within groups by the kernel of swap_triton.py. Equal changes of the error may be chosen otherwise."""
+    if exchange is None:
+        kernels = KERNELS.on_gpu(dense_RI.device)
+        exchange = kernels.swap_in_groups if kernels and kernels.supports(group) else exchange_by_torch
     weight_RI, mask_RI = weight_RI * mask_RI, mask_RI.clone()
     done_R = torch.zeros(len(mask_RI), dtype=torch.bool, device=mask_RI.device)
     for made in range(0, budget, REFRESH):
         product_RI = obs.product(dense_RI - weight_RI, gram_II)
         state = (dense_RI, weight_RI, mask_RI, product_RI, gram_II, done_R)
-        kernels.swap_in_groups(*state, group, min(REFRESH, budget - made), SMALLEST)
+        exchange(*state, group, min(REFRESH, budget - made), SMALLEST)
         if done_R.all():
             break
     return mask_RI
+
+
+def exchange_by_torch(
+    dense_RI: Tensor,
+    weight_RI: Tensor,
+    mask_RI: Tensor,
+    product_RI: Tensor,
+    gram_II: Tensor,
+    done_R: Tensor,
+    group: int | None,
+    exchanges: int,
+    smallest: float,
+) -> None:
+    find = _BestPair(gram_II) if group is None else _BestPairInGroups(gram_II, group)
+    rows = len(dense_RI) if dense_RI.is_cuda else max(1, TILE // dense_RI.shape[1])
+    tensors = (dense_RI, weight_RI, mask_RI, product_RI, done_R)
+    for tile in zip(*(tensor.split(rows) for tensor in tensors)):
+        _exchange(*tile, gram_II, find, exchanges, smallest)
+
+
+def _exchange(
+    dense_RI: Tensor,
+    weight_RI: Tensor,
+    mask_RI: Tensor,
+    product_RI: Tensor,
+    done_R: Tensor,
+    gram_II: Tensor,
+    find: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+    exchanges: int,
+    smallest: float,
+) -> None:
+    diagonal_I = gram_II.diagonal()
+    rows_R = torch.where(~done_R)[0]  # the rows that may still improve; what follows are copies of these
+    dense, weight, mask, product = (it[rows_R] for it in (dense_RI, weight_RI, mask_RI, product_RI))
+    for _ in range(exchanges):
+        error, kept = dense - weight, mask.float()
+        step = torch.addcmul(weight, dense, kept - 1)  # `where` takes five times longer on a CPU
+        alone = step * (2 * product + step * diagonal_I)
+        change_R, restored_R, removed_R = find(step, alone + _infinite_where(kept), alone + _infinite_where(1 - kept))
+        better_R = change_R < -smallest * (error * product).sum(1)
+        pair_R2 = torch.stack([restored_R, removed_R], 1)
+        if not better_R.all():
+            weight_RI[rows_R], mask_RI[rows_R] = weight, mask
+            done_R[rows_R[~better_R]] = True
+            rows_R, dense, weight, mask, product, step, pair_R2 = (
+                it[better_R] for it in (rows_R, dense, weight, mask, product, step, pair_R2)
+            )
+            if not len(rows_R):
+                return
+        steps_R2, (restored_R, removed_R) = step.gather(1, pair_R2), pair_R2.T
+        product += steps_R2[:, :1] * gram_II[restored_R] + steps_R2[:, 1:] * gram_II[removed_R]
+        every_R = torch.arange(len(rows_R), device=rows_R.device)
+        mask[every_R, restored_R], mask[every_R, removed_R] = True, False
+        weight[every_R, restored_R], weight[every_R, removed_R] = dense[every_R, restored_R], 0.0
+    weight_RI[rows_R], mask_RI[rows_R] = weight, mask
 
 
 def _imported() -> ModuleType:
@@ -96,45 +125,63 @@ def check_kernels(kernels: ModuleType, device: torch.device) -> None:
     input_NI += input_NI.roll(1, 1)
     mask_RI = NofM(2, 4).select(dense_RI.abs())
     given = (dense_RI, dense_RI, mask_RI, input_NI.T @ input_NI)
-    expected = swap_by_torch(*given, 4, REFRESH + 2)
-    found = swap_by_kernel(kernels, *(tensor.to(device) for tensor in given), 4, REFRESH + 2)
+    expected = swap(*given, 4, REFRESH + 2, exchange_by_torch)
+    found = swap(*(tensor.to(device) for tensor in given), 4, REFRESH + 2, kernels.swap_in_groups)
     if torch.equal(expected, mask_RI) or not torch.equal(found.cpu(), expected):
         raise RuntimeError("a mask that they refined is wrong")
 
 
-def _best_pair(
-    step_RI: Tensor, alone_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, group: None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The best exchange in each row: change of the error, pruned weight and kept weight, (R,) each."""
-    count = min(CANDIDATES, alone_RI.shape[1])
-    pruned_RC = alone_RI.masked_fill(mask_RI, torch.inf).topk(count, 1, largest=False)
-    kept_RC = alone_RI.masked_fill(~mask_RI, torch.inf).topk(count, 1, largest=False)
-    p_RC, k_RC = pruned_RC.indices, kept_RC.indices
-    both_RCC = gram_II[p_RC[:, :, None], k_RC[:, None, :]]
-    both_RCC *= 2 * step_RI.gather(1, p_RC)[:, :, None]
-    both_RCC *= step_RI.gather(1, k_RC)[:, None, :]
-    both_RCC += pruned_RC.values[:, :, None] + kept_RC.values[:, None, :]
-    change_R, place_R = both_RCC.flatten(1).min(1)
-    p_R1, k_R1 = (place_R // count)[:, None], (place_R % count)[:, None]
-    return change_R, p_RC.gather(1, p_R1).squeeze(1), k_RC.gather(1, k_R1).squeeze(1)
+def _infinite_where(chosen: Tensor) -> Tensor:
+    """Infinity for 1, zero for 0."""
+    return (1 - chosen).reciprocal_().sub_(1)
 
 
-def _best_pair_in_groups(
-    step_RI: Tensor, alone_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, group: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Like `_best_pair`, among all pairs within groups of `group` inputs."""
-    inputs = gram_II.shape[1]
-    start_G = torch.arange(0, inputs, group, device=gram_II.device)
-    inside_GM = start_G[:, None] + torch.arange(group, device=gram_II.device)
-    blocks_GMM = gram_II[inside_GM[:, :, None], inside_GM[:, None, :]]
-    step_RGM, alone_RGM = step_RI.unflatten(1, (-1, group)), alone_RI.unflatten(1, (-1, group))
-    mask_RGM = mask_RI.unflatten(1, (-1, group))
-    pruned_RGM, kept_RGM = alone_RGM.masked_fill(mask_RGM, torch.inf), alone_RGM.masked_fill(~mask_RGM, torch.inf)
-    change_RGMM = 2 * step_RGM[..., :, None] * step_RGM[..., None, :] * blocks_GMM
-    change_RGMM += pruned_RGM[..., :, None] + kept_RGM[..., None, :]
-    change_R, place_R = change_RGMM.flatten(1).min(1)
-    start_R = place_R // group**2 * group
-    return change_R, start_R + place_R % group**2 // group, start_R + place_R % group
+class _BestPair:
+    """Finds the best exchange in each of some rows: change of the error, pruned weight and kept weight, (R,) each. Called with
+    the steps and the changes of each weight alone, once infinite at the kept and once at the pruned weights."""
+
+    def __init__(self, gram_II: Tensor) -> None:
+        self.gram_II = gram_II
+
+    def __call__(self, step_RI: Tensor, pruned_RI: Tensor, kept_RI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        count = min(CANDIDATES, step_RI.shape[1])
+        pruned_RC, p_RC = pruned_RI.topk(count, 1, largest=False)
+        kept_RC, k_RC = kept_RI.topk(count, 1, largest=False)
+        both_RCC = self.gram_II[p_RC[:, :, None], k_RC[:, None, :]]
+        both_RCC *= 2 * step_RI.gather(1, p_RC)[:, :, None]
+        both_RCC *= step_RI.gather(1, k_RC)[:, None, :]
+        both_RCC += pruned_RC[:, :, None] + kept_RC[:, None, :]
+        change_R, place_R = both_RCC.flatten(1).min(1)
+        p_R1, k_R1 = (place_R // count)[:, None], (place_R % count)[:, None]
+        return change_R, p_RC.gather(1, p_R1).squeeze(1), k_RC.gather(1, k_R1).squeeze(1)
+
+
+class _BestPairInGroups:
+    """Like `_BestPair`, among all pairs within groups of M inputs. Of the M (M - 1) / 2 pairs, P, those of a kept and a pruned
+    weight have a finite change."""
+
+    def __init__(self, gram_II: Tensor, group: int) -> None:
+        self.group = group
+        self.pairs_P2 = list(itertools.combinations(range(group), 2))
+        blocks_MMG = gram_II.unflatten(1, (-1, group)).unflatten(0, (-1, group)).diagonal(dim1=0, dim2=2)
+        self.both_PG = torch.stack([2 * blocks_MMG[i, j] for i, j in self.pairs_P2])
+
+    def __call__(self, step_RI: Tensor, pruned_RI: Tensor, kept_RI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # one contiguous matrix for each place in a group
+        step_MRG, pruned_MRG, kept_MRG = (
+            it.unflatten(1, (-1, self.group)).permute(2, 0, 1).contiguous() for it in (step_RI, pruned_RI, kept_RI)
+        )
+        change_PRG = step_RI.new_empty(len(self.pairs_P2), *step_MRG.shape[1:])
+        for change_RG, (i, j), both_G in zip(change_PRG, self.pairs_P2, self.both_PG):
+            torch.mul(step_MRG[i], step_MRG[j], out=change_RG).mul_(both_G)
+            change_RG += torch.minimum(pruned_MRG[i] + kept_MRG[j], pruned_MRG[j] + kept_MRG[i])
+        change_R, group_R = change_PRG.amin(0).min(1)
+        every_R = torch.arange(len(group_R), device=group_R.device)
+        pair_R = change_PRG[:, every_R, group_R].argmin(0)
+        places_R2 = torch.tensor(self.pairs_P2, device=group_R.device)[pair_R] + self.group * group_R[:, None]
+        first_R, second_R = places_R2.T
+        is_kept_R = pruned_RI[every_R, first_R].isinf()
+        return change_R, torch.where(is_kept_R, second_R, first_R), torch.where(is_kept_R, first_R, second_R)
 
 
 KERNELS = TritonKernels(_imported, check_kernels, "exchanges", "each takes many launches, which is slow")

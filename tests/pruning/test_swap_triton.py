@@ -44,16 +44,19 @@ def test_the_kernel_agrees_with_torch(monkeypatch, sparsity, rows, inputs):
     monkeypatch.setattr(swap_triton, "CHUNK", 32)
     monkeypatch.setattr(swap, "REFRESH", 3)
     given, group = matrix(rows, inputs, sparsity), parse(sparsity).m
-    expected = swap.swap_by_torch(*given, group, 8)
-    found = swap.swap_by_kernel(swap_triton, *(it.to(DEVICE) for it in given), group, 8).cpu()
+    expected = swap.swap(*given, group, 8)
+    found = swap.swap(*(tensor.to(DEVICE) for tensor in given), group, 8, swap_triton.swap_in_groups).cpu()
     assert torch.equal(found, expected) and not torch.equal(found, given[2])
 
 
 def test_exchanges_end_where_none_helps(monkeypatch):
     monkeypatch.setattr(swap, "REFRESH", 4)
-    dense_RI, _, mask_RI, gram_II = (it.to(DEVICE) for it in matrix(2, 16, "2of4"))
-    found = swap.swap_by_kernel(swap_triton, dense_RI, dense_RI, mask_RI, gram_II, 4, 1000)
-    assert torch.equal(found, swap.swap_by_torch(dense_RI, dense_RI, mask_RI, gram_II, 4, 1000))
+    dense_RI, _, mask_RI, gram_II = (tensor.to(DEVICE) for tensor in matrix(2, 16, "2of4"))
+    found, expected = (
+        swap.swap(dense_RI, dense_RI, mask_RI, gram_II, 4, 1000, exchange)
+        for exchange in (swap_triton.swap_in_groups, swap.exchange_by_torch)
+    )
+    assert torch.equal(found, expected)
     assert (error(dense_RI, dense_RI * found, gram_II) < error(dense_RI, dense_RI * mask_RI, gram_II)).all()
 
 
@@ -61,13 +64,11 @@ def test_exchanges_end_where_none_helps(monkeypatch):
 @needs_gpu
 def test_the_kernel_is_used_on_a_gpu_and_agrees_on_large_matrices():
     assert swap.KERNELS.on_gpu(torch.device("cuda")) is swap_triton
-    dense_RI, weight_RI, mask_RI, gram_II = (it.cuda() for it in matrix(512, 5504, "2of4"))
+    dense_RI, weight_RI, mask_RI, gram_II = (tensor.cuda() for tensor in matrix(512, 5504, "2of4"))
     before = error(dense_RI, weight_RI * mask_RI, gram_II)
     errors = []
-    for masks in (
-        swap.swap_by_torch(dense_RI, weight_RI, mask_RI, gram_II, 4, 100),
-        swap.swap_by_kernel(swap_triton, dense_RI, weight_RI, mask_RI, gram_II, 4, 100),
-    ):
+    for exchange in (swap.exchange_by_torch, swap_triton.swap_in_groups):
+        masks = swap.swap(dense_RI, weight_RI, mask_RI, gram_II, 4, 100, exchange)
         assert masks.unflatten(1, (-1, 4)).sum(2).eq(2).all()
         errors.append(error(dense_RI, torch.where(mask_RI, weight_RI, dense_RI) * masks, gram_II))
     assert (errors[1] <= before).all()
