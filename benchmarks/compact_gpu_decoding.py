@@ -56,8 +56,8 @@ def with_form(model: nn.Module, form: str, pattern: str) -> bool:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    compact = (weight for it in model.modules() for weight in it.__dict__.get("_compact", {}).values())
-    return sum(it.nbytes for it in (*model.parameters(), *compact))
+    compact = (weight for module in model.modules() for weight in module.__dict__.get("_compact", {}).values())
+    return sum(weight.nbytes for weight in (*model.parameters(), *compact))
 
 
 def decoding(layers: int, write: Callable[[dict], None]) -> None:

@@ -132,7 +132,7 @@ def print_seconds(chosen: list[Row], args: argparse.Namespace) -> None:
     for number, row in enumerate((chosen[0], *chosen)):
         run_dir = args.work / "seconds" / row.name
         shutil.rmtree(run_dir, ignore_errors=True)
-        settings = [it for it in command(row, args)[1:] if not it.startswith(("stages=", "run_dir="))]
+        settings = [setting for setting in command(row, args)[1:] if not setting.startswith(("stages=", "run_dir="))]
         with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
             runner.run(reader.load([*settings, "stages=[prune]", f"run_dir={run_dir}"]))
         stage = json.loads((run_dir / "prune" / "stage.json").read_text())
@@ -166,10 +166,10 @@ def layer_error(row: Row, args: argparse.Namespace) -> str:
 def cells(model: dict, dense: dict, pruned: dict) -> list[str]:
     """Perplexity, the recovered share of the lost log-perplexity, and the task accuracies."""
     value, error = model["perplexity"]["wikitext2"], model["perplexity_stderr"]["wikitext2"]
-    before, after, best = (math.log(it["perplexity"]["wikitext2"]) for it in (pruned, model, dense))
+    before, after, best = (math.log(of_model["perplexity"]["wikitext2"]) for of_model in (pruned, model, dense))
     share = "" if model in (dense, pruned) else f"{(before - after) / (before - best):.0%}"
     scores = [model["zero_shot"].get(task) for task in TASKS]
-    accuracies = [f"{100 * it['acc']:.1f} ± {100 * it['acc_stderr']:.1f}" if it else "" for it in scores]
+    accuracies = [f"{100 * score['acc']:.1f} ± {100 * score['acc_stderr']:.1f}" if score else "" for score in scores]
     return [f"{value:.1f} ± {error:.1f}", share, *accuracies]
 
 

@@ -88,7 +88,7 @@ def _exchange(
 ) -> None:
     diagonal_I = gram_II.diagonal()
     rows_R = torch.where(~done_R)[0]  # the rows that may still improve; what follows are copies of these
-    dense, weight, mask, product = (it[rows_R] for it in (dense_RI, weight_RI, mask_RI, product_RI))
+    dense, weight, mask, product = (tensor[rows_R] for tensor in (dense_RI, weight_RI, mask_RI, product_RI))
     for _ in range(exchanges):
         error, kept = dense - weight, mask.float()
         step = torch.addcmul(weight, dense, kept - 1)  # `where` takes five times longer on a CPU
@@ -100,7 +100,7 @@ def _exchange(
             weight_RI[rows_R], mask_RI[rows_R] = weight, mask
             done_R[rows_R[~better_R]] = True
             rows_R, dense, weight, mask, product, step, pair_R2 = (
-                it[better_R] for it in (rows_R, dense, weight, mask, product, step, pair_R2)
+                tensor[better_R] for tensor in (rows_R, dense, weight, mask, product, step, pair_R2)
             )
             if not len(rows_R):
                 return
@@ -169,7 +169,8 @@ class _BestPairInGroups:
     def __call__(self, step_RI: Tensor, pruned_RI: Tensor, kept_RI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # one contiguous matrix for each place in a group
         step_MRG, pruned_MRG, kept_MRG = (
-            it.unflatten(1, (-1, self.group)).permute(2, 0, 1).contiguous() for it in (step_RI, pruned_RI, kept_RI)
+            matrix.unflatten(1, (-1, self.group)).permute(2, 0, 1).contiguous()
+            for matrix in (step_RI, pruned_RI, kept_RI)
         )
         change_PRG = step_RI.new_empty(len(self.pairs_P2), *step_MRG.shape[1:])
         for change_RG, (i, j), both_G in zip(change_PRG, self.pairs_P2, self.both_PG):

@@ -81,7 +81,7 @@ def effective(
     columns = right.shape[-1]
     out = torch.empty(*experts, rows, columns, dtype=(left if base is None else base).dtype, device=left.device)
     wrong = torch.zeros((), dtype=torch.int32, device=left.device)
-    strides = [stride for it in (out if base is None else base, left, right) for stride in _strides(it)]
+    strides = [stride for factor in (out if base is None else base, left, right) for stride in _strides(factor)]
     grid = (triton.cdiv(rows, HEIGHT), triton.cdiv(columns, WIDTH), experts[0] if experts else 1)
     with torch.cuda.device_of(left):
         _effective_kernel[grid](
