@@ -194,7 +194,7 @@ def test_every_entry_is_complete(key):
     for name, entry in entries.entries.items():
         assert (entry.name, entry.label.strip(), bool(entry.description)) == (name, entry.label, True)
         assert not entry.description.endswith(".")
-        assert all(hasattr(settings, it) for it in entry.reads)
+        assert all(hasattr(settings, setting) for setting in entry.reads)
         base = registry.entry._resolve(entries.base)
         assert issubclass(entry.load(), base)
     assert len({entry.label for entry in entries.entries.values()}) == len(entries.entries)
@@ -202,15 +202,15 @@ def test_every_entry_is_complete(key):
 
 def test_no_entry_is_named_outside_the_registries():
     """Except for the defaults in the schema and in the API."""
-    names = {name for it in REGISTRIES.values() for name in it.entries} - {registry.NONE}
+    names = {name for registered in REGISTRIES.values() for name in registered.entries} - {registry.NONE}
     paths = [ROOT / "launch.py", *ROOT.glob("callbacks/*.py"), *ROOT.glob("pipeline/**/*.py")]
     for path in (path for path in paths if path.parent.name != "registry"):
         tree = ast.parse(path.read_text())
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        defaults = {id(c.args[0]) for c in calls if any(it.arg == "registry" for it in c.keywords)}
+        defaults = {id(c.args[0]) for c in calls if any(keyword.arg == "registry" for keyword in c.keywords)}
         if path.parent.name == "api":
             arguments = [node for node in ast.walk(tree) if isinstance(node, ast.arguments)]
-            defaults |= {id(it) for node in arguments for it in (*node.defaults, *node.kw_defaults)}
+            defaults |= {id(default) for node in arguments for default in (*node.defaults, *node.kw_defaults)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and id(node) not in defaults:
                 assert node.value not in names, f"{path}:{node.lineno}: {node.value}"

@@ -159,7 +159,9 @@ def test_a_compact_model_is_only_measured(pruned, tmp_path):
     ):
         with pytest.raises(UserError, match="is compact: pass the model that was exported"):
             call()
-    found, expected = (espalier.evaluate(it, perplexity=[IDS])["perplexity"]["text"] for it in (compact, model))
+    found, expected = (
+        espalier.evaluate(subject, perplexity=[IDS])["perplexity"]["text"] for subject in (compact, model)
+    )
     assert found == pytest.approx(expected, rel=1e-5)
     espalier.finetune(copy.deepcopy(model), masks, IDS, teacher=compact, distill=0.5, **TUNING)
 

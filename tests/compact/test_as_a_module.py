@@ -96,16 +96,16 @@ def test_operators_and_keywords():
     weight, compact = a_matrix(8, 8, 0.5, torch.float32)
     x = torch.randn(8, 8)
     for call in (
-        lambda it: it.T @ x,
-        lambda it: it @ x,
-        lambda it: x @ it,
-        lambda it: x @ it.T,
-        lambda it: it @ it.T,
-        lambda it: F.linear(input=x, weight=it),
-        lambda it: F.linear(x, weight=it, bias=x[0]),
-        lambda it: torch.matmul(x, other=it.T),
-        lambda it: 2 * it - it / 3 + (1 + it) ** 2,
-        lambda it: -it + abs(it) - x * it,
+        lambda weight: weight.T @ x,
+        lambda weight: weight @ x,
+        lambda weight: x @ weight,
+        lambda weight: x @ weight.T,
+        lambda weight: weight @ weight.T,
+        lambda weight: F.linear(input=x, weight=weight),
+        lambda weight: F.linear(x, weight=weight, bias=x[0]),
+        lambda weight: torch.matmul(x, other=weight.T),
+        lambda weight: 2 * weight - weight / 3 + (1 + weight) ** 2,
+        lambda weight: -weight + abs(weight) - x * weight,
     ):
         torch.testing.assert_close(call(compact), call(weight))
 

@@ -211,7 +211,7 @@ def test_an_int8_model_gives_what_its_dequantised_weights_give(tmp_path, family)
     dense, ours = loading.load(tmp_path / "back", Recipe()), load_compact(tmp_path / "compact")
     for tokens in (2, 24):  # by the kernel and by tiles
         ids = text(1, tokens) % 60 + 1
-        expected, found = (it(input_ids=ids, use_cache=False).logits for it in (dense, ours))
+        expected, found = (model(input_ids=ids, use_cache=False).logits for model in (dense, ours))
         assert (found - expected).abs().max() <= 1e-5 * (1 + expected.abs().max())
 
 
@@ -291,7 +291,7 @@ def test_greedy_generation(tmp_path, pattern, dtype):
     how = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
     found = ours.generate(ids, use_cache=True, **how)
     assert found.shape == (1, 57)
-    logits, of_ours = (it(input_ids=found, use_cache=False).logits[0, 36:-1].float() for it in (dense, ours))
+    logits, of_ours = (model(input_ids=found, use_cache=False).logits[0, 36:-1].float() for model in (dense, ours))
     assert (logits - of_ours).abs().max() <= TOLERANCE[dtype] * (1 + logits.abs().max())
     lead = logits.max(1).values - logits.gather(1, found[0, 37:, None])[:, 0]
     assert (lead <= 2 * TOLERANCE[dtype] * (1 + logits.abs().max())).all()

@@ -126,7 +126,9 @@ def test_large_matrices_and_memory(tmp_path):
     dense = saved(tmp_path, small_model("llama", num_hidden_layers=2, **more).bfloat16(), "0.5")
     compare(dense, ours := load_compact(tmp_path / "compact", device="cuda", form=BITMASK), (1, 16, 24))
     size = sum(weight.nbytes for weight in weights_of(ours))
-    assert size <= 0.60 * sum(it.weight.nbytes for it in dense.model.layers.modules() if isinstance(it, nn.Linear))
+    assert size <= 0.60 * sum(
+        module.weight.nbytes for module in dense.model.layers.modules() if isinstance(module, nn.Linear)
+    )
     del ours
     gc.collect()
     before = requested()

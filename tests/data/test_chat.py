@@ -230,8 +230,8 @@ def test_a_chat_through_the_whole_pipeline(tiny_llama, tmp_path, typed):
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
     ask = "{% if m['role'] == 'user' %}Who is {{ m['content'] }} ? {% else %}{{ m['content'] }} {% endif %}"
     (folder / "chat_template.jinja").write_text(f"{{% for m in messages %}}{ask}{{% endfor %}}")
-    rows = [{"messages": [{"role": "user", "content": "she"}, {"role": "assistant", "content": f"the {it} ."}]}
-            for it in ("cat", "dove", "mason", "baker") * 40]  # fmt: skip
+    rows = [{"messages": [{"role": "user", "content": "she"}, {"role": "assistant", "content": f"the {word} ."}]}
+            for word in ("cat", "dove", "mason", "baker") * 40]  # fmt: skip
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     chats = tmp_path / "chat.jsonl"
     settings = [*QUICK, f"model={folder}", f"run_dir={tmp_path}/runs/run", f"calibration.dataset={chats}"]

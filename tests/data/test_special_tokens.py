@@ -144,7 +144,7 @@ RUN = [
 
 def outcome(run_dir: Path) -> tuple:
     models = json.loads((run_dir / "evaluate/results.json").read_text())["models"]
-    results = [{key: it[key] for key in ("perplexity", "zero_shot", "continuations")} for it in models.values()]
+    results = [{key: model[key] for key in ("perplexity", "zero_shot", "continuations")} for model in models.values()]
     return (run_dir / "prune/masks.safetensors").read_bytes(), results
 
 
@@ -180,7 +180,7 @@ def test_a_run_with_each_defect(tiny_llama, reference_run, tmp_path, typed, chan
         assert models[0] == reference_run[1][0]
     elif change == "appends":  # the joined perplexity text ends with one, which may add a window
         assert masks == reference_run[0]
-        assert [it["zero_shot"] for it in models] == [it["zero_shot"] for it in reference_run[1]]
-        assert [it["continuations"] for it in models] == [it["continuations"] for it in reference_run[1]]
+        assert [model["zero_shot"] for model in models] == [model["zero_shot"] for model in reference_run[1]]
+        assert [model["continuations"] for model in models] == [model["continuations"] for model in reference_run[1]]
     else:
         assert (masks, models) == reference_run

@@ -53,7 +53,9 @@ def test_windows_that_begin_with_bos_predict_each_token_once():
         windows_NT = windows(text, 11, bos=bos)
         assert windows_NT.shape == (4, 11) and (windows_NT[:, 0] == bos).all()
         assert torch.equal(windows_NT[:, 1:].flatten(), ids[:40])
-    expected = torch.tensor([model(it[None], labels=it[None]).loss for it in windows_NT]).mean().exp().item()
+    expected = (
+        torch.tensor([model(window[None], labels=window[None]).loss for window in windows_NT]).mean().exp().item()
+    )
     assert measured(model, windows_NT, 3) == pytest.approx(expected, rel=1e-6)
     assert torch.equal(windows(ids, 11, 2, bos), windows_NT[:2])
     assert torch.equal(windows(ids, 10, 2), ids[:20].view(2, 10))

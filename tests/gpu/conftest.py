@@ -77,7 +77,7 @@ def simulated(simulators, tmp_path) -> Callable[..., list[dict]]:
             variables = common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
             variables |= {"SIM_UUID": visible[rank]} if visible else {}
             files = {name: str(tmp_path / f"{name}-{rank}") for name in ("output", "counts")}
-            job = {"settings": [str(it) for it in settings], "environment": variables, **files}
+            job = {"settings": [str(setting) for setting in settings], "environment": variables, **files}
             jobs.setdefault(0 if visible else rank, []).append(job)
         codes = simulators(jobs)
         outputs = [(tmp_path / f"output-{rank}").read_text() for rank in range(processes)]

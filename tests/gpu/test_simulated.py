@@ -90,7 +90,7 @@ def deep(tmp_path_factory):
         if not folder.exists():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        return folder, sum(it.nbytes for it in model.model.layers[0].parameters())
+        return folder, sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
 
     return make
 

@@ -35,7 +35,7 @@ def test_a_sample_is_the_normalised_crop_of_its_number(source, processor):
         image = image.crop(augmentation.crop(50, 40, draw)).resize((16, 16), processor.resample)
         image = ImageOps.mirror(image) if draw.random() < 0.5 else image
         levels = torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255
-        mean, std = (torch.tensor(it)[:, None, None] for it in (processor.image_mean, processor.image_std))
+        mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
         torch.testing.assert_close(seen[number][0], (levels - mean) / std, atol=1e-5, rtol=1e-5)
 
 
@@ -89,7 +89,7 @@ def test_processors_of_timm_augment_too(source):
     image = image.crop(augmentation.crop(50, 40, draw)).resize((16, 16), Image.Resampling.BICUBIC)
     image = ImageOps.mirror(image) if draw.random() < 0.5 else image
     levels = torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255
-    mean, std = (torch.tensor(processor.data_config[it])[:, None, None] for it in ("mean", "std"))
+    mean, std = (torch.tensor(processor.data_config[key])[:, None, None] for key in ("mean", "std"))
     torch.testing.assert_close(seen[0][0], (levels - mean) / std, atol=1e-5, rtol=1e-5)
 
 

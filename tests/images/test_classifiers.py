@@ -155,6 +155,8 @@ def test_an_ordinary_load_gives_the_pruned_model(name, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(BATCHES[0]).logits, pruned(BATCHES[0]).logits)
     checked = check_matrices(tmp_path / "pruned", Masks.load(tmp_path / "masks.safetensors"), recipe)
-    assert len(checked) == len(masks) and all(it.zeros == it.weights // 2 and not it.violation for it in checked)
+    assert len(checked) == len(masks) and all(
+        matrix.zeros == matrix.weights // 2 and not matrix.violation for matrix in checked
+    )
     for (parameter, before), (_, after) in zip(dense.named_parameters(), loaded.named_parameters(), strict=True):
         assert (parameter in masks) != torch.equal(before, after), parameter

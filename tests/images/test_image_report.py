@@ -47,7 +47,7 @@ def test_chosen_examples_show_what_was_lost_and_recovered():
     last[80:] = [0.0] * 20
     places = accuracy.chosen({"dense": dense, "pruned": pruned, "finetuned": last})
     assert places == sorted(set(places)) and len(places) == 12
-    assert [sum(low <= it < high for it in places) for low, high in ((0, 70), (70, 80), (80, 100))] == [3, 6, 3]
+    assert [sum(low <= place < high for place in places) for low, high in ((0, 70), (70, 80), (80, 100))] == [3, 6, 3]
     assert len(accuracy.chosen({"dense": dense})) == 12 and accuracy.chosen({"dense": [1.0, 0.0]}) == [0, 1]
 
 

@@ -92,7 +92,7 @@ def test_two_processes_give_what_one_gives(whole, tmp_path):
     for name in ("dense", "pruned"):
         assert models(two)[name]["accuracy"] == models(whole)[name]["accuracy"]
         assert models(two)[name]["classes"] == models(whole)[name]["classes"]
-    ours, theirs = (load_file(next((it / "finetune/model").glob("*.safetensors"))) for it in (two, whole))
+    ours, theirs = (load_file(next((run / "finetune/model").glob("*.safetensors"))) for run in (two, whole))
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], atol=1e-4, rtol=1e-3)
 

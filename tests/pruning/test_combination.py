@@ -172,7 +172,9 @@ def test_every_combination_keeps_the_pattern(method, refine, update):
                 assert torch.equal(weights[name][mask_OI], dense[name][mask_OI])
 
 
-@pytest.mark.parametrize("key", [{"method": "sparsegpt"}, *({"update": it} for it in UPDATES.entries if it != "none")])
+@pytest.mark.parametrize(
+    "key", [{"method": "sparsegpt"}, *({"update": update} for update in UPDATES.entries if update != "none")]
+)
 def test_an_update_that_overflows_float16_is_refused(key):
     """The update itself is computed in float32, where it is finite."""
     x_NI = torch.randn(100, 1).expand(100, 32) + 0.01 * torch.randn(100, 32)

@@ -109,7 +109,7 @@ def test_the_folder_is_an_ordinary_model(tiny_llama, tmp_path):
     assert len(layers) == 3 and len(matrices) == len(masks)
     assert {row["matrix"] for row in matrices} == set(masks)
     for row in layers:
-        errors = [float(it["relative_output_error"]) for it in matrices if it["layer"] == row["layer"]]
+        errors = [float(matrix["relative_output_error"]) for matrix in matrices if matrix["layer"] == row["layer"]]
         assert float(row["relative_output_error"]) == pytest.approx(sum(errors) / len(errors))
     assert "pruned with Wanda to 2:4" in (tmp_path / "p/model/README.md").read_text()
 

@@ -37,7 +37,7 @@ def test_the_kernel_agrees_with_torch(form, rank, dtype):
         base = base.T.contiguous().T
     if form == "transposed experts":
         left, right = left.mT.contiguous().mT, right.mT.contiguous().mT
-    given = [it.to(DEVICE) for it in (base, left, right, pack(torch.rand(base.shape) < 0.5))]
+    given = [tensor.to(DEVICE) for tensor in (base, left, right, pack(torch.rand(base.shape) < 0.5))]
     given[0] = None if form == "no base" else given[0]
     expected, none = effective.effective_by_torch(*given, 0.5)
     found, wrong = effective_triton.effective(*given, 0.5)
@@ -54,7 +54,7 @@ def test_pruned_weights_that_are_not_finite_are_counted():
     left, right = torch.zeros(40, 16), torch.zeros(16, 200)
     base[3, 4], base[33, 6], base[3, 5] = torch.inf, torch.nan, torch.nan  # the last one is kept
     left[9, 0], right[0, 7:11] = 1e5, 1.0  # overflows float16 in two pruned and two kept weights
-    given = [it.to(DEVICE) for it in (base, left, right, pack(mask))]
+    given = [tensor.to(DEVICE) for tensor in (base, left, right, pack(mask))]
     for compute in (effective_triton.effective, effective.effective_by_torch):
         found, wrong = compute(*given, 1.0)
         assert wrong == 4 and found[3, 4].isnan() and found[9, 7].isinf() and found[3, 5].isnan()
@@ -110,7 +110,7 @@ def test_full_fine_tuning_masks_with_the_kernels_as_with_torch(monkeypatch):
             parameter.data += 0.1
         recovery.mask_gradients()
         assert recovery.reapply() == 0 and masks.violations(model.named_parameters()) == []
-        found.append([tensor for it in model.parameters() for tensor in (it.grad, it.data)])
+        found.append([tensor for parameter in model.parameters() for tensor in (parameter.grad, parameter.data)])
     assert all(torch.equal(one, other) for one, other in zip(*found))
 
 

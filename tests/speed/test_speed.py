@@ -178,7 +178,11 @@ def test_a_process_that_dies_is_reported_and_none_survives(run):
         with pytest.raises(MeasurementError):
             one.ask("prefill", -1)
         assert one.ask("prefill", 4) > 0
-        workers = [it for it in psutil.Process().children(recursive=True) if "pipeline.speed.worker" in it.cmdline()]
+        workers = [
+            process
+            for process in psutil.Process().children(recursive=True)
+            if "pipeline.speed.worker" in process.cmdline()
+        ]
         assert len(workers) == 3
         for worker in workers:
             os.kill(worker.pid, signal.SIGKILL)

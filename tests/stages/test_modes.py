@@ -80,7 +80,7 @@ def test_reading_the_umask_does_not_change_it(tmp_path):
     for umask in (0o022, 0o027, 0o077):
         path = tmp_path / f"{umask}.safetensors"
         subprocess.run(
-            [sys.executable, "-c", code, path], cwd=ROOT, check=True, preexec_fn=lambda it=umask: os.umask(it)
+            [sys.executable, "-c", code, path], cwd=ROOT, check=True, preexec_fn=lambda mask=umask: os.umask(mask)
         )
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 

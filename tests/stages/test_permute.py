@@ -29,7 +29,7 @@ from tests import families, launches
 from tests.conftest import PRUNE, QUICK
 from tests.images import classifiers
 
-WORLD = [it for it in QUICK if not it.startswith(("stages", "finetune", "evaluate"))]
+WORLD = [setting for setting in QUICK if not setting.startswith(("stages", "finetune", "evaluate"))]
 # of the tiny models: which matrices' inputs are reordered
 KINDS = {
     "llama": {"self_attn.o_proj.weight", "mlp.down_proj.weight"},  # grouped-query attention
@@ -72,9 +72,9 @@ def rows(folder: Path) -> list[dict]:
 
 def reordered_from(before: torch.Tensor, after: torch.Tensor) -> bool:
     """Whether the same values are there, and in the same rows or columns but for their order."""
-    ordered = [it.float().flatten(0, -2) for it in (before, after)]
-    by_row = [it.sort(1).values[it.sort(1).values[:, 0].argsort()] for it in ordered]
-    by_column = [it.sort(0).values[:, it.sort(0).values[0].argsort()] for it in ordered]
+    ordered = [tensor.float().flatten(0, -2) for tensor in (before, after)]
+    by_row = [matrix.sort(1).values[matrix.sort(1).values[:, 0].argsort()] for matrix in ordered]
+    by_column = [matrix.sort(0).values[:, matrix.sort(0).values[0].argsort()] for matrix in ordered]
     return torch.equal(*by_row) or torch.equal(*by_column)
 
 
@@ -82,7 +82,7 @@ QUICK_KINDS = ("llama", "gpt2")
 
 
 @pytest.mark.parametrize(
-    "family", [it if it in QUICK_KINDS else pytest.param(it, marks=pytest.mark.slow) for it in KINDS]
+    "family", [family if family in QUICK_KINDS else pytest.param(family, marks=pytest.mark.slow) for family in KINDS]
 )
 def test_the_permuted_model_is_the_dense_one_in_another_order(family, tmp_path):
     (tmp_path / "dense").mkdir()
@@ -90,17 +90,19 @@ def test_the_permuted_model_is_the_dense_one_in_another_order(family, tmp_path):
     model = permuted(tmp_path / "dense", tmp_path / "permute", *tokens(tmp_path))
     found = rows(tmp_path / "permute")
     names = [re.sub(r"\[\d+\]", "[*]", row["matrix"]) for row in found]
-    assert {next((kind for kind in KINDS[family] if it.endswith(f".{kind}")), it) for it in names} == KINDS[family]
+    assert {next((kind for kind in KINDS[family] if name.endswith(f".{kind}")), name) for name in names} == KINDS[
+        family
+    ]
     assert all(float(row["kept_after"]) >= float(row["kept_before"]) for row in found)
     assert sum(bool(row["order"]) for row in found) >= 0.8 * len(found)
 
     recipe = reader.load([f"model={tmp_path}/dense", "stages=[prune]"])
-    dense, other = (loading.load(it, recipe) for it in (tmp_path / "dense", model))
+    dense, other = (loading.load(folder, recipe) for folder in (tmp_path / "dense", model))
     with torch.no_grad():
-        expected, given = (it(input_ids=families.text(2, 20, 7), use_cache=False).logits for it in (dense, other))
+        expected, given = (model(input_ids=families.text(2, 20, 7), use_cache=False).logits for model in (dense, other))
     assert (expected - given).abs().max() < 1e-5 * expected.abs().max()
 
-    before, after = (dict(model_files.tensors(it)) for it in (tmp_path / "dense", model))
+    before, after = (dict(model_files.tensors(folder)) for folder in (tmp_path / "dense", model))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert bool(changed) == bool(KINDS[family])
@@ -220,7 +222,7 @@ def test_masks_are_of_the_permuted_model_alone(tiny_llama, tmp_path, typed, monk
     for name, tensor in model_files.tensors(tmp_path / "applied"):
         assert torch.equal(tensor, pruned[name]), name
 
-    dense, other = (AutoModelForCausalLM.from_pretrained(it) for it in (tiny_llama, model))
+    dense, other = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_llama, model))
     with pytest.raises(UserError, match="use the model that was pruned"):
         espalier.apply(dense, masks)
     espalier.apply(other, masks)

@@ -195,7 +195,9 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
     (tmp_path / "r.yaml").write_text("model: ~/model\nstages: [prune]\nevaluate: {tasks: [~/t.yaml, boolq]}\n")
     more = ["run_dir=~/runs/x", "mirror=~/hub", "prune.method=~/own.py"]
     loaded = reader.load(["recipe=~/r.yaml", *more])
-    assert [loaded.model, loaded.run_dir, loaded.mirror] == [f"{tmp_path}/{it}" for it in ("model", "runs/x", "hub")]
+    assert [loaded.model, loaded.run_dir, loaded.mirror] == [
+        f"{tmp_path}/{name}" for name in ("model", "runs/x", "hub")
+    ]
     assert loaded.prune.method == f"{tmp_path}/own.py"
     assert loaded.evaluate.tasks == [f"{tmp_path}/t.yaml", "boolq"]
     with pytest.raises(UserError, match="run_dir=~nobody-here/x: there is no such home folder"):

@@ -61,7 +61,9 @@ def stage_fingerprints(recipe: Recipe = Recipe()) -> dict[str, dict[str, str]]: 
 def changed(before: dict[str, dict[str, str]]) -> dict[str, set[str]]:
     """The packages by stage whose code has changed."""
     now = stage_fingerprints()
-    packages_by_stage = {name: {it for it in now[name] if now[name][it] != before[name].get(it)} for name in now}
+    packages_by_stage = {
+        name: {package for package in now[name] if now[name][package] != before[name].get(package)} for name in now
+    }
     return {name: packages for name, packages in packages_by_stage.items() if packages}
 
 
@@ -179,7 +181,10 @@ def test_the_fingerprint_follows_every_import():
 
 
 def test_the_packages_that_each_stage_uses():
-    used = {name: {it.removeprefix("pipeline/") for it in packages} for name, packages in stage_fingerprints().items()}
+    used = {
+        name: {package.removeprefix("pipeline/") for package in packages}
+        for name, packages in stage_fingerprints().items()
+    }
     assert {"pruning", "engine", "sparsity", "models", "data", "callbacks"} <= used["prune"]
     assert "recovery" in used["finetune"] and "evaluation" in used["evaluate"] and "reporting" in used["report"]
     assert not used["prune"] & {"recovery", "evaluation", "reporting", "runtime", "settings"}
