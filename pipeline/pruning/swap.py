@@ -17,7 +17,7 @@ from pipeline.sparsity.patterns import NofM
 CANDIDATES = 16  # pruned and kept weights each whose pairs are compared in a row without groups; 64 gave the same error
 REFRESH = 32  # exchanges after which the products with the Gram matrix are recomputed, to limit rounding errors
 SMALLEST = 1e-6  # share of a row's error that an exchange must remove; smaller gains are below fp32 accuracy
-TILE = 1 << 17  # weights of the rows that a CPU works on at a time, whose state stays in its cache
+TILE = 1 << 17  # weights that each core works on at a time, so that the state of their rows stays in its cache
 
 # exchange(dense_RI, weight_RI, mask_RI, product_RI, gram_II, done_R, group, exchanges, smallest): makes at most `exchanges`
 # exchanges in each row that is not done, in the weights and the mask; sets `done_R` where none is left
@@ -69,7 +69,7 @@ def exchange_by_torch(
     smallest: float,
 ) -> None:
     find = _BestPair(gram_II) if group is None else _BestPairInGroups(gram_II, group)
-    rows = len(dense_RI) if dense_RI.is_cuda else max(1, TILE // dense_RI.shape[1])
+    rows = len(dense_RI) if dense_RI.is_cuda else max(1, TILE * torch.get_num_threads() // dense_RI.shape[1])
     tensors = (dense_RI, weight_RI, mask_RI, product_RI, done_R)
     for tile in zip(*(tensor.split(rows) for tensor in tensors)):
         _exchange(*tile, gram_II, find, exchanges, smallest)
