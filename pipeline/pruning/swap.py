@@ -90,6 +90,8 @@ def _exchange(
     rows_R = torch.where(~done_R)[0]  # the rows that may still improve; what follows are copies of these
     dense, weight, mask, product = (tensor[rows_R] for tensor in (dense_RI, weight_RI, mask_RI, product_RI))
     for _ in range(exchanges):
+        if not len(rows_R):
+            return
         error, kept = dense - weight, mask.float()
         step = torch.addcmul(weight, dense, kept - 1)  # `where` takes five times longer on a CPU
         alone = step * (2 * product + step * diagonal_I)
@@ -102,8 +104,6 @@ def _exchange(
             rows_R, dense, weight, mask, product, step, pair_R2 = (
                 tensor[better_R] for tensor in (rows_R, dense, weight, mask, product, step, pair_R2)
             )
-            if not len(rows_R):
-                return
         steps_R2, (restored_R, removed_R) = step.gather(1, pair_R2), pair_R2.T
         product += steps_R2[:, :1] * gram_II[restored_R] + steps_R2[:, 1:] * gram_II[removed_R]
         every_R = torch.arange(len(rows_R), device=rows_R.device)

@@ -1,5 +1,5 @@
 """The exchanges of `swap.swap` within groups: one Triton kernel makes several. In torch each takes 40 launches, and
-temporaries of M times the matrix.
+temporaries of several times the matrix.
 
 Shapes: R = rows, I = inputs, G = groups of M consecutive inputs, C = inputs read at a time. A program is one row; the row's
 state stays in the GPU's memory.

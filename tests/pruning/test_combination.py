@@ -73,6 +73,19 @@ def test_swaps_never_add_error_and_keep_the_pattern(sparsity, updated):
     assert after.sum() < 0.95 * errors(dense_RI, weight_RI, gram_II).sum()
 
 
+@pytest.mark.parametrize("sparsity", [*PATTERNS, "1of16"])
+def test_rows_are_exchanged_in_tiles(sparsity, monkeypatch):
+    """The rows of a tile may all be done before those of another."""
+    dense_RI, x_NI = problem()
+    dense_RI[2:6] = 0
+    mask_RI = parse(sparsity).select(dense_RI.abs())
+    given = (dense_RI, dense_RI * mask_RI, mask_RI, x_NI.T @ x_NI, getattr(parse(sparsity), "m", None), 50)
+    expected = swap(*given)
+    monkeypatch.setattr("pipeline.pruning.swap.TILE", 2 * dense_RI.shape[1])
+    assert torch.equal(swap(*given), expected) and not torch.equal(expected, mask_RI)
+    assert swap(*(tensor[:0] for tensor in given[:3]), *given[3:]).shape == (0, dense_RI.shape[1])
+
+
 @pytest.mark.parametrize("pattern", [NofM(2, 4), Unstructured(0.5)])
 def test_one_swap_is_the_best_of_all(pattern):
     """Compared with every exchange that keeps the pattern."""
