@@ -152,9 +152,13 @@ class _Measurements:
         return self._cached(key | {"column": self.settings.column}, lambda: self._image_answers(spec, source))
 
     def continuations(self, prompts: list[str]) -> tuple[list[str], str | None]:
-        """The texts, or none and why the model cannot generate."""
+        """The texts, or none and why the model cannot generate, which is not cached: another version of transformers may."""
         key = {"prompts": prompts, "tokens": self.settings.continuation_tokens}
-        return processes.from_main(self._cached(key, lambda: self._continuations(prompts)))
+        try:
+            found = self._cached(key, lambda: self._continuations(prompts)), None
+        except continuations.CannotGenerate as error:
+            found = [], str(error)
+        return processes.from_main(found)
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
@@ -216,15 +220,11 @@ class _Measurements:
         batch_size = placement.batch_number(self.settings.batch_size)
         return accuracy.right_answers(self._model, shown, batch_size, *self._share[:2], _all_sum, report)
 
-    def _continuations(self, prompts: list[str]) -> tuple[list[str], str | None] | None:
+    def _continuations(self, prompts: list[str]) -> list[str] | None:
         _ = self._share  # all ranks decide the placement together
         if not processes.is_main():
             return None
-        try:
-            tokens = self.settings.continuation_tokens
-            return continuations.continuations(self._model, self._tokenizer, prompts, tokens), None
-        except continuations.CannotGenerate as error:
-            return [], str(error)
+        return continuations.continuations(self._model, self._tokenizer, prompts, self.settings.continuation_tokens)
 
     def _cached(self, about: dict[str, Any], find: Callable[[], Any]) -> Any:
         """The cached measurement, the same on all ranks; with rerun=evaluate, or if there is none, the result of `find`."""

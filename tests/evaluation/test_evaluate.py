@@ -212,6 +212,8 @@ def test_a_model_that_cannot_generate_is_measured(tmp_path, typed):
     written = results(tmp_path / "runs/one")
     assert written["protocol"]["notes"][-1].startswith("no continuations")
     assert written["models"]["dense"]["continuations"] == []
+    cached = [json.loads(path.read_text())["about"] for path in cached_measurements(tmp_path / "runs")]
+    assert not any("prompts" in about for about in cached)  # it is tried again, perhaps with another transformers
 
 
 @pytest.mark.slow
