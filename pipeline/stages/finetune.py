@@ -33,11 +33,8 @@ from pipeline.tasks.task import Samples
 
 
 def check(recipe: Recipe) -> None:
-    """Raises `UserError` for settings that do not fit the model: precision, length, targets, dtype, checkpointing."""
-    if "finetune" not in recipe.stages:
-        return
-    precision(recipe.finetune.precision)
-    if recipe.model is None:
+    """Raises `UserError` for settings that do not fit the model: length, targets, dtype, checkpointing."""
+    if "finetune" not in recipe.stages or recipe.model is None:
         return
     folder = loading.locate(recipe.model, recipe.revision)
     config, settings = loading.config(folder, recipe), recipe.finetune

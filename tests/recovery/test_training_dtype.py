@@ -12,10 +12,10 @@ from pipeline.engine.blocks import find_blocks
 from pipeline.models import model_files
 from pipeline.recovery import sharding
 from pipeline.recovery.training_dtype import frozen_dtype, precision, weights_dtype
-from pipeline.runtime import processes
+from pipeline.runtime import checksums, processes
 from pipeline.runtime.errors import UserError
-from pipeline.settings import reader
-from pipeline.stages import finetune, prune
+from pipeline.settings import reader, schema
+from pipeline.stages import finetune, preflight, prune
 from tests.conftest import QUICK
 
 
@@ -75,7 +75,18 @@ def test_float16_needs_a_gpu(tiny_llama, monkeypatch):
     small = reader.load(["recipe=tiny", "finetune.precision=16-mixed"])  # whose model is trained by the run
     for recipe in (small, settings(tiny_llama, "stages=[prune,finetune]", "finetune.precision=16-mixed")):
         with pytest.raises(UserError, match="16-mixed needs a GPU.* set finetune.precision=bf16-mixed"):
-            finetune.check(recipe)
+            preflight.check(recipe)
+
+
+def test_a_finished_training_may_be_evaluated_without_its_gpu(tiny_llama, tmp_path, monkeypatch):
+    """The same command was refused on a machine without one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    same = (tiny_llama, f"run_dir={tmp_path}", "finetune.precision=16-mixed")
+    checksums.write(tmp_path / "finetune", {"recipe": schema.plain(settings(*same))})
+    preflight.check(settings(*same))
+    for more in ("rerun=[finetune]", "finetune.max_steps=7", f"model={tmp_path}"):
+        with pytest.raises(UserError, match="16-mixed needs a GPU"):
+            preflight.check(settings(*same, more))
 
 
 @pytest.fixture
