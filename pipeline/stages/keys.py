@@ -70,7 +70,7 @@ def difference(before: dict, now: dict, prefix: str = "") -> str:
 
 def _named(prefix: str, key: str) -> str:
     """A setting by its key, an input in words."""
-    words = {"model": "the model's files", "own_code": "your code", f"read.{key}": f"the result of {key}"}
+    words = {"model": "the model folder", "own_code": "your code", f"read.{key}": f"the result of {key}"}
     words |= {f"data.{key}": key, f"tasks.{key}": f"the task {key}"}
     return words.get(f"{prefix}{key}", f"{prefix}{key}")
 

@@ -156,7 +156,7 @@ def test_convolutions_that_become_prunable_are_permuted_too(tiny_llama, tmp_path
         ({"data": {"c4": "a"}}, {"data": {"c4": "b"}}, "c4 changed"),
         ({"data": {}}, {"data": {"world@test": "None"}}, "world@test is new"),
         ({"tasks": {"boolq": "a", "rte": "b"}}, {"tasks": {"boolq": "a"}}, "the task rte was left out"),
-        ({"model": "a", "read": {"prune": "c"}}, {"model": "b", "read": {"prune": "d"}}, "the model's files changed"),
+        ({"model": "a", "read": {"prune": "c"}}, {"model": "b", "read": {"prune": "d"}}, "the model folder changed"),
         ({"read": {"prune": "c"}}, {"read": {"prune": "d"}}, "the result of prune changed"),
         ({"code": {"data": "a", "engine": "b"}}, {"code": {"data": "a", "engine": "c"}}, "the code of engine changed"),
     ],
