@@ -11,8 +11,16 @@ from pipeline.models import loading, model_files
 from pipeline.runtime import checksums, code, files
 from pipeline.settings.schema import READERS, STAGES, Recipe, Stage, own_code, section
 
-# what a stage is made from besides settings, the first reason to name first
-INPUTS = ("model", "data", "tasks", "own_code", "read", "code")
+# what a stage is made from besides settings, and the words for it
+INPUTS = {
+    "model": "the model folder",
+    "own_code": "your code",
+    "data": "",
+    "tasks": "the task ",
+    "read": "the result of ",
+    "code": "the code of ",
+}
+CHANGED = "changed"
 OUTCOME = (".safetensors", "results.json")  # the files that other stages read; tables also hold times
 
 
@@ -40,7 +48,7 @@ def reason_to_run(finished: Path, made_from: dict, forced: bool = False) -> str 
     before = checksums.read(finished) or {}
     if before.get("key") != files.digest(made_from):
         if before:
-            return difference(before["made_from"], made_from)
+            return _reason(before["made_from"], made_from)
         return f"{finished / checksums.STAGE_FILE} is damaged or missing" if finished.exists() else ""
     if forced:
         return f"rerun={finished.name}"
@@ -50,29 +58,41 @@ def reason_to_run(finished: Path, made_from: dict, forced: bool = False) -> str 
 
 
 def difference(before: dict, now: dict, prefix: str = "") -> str:
-    """The first setting that differs, such as `finetune.lr 0.1 -> 0.2`, or else what changed of its inputs or of the code."""
-    order = () if prefix else INPUTS
-    for key in sorted(before.keys() | now.keys(), key=lambda key: (order.index(key) if key in order else -1, key)):
+    """The first setting that differs, such as `finetune.lr 0.1 -> 0.2`."""
+    for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
-        if not prefix and key == "code" and old != new:
-            old = old if isinstance(old, dict) else {}  # written by a version without it
-            return f"the code of {', '.join(sorted(name for name in new if old.get(name) != new[name]))} changed"
         if isinstance(old, dict) and isinstance(new, dict):
             if old != new:
                 return difference(old, new, f"{prefix}{key}.")
-        elif old != new or (key in before) != (key in now):
-            name, value = _named(prefix, key), f"{old} -> {new}"
-            if name != f"{prefix}{key}":
-                value = "changed"  # from one hash to another
-            return f"{name} {value if key in before and key in now else 'is new' if key in now else 'was left out'}"
-    return "unfinished"
+        elif change := _change(key, before, now):
+            return f"{prefix}{key} {old} -> {new}" if change == CHANGED else f"{prefix}{key} {change}"
+    return "none"
 
 
-def _named(prefix: str, key: str) -> str:
-    """A setting by its key, an input in words."""
-    words = {"model": "the model folder", "own_code": "your code", f"read.{key}": f"the result of {key}"}
-    words |= {f"data.{key}": key, f"tasks.{key}": f"the task {key}"}
-    return words.get(f"{prefix}{key}", f"{prefix}{key}")
+def _reason(before: dict, now: dict) -> str:
+    """What differs between two results of `made_from`: a setting, else an input, whose hash says nothing to a reader, else the
+    project's code."""
+    settings = [{key: value for key, value in content.items() if key not in INPUTS} for content in (before, now)]
+    if settings[0] != settings[1]:
+        return difference(*settings)
+    for key in ("model", "own_code"):
+        if change := _change(key, before, now):
+            return f"{INPUTS[key]} {change}"
+    for kind in ("data", "tasks", "read"):
+        old, new = before.get(kind) or {}, now.get(kind) or {}
+        for name in sorted(old.keys() | new.keys()):
+            if change := _change(name, old, new):
+                return f"{INPUTS[kind]}{name} {change}"
+    old, new = before.get("code"), now.get("code") or {}
+    old = old if isinstance(old, dict) else {}  # written by a version without it
+    packages = sorted(name for name in new if old.get(name) != new[name])
+    return f"the code of {', '.join(packages)} changed" if packages else "unfinished"
+
+
+def _change(key: str, before: dict, now: dict) -> str | None:
+    if (key in before) != (key in now):
+        return "is new" if key in now else "was left out"
+    return CHANGED if before.get(key) != now.get(key) else None
 
 
 def external_inputs(recipe: Recipe) -> dict[str, dict[str, Any]]:

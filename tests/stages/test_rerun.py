@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runtime import code
+from pipeline.runtime import checksums, code
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
 from pipeline.settings.schema import STAGES, Recipe
-from pipeline.stages.keys import difference, stage_code
+from pipeline.stages import keys
+from pipeline.stages.keys import stage_code
 from tests.conftest import QUICK, ROOT, typing
 
 ALL = (
@@ -161,8 +162,13 @@ def test_convolutions_that_become_prunable_are_permuted_too(tiny_llama, tmp_path
         ({"code": {"data": "a", "engine": "b"}}, {"code": {"data": "a", "engine": "c"}}, "the code of engine changed"),
     ],
 )
-def test_the_reason_to_run_again_is_in_words(before, now, reason):
-    assert difference(before, now) == reason
+def test_the_reason_to_run_again_is_in_words(tmp_path, before, now, reason):
+    checksums.write(tmp_path, {"key": "another", "made_from": before})
+    assert keys.reason_to_run(tmp_path, now) == reason
+
+
+def test_settings_that_differ_between_processes_are_named():
+    assert keys.difference({"model": "a", "seed": 1}, {"model": "b", "seed": 2}) == "model a -> b"
 
 
 @pytest.mark.parametrize(
