@@ -2,12 +2,14 @@
 settings and the code that measures."""
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import dispatch_model, infer_auto_device_map
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -28,7 +30,6 @@ from pipeline.evaluation.tasks import identity
 from pipeline.evaluation.zero_shot import mean_accuracy, zero_shot
 from pipeline.models import loading, model_files, placement
 from pipeline.runtime import code, files, processes
-from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 
 
@@ -54,15 +55,16 @@ class Subject:
     def is_compact(self) -> bool:
         return (self.folder / MANIFEST).is_file()
 
-    def _load_compact(self, recipe: Recipe, **where: Any) -> nn.Module:
-        """As it is on the CPU, where it has kernels; elsewhere as a dense model of the same values."""
-        if where:
-            raise UserError(
-                "a compact model cannot be split over devices: leave export out of stages, or set evaluate.tasks=[] and "
-                "evaluate.continuations=0"
-            )
+    def _load_compact(self, recipe: Recipe, device_map: str | None = None, max_memory: dict | None = None) -> nn.Module:
+        """As it is on the CPU, where it has kernels; elsewhere, and if it is split over devices, as a dense model of the same
+        values."""
         model = load_compact(self.folder, recipe)
-        return model if processes.device().type == "cpu" else make_dense(model)
+        if device_map is None:
+            return model if processes.device().type == "cpu" else make_dense(model)
+        make_dense(model)
+        limits = {**(max_memory or {}), "cpu": sys.maxsize}  # it is in host memory already
+        devices = infer_auto_device_map(model, limits, no_split_module_classes=model._no_split_modules)
+        return dispatch_model(model, devices, skip_keys=model._skip_keys_device_placement)
 
     def identity(self) -> str:
         """A hash of the model folder and the adapter."""

@@ -41,6 +41,17 @@ def test_an_exact_folder_is_not_evaluated_again(run, tiny_llama):
     assert list(json.loads((folder / "evaluate/results.json").read_text())["models"]) == ["dense", "pruned"]
 
 
+@pytest.mark.parametrize("placement", ["stream", "device_map"])
+def test_placement_does_not_change_results(run, tiny_llama, placement):
+    folder = run.parent / placement / "run"  # measurements are cached next to a run
+    stages = "stages=[prune,export,evaluate]"
+    more = (stages, "export.values=int8", "prune.sparsity=0.5", f"model={tiny_llama}", f"run_dir={folder}")
+    runner.run(reader.load([*QUICK, *more, f"evaluate.placement={placement}"]))
+    here, there = (json.loads((of / "evaluate/results.json").read_text())["models"]["compact"] for of in (run, folder))
+    assert there["perplexity"] == pytest.approx(here["perplexity"], rel=1e-5)
+    assert there["continuations"] == here["continuations"]
+
+
 @torch.no_grad()
 def test_made_dense_it_computes_the_same(run):
     ids = torch.arange(24)[None]
