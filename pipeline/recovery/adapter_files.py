@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.recovery import sharding
-from pipeline.recovery.lora import adapt, base_sample, refresh_all
+from pipeline.recovery.lora import adapt, base_sample, name_in_files, refresh_all
 from pipeline.recovery.masked_linear import ADAPTER
 from pipeline.runtime import files
 from pipeline.runtime.errors import UserError
@@ -56,6 +56,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         raise UserError(f"{folder / WEIGHTS} cannot be read: {error}") from error
     sample = {name.removeprefix(BASE): saved.pop(name) for name in list(saved) if name.startswith(BASE)}
     _check_base(sample, base_sample(model, masks, config), folder)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     adapt(model, masks, config, cached=not config.lora_dropout, recompute=True)
     trained = {_saved_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     if differ := saved.keys() ^ trained.keys():
@@ -64,6 +65,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         if parameter.shape != saved[name].shape:
             raise UserError(f"{folder / WEIGHTS} does not fit the model: {name} has shape {tuple(saved[name].shape)}")
         parameter.data.copy_(saved[name])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.endswith("bias"):  # trained in float32
+            parameter.data = parameter.data.to(dtypes[name_in_files(name)])
     refresh_all(model)
     return model
 

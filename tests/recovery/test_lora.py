@@ -152,6 +152,20 @@ def test_the_saved_adapter_restores_the_model(tmp_path):
         PeftModel.from_pretrained(pruned, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+@torch.no_grad()
+def test_an_adapter_with_biases_runs_on_a_model_of_16_bits(tmp_path, bias):
+    """Training has its biases in float32, which norms and convolutions of 16 bits refuse."""
+    pruned, masks = with_masks(small_model("gpt2").bfloat16())
+    masks.save(tmp_path / "masks.safetensors")
+    settings = Finetune(rank=4, bias=bias, precision="bf16-mixed")
+    adapted = lora.attach(copy.deepcopy(pruned), masks, settings)
+    adapter_files.save_adapter(adapted, tmp_path / "masks.safetensors", tmp_path / "adapter")
+    again = adapter_files.load_adapter(copy.deepcopy(pruned), tmp_path / "adapter")
+    ids = torch.randint(3, 61, (2, 16))
+    assert torch.equal(again(ids).logits, pruned(ids).logits)  # B is zero
+
+
 def test_bad_input_says_what_to_set(tmp_path):
     model, masks = with_masks(small_model("llama"))
     with pytest.raises(
