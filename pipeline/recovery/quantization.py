@@ -1,7 +1,7 @@
 """Quantised base weights under a LoRA (bitsandbytes): how to load them, and how to dequantise them."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 
@@ -13,6 +13,14 @@ def configuration(kind: str | None) -> BitsAndBytesConfig | None:
     if kind == "nf4":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def keep_layout_(model: nn.Module) -> None:
+    """On a CPU with AVX512-BF16, bitsandbytes repacks a layer's 4-bit weights at its first call in evaluation mode: from then
+    on no gradient passes through the layer, and widths must be multiples of 64. A validation would change the training."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def dequantized(weight: Tensor) -> Tensor:

@@ -68,7 +68,9 @@ def load(folder: Path, recipe: Recipe) -> nn.Module:
         if all(buffer.dtype.itemsize != 2 for buffer in model.buffers()):
             return model if sharded else in_float32(model.to(device))
     dtype = weights_dtype(settings, stored_dtype(loading.config(folder, recipe), recipe))
-    return loading.load(folder, recipe, dtype, quantized)
+    model = loading.load(folder, recipe, dtype, quantized)
+    quantization.keep_layout_(model)
+    return model
 
 
 def load_teacher(folder: Path, recipe: Recipe) -> nn.Module:
