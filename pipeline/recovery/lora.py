@@ -73,14 +73,14 @@ def base_sample(model: nn.Module, masks: Masks, config: LoraConfig) -> dict[str,
     return sample
 
 
-def lora_config(model: nn.Module, masks: Masks, settings: Finetune) -> LoraConfig:
-    """peft's configuration for the masked matrices that `settings` chooses."""
+def lora_config(model: nn.Module, matrices: Iterable[str], settings: Finetune) -> LoraConfig:
+    """peft's configuration for those of the pruned matrices that `settings` chooses."""
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         bias=settings.bias,
-        target_modules=targets(masks, settings.targets),
+        target_modules=targets(matrices, settings.targets),
         task_type=tasks.of(model.config).peft_type,
     )
 

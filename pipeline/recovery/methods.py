@@ -2,7 +2,7 @@
 
 import functools
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -34,6 +34,11 @@ class FinetuneMethod:
     def __init__(self, model: nn.Module, masks: Masks, settings: Finetune) -> None:
         raise NotImplementedError
 
+    @classmethod
+    def check(cls, model: nn.Module, matrices: Iterable[str], settings: Finetune) -> None:
+        """Called before the first stage. Raises `UserError` if the method cannot train the `matrices` to prune. The model has
+        no weights, and is not used again."""
+
     def mask_gradients(self) -> None:
         """Called before the gradients are clipped."""
 
@@ -50,6 +55,29 @@ class FinetuneMethod:
         """Writes what the method keeps besides the model, such as an adapter. All ranks must call."""
 
 
+def with_plain_lora(model: nn.Module, matrices: Iterable[str], settings: Finetune) -> nn.Module:
+    """Adds a LoRA of peft to those of the `matrices` that `settings` chooses. Raises `UserError` if peft would not adapt
+    exactly these: it has no LoRA for some experts and names, and redirects some targets."""
+    config = lora.lora_config(model, matrices, settings)
+    wanted, why = set(config.target_modules), ""
+    modules = {name for name, _ in model.named_modules()}
+    adapted = wanted & modules
+    if adapted == wanted:
+        try:
+            model = get_peft_model(model, config, adapter_name=lora.ADAPTER)
+            layers = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+            adapted = {name.removeprefix("base_model.model.") for name in layers}
+        except ValueError as error:
+            adapted, why = set(), f" ({textwrap.shorten(str(error), 160, placeholder=' ...')})"
+    if differ := adapted ^ wanted:
+        ends = ", ".join(sorted({name.rpartition(".")[2] for name in differ}))
+        raise UserError(
+            f"peft's LoRA cannot adapt exactly finetune.targets: {len(differ)} matrices differ, called {ends}{why}: set "
+            "other finetune.targets, or finetune.method=lora"
+        )
+    return model
+
+
 class PlainLora(FinetuneMethod):
     """The baseline of the Wanda paper (section 4.3): a dense LoRA, kept apart from the weights. Merged, it would fill the
     zeros, so there is no merged model. A and B are not masked: B starts at zero."""
@@ -58,26 +86,11 @@ class PlainLora(FinetuneMethod):
         self.model = self.attach(model, masks, settings)
 
     def attach(self, model: nn.Module, masks: Masks, settings: Finetune) -> nn.Module:
-        """Raises `UserError` if peft would not adapt exactly the targets: it has no LoRA for some experts and names, and
-        redirects some targets."""
-        config = lora.lora_config(model, masks, settings)
-        wanted, why = set(config.target_modules), ""
-        modules = {name for name, _ in model.named_modules()}
-        adapted = wanted & modules
-        if adapted == wanted:
-            try:
-                model = get_peft_model(model, config, adapter_name=lora.ADAPTER)
-                layers = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-                adapted = {name.removeprefix("base_model.model.") for name in layers}
-            except ValueError as error:
-                adapted, why = set(), f" ({textwrap.shorten(str(error), 160, placeholder=' ...')})"
-        if differ := adapted ^ wanted:
-            ends = ", ".join(sorted({name.rpartition(".")[2] for name in differ}))
-            raise UserError(
-                f"peft's LoRA cannot adapt exactly finetune.targets: {len(differ)} matrices differ, called {ends}{why}: set "
-                "other finetune.targets, or finetune.method=lora"
-            )
-        return model
+        return with_plain_lora(model, masks, settings)
+
+    @classmethod
+    def check(cls, model: nn.Module, matrices: Iterable[str], settings: Finetune) -> None:
+        with_plain_lora(model, matrices, settings)
 
     def save(self, folder: Path, masks_file: Path) -> None:
         """Writes `adapter/`. All ranks must call it."""
@@ -91,6 +104,10 @@ class MaskedLora(PlainLora):
 
     def attach(self, model: nn.Module, masks: Masks, settings: Finetune) -> nn.Module:
         return lora.attach(model, masks, settings)
+
+    @classmethod
+    def check(cls, model: nn.Module, matrices: Iterable[str], settings: Finetune) -> None:
+        """It adapts whatever can be pruned."""
 
     @functools.cached_property
     def layers(self) -> dict[str, lora.Masked]:

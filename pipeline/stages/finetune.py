@@ -40,13 +40,12 @@ def check(recipe: Recipe) -> None:
     config, settings = loading.config(folder, recipe), recipe.finetune
     loading.check_length(config, "finetune.seq_len", settings.seq_len)
     check_bias(settings, stored_dtype(config, recipe))
-    if not settings.checkpoint_activations and settings.targets == lora.ALL:
-        return
     model = loading.skeleton(folder, recipe)
     if settings.checkpoint_activations:
         check_checkpointing(model)
-    if settings.targets != lora.ALL:
-        lora.targets(allocate(find_blocks(model), recipe.prune), settings.targets)
+    matrices = allocate(find_blocks(model), recipe.prune)
+    lora.targets(matrices, settings.targets)
+    FINETUNE_METHODS.entry(settings.method).load().check(model, matrices, settings)
 
 
 def check_bias(settings: Finetune, dtype: str) -> None:

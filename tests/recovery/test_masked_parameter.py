@@ -13,10 +13,12 @@ from pipeline.recovery.lora import MaskedLinear, MaskedParameter
 from pipeline.recovery.methods import MaskedLora, PlainLora, SparseFull
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
+from pipeline.settings import reader
 from pipeline.settings.schema import Finetune
 from pipeline.sparsity.masks import Masks, apply_
+from pipeline.stages import finetune
 from pipeline.tasks.language_modeling import LanguageModeling
-from tests import launches
+from tests import families, launches
 from tests.families import tiny
 from tests.recovery.test_lora import with_masks
 
@@ -236,6 +238,15 @@ def test_a_plain_lora_refuses_what_peft_would_not_adapt(family, wanted):
         PlainLora(model, masks, Finetune(method="plain_lora", targets=wanted))
     assert "\n" not in str(raised.value)
     PlainLora(*with_masks(tiny("mixtral")), Finetune(method="plain_lora", targets=["q_proj"]))
+
+
+def test_a_plain_lora_is_refused_before_the_first_stage(tmp_path):
+    families.save("mixtral", tmp_path)
+    of = [f"model={tmp_path}", "stages=[prune,finetune]", "finetune.seq_len=32"]
+    with pytest.raises(UserError, match="peft's LoRA cannot adapt exactly .*down_proj, gate_up_proj"):
+        finetune.check(reader.load([*of, "finetune.method=plain_lora"]))
+    finetune.check(reader.load([*of, "finetune.method=plain_lora", "finetune.targets=[q_proj]"]))
+    finetune.check(reader.load(of))
 
 
 def test_layers_with_shared_weights_are_not_sharded():
