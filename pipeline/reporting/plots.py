@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -171,9 +172,7 @@ def comparison(figure: Figure, panels: list[tuple[str, pd.DataFrame]]) -> None:
             axes.errorbar(points.value, points.label, xerr=errors, linestyle="", linewidth=1.2, label=pattern, **look)
         if len(sparse) and finite.value.min() > 0 and finite.value.max() > 8 * finite.value.min():
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
-            axes.xaxis.set_minor_locator(NullLocator())
+            _logarithmic(axes.xaxis)
         axes.margins(y=0.5 / max(1, sparse.label.nunique()))
         axes.invert_yaxis()
         axes.set_title(title)
@@ -197,10 +196,18 @@ def quality_and_speed(figure: Figure, panels: list[tuple[str, pd.DataFrame]]) ->
             axes.plot(points.speed, points.perplexity, marker, color=colour, label=f"{label}, {pattern}")
         if part.perplexity.max() > 8 * part.perplexity.min() > 0:
             axes.set_yscale("log")
+            _logarithmic(axes.yaxis)
         axes.margins(0.15)
         axes.set(title=title, xlabel="decode speed, × of the dense model", ylabel="perplexity")
     handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside right upper")
+
+
+def _logarithmic(axis: Axis) -> None:
+    """Plain numbers at 1, 2, 5, 10: matplotlib's own ticks are math, which is not parsed here."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _line(axes: Axes, points: pd.Series, colour: str, label: str | None = None) -> Line2D:

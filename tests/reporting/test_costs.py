@@ -3,9 +3,10 @@
 import json
 import shutil
 
+import pandas as pd
 import pytest
 
-from pipeline.reporting import costs
+from pipeline.reporting import costs, plots
 from pipeline.runtime import checksums
 from pipeline.settings import reader, schema
 from tests.reporting.test_compare import compared, write_run
@@ -132,7 +133,16 @@ def test_the_cells_of_a_sweep_over_speed_are_two_measures(tmp_path):
         place = next(place for place, row in enumerate(table) if f"batch 1, speed.threads={threads}" in row[0])
         assert table[place + 1] == ["Wanda + LoRA", gain]
     assert "equal settings" not in (tmp_path / "out/compare.md").read_text()
-    assert "speed.threads=2" in Page((tmp_path / "out/compare_speed.svg").read_text()).text
+    plot = Page((tmp_path / "out/compare_speed.svg").read_text()).text
+    assert "speed.threads=2" in plot
+
+
+def test_a_logarithmic_axis_has_plain_numbers():
+    """It had the source of matplotlib's math text, which is not parsed because names may hold a $."""
+    rows = [("dense", "-", False, 4.6, 1.0), ("Wanda", "2:4", True, 62.0, 2.0)]
+    part = pd.DataFrame(rows, columns=["label", "pattern", "is_sparse", "perplexity", "speed"])
+    plot = plots.quality_and_speed([("text", part)])
+    assert "mathdefault" not in plot and all(f">{number}<" in plot for number in (5, 10, 20, 50))
 
 
 def write_costs(run, speed: dict, *settings: str) -> None:
