@@ -86,7 +86,7 @@ def _reason(before: dict, now: dict) -> str:
     old, new = before.get("code"), now.get("code") or {}
     old = old if isinstance(old, dict) else {}  # written by a version without it
     packages = sorted(name for name in new if old.get(name) != new[name])
-    return f"the code of {', '.join(packages)} changed" if packages else "unfinished"
+    return f"{INPUTS['code']}{', '.join(packages)} changed" if packages else "unfinished"
 
 
 def _change(key: str, before: dict, now: dict) -> str | None:
