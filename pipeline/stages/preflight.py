@@ -37,7 +37,7 @@ def check(recipe: Recipe) -> None:
     """Raises `UserError` for the first problem; prints warnings. All ranks must call."""
     if "finetune" in recipe.stages:
         batch_per_process(recipe.finetune, processes.world_size())
-        if not is_done(recipe, "finetune"):
+        if not _is_done(recipe, "finetune"):
             precision(recipe.finetune.precision)
     for line in processes.from_main(_check(recipe) if processes.is_main() else None):
         processes.say(line)
@@ -67,7 +67,7 @@ def _check(recipe: Recipe) -> list[str]:
     for stage, source in texts:
         if task.reads_text:
             _check_text(recipe, stage, source, processor, config)
-        elif not is_done(recipe, stage):
+        elif not _is_done(recipe, stage):
             _check_images(recipe, stage, source, processor, config)
     return warnings
 
@@ -162,7 +162,7 @@ def _check_packages(recipe: Recipe) -> None:
 
 def _check_task_data(recipe: Recipe) -> None:
     """Raises `UserError` if a task's data cannot be loaded offline; `check_tasks` has checked names and mirror."""
-    if "evaluate" not in recipe.stages or recipe.mirror or is_done(recipe, "evaluate"):
+    if "evaluate" not in recipe.stages or recipe.mirror or _is_done(recipe, "evaluate"):
         return
     for task, dataset in hub_data(recipe.evaluate.tasks).items():
         if caches.is_missing(dataset):
@@ -182,7 +182,7 @@ def _check_text(recipe: Recipe, stage: str, source: sources.Source, tokenizer: A
         world.check_split(source.split)  # generating it takes a second
     if source.is_local:
         rows = sources.first_rows(source)
-    elif is_done(recipe, stage) or (source.name == "world" and stage != "evaluate" and loss == "all"):
+    elif _is_done(recipe, stage) or (source.name == "world" and stage != "evaluate" and loss == "all"):
         return
     else:
         rows = iter(sources.documents(source))
@@ -228,7 +228,7 @@ def _check_amount(recipe: Recipe, stage: str, source: sources.Source, tokenizer:
         raise UserError(message if str(source) in message else f"{source}: {message}") from error
 
 
-def is_done(recipe: Recipe, stage: str) -> bool:
+def _is_done(recipe: Recipe, stage: str) -> bool:
     """Whether the stage is finished with these settings, perhaps on another machine."""
     before, now = (checksums.read(Path(recipe.run_dir) / stage) or {}).get("recipe") or {}, plain(recipe)
     same = all(before.get(key) == now[key] for key in ("model", "revision", READERS[stage]))
