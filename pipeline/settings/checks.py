@@ -25,8 +25,8 @@ def check(recipe: Recipe) -> None:
             "set prune.target=pruned, or calibration.activations=pruned"
         )
     for glob, value in recipe.prune.overrides.items():
-        if value != "dense":
-            PATTERNS.entry(value, f"prune.overrides[{glob}]")
+        if value != "dense" and (problem := PATTERNS.entry(value, f"prune.overrides[{glob}]").problem(recipe.prune)):
+            raise UserError(problem)
 
 
 def _check_section(section: Any, prefix: str) -> None:

@@ -127,7 +127,9 @@ class Prune:
         choices=("pruned", "dense"),
     )
     sparsity: Any = setting(
-        "2of4", "share of weights to prune (0.5), N kept of each M (2of4), or a .py file", registry=PATTERNS
+        "2of4",
+        "share of weights to prune (0.5), N kept of each M (2of4), as_is (a pruned model's zeros), or a .py file",
+        registry=PATTERNS,
     )
     group: str = setting(
         "auto",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.registry.patterns import PATTERNS
+from pipeline.registry.patterns import AS_IS, PATTERNS
 
 CHUNK = 64  # rows per task
 WIDEST = 16  # largest group that is ranked by comparing all pairs on a GPU
@@ -142,6 +142,26 @@ class NofM(Pattern):
         return kept_OG != self.n
 
 
+@dataclass(frozen=True)
+class AsIs(Pattern):
+    """Prunes the weights that are zero already, whatever their number in a row, in a model that another program pruned. The
+    scores are magnitudes."""
+
+    def __str__(self) -> str:
+        return AS_IS
+
+    def select(self, score_OI: Tensor, whole_matrix: bool = False) -> Tensor:
+        return score_OI != 0
+
+    def violation(self, mask_OI: Tensor) -> str | None:
+        if not self.is_broken(mask_OI):
+            return None
+        return 'none of its weights is zero: add {"*NAME*": dense} to prune.overrides if it was not pruned'
+
+    def is_broken(self, mask_OI: Tensor) -> Tensor:
+        return mask_OI.all()
+
+
 def kth_lowest(score_OI: Tensor, k: int) -> Tensor:
     """The k-th lowest score of each row, counted from 1, (O, 1)."""
     k = min(k, score_OI.shape[1])
@@ -205,6 +225,7 @@ def _second_of_four(score_OG4: Tensor) -> Tensor:
 
 
 def parse(value: str | int | float, key: str = "prune.sparsity") -> Pattern:
-    """`0.5` -> Unstructured, `2of4` or `"2:4"` -> NofM, `./mine.py` -> its pattern. Errors are `UserError`s naming `key`."""
+    """`0.5` -> Unstructured, `2of4` or `"2:4"` -> NofM, `as_is` -> AsIs, `./mine.py` -> its pattern. Errors are `UserError`s
+    naming `key`."""
     entry, arguments = PATTERNS.parse(value, key)
     return entry.load()(**arguments)
