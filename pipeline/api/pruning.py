@@ -97,7 +97,7 @@ def prune(
     recipe = inputs.recipe(["prune"], seed, mirror, prune=chosen, calibration=text)
     if recipe.prune.pointwise:
         mark_pointwise(model)
-    allocate(find_blocks(model), recipe.prune)  # raises before any text is read
+    prune_stage.method_of(find_blocks(model), recipe.prune)  # raises before any text is read
     found = _samples(calibration, "calibration", recipe.calibration, "calibration", tokenizer, model, seed, mirror)
     with model_state.preserved(model):
         return prune_stage.in_memory(model, split(found, batch_size), recipe)

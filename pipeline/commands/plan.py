@@ -16,7 +16,6 @@ from pipeline.engine.blocks import find_blocks
 from pipeline.engine.coverage import Coverage
 from pipeline.engine.matrices import coverage_entries
 from pipeline.models import loading
-from pipeline.pruning.allocation import allocate
 from pipeline.runtime import checksums
 from pipeline.settings import reader
 from pipeline.settings.schema import READERS, Recipe, reconstruction_text
@@ -92,14 +91,15 @@ def _print_model(recipe: Recipe, model: nn.Module) -> None:
     if "prune" not in recipe.stages:
         return
     settings, calibrated = recipe.prune, recipe.calibration
-    patterns = allocate(blocks, settings)
-    steps = [it for key in registry.PRUNING if (it := registry.value_of(recipe, key)) != registry.NONE]
-    print(f"prune: {' + '.join(steps)}, {settings.sparsity}, {len(patterns)} matrices")
-    for name, text in Coverage(coverage_entries(model, blocks), patterns.keys()).describe(patterns):
+    method = prune.method_of(blocks, settings)
+    steps = [registry.value_of(recipe, key) for key in registry.PRUNING]
+    steps = [step for step in steps if step != registry.NONE]
+    print(f"prune: {' + '.join(steps)}, {settings.sparsity}, {len(method.patterns)} matrices")
+    for name, text in Coverage(coverage_entries(model, blocks), method.patterns.keys()).describe(method.patterns):
         print(f"  {name}: {text}")
     shape = tasks.of(model.config).sample_shape(model.config, calibrated.seq_len)
     windows = torch.empty(calibrated.samples, *shape, dtype=torch.int32, device="meta")
-    prune.plan_memory(model, list(windows.split(calibrated.batch_size)), settings, patterns)
+    prune.plan_memory(model, list(windows.split(calibrated.batch_size)), method)
 
 
 def _texts(recipe: Recipe) -> Iterator[str]:

@@ -41,6 +41,9 @@ class Combination(PruneMethod):
         super().__init__(method.settings, method.patterns)
         self.group = method.group
         self.method, self.refinement, self.weight_update = method, refinement, update
+        if refinement:
+            for pattern in method.patterns.values():
+                refinement.check(pattern)
         self.readings = method.readings
         # a method with a custom `observe`: its sum is put in front of the others
         self.is_custom = type(method).observe is not PruneMethod.observe

@@ -23,6 +23,9 @@ class Refinement:
     def __init__(self, settings: Prune) -> None:
         self.settings = settings
 
+    def check(self, pattern: Pattern) -> None:
+        """Raises `UserError` for a pattern that `refine` does not support; called before any text is read."""
+
     def refine(
         self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, statistics: Statistics, pattern: Pattern
     ) -> Tensor:
@@ -36,6 +39,9 @@ class Dsnot(Refinement):
 
     needs = (MOMENTS,)
 
+    def check(self, pattern: Pattern) -> None:
+        group_of(pattern)
+
     def refine(
         self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, statistics: Statistics, pattern: Pattern
     ) -> Tensor:
@@ -47,6 +53,9 @@ class Swaps(Refinement):
     SparseSwaps)."""
 
     needs = (GRAM,)
+
+    def check(self, pattern: Pattern) -> None:
+        group_of(pattern)
 
     def refine(
         self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, statistics: Statistics, pattern: Pattern

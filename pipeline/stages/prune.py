@@ -24,6 +24,7 @@ from pipeline.pruning.block_measure import BlockMeasure
 from pipeline.pruning.block_pruner import BlockPruner
 from pipeline.pruning.combination import prune_method
 from pipeline.pruning.dense_target import DenseTarget, packed
+from pipeline.pruning.method import PruneMethod
 from pipeline.registry import ALLOCATIONS
 from pipeline.reporting import card
 from pipeline.runtime import files, memory, processes
@@ -40,11 +41,11 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     origin = loading.dense_folder(recipe, inputs)
     model = loading.load(origin, recipe)
     settings, blocks = recipe.prune, find_blocks(model)
-    patterns = allocate(blocks, settings)  # raises before any text is read
-    coverage = tell_coverage(model, blocks, patterns)
+    method = method_of(blocks, settings)  # raises before any text is read
+    coverage = tell_coverage(model, blocks, method.patterns)
     batches = calibration.batches(recipe, recipe.calibration, "calibration", origin, model)
     dense = loading.load(origin, recipe) if settings.target == "dense" else None
-    hidden_device = plan_memory(model, batches, settings, patterns)
+    hidden_device = plan_memory(model, batches, method)
     pruner = block_pruner(blocks, lambda: loading.load(origin, recipe), batches, hidden_device, settings, folder)
     walk = LayerWalk(model, batches, hidden_device, folder, dense_outputs=recipe.calibration.activations == "dense")
     if done := walk.results.finished_before:
@@ -60,10 +61,10 @@ def in_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> Masks:
     if recipe.prune.pointwise:
         mark_pointwise(model)
     settings, blocks = recipe.prune, find_blocks(model)
-    patterns = allocate(blocks, settings)
-    tell_coverage(model, blocks, patterns)
+    method = method_of(blocks, settings)
+    tell_coverage(model, blocks, method.patterns)
     dense = copy_of(model) if settings.target == "dense" else None
-    hidden_device = plan_memory(model, batches, settings, patterns)
+    hidden_device = plan_memory(model, batches, method)
     pruner = block_pruner(blocks, lambda: model, batches, hidden_device, settings)
     dense_outputs = recipe.calibration.activations == "dense"
     walk = LayerWalk(model, batches, hidden_device, in_memory=True, dense_outputs=dense_outputs)
@@ -74,6 +75,12 @@ def in_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> Masks:
     return walk.results.masks
 
 
+def method_of(blocks: list[Block], settings: Prune) -> PruneMethod:
+    """The method that the settings choose, with the patterns before an allocation. Raises `UserError` as `allocate` and
+    `prune_method` do."""
+    return prune_method(settings, allocate(blocks, settings))
+
+
 def tell_coverage(model: nn.Module, blocks: list[Block], patterns: dict[str, Pattern]) -> Coverage:
     """Prints what will be pruned, and what stays dense and why."""
     coverage = Coverage(coverage_entries(model, blocks), patterns.keys())
@@ -82,16 +89,16 @@ def tell_coverage(model: nn.Module, blocks: list[Block], patterns: dict[str, Pat
     return coverage
 
 
-def plan_memory(model: nn.Module, batches: list[Tensor], settings: Prune, patterns: dict[str, Pattern]) -> torch.device:
+def plan_memory(model: nn.Module, batches: list[Tensor], method: PruneMethod) -> torch.device:
     """See `calibration.plan_memory`."""
-    observe = prune_method(settings, patterns).observe
-    if settings.target == "pruned":
-        return calibration.plan_memory(model, batches, settings.hidden_states, observe=observe)
+    where = method.settings.hidden_states
+    if method.settings.target == "pruned":
+        return calibration.plan_memory(model, batches, where, observe=method.observe)
 
     def pair(input_NI: Tensor) -> Tensor:
-        return packed(observe(input_NI), input_NI, input_NI)
+        return packed(method.observe(input_NI), input_NI, input_NI)
 
-    return calibration.plan_memory(model, batches, settings.hidden_states, 2, observe=pair)
+    return calibration.plan_memory(model, batches, where, 2, observe=pair)
 
 
 def prune_layers(walk: LayerWalk, pruner: BlockPruner, dense: nn.Module | None, callbacks: list[Callback]) -> None:

@@ -285,15 +285,13 @@ def test_statistics_are_observed_once():
     assert torch.equal(OBSERVE[GRAM](x_NI), swaps_and_update.observe(x_NI))
 
 
-@pytest.mark.parametrize("kind", [Swaps, Dsnot])
-def test_a_refinement_refuses_a_pattern_that_it_does_not_know(kind):
+@pytest.mark.parametrize("refine", ["swaps", "dsnot"])
+def test_a_refinement_refuses_a_pattern_that_it_does_not_know_before_any_text_is_read(refine):
     class Custom(Pattern):
         ratio = 0.5
 
-    dense_RI, x_NI = problem()
-    statistics = Sums({GRAM, MOMENTS}).read(Sums({GRAM, MOMENTS}).observe(x_NI).double(), 32)
     with pytest.raises(UserError, match="set prune.refine=none"):
-        kind(Prune()).refine(dense_RI, dense_RI, dense_RI > 0, statistics, Custom())
+        prune_method(Prune(refine=refine), {"a": Custom()})
 
 
 @pytest.mark.parametrize("kind", [Swaps, Dsnot])

@@ -11,6 +11,7 @@ from pipeline import api as espalier
 from pipeline import registry
 from pipeline.data import sources, token_windows
 from pipeline.models import loading
+from pipeline.pruning.combination import prune_method
 from pipeline.pruning.dense_target import packed, solve
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
@@ -224,7 +225,7 @@ def test_the_memory_plan_counts_the_second_model(capsys):
     planned = []
     for target in ("pruned", "dense"):
         chosen = Prune(method="sparsegpt", target=target)
-        prune.plan_memory(model, batches, chosen, {})
+        prune.plan_memory(model, batches, prune_method(chosen, {}))
         line = capsys.readouterr().out
         planned.append({key: float(re.search(rf"([\d.]+) MiB {key}", line)[1]) for key in ("to", "of hidden")})
         assert f"for {'two' if target == 'pruned' else 'three'} layers" in line
