@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.engine.blocks import Block
 from pipeline.engine.matrices import matrices
-from pipeline.pruning import obs, scores
+from pipeline.pruning import gram, scores
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Prune
 from pipeline.sparsity import patterns
@@ -83,13 +83,13 @@ class LayerError(Spread):
     """Layers whose outputs change more under Wanda at the recipe's ratio are pruned less."""
 
     def observe(self, input_NI: Tensor) -> Tensor:
-        return obs.hessian(input_NI)
+        return gram.packed(input_NI)
 
     def measure(self, weights: dict[str, Tensor], totals: dict[str, Tensor]) -> float:
         errors = []
         pattern = patterns.parse(self.settings.sparsity)
         for name, weight_OI in weights.items():
-            gram_II = obs.unpacked(totals[name], weight_OI.shape[1])
+            gram_II = gram.unpacked(totals[name], weight_OI.shape[1])
             weight_OI = weight_OI.float()
             lost_OI = weight_OI.masked_fill(pattern.select(scores.wanda(weight_OI, gram_II.diagonal())), 0)
             lost, total = (((matrix @ gram_II) * matrix).sum().item() for matrix in (lost_OI, weight_OI))

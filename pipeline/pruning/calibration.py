@@ -99,8 +99,8 @@ def _activations(block: nn.Module, tokens: int, itemsize: int, trains: bool) -> 
 
 
 def _statistics(found: dict[str, Matrix], observe: Callable[[Tensor], Tensor]) -> float:
-    """The float64 sums over the inputs of a block's matrices; where those are matrices themselves, as Hessians are, also the
-    six float32 ones that a factor is made with. Matrices of one width in one module are taken to share their inputs."""
+    """The float64 sums over the inputs of a block's matrices; for Gram matrices also the six float32 matrices that a factor is
+    made with. Matrices of one width in one module are taken to share their inputs."""
     widths: dict[tuple, int] = defaultdict(int)
     for name, matrix in found.items():
         inputs = matrix.weight_OI.shape[1]

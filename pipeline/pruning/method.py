@@ -7,7 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from pipeline.pruning import obs, statistics
+from pipeline.pruning import gram, statistics
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.readings import Readings
 from pipeline.settings.schema import Prune
@@ -88,7 +88,7 @@ class PruneMethod:
         """The Gram matrix of the inputs, (I, I) in fp32, from what `prune` gets. Raises `UserError` if it is not summed."""
         if self.statistic != statistics.GRAM or type(self).observe is not PruneMethod.observe:
             raise UserError(f"{type(self).__name__} sums no Gram matrix: set prune.update=obs or prune.target=pruned")
-        return obs.unpacked(total, next(iter(weights.values())).shape[1])
+        return gram.unpacked(total, next(iter(weights.values())).shape[1])
 
     def pattern(self, name: str, mask_OI: Tensor) -> Pattern:
         """The pattern of a mask: that of `patterns`, or the matrix's actual ratio if scores were compared over the layer."""

@@ -1,7 +1,6 @@
 """The optimal-brain-surgeon updates of SparseGPT and its ablations. Pure math, free of torch.distributed.
 
-Shapes: R = rows (of one matrix, or of several with the same input, stacked), I = in_features, B = columns of a block,
-N = tokens.
+Shapes: R = rows (of one matrix, or of several with the same input, stacked), I = in_features, B = columns of a block.
 """
 
 import functools
@@ -20,86 +19,27 @@ ROW_TILE = 512  # rows of a product on a GPU, where rounding depends on the shap
 WIDTH = 32  # columns within a block that are updated one by one, before one product updates the rest of the block
 
 
-def hessian(input_NI: Tensor) -> Tensor:
-    """X^T X in fp32, its upper triangle packed into one row for `unpacked`: half the products, and half the numbers to sum
-    over batches and ranks. A common factor (SparseGPT: 2/n) changes neither masks nor updates.
-
-    On GPUs that can, 16-bit inputs are multiplied on tensor cores, whose products are exact and are summed in fp32."""
-    in_16_bits = multiplies_16_bits(input_NI.device, input_NI.dtype)
-    if not in_16_bits:
-        input_NI = input_NI.float()
-    inputs = input_NI.shape[1]
-    packed = input_NI.new_empty(packed_length(inputs), dtype=torch.float32)
-    for first, rows, band in _views(packed, inputs):
-        left, right = input_NI[:, first : first + rows].T, input_NI[:, first:]
-        if in_16_bits:
-            torch.mm(left, right, out_dtype=torch.float32, out=band)
-        else:
-            torch.mm(left, right, out=band)
-    return packed
-
-
-@functools.cache
-def multiplies_16_bits(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `torch.mm` multiplies 16-bit inputs with fp32 results: on CUDA since torch 2.8. Tried once."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    try:
-        inputs = torch.full((8, 16), 256.0, dtype=dtype, device=device)  # sums of 8 * 2^16, too large for fp16
-        out = torch.empty(8, 16, dtype=torch.float32, device=device)
-        torch.mm(inputs[:, :8].T, inputs, out_dtype=torch.float32, out=out)
-        return bool((out == 2.0**19).all())
-    except (NotImplementedError, RuntimeError, TypeError):
-        return False
-
-
-def packed_length(inputs: int) -> int:
-    return sum(rows * columns for _, rows, columns in _bands(inputs))
-
-
-def unpacked(packed: Tensor, inputs: int) -> Tensor:
-    """The Hessian, (I, I), in fp32."""
-    hessian_II = packed.new_empty(inputs, inputs, dtype=torch.float32)
-    for first, rows, band in _views(packed, inputs):
-        hessian_II[first : first + rows, first:] = band
-        hessian_II[first + rows :, first : first + rows] = hessian_II[first : first + rows, first + rows :].T
-    return hessian_II
-
-
-def _views(packed: Tensor, inputs: int) -> list[tuple[int, int, Tensor]]:
-    """(first row, number of rows, their view from the diagonal on) of each band."""
-    bands = _bands(inputs)
-    parts = packed.split([rows * columns for _, rows, columns in bands])
-    return [(first, rows, part.view(rows, columns)) for part, (first, rows, columns) in zip(parts, bands)]
-
-
-def _bands(inputs: int) -> list[tuple[int, int, int]]:
-    """(first row, rows, columns) of at most eight bands: 9/16 of the matrix, in products large enough to be fast."""
-    rows = max(BLOCK, -(-inputs // 8))
-    return [(first, min(rows, inputs - first), inputs - first) for first in range(0, inputs, rows)]
-
-
-def factor(hessian_II: Tensor, damp: float, name: str, say: Callable[[str], None]) -> tuple[Tensor, Tensor]:
-    """The upper Cholesky factor of the inverse of a damped fp32 Hessian, (I, I), and which inputs are dead, (I,).
+def factor(gram_II: Tensor, damp: float, name: str, say: Callable[[str], None]) -> tuple[Tensor, Tensor]:
+    """The upper Cholesky factor of the inverse of a damped fp32 Gram matrix, (I, I), and which inputs are dead, (I,).
 
     Adds `damp` times the mean of the diagonal, and ten times more for as long as the factorisation fails.
     """
-    dead_I = hessian_II.diagonal() == 0
-    hessian_II.diagonal().masked_fill_(dead_I, 1)  # an index by bools would wait for the GPU
-    mean = hessian_II.diagonal().mean()
+    dead_I = gram_II.diagonal() == 0
+    gram_II.diagonal().masked_fill_(dead_I, 1)  # an index by bools would wait for the GPU
+    mean = gram_II.diagonal().mean()
     while damp <= 10:
         # With rows and columns reversed, H = V V^T with an upper V, and inverse(V) is the factor: half the work of
         # factorising the inverse, and the condition number is not squared.
-        reversed_II = hessian_II.flip(0, 1)
+        reversed_II = gram_II.flip(0, 1)
         reversed_II.diagonal().add_(damp * mean)
         lower_II, failed = torch.linalg.cholesky_ex(reversed_II)
         factor_II = _inverse(lower_II.flip(0, 1))
         if (failed == 0) & factor_II.isfinite().all():  # read at once
             return factor_II, dead_I
         stronger = max(10 * damp, 1e-4)
-        say(f"  {name}: the Hessian is singular at damping {damp:g}: trying {stronger:g}")
+        say(f"  {name}: the Gram matrix is singular at damping {damp:g}: trying {stronger:g}")
         damp = stronger
-    raise UserError(f"{name}: the Hessian is singular at any damping: set a larger calibration.samples")
+    raise UserError(f"{name}: the Gram matrix is singular at any damping: set a larger calibration.samples")
 
 
 def _inverse(upper_II: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pipeline.pruning import obs, obs_kernel
+from pipeline.pruning import gram, obs, obs_kernel
 from pipeline.pruning.method import PruneMethod
 from pipeline.pruning.statistics import GRAM
 from pipeline.pruning.updates import store_
@@ -15,14 +15,14 @@ class Obs(PruneMethod):
     """Prunes column by column and compensates each error in the later columns (Frantar & Alistarh 2023, algorithm 1).
 
     The mask of a block of columns is chosen from its updated weights, by `obs_score`. Matrices with the same inputs share the
-    Hessian, its factor and one column loop, whose rows are split over the ranks.
+    Gram matrix, its factor and one column loop, whose rows are split over the ranks.
     """
 
     statistic = GRAM
     whole_matrix = True
 
     def obs_score(self, diagonal_I: Tensor, square_sum_I: Tensor) -> obs.Score:
-        """The importance of updated weights. `diagonal_I`: of the factor; `square_sum_I`: the Hessian's diagonal."""
+        """The importance of updated weights. `diagonal_I`: of the factor; `square_sum_I`: the Gram matrix's diagonal."""
         return obs.Score(diagonal_I**2, squared=True)
 
     def prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
@@ -30,9 +30,9 @@ class Obs(PruneMethod):
         pattern = self.patterns[names[0]]
         if any(self.patterns[name] != pattern for name in names):  # one column loop needs one pattern
             return {k: v for name in names for k, v in self.prune({name: weights[name]}, total).items()}
-        hessian_II = obs.unpacked(total, weights[names[0]].shape[1])
-        square_sum_I = hessian_II.diagonal().clone()
-        factor_II, dead_I = obs.factor(hessian_II, self.settings.damp, names[0], processes.say)
+        gram_II = gram.unpacked(total, weights[names[0]].shape[1])
+        square_sum_I = gram_II.diagonal().clone()
+        factor_II, dead_I = obs.factor(gram_II, self.settings.damp, names[0], processes.say)
         stacked_RI = torch.cat([weights[name].float() for name in names])
         stacked_RI.masked_fill_(dead_I, 0)
         lengths = [len(weights[name]) for name in names]

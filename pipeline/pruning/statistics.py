@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.pruning import obs, scores
+from pipeline.pruning import gram, scores
 
 SQUARE_SUM, MOMENTS, GRAM = "square_sum", "moments", "gram"
 OBSERVE: dict[str, Callable[[Tensor], Tensor]] = {
     SQUARE_SUM: scores.square_sum,
     MOMENTS: scores.moments,
-    GRAM: obs.hessian,
+    GRAM: gram.packed,
 }
 
 
@@ -41,10 +41,10 @@ class Sums:
 
     def read(self, total: Tensor, inputs: int) -> Statistics:
         """`total`: the sum of `observe` over all tokens, in float64; `inputs`: I."""
-        lengths = {SQUARE_SUM: inputs, MOMENTS: 3 * inputs, GRAM: obs.packed_length(inputs)}
+        lengths = {SQUARE_SUM: inputs, MOMENTS: 3 * inputs, GRAM: gram.packed_length(inputs)}
         raw = dict(zip(self.needs, total.split([lengths[name] for name in self.needs])))
         moments_3I = raw[MOMENTS].view(3, inputs) if MOMENTS in raw else None
-        gram_II = obs.unpacked(raw[GRAM], inputs) if GRAM in raw else None
+        gram_II = gram.unpacked(raw[GRAM], inputs) if GRAM in raw else None
         if gram_II is not None:
             square_sum_I = gram_II.diagonal().clone()
         else:

@@ -63,7 +63,7 @@ def set_device(store: dist.Store | None = None) -> None:
             f"GPUs: launch with --num_processes {count}"
         )
     torch.cuda.set_device(device())
-    # containers turn TF32 on by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE; its 10 bits are too few for Hessians
+    # containers turn TF32 on by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE; its 10 bits are too few for Gram matrices
     torch.set_float32_matmul_precision("highest")
 
 

@@ -166,9 +166,9 @@ def test_overflow_in_float16_suggests_another_dtype(tiny_llama, tmp_path, refuse
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda_seq"])
-def test_a_singular_hessian_is_damped_further(tiny_llama, tmp_path, finishes, method):
+def test_a_singular_gram_matrix_is_damped_further(tiny_llama, tmp_path, finishes, method):
     few = ("calibration.samples=1", "calibration.seq_len=8", "prune.damp=0", f"prune.method={method}")
     _, output = finishes(tmp_path, f"model={tiny_llama}", *few)
-    assert "model.layers.0.mlp.down_proj.weight: the Hessian is singular at damping 0: trying 0.0001" in output
+    assert "model.layers.0.mlp.down_proj.weight: the Gram matrix is singular at damping 0: trying 0.0001" in output
     for name, weight in model_files.tensors(tmp_path / "prune/model"):
         assert weight.isfinite().all(), name

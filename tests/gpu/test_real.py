@@ -6,7 +6,7 @@ from torch import nn
 
 from pipeline.engine.blocks import Block
 from pipeline.engine.read_ahead import CHUNK, ReadAhead
-from pipeline.pruning import obs, scores
+from pipeline.pruning import gram, scores
 from pipeline.runtime import launcher
 from pipeline.runtime.copies import HostCopies
 from pipeline.sparsity import patterns
@@ -60,13 +60,13 @@ def test_square_sums_need_no_copy_of_the_inputs(inputs):
 
 def test_gram_matrices(inputs):
     exact = inputs.double().T @ inputs.double()
-    gram = obs.unpacked(obs.hessian(inputs), 640).double()
-    assert float((gram - exact).norm() / exact.norm()) < 1e-5
+    found = gram.unpacked(gram.packed(inputs), 640).double()
+    assert float((found - exact).norm() / exact.norm()) < 1e-5
 
 
 def test_16_bits_are_multiplied_as_they_are(inputs, device):
     if inputs.dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0):
-        assert obs.multiplies_16_bits(device, inputs.dtype)
+        assert gram.multiplies_16_bits(device, inputs.dtype)
 
 
 def test_copies_arrive_whole_though_their_originals_are_dropped(device):

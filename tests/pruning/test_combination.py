@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import api
-from pipeline.pruning import obs, scores
+from pipeline.pruning import gram, scores
 from pipeline.pruning.combination import Combination, prune_method
 from pipeline.pruning.refinements import Dsnot, Swaps
 from pipeline.pruning.statistics import GRAM, MOMENTS, OBSERVE, SQUARE_SUM, Sums
@@ -281,7 +281,7 @@ def test_statistics_are_observed_once():
     swaps_and_update = prune_method(Prune(method="sparsegpt", refine="swaps", update="obs"), {})
     assert isinstance(swaps_and_update, Combination)
     _, x_NI = problem()
-    assert swaps_and_update.observe(x_NI).numel() == obs.packed_length(32)
+    assert swaps_and_update.observe(x_NI).numel() == gram.packed_length(32)
     assert torch.equal(OBSERVE[GRAM](x_NI), swaps_and_update.observe(x_NI))
 
 

@@ -41,8 +41,8 @@ class Matrix:
         input_NI = torch.randn(2 * inputs, inputs, generator=generator, device=device)
         input_NI += input_NI.roll(1, 1) + input_NI[:, :1]
         input_NI[:, ::13] = 0
-        self.hessian_II = input_NI.T @ input_NI
-        self.factor_II, dead_I = obs.factor(self.hessian_II.clone(), 0.01, "w", print)
+        self.gram_II = input_NI.T @ input_NI
+        self.factor_II, dead_I = obs.factor(self.gram_II.clone(), 0.01, "w", print)
         self.weight_RI = torch.randn(rows, inputs, generator=generator, device=device).masked_fill_(dead_I, 0)
 
     def prune(
@@ -54,7 +54,7 @@ class Matrix:
             self.weight_RI[rows].to(device, copy=True),
             self.factor_II.to(device),
         )
-        score = METHODS[method].obs_score(None, factor_II.diagonal(), self.hessian_II.diagonal().to(device))
+        score = METHODS[method].obs_score(None, factor_II.diagonal(), self.gram_II.diagonal().to(device))
 
         def choose(weight_RB: Tensor, columns: slice) -> Tensor:
             return pattern.select(score[columns].of(weight_RB), whole_matrix=True)
@@ -185,7 +185,7 @@ def test_the_errors_of_a_large_matrix(sparsity):
     for kernel in (True, False):
         weight_RI, mask_RI = matrix.prune(sparsity, "sparsegpt", kernel, DEVICE)
         change_RI = matrix.weight_RI - weight_RI
-        errors.append((change_RI @ matrix.hessian_II * change_RI).sum().item())
+        errors.append((change_RI @ matrix.gram_II * change_RI).sum().item())
         kept.append(mask_RI)
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)
     assert (kept[0] != kept[1]).float().mean() < 1e-3

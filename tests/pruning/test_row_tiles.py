@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.pruning import obs
+from pipeline.pruning import gram, obs
 from pipeline.runtime import processes
 from pipeline.sparsity.patterns import parse
 
@@ -33,7 +33,7 @@ def make_rounding_depend_on_shape(monkeypatch) -> None:
 def test_tiles_make_rows_independent_of_the_share(monkeypatch):
     torch.manual_seed(0)
     inputs = torch.randn(400, 256)
-    factor_II, _ = obs.factor(obs.unpacked(obs.hessian(inputs), 256), 0.01, "w", print)
+    factor_II, _ = obs.factor(gram.unpacked(gram.packed(inputs), 256), 0.01, "w", print)
     weight_RI, pattern = torch.randn(12, 256), parse("2of4")
 
     def pruned(rows: slice, tile: int | None) -> torch.Tensor:

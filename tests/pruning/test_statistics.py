@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.engine import observe
-from pipeline.pruning import obs, scores
+from pipeline.pruning import gram, scores
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -21,23 +21,23 @@ def test_square_sums_without_a_temporary(dtype):
 
 def test_gram_matrices_on_tensor_cores(monkeypatch):
     """`torch.mm` multiplies 16-bit inputs with fp32 results on CUDA only: here it is given what it would compute."""
-    assert not obs.multiplies_16_bits(torch.device("cpu"), torch.bfloat16)
+    assert not gram.multiplies_16_bits(torch.device("cpu"), torch.bfloat16)
     inputs, real, used = torch.randn(100, 300).bfloat16(), torch.mm, []
 
     def mm(left, right, out_dtype=None, out=None):
         used.append((left.dtype, out_dtype, out.dtype))
         return real(left.float(), right.float(), out=out)
 
-    expected = obs.hessian(inputs)
-    monkeypatch.setattr(obs, "multiplies_16_bits", lambda device, dtype: True)
+    expected = gram.packed(inputs)
+    monkeypatch.setattr(gram, "multiplies_16_bits", lambda device, dtype: True)
     monkeypatch.setattr(torch, "mm", mm)
-    assert torch.equal(obs.hessian(inputs), expected)
+    assert torch.equal(gram.packed(inputs), expected)
     assert set(used) == {(torch.bfloat16, torch.float32, torch.float32)}
 
 
 def test_a_total_is_unpacked_in_float32_and_symmetric():
     inputs = torch.randn(50, 300)
-    full = obs.unpacked(obs.hessian(inputs).double(), 300)
+    full = gram.unpacked(gram.packed(inputs).double(), 300)
     assert full.dtype == torch.float32 and torch.equal(full, full.T)
     torch.testing.assert_close(full, inputs.T @ inputs, rtol=1e-4, atol=1e-4)
 

@@ -49,8 +49,8 @@ def test_the_command_ends_in_that_line(tiny_llama, tmp_path, refused, monkeypatc
     assert "set calibration.batch_size=1" in refused(tmp_path, f"model={tiny_llama}")
 
 
-def test_hessians_are_counted(capsys):
-    """Hessians in float64 in bands, and six float32 matrices to factor the largest: attention, gate and up, down."""
+def test_gram_matrices_are_counted(capsys):
+    """Gram matrices in float64 in bands, and six float32 matrices to factor the largest: attention, gate and up, down."""
     model = small_model("llama")
     blocks = find_blocks(model)
     inner, hidden = blocks[0].module.mlp.up_proj.weight.shape
