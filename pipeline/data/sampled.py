@@ -44,6 +44,7 @@ def samples(recipe: Recipe, dense: Path, count: int, seq_len: int) -> Tensor:
     about = {
         "model": identity,
         "dtype": recipe.dtype,
+        "attn_implementation": recipe.attn_implementation,
         "seq_len": seq_len,
         "seed": recipe.seed,
         "code": code.fingerprint(__name__),
