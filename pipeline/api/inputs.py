@@ -156,9 +156,7 @@ def check_masks(masks: Any, model: nn.Module | None = None) -> None:
     if not len(masks):
         raise UserError("masks holds no mask")
     if model is not None:
-        masks.refuse_other_order(model.config)
-        for _ in masks.matched(model.named_parameters(remove_duplicate=False)):
-            pass
+        masks.refuse_other_model(model)
 
 
 def source(data: Texts, section: str, name: str, column: str | None, mirror: str | None, split: str) -> Source:

@@ -20,9 +20,7 @@ def main(arguments: list[str]) -> None:
     with files.new_folder(target) as work:
         masks = Masks.load(path)
         model, _ = layers(folder, recipe)
-        masks.refuse_other_order(model.config)
-        for _ in masks.matched(model.named_parameters()):
-            pass  # raises for another model's masks, before anything is written
+        masks.refuse_other_model(model)
         rewrite(folder, work, recipe, lambda name, weight: _masked(name, weight, masks))
     print(f"{target}: {len(masks)} matrices masked, {masks.sparsity():.2%} of their weights are zero")
 

@@ -28,9 +28,7 @@ def export(
     recipe = recipe or Recipe()
     with files.new_folder(target) as work:
         model, found = layers(folder, recipe)
-        masks.refuse_other_order(model.config)
-        for _ in masks.matched(model.named_parameters()):
-            pass  # refuses another model's masks before anything is written
+        masks.refuse_other_model(model)
         matrices, dense, packed = _write_shards(work, model, found, masks, values)
         written = {matrix for name in matrices for matrix in _matrices(name, model.get_parameter(name))}
         if left := set(masks) - written:

@@ -141,8 +141,7 @@ class SparseFull(FinetuneMethod):
         chosen = None if settings.targets == lora.ALL else set(lora.targets(masks, settings.targets))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(chosen is None or name.removesuffix(".weight") in chosen)
-        for _ in masks.matched(model.named_parameters()):
-            pass  # raises if the masks are another model's
+        masks.refuse_other_model(model)
         self.masks = masks
         # this rank's masks, once the model is in place; packed on a GPU
         self.parts: dict[str, Tensor | None] = {}

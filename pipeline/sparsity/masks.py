@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.runtime import files
 from pipeline.runtime.errors import UserError
@@ -142,6 +142,13 @@ class Masks(Mapping[str, Tensor]):
         for name, entry in self.packed.items():
             if problem := entry.problem():
                 raise UserError(f"{name}: {problem}")
+
+    def refuse_other_model(self, model: nn.Module) -> None:
+        """Raises `UserError` unless the model has all masked matrices, in their shapes and order of channels. Reads no
+        weight."""
+        self.refuse_other_order(model.config)
+        for _ in self.matched(model.named_parameters()):
+            pass
 
     def refuse_other_order(self, config: Any) -> None:
         """Raises `UserError` for a model, given by its config, whose channels are in another order than those of the masks'
