@@ -48,14 +48,14 @@ def products(write: Callable[[dict], None]) -> None:
             for form, weight in forms_of(rows, columns, pattern):
                 reference = (weight if isinstance(weight, Tensor) else weight._rows(0, rows)).float()
                 copies = [weight, *(another(weight) for _ in range(RESIDENT // weight.nbytes))]
-                linears = [linear(it) for it in copies]
+                linears = [linear(copy) for copy in copies]
                 for tokens in TOKENS:
                     x = torch.randn(tokens, columns, device="cuda").bfloat16()
                     error = error_of(linears[0](x), F.linear(x.float(), reference).double())
 
                     def run(linears=linears, x=x) -> None:
-                        for it in linears:
-                            it(x)
+                        for apply in linears:
+                            apply(x)
 
                     try:
                         seconds = graph_seconds(run) / len(linears)
@@ -96,7 +96,7 @@ def tune() -> None:
             for tile in tiles:
                 setattr(kernels_triton, name, lambda rows, width, tile=tile: tile)
                 try:
-                    times[tile] = 1e6 * graph_seconds(lambda: [it.linear(x) for it in copies]) / len(copies)  # noqa: B023
+                    times[tile] = 1e6 * graph_seconds(lambda: [copy.linear(x) for copy in copies]) / len(copies)  # noqa: B023
                 except Exception as error:  # of Triton's compiler
                     print(f"{tile}: {str(error).splitlines()[0][:200]}")
             setattr(kernels_triton, name, usual)

@@ -92,7 +92,7 @@ class ImageClassification(Task):
         config = model.config
         patch = getattr(config, "patch_size", None) or PATCH
         width = next(
-            (it for key in ("hidden_sizes", "embed_dim", "hidden_size") if (it := getattr(config, key, None))), 1
+            (size for key in ("hidden_sizes", "embed_dim", "hidden_size") if (size := getattr(config, key, None))), 1
         )
         patches = batch[:, 0].numel() // (patch if isinstance(patch, int) else patch[0]) ** 2
         return patches, width if isinstance(width, int) else width[0]
