@@ -82,7 +82,9 @@ class BlockPermuter:
         alike: dict[tuple, list[str]] = defaultdict(list)  # matrices of one kind, such as all experts
         for name in found:
             alike[_place(name, block, found)].append(name)
-        chosen = {name: layout for place, names in alike.items() for name in names if (layout := self.layouts.get(place))}
+        chosen = {
+            name: layout for place, names in alike.items() for name in names if (layout := self.layouts.get(place))
+        }
         if all(place in self.layouts for place in alike):
             channels = [channels_of(name, block, found, layout) for name, layout in chosen.items()]
             if None not in channels and not self._are_shared(channels) and trials.keep_output(channels):
