@@ -302,7 +302,7 @@ class Recipe:
         ["prune", "finetune", "evaluate", "report"], "the stages of the run", choices=tuple(STAGES)
     )
     rerun: list[str] = setting([], "finished stages to run again", choices=tuple(STAGES))
-    mirror: str | None = setting(None, "a folder with the layout of the hub, read instead of the hub")
+    mirror: str | None = setting(None, "a folder with the layout of the hub, from which data sets are read instead")
     debug: bool = setting(False, "show tracebacks")
     timeout_minutes: float = setting(30.0, "how long processes wait for the slowest one", low=0.05)
     deterministic: bool = setting(
