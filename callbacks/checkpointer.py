@@ -7,13 +7,13 @@ from lightning.pytorch import Callback
 
 from pipeline.runtime import processes
 
-SLOW = 5.0  # seconds; a slower save is followed by at least
-PAUSE = 20  # times its duration without a save: full fine-tuning of 7B weights writes 81 GB
+SLOW = 5.0  # seconds; a save that takes longer is slow: full fine-tuning of 7B weights writes 81 GB
+PAUSE = 20  # the next save comes at least this many times a slow save's duration later
 
 
 class Checkpointer(Callback):
-    """Writes one every `every` optimizer steps and after the last one to `folder`, and removes older ones. Slow saves are
-    repeated less often, so that they take at most a twentieth of the time.
+    """Writes a checkpoint to `folder` every `every` optimizer steps and after the last one, and removes older ones. Slow saves
+    are repeated less often, so that they take at most a twentieth of the time.
 
     Not Lightning's ModelCheckpoint: resumed in the middle of an accumulation, it saves the same step again without the
     accumulated gradients, and a second resume starts there.

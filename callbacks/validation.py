@@ -7,7 +7,7 @@ from pipeline.runtime import processes
 
 
 class Validation(Callback):
-    """Measures every `every` steps and after the last; `held_out` keeps the result, which the log reads."""
+    """Measures every `every` steps and after the last one; `held_out` keeps the result, which the log reads."""
 
     def __init__(self, held_out: HeldOut, every: int) -> None:
         self.held_out, self.every = held_out, every

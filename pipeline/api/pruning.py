@@ -39,8 +39,8 @@ def permute(
     mirror: str | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
-    """Reorders channels of the dense `model`, in place, so that `prune` with the same `sparsity` (N:M) keeps more importance.
-    The model computes the same up to rounding.
+    """Reorders channels of the dense `model`, in place, so that `prune` with the same `sparsity` (N:M) keeps more of the
+    importance of the weights. The model computes the same up to rounding.
 
     The text is as in `prune`. `settings`: any other key of the recipe's section `permute`. Returns a row per matrix whose
     inputs can be reordered: "layer", "matrix", "kept_before" and "kept_after", the shares of the importance that `sparsity`
@@ -79,10 +79,11 @@ def prune(
     """Prunes the matrices in the decoder layers of `model`, in place; returns their masks (True = kept).
 
     `method`: a name as in recipes ("wanda", "sparsegpt", "magnitude", ...) or a .py file. `sparsity`: a share of the weights
-    (0.5), N kept of each M ("2:4", "2of4"), or a .py file. `samples` windows of `seq_len` tokens are drawn from `calibration`
-    with `seed`, as the command does; a tensor (N, T) of token ids is used unchanged, and needs no tokenizer. `batch_size`:
-    windows per forward. `column`: the column with the text. `mirror`: a folder laid out as the hub. `settings`: any other key
-    of the recipe's section `prune` (`espalier keys prune`), such as `overrides` or `damp`.
+    (0.5), N kept of each M ("2:4", "2of4"), "as_is" (the zeros of a pruned model; needs `method="magnitude"`), or a .py file.
+    `samples` windows of `seq_len` tokens are drawn from `calibration` with `seed`, as the command does; a tensor (N, T) of
+    token ids is used unchanged, and needs no tokenizer. `batch_size`: windows per forward. `column`: the column with the
+    text. `mirror`: a folder laid out as the hub. `settings`: any other key of the recipe's section `prune` (`espalier keys
+    prune`), such as `overrides` or `damp`.
 
     An image classifier is pruned with `samples` images, or with a tensor of pixel values (N, C, H, W), which needs no
     processor; `tokenizer` is its image processor.

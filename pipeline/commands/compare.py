@@ -1,4 +1,4 @@
-"""`python launch.py compare RUN_FOLDER ... [out=FOLDER]`: one table and one plot of several runs."""
+"""`python launch.py compare RUN_FOLDER ... [out=FOLDER]`: a table and plots of several runs."""
 
 from pathlib import Path
 

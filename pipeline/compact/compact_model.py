@@ -24,7 +24,7 @@ SMALL = 1 << 16  # weights; torch handles smaller dense matrices
 
 
 class CompactModule:
-    """Mixin of modules with compact weights, which are no parameters. A state dict holds the dense weights."""
+    """Mixin of modules with compact weights. These are no parameters, but a state dict holds them, as dense weights."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """For pickle and deepcopy: a class of `_class_with` has no name to be found by."""
@@ -60,7 +60,7 @@ class CompactConv1D(CompactModule, Conv1D):
 
 
 class FewTokensLinear(nn.Linear):
-    """A dense Linear of a 16-bit dtype, such as an LM head: torch's one-token product is far below memory speed."""
+    """A dense 16-bit Linear, such as an LM head, with a kernel of ours for few tokens: torch's is far below memory speed."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight

@@ -46,8 +46,8 @@ def compile_decoding(model: nn.Module) -> nn.Module:
 
 
 def _compiled_call(model: nn.Module, how: CompileConfig) -> Any:
-    """The model's own `get_compiled_call`, whose result a deep copy would take along: it would decode with the original's
-    weights."""
+    """The model's own `get_compiled_call`, for this model only: a deep copy takes the result along, and would decode with the
+    original's weights."""
     if model.__dict__.get("_compiled_of") != id(model):
         model.__dict__.pop("_compiled_call", None)
         model._compiled_of = id(model)
@@ -55,8 +55,8 @@ def _compiled_call(model: nn.Module, how: CompileConfig) -> Any:
 
 
 def _asks_for_sdpa(model: nn.Module) -> bool:
-    """Whether code of the model compares the name of its attention, and would do something else under another name: sparse
-    attention, as of DeepSeek-V3.2, gets its mask under "sdpa" and "eager" alone."""
+    """Whether code of the model compares the name of its attention, and so would do something else under our name: sparse
+    attention, as of DeepSeek-V3.2, gets its mask only under the names "sdpa" and "eager"."""
     classes = {cls for module in model.modules() for cls in type(module).__mro__} - set(PreTrainedModel.__mro__)
     # that of a module first: finding a class in it takes long
     return any(_names_sdpa(sys.modules.get(cls.__module__)) and _names_sdpa(cls) for cls in classes)

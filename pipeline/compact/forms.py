@@ -25,8 +25,8 @@ FLUSH = 512 << 20  # bytes written before each call: more than any cache, and lo
 
 
 class Forms:
-    """Places matrices on `device`. `form`: `auto` measures; `semi-structured` holds what cannot be so as bitmask. `tokens`: of
-    a decoding step, the batch size."""
+    """Places matrices on `device`. `form`: `auto` measures; with `semi-structured`, a matrix that cannot have this form is held
+    as bitmask. `tokens`: of a decoding step, which is the batch size."""
 
     def __init__(self, device: torch.device, form: str = AUTO, tokens: int = 1) -> None:
         if form not in FORMS:

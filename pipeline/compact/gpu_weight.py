@@ -81,7 +81,7 @@ class GpuWeight(CompactWeight):
         """Whether no four columns keep more than two weights."""
         pairs = self.mask - ((self.mask >> 1) & 0x55555555)
         fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)  # each four bits: the number of ones in them
-        return not ((fours + 0x55555555) & -0x77777778).any()  # 3 + 5 sets the highest of them
+        return not ((fours + 0x55555555) & -0x77777778).any()  # adding 5 sets the highest of four bits from 3 on
 
 
 def expand_by_torch(weight: GpuWeight, out: Tensor) -> Tensor:

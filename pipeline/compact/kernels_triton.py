@@ -9,9 +9,10 @@ thread's inputs serve all of its rows. `bases` tell where a byte's values start,
 pointer advances with each set bit. Values are loaded before their bit is looked at, without a predicate; that reads one value
 past the last one, hence kept + 1. The caller must have checked that mask, offsets and values fit each other.
 
-Which lanes take what is the compiler's choice: it puts them along the dimension in which addresses are contiguous. Here none
-are, so hints (`max_contiguous`, `multiple_of`) say that two are along B, but not aligned: that decides the order, and lets it
-vectorise nothing. A hint must be where the pointers are computed; tests/compact/compile_kernels.py shows what it did.
+The compiler chooses which lanes take what: it puts them along the dimension in which addresses are contiguous. Here there is
+none, so hints (`max_contiguous`, `multiple_of`) claim that pairs along B are contiguous, but not aligned: this decides the
+order and permits no vector loads. A hint must stand where the pointers are computed; tests/compact/compile_kernels.py shows
+its effect.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Memory for weights that are read whole for every token: in pages of 2 MiB, where Linux has them, which a CPU reads faster."""
+"""Memory in pages of 2 MiB, where Linux has them: a CPU reads weights from it faster, and reads all of them for every token."""
 
 import mmap
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 64 << 20  # bytes asked for at a time; what is not written takes no memory
-LINE = 64  # bytes: vectors that cross a line of the cache load more slowly
+LINE = 64  # bytes of a cache line, to which tensors are aligned: vectors that cross one load more slowly
 
 
 class HugePages:
@@ -16,8 +16,8 @@ class HugePages:
         self._block, self._used, self._size = None, 0, 0
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """A contiguous copy of a tensor on the CPU, in a storage of its own: torch.save writes whole storages, and none of
-        several dtypes."""
+        """A contiguous copy of a tensor on the CPU, in a storage of its own: torch.save writes whole storages, and refuses one
+        that tensors of several dtypes share."""
         if not tensor.nbytes or not hasattr(mmap, "MADV_HUGEPAGE"):
             return torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
         start, self._used = self._used, self._used + -(-tensor.nbytes // LINE) * LINE

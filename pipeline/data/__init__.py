@@ -1,1 +1,1 @@
-"""Text: data sources, and the token windows cut from them."""
+"""Data sets of text and images, and the token windows and pixel values made from them."""

@@ -131,7 +131,8 @@ def _portrait(rng: random.Random) -> str:
 
 
 def _view(rng: random.Random, plural: int, asked: bool) -> tuple[str, tuple[str, str]]:
-    """A sentence about a garden, and the singular and plural of its verb. A quarter of the pairs is only `asked` about."""
+    """A sentence about a garden, and the singular and plural of its verb. A quarter of the pairs of nouns occurs only in
+    questions (`asked`)."""
     pairs = [(i, j) for i in range(len(THINGS)) for j in range(len(THINGS)) if i != j and ((i + j) % 4 == 0) == asked]
     i, j = rng.choice(pairs)
     verb = rng.choice(VERBS)

@@ -1,1 +1,1 @@
-"""Evaluation: perplexity, zero-shot tasks, continuations, and paired errors of their differences."""
+"""Evaluation: perplexity, zero-shot tasks, accuracy, continuations, and paired errors of differences between models."""

@@ -39,10 +39,10 @@ def zero_shot(
     """({task: {"acc", "acc_stderr", "acc_norm", ...}}, {task: [acc of each question]}) of a Hugging Face causal LM on its
     device.
 
-    `names`, `mirror` and `fewshot`: see `load_tasks`. `limit` is in questions per task; batch_size `auto` tries. With
-    world_size > 1 the questions are split over the ranks of the default process group, and every rank returns the same. A
-    group with its own aggregate (mmlu) is one entry without questions; any other group or tag is replaced by its tasks.
-    Every name is seeded separately, so scores do not depend on the other names. The tokenizer is fixed where needed
+    `names`, `mirror` and `fewshot`: see `load_tasks`. `limit` is in questions per task. `batch_size`: `auto` is found by
+    trying. With world_size > 1 the questions are split over the ranks of the default process group, and every rank returns
+    the same. A group with its own aggregate (mmlu) is one entry without questions; any other group or tag is replaced by its
+    tasks. Every name is seeded separately, so scores do not depend on the other names. The tokenizer is fixed where needed
     (`special_tokens.for_questions`). `report` gets the progress of this rank. `share` = (number, of): this rank answers every
     `of`-th question from `number` on; without one, (rank, world_size). A rank whose share is empty needs no weights.
     """

@@ -112,7 +112,7 @@ def dequantized(model: nn.Module, name: str, skeleton: nn.Module) -> nn.Module:
 @contextmanager
 def partial_fp8_blocks() -> Iterator[None]:
     """Makes transformers dequantise matrices whose last FP8 block is partial, such as 576 rows in blocks of 128 (DeepSeek
-    V3). It infers the block size from the number of scales, which is badly wrong for 192 rows and 2 scales."""
+    V3). By itself it infers the block size from the number of scales, which is wrong for 192 rows and 2 scales."""
     original = Fp8Dequantize._dequantize_one
 
     def dequantize_padded(self, quantized: Tensor, scales: Tensor, output_dtype: torch.dtype | None = None) -> Tensor:

@@ -16,8 +16,7 @@ from pipeline.settings.schema import Recipe
 
 
 def dense_folder(recipe: Recipe, inputs: dict[str, Path]) -> Path:
-    """The folder of the dense model: with reordered channels, the pretrain stage's, a local folder, or the snapshot of a hub
-    id."""
+    """The folder of the dense model: the permute stage's, else the pretrain stage's, else that of the setting `model`."""
     for stage in ("permute", "pretrain"):
         if stage in inputs:
             return inputs[stage] / "model"
@@ -55,7 +54,7 @@ def locate(model: str, revision: str | None) -> Path:
 
 
 def is_here(model: str, revision: str | None) -> bool:
-    """Whether `locate` has nothing to fetch (or must not, which it then says)."""
+    """Whether `locate` downloads nothing: the model is on this machine, or HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -189,7 +188,7 @@ def refuse_differences(
 
 
 def positions(config: PreTrainedConfig) -> int | None:
-    """The longest text the model takes, if its configuration says so; XLNet's -1 means any."""
+    """The longest text that the model takes, in tokens; None if its configuration sets no limit, as XLNet's -1."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if found and found > 0 else None
 

@@ -29,8 +29,9 @@ def choose(wanted: str, load: Callable[[], nn.Module]) -> str:
 
 
 class Share(NamedTuple):
-    """This process's share of the windows and questions: every `of`-th, from `number` on; none if `number` is `IDLE`, for then
-    it holds no model. `gpus`: the GPUs that hold its model, if that is split; `holders`: processes of a node with a model."""
+    """This process's share of the windows and questions: every `of`-th, from `number` on; none if `number` is `IDLE`: then the
+    process holds no model. `gpus`: the GPUs that hold its model, if that is split; `holders`: processes of a node with a
+    model."""
 
     number: int
     of: int

@@ -1,1 +1,1 @@
-"""Pruning: methods, scores, weight updates, allocations and calibration."""
+"""Pruning: methods, scores, refinements, weight updates, allocations, the order of channels, and calibration."""

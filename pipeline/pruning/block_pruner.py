@@ -26,6 +26,8 @@ FEW_TOKENS = 32  # an expert with fewer is pruned by its weights alone: its stat
 
 
 class BlockPruner:
+    """Prunes a block at each call."""
+
     def __init__(self, method: PruneMethod) -> None:
         self.method = method
         self.target: DenseTarget | None = None  # with prune.target=dense

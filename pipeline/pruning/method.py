@@ -64,7 +64,7 @@ class PruneMethod:
 
     def compare_layer(self, inputs: list[tuple[dict[str, Tensor], Tensor]]) -> None:
         """With `prune.group=layer`, compares the scores of all matrices of a layer that have the same ratio, and stores their
-        masks for `select`. Called before `prune` is called for each pair of weights and total in `inputs`."""
+        masks, which `select` returns. Called before `prune` is called for each pair of weights and total in `inputs`."""
         if self.group != "layer":
             return
         if type(self).score is PruneMethod.score:

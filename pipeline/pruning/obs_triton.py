@@ -1,7 +1,7 @@
 """The columns of one block of `obs.prune_rows` in one Triton kernel: torch needs several launches for each column.
 
 Shapes: R = rows, B = columns of the block, (B, R) in memory. A program is one warp with `ROWS` rows and all columns, in
-registers; a row's result depends on nothing but the row. The column in turn is a sum over the columns of which all others are
+registers; a row's result depends on nothing but the row. One column is read as the sum over all columns, with the others
 replaced by 0, which is exact.
 """
 

@@ -138,7 +138,8 @@ def _infinite_where(chosen: Tensor) -> Tensor:
 
 class _BestPair:
     """Finds the best exchange in each of some rows: change of the error, pruned weight and kept weight, (R,) each. Called with
-    the steps and the changes of each weight alone, once infinite at the kept and once at the pruned weights."""
+    the step of each weight, and with the change of the error by that step alone: for the pruned weights (infinite at the
+    kept ones), and for the kept weights (infinite at the pruned ones)."""
 
     def __init__(self, gram_II: Tensor) -> None:
         self.gram_II = gram_II

@@ -10,8 +10,8 @@ from pipeline.runtime import checksums, files, processes
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Lightning builds the file in the system's temporary folder and moves it: on another disk that is a copy, which a kill
-    leaves half done. `folder` is the stage's work folder, which holds the checksums."""
+    """Writes checkpoints atomically. Lightning builds the file in the system's temporary folder and moves it: to another disk
+    that is a copy, which a kill leaves half done. `folder`: the stage's work folder, which holds the checksums."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

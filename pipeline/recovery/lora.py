@@ -18,7 +18,7 @@ from pipeline.settings.schema import Finetune
 from pipeline.sparsity.masks import Masks
 
 ALL = ["all"]  # value of finetune.targets
-SAMPLE = 256  # values of a matrix by which an adapter knows its model again
+SAMPLE = 256  # values of a matrix, by which an adapter recognises its model
 Masked = MaskedLinear | MaskedParameter
 
 
@@ -62,8 +62,8 @@ def attach(model: nn.Module, masks: Masks, settings: Finetune, cached: bool | No
 
 @torch.no_grad()
 def base_sample(model: nn.Module, masks: Masks, config: LoraConfig) -> dict[str, Tensor]:
-    """Up to `SAMPLE` values of each parameter to adapt, evenly spaced, for `adapter_files`. None of a
-    quantised one, whose values belong to no model."""
+    """Up to `SAMPLE` values of each parameter to adapt, evenly spaced, for `adapter_files`. Quantised parameters are left out:
+    their values are not those of the model's files."""
     names = {parameter_of(name) for name in masks if target_of(name) in config.target_modules}
     sample = {}
     for name, parameter in model.named_parameters():
@@ -97,8 +97,8 @@ def _should_cache(model: nn.Module, settings: Finetune) -> bool:
 
 
 def adapt(model: nn.Module, masks: Masks, config: LoraConfig, cached: bool, recompute: bool) -> nn.Module:
-    """Attaches the masked LoRA of `config`, in place. Does without peft's `get_peft_model`, which matches name suffixes,
-    redirects some targets to fused experts and refuses others: it would silently skip some of the chosen matrices."""
+    """Attaches the masked LoRA of `config`, in place. peft's `get_peft_model` is not used: it matches name suffixes, redirects
+    some targets to fused experts and refuses others, and so would silently skip some of the chosen matrices."""
     model.requires_grad_(False)
     mask_names: dict[str, list[str]] = {}  # the masks of each parameter: one, or one per expert
     for name in masks:

@@ -80,7 +80,7 @@ def with_plain_lora(model: nn.Module, matrices: Iterable[str], settings: Finetun
 
 class PlainLora(FinetuneMethod):
     """The baseline of the Wanda paper (section 4.3): a dense LoRA, kept apart from the weights. Merged, it would fill the
-    zeros, so there is no merged model. A and B are not masked: B starts at zero."""
+    zeros, so there is no merged model. Nothing is masked in training: the pruned weights are frozen."""
 
     def __init__(self, model: nn.Module, masks: Masks, settings: Finetune) -> None:
         self.model = self.attach(model, masks, settings)
@@ -107,7 +107,7 @@ class MaskedLora(PlainLora):
 
     @classmethod
     def check(cls, model: nn.Module, matrices: Iterable[str], settings: Finetune) -> None:
-        """It adapts whatever can be pruned."""
+        """Nothing to refuse: it adapts whatever can be pruned."""
 
     @functools.cached_property
     def layers(self) -> dict[str, lora.Masked]:

@@ -16,8 +16,9 @@ def configuration(kind: str | None) -> BitsAndBytesConfig | None:
 
 
 def keep_layout_(model: nn.Module) -> None:
-    """On a CPU with AVX512-BF16, bitsandbytes repacks a layer's 4-bit weights at its first call in evaluation mode: from then
-    on no gradient passes through the layer, and widths must be multiples of 64. A validation would change the training."""
+    """Keeps bitsandbytes from repacking 4-bit weights, which it does on a CPU with AVX512-BF16 at a layer's first call in
+    evaluation mode. From then on no gradient passes through the layer, so a validation would change the training; and widths
+    must be multiples of 64."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -42,5 +42,5 @@ def write_model_card(
 
 
 def on_hub(model: str) -> str:
-    """The model where it is the hub's, else nothing."""
+    """The model if it is a hub id, else nothing."""
     return model if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) and not Path(model).exists() else ""

@@ -1,5 +1,5 @@
-"""Compares finished runs: a table over methods, patterns and models, on the terminal and as compare.html and compare.md,
-and a plot of it."""
+"""Compares finished runs: a table over methods, patterns and models, on the terminal and as compare.html and compare.md, and
+plots."""
 
 import itertools
 import math

@@ -29,8 +29,8 @@ class Measure(NamedTuple):
     more_is_better: bool = False
 
     def ratios(self) -> list[list[float]]:
-        """For each model but the first, the ratios to the first within each repeat, which a slow phase of the machine affects
-        least."""
+        """For each model but the first, the ratios to the first model within each repeat: a slow phase of the machine affects
+        these least."""
         first, *others = self.values
         return [[value / reference for value, reference in zip(other, first, strict=True)] for other in others]
 

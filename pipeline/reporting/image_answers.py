@@ -1,4 +1,4 @@
-"""What the results say of images: accuracy by class, and examples with each model's answer."""
+"""What the results say about images: accuracy by class, and examples with each model's answer."""
 
 from pathlib import Path
 from typing import Any

@@ -33,7 +33,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Stage:
-    """A line of the stage table. `pipeline/stages/<name>.py` has `run(recipe, folder, inputs)`, which writes `folder`, and
+    """A line of the stage table. `pipeline/stages/<name>.py` has `run(recipe, folder, inputs)`, which writes to `folder`, and
     may have `check(recipe)`, which raises `UserError` before any work."""
 
     name: str
@@ -240,7 +240,7 @@ class Finetune:
 
 @dataclass
 class Evaluate:
-    """The measurements of the dense, pruned and fine-tuned models."""
+    """The measurements of the dense model and of all models made from it."""
 
     perplexity: list[str] = setting(["wikitext2"], "data sets, each [:config][@split]")
     accuracy: list[str] = setting([], "data sets of images, for classifiers")
@@ -291,6 +291,8 @@ class Speed:
 
 @dataclass
 class Recipe:
+    """All settings: those of the whole run, and a section for each part of it."""
+
     model: str | None = setting(None, "hub id or folder; null with a pretrain stage")
     revision: str | None = setting(None, "branch, tag or commit of a hub id")
     dtype: str = setting("auto", "auto: as in the model's files", choices=("auto", "float32", "bfloat16", "float16"))

@@ -1,7 +1,7 @@
 """Masks: saves, loads, applies and verifies them.
 
 A mask has the shape of its parameter, True = kept. It is stored as 1 bit per weight, in memory and on disk, and unpacked on
-access. The mask file is the authority: a mask is never inferred from zeros.
+access. The mask file is the authority: after the prune stage, no mask is inferred from zeros.
 """
 
 import json
@@ -42,7 +42,7 @@ class Masks(Mapping[str, Tensor]):
     def __init__(self) -> None:
         self.packed: dict[str, Packed] = {}
         self.log: dict | None = None  # what was saved with them
-        self.channel_order: str | None = None  # `channel_order` in the config of the model that they are of
+        self.channel_order: str | None = None  # `channel_order` in the config of the masks' model
 
     def __repr__(self) -> str:
         return f"<Masks of {len(self)} matrices, {self.sparsity():.2%} of their weights pruned>"

@@ -1,4 +1,4 @@
-"""The evaluate stage: perplexity, zero-shot tasks and the mask check of the dense, pruned and fine-tuned models.
+"""The evaluate stage: perplexity, zero-shot tasks, accuracy and the mask check of the dense model and of all made from it.
 
 Measurements are cached (`evaluation/measure.py`): a killed evaluation resumes, a new task does not re-run the old ones, and
 runs in the same parent folder measure their dense model once.

@@ -1,4 +1,5 @@
-"""Checks before the first stage of model and tokenizer, texts, lengths, disk space and packages, for all stages of the run.
+"""The checks before the first stage, for all stages of the run: model and tokenizer, texts or images, lengths, disk space,
+packages.
 
 Checks of a single stage are in its file (`finetune.check` and so on). The checks read only the first rows of a text, and a
 model's config.json and the headers of its files: less than 3 seconds for a local model.

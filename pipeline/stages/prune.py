@@ -37,7 +37,8 @@ NOTHING = "nothing was pruned: the calibration text reaches no matrix of the lay
 
 
 def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
-    """Writes `model/`, `masks.safetensors`, `layers.csv`, `matrices.csv` and `coverage.csv`."""
+    """Writes `model/`, `masks.safetensors`, `layers.csv`, `matrices.csv` and `coverage.csv`; `allocation.json` if an allocation
+    measures the dense model."""
     origin = loading.dense_folder(recipe, inputs)
     model = loading.load(origin, recipe)
     settings, blocks = recipe.prune, find_blocks(model)
