@@ -6,6 +6,7 @@ import glob
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from difflib import get_close_matches
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -29,17 +30,17 @@ def check_tasks(names: list[str], mirror: str | None = None, fewshot: int = 0) -
 
 
 def identity(name: str, mirror: str | None = None, fewshot: int = 0) -> str:
-    """Changes with what a task asks: lm-eval's version, the task's definition, and its data if that is local."""
+    """Changes with what a task asks: lm-eval's version, the task's definition with what it includes, its Python files, and its
+    data if that is local."""
     from pipeline.data import world
 
-    _, definitions = _plan([name], mirror, fewshot)
-    read = [Path(definition["include"]) for definition in definitions]
-    for definition in definitions:
-        for paths in definition.get("dataset_kwargs", {}).get("data_files", {}).values():
-            read += map(Path, paths)
-    if name in world.TASKS:
-        read.append(Path(world.__file__))
-    return f"lm-eval {version('lm_eval')}, {files.fingerprint(read)}"
+    entries: dict[str, Any] = {}
+    _, definitions = _plan([name], mirror, fewshot, entries)
+    read: set[Path] = {Path(world.__file__)} if name in world.TASKS else set()
+    settings = [_named_by_file(entries[key].cfg, read) for key in sorted(entries)]  # with what the files include
+    for config in [*definitions, *(entry.cfg or {} for entry in entries.values())]:
+        read |= set(_local_data(config))
+    return f"lm-eval {version('lm_eval')}, {files.digest([settings, files.fingerprint(read)])}"
 
 
 def hub_data(names: list[str]) -> dict[str, str]:
@@ -108,7 +109,7 @@ def _add_own(path: Path, entries: dict[str, Any]) -> list[str]:
     """The names of the tasks in a user's file or folder. Adds the index entries of these tasks and of a group's members."""
     if not path.exists():
         raise UserError(f"no task at {path}: set an lm-eval task, its .yaml file, or a folder of such files")
-    index = _index(path if path.is_dir() else path.parent)
+    index = _read_index(path if path.is_dir() else path.parent)  # not cached: its files may change
     if path.is_dir():
         chosen = [name for name, entry in index.items() if entry.kind.name in ("TASK", "PY_TASK")]
     else:
@@ -155,7 +156,11 @@ def _definitions() -> dict[str, Path]:
 
 @functools.lru_cache
 def _index(folder: Path | None = None) -> dict[str, Any]:
-    """lm-eval's index of a folder of task files, or of all installed ones (slow)."""
+    """lm-eval's index of a folder of its task files, or of all (slow)."""
+    return _read_index(folder)
+
+
+def _read_index(folder: Path | None) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=folder, include_defaults=folder is None).task_index
@@ -202,6 +207,33 @@ def _data(entry: Any, entries: dict[str, Any], mirror: str | None, fewshot: int)
     folder = _folder(Path(mirror, dataset), config.get("dataset_name"))
     data_files = {split: _files(name, folder, split) for split in dict.fromkeys(splits) if split}
     return changes | {"dataset_kwargs": {"data_files": data_files}}
+
+
+def _named_by_file(value: Any, python: set[Path]) -> Any:
+    """A definition as plain data. lm-eval gives each of its functions as /folder/file.function: the folder is left out, and the
+    file is added to `python`."""
+    if isinstance(value, dict):
+        return {str(key): _named_by_file(item, python) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_named_by_file(item, python) for item in value]
+    if isinstance(value, str) and value.startswith("/") and os.path.isfile(file := value.rpartition(".")[0] + ".py"):
+        python.add(Path(file))
+        return Path(value).name
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+def _local_data(config: dict) -> Iterator[Path]:
+    """The files of this machine that a task reads."""
+    settings = config.get("dataset_kwargs") or {}
+    folder, found = settings.get("data_dir"), settings.get("data_files") or []
+    parts = found.values() if isinstance(found, dict) else [found]
+    paths = [path for part in parts for path in (part if isinstance(part, list) else [part])]
+    for path in (os.path.join(folder or "", str(path)) for path in paths):
+        matches = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
+        yield from filter(Path.is_file, map(Path, matches))
+    for place in (config.get("dataset_path"), None if paths else folder):
+        if place and os.path.isdir(place):
+            yield from filter(Path.is_file, Path(place).rglob("*"))
 
 
 def _fewshot_split(config: dict) -> list[str | None]:

@@ -316,3 +316,37 @@ def test_a_task_without_a_configuration_uses_the_default_or_only_one(tmp_path, c
     asked = tasks.identity(str(folder / "one.yaml"), str(tmp_path))
     write(tmp_path, "us/quiz", config, "test", arc_rows(6, "all"))
     assert tasks.identity(str(folder / "one.yaml"), str(tmp_path)) != asked
+
+
+def test_the_identity_of_an_own_task_changes_with_all_that_it_reads(tmp_path):
+    """The file that it includes, its Python code and its data. A moved folder is the same task."""
+    files = {
+        "base.txt": "output_type: multiple_choice\ndoc_to_text: !function prompts.text\ndoc_to_choice: choices\n",
+        "prompts.py": "def text(doc):\n    return doc['question']\n",
+        "questions.jsonl": json.dumps({"question": "Who?", "choices": [" I", " you"], "label": 0}) + "\n",
+    }
+    task = {"task": "mine", "include": "base.txt", "doc_to_target": "label", "test_split": "test"}
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        folder.mkdir()
+        data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "questions.jsonl"}}}
+        (folder / "mine.yaml").write_text(yaml.safe_dump(task | data))
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    asked = tasks.identity(str(folders[0] / "mine.yaml"))
+    assert tasks.identity(str(folders[1] / "mine.yaml")) == asked
+    for name, text in files.items():
+        with pytest.MonkeyPatch.context() as patched:
+            patched.chdir(folders[0])  # where the data are looked for
+            before = tasks.identity("./mine.yaml")
+            Path(name).write_text(
+                text + {"base.txt": "target_delimiter: ''\n", "prompts.py": "x = 1\n"}.get(name, text)
+            )
+            assert tasks.identity("./mine.yaml") != before, name
+
+
+def test_a_task_file_is_found_in_a_folder_that_was_read_before(tmp_path):
+    base = {"include": str(tasks._definitions()["arc_easy"])}
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(base | {"task": name}))
+        check_tasks([str(tmp_path / f"{name}.yaml")])
