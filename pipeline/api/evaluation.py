@@ -1,6 +1,5 @@
 """`evaluate`: perplexity and zero-shot tasks of a model in memory."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,8 +44,8 @@ def evaluate(
 
     `perplexity`: a list of texts, or a dict of texts by name; unnamed ones are called "text", "text 2" and so on. Each is cut
     into consecutive windows of `seq_len` tokens (`windows`: only the first N; `bos`: each begins with BOS). A tensor of token
-    ids is one text (tokens,), or windows (N, T). `tasks`: names of lm-eval or .yaml files, with `limit` questions each
-    and `fewshot` examples. `batch_size`: windows, questions or images at a time.
+    ids is one text (tokens,), or windows (N, T), which `bos` does not fit. `tasks`: names of lm-eval or .yaml files, with
+    `limit` questions each and `fewshot` examples. `batch_size`: windows, questions or images at a time.
 
     Of an image classifier only `accuracy`, a list or dict of data sets of images, is measured: {"accuracy": {data set: {"acc",
     "acc_stderr", "acc_top5", ...}}}, on `limit` images of each; `tokenizer` is its image processor.
@@ -57,7 +56,9 @@ def evaluate(
     if image_inputs.are_read_by(model):
         if perplexity or tasks:
             raise UserError(f"{type(model).__name__} reads images: set accuracy=[...] instead of perplexity and tasks")
-        return _image_accuracy(model, tokenizer, accuracy, batch_size, column, limit, mirror)
+        chosen = {"batch_size": batch_size, "column": column, "limit": limit}
+        settings = inputs.recipe(["prune", "evaluate"], 0, mirror, evaluate=chosen).evaluate
+        return _image_accuracy(model, tokenizer, accuracy, settings, mirror)
     if accuracy:
         raise UserError(f"accuracy is for image classifiers, and {type(model).__name__} is none: leave it out")
     texts = _named(("wikitext2",) if perplexity is None else perplexity)
@@ -69,7 +70,7 @@ def evaluate(
     chosen |= {"limit": limit, "fewshot": fewshot, "tasks": list(tasks), "perplexity": []}
     settings = inputs.recipe(["prune", "evaluate"], 0, mirror, evaluate=chosen).evaluate
     check_tasks(settings.tasks, mirror, fewshot)
-    if tasks or any(not isinstance(text, Tensor) for text in texts.values()):
+    if tasks or bos or any(not isinstance(text, Tensor) for text in texts.values()):
         tokenizer = inputs.tokenizer_of(model) if tokenizer is None else tokenizer
         inputs.check_tokenizer(tokenizer, model)
     with model_state.preserved(model):
@@ -108,9 +109,7 @@ def _image_accuracy(
     model: PreTrainedModel,
     processor: Any,
     sets: Any,
-    batch_size: int | str,
-    column: str | None,
-    limit: int | None,
+    settings: Evaluate,
     mirror: str | None,
 ) -> dict[str, Any]:
     if not sets:
@@ -119,9 +118,9 @@ def _image_accuracy(
     with model_state.preserved(model):
         for name, data in _named(sets, "accuracy", "images").items():
             split = sources.held_out_split(data) if isinstance(data, str) else "test"
-            source = image_inputs.source(data, "evaluate", f"accuracy[{name}]", column, mirror, split)
-            shown = images.evaluated(source, processor, model.config, limit)
-            right = right_answers(model, shown, placement.batch_number(batch_size))
+            source = image_inputs.source(data, "evaluate", f"accuracy[{name}]", settings.column, mirror, split)
+            shown = images.evaluated(source, processor, model.config, settings.limit)
+            right = right_answers(model, shown, placement.batch_number(settings.batch_size))
             found[name] = scores(right)
     return {"accuracy": found}
 
@@ -153,17 +152,22 @@ def _windows(
     mirror: str | None,
 ) -> Tensor:
     """The windows of a text, (N, T), as the command cuts them."""
-    cut = functools.partial(windows, seq_len=settings.seq_len, count=settings.windows)
     if isinstance(text, Tensor) and text.dim() == 2:
+        if settings.bos:
+            raise UserError(
+                f"perplexity[{name}] holds windows, which do not change: set bos=False, and begin them with BOS"
+            )
         return inputs.token_windows(text, f"perplexity[{name}]", model, has_loss=True)[: settings.windows]
     loading.check_length(model.config, "seq_len", settings.seq_len)
+    where: Any
     if isinstance(text, Tensor):
-        where: Any = f"perplexity[{name}]"
-        windows_NT = cut(inputs.token_ids(text, where, dims=1))
+        where = f"perplexity[{name}]"
+        ids = inputs.token_ids(text, where, dims=1)
     else:
         split = "validation" if isinstance(text, str) and text == "c4" else "test"
         where = inputs.source(text, "evaluate", f"perplexity[{name}]", settings.column, mirror, split)
         ids = token_windows.joined(where, tokenizer, settings.seq_len)
-        windows_NT = cut(ids, bos=special_tokens.bos(tokenizer) if settings.bos else None)
+    bos = special_tokens.bos(tokenizer) if settings.bos else None
+    windows_NT = windows(ids, settings.seq_len, settings.windows, bos)
     inputs.check_ids(windows_NT, where, model)
     return windows_NT

@@ -124,6 +124,16 @@ def test_token_ids_need_no_tokenizer_and_are_used_unchanged():
     }
 
 
+def test_bos_begins_each_window_of_a_tensor_of_token_ids(tiny_llama):
+    model, tokenizer = loaded(tiny_llama)
+    ids = families.text(1, 93)[0] % 100
+    windows = torch.cat([torch.full((3, 1), tokenizer.bos_token_id), ids.view(3, 31)], 1)
+    measured = espalier.evaluate(
+        model, perplexity={"text": ids}, seq_len=32, bos=True
+    )  # with the model's own tokenizer
+    assert measured == espalier.evaluate(model, perplexity={"text": windows})
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt2", "zamba2"])
 def test_other_forms_of_model(family):
     """Fused experts, transposed matrices, shared layers."""

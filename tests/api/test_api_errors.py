@@ -68,6 +68,11 @@ BAD = [
     ("evaluate", {"perplexity": [], "tasks": []}, "nothing to evaluate"),
     ("evaluate", {"tasks": "arc_easy"}, "set tasks=['arc_easy']"),
     ("evaluate", {"batch_size": 0}, "batch_size=0 is out of range"),
+    (
+        "evaluate",
+        {"perplexity": [torch.zeros(2, 8, dtype=torch.long)], "bos": True},
+        "which do not change: set bos=False",
+    ),
     ("verify", {"masks": None}, "masks is a NoneType"),
     ("verify", {"masks": "another"}, "another model's mask file?"),
     ("apply", {"masks": "another"}, "another model's mask file?"),

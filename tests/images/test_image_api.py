@@ -65,5 +65,8 @@ def test_what_does_not_fit_is_refused():
         espalier.evaluate(model, perplexity=["world"])
     with pytest.raises(UserError, match="nothing to evaluate: set accuracy="):
         espalier.evaluate(model)
+    for wrong in ({"batch_size": -1}, {"limit": 0}):
+        with pytest.raises(UserError, match=f"{next(iter(wrong))}=.* is out of range"):
+            espalier.evaluate(model, accuracy=["digits"], **wrong)
     with pytest.raises(UserError, match="calibration is a list: a datasets.Dataset"):
         espalier.prune(model, calibration=["text"])
