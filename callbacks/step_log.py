@@ -32,6 +32,9 @@ class StepLog(Callback):
             with files.atomic_write(self.path) as tmp, tmp.open("w", newline="") as file:
                 csv.writer(file).writerows([COLUMNS, *(row for row in complete if int(row[0]) <= self.step)])
 
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        self.lr = optimizer.param_groups[0]["lr"]  # after the step, the schedule has set that of the next one
+
     def on_train_batch_end(self, trainer, module, outputs, batch: Any, index: int) -> None:
         self.losses.append(outputs["loss"].detach())
         self.tokens += module.task.size(batch) * trainer.world_size
@@ -44,7 +47,7 @@ class StepLog(Callback):
         row = {
             "step": self.step,
             "loss": round(loss, 6),
-            "lr": trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0],
+            "lr": self.lr,
             "tokens_per_second": round(speed),
             "memory_gib": round(memory.peak_gib(module.device), 3),
         }

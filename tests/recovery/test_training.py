@@ -151,6 +151,12 @@ def test_bitsandbytes_optimizers_keep_masks_and_resume_exactly(tmp_path, optimiz
         assert torch.equal(value, expected), name
 
 
+def test_the_log_holds_the_learning_rate_of_each_step(tmp_path):
+    fit(small_model("llama"), WINDOWS, schedule(warmup=0.4, lr=1e-2), 0, tmp_path)
+    rates = [float(row.split(",")[2]) for row in (tmp_path / "metrics.csv").read_text().splitlines()[1:]]
+    assert rates[:5] == pytest.approx([0, 0.0025, 0.005, 0.0075, 0.01]) and 0 < rates[-1] < rates[-2]
+
+
 def test_validation_stops_training_at_its_best(tmp_path):
     text = WINDOWS[:4]  # not the training text, so its perplexity falls and then rises
     model = small_model("llama")
