@@ -114,7 +114,8 @@ def _examples(dense: Path, recipe: Recipe, samples: dict[str, dict]) -> dict[str
 
 
 def _check_length(folder: Path, recipe: Recipe) -> None:
-    loading.check_length(loading.config(folder, recipe), "evaluate.seq_len", recipe.evaluate.seq_len)
+    if recipe.evaluate.perplexity:
+        loading.check_length(loading.config(folder, recipe), "evaluate.seq_len", recipe.evaluate.seq_len)
 
 
 def _prompts(recipe: Recipe, dense: Path) -> list[str]:

@@ -69,6 +69,12 @@ def test_late_errors_are_reported_before_the_first_stage(tiny_llama, tmp_path, r
     assert LATE[asked] in line
 
 
+def test_without_perplexity_the_length_of_its_windows_does_not_count(tiny_llama):
+    asked = (f"model={tiny_llama}", "evaluate.perplexity=[]", "evaluate.seq_len=129", "evaluate.tasks=[world_homes]")
+    for check in (evaluate.check, preflight.check):
+        check(reader.load([*QUICK, *asked]))
+
+
 def no_bos(model: Path, folder: Path) -> Path:
     ours = world.tokenizer()
     ours.backend_tokenizer.post_processor = None
