@@ -175,5 +175,6 @@ class SparseFull(FinetuneMethod):
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     def merged(self, name: str, weight: Tensor) -> Tensor | None:
-        """None for buffers, which do not train."""
-        return sharding.full_tensor(self.parameters[name].detach()) if name in self.parameters else None
+        """None for buffers and other parameters that do not train, which precision=bf16-true has rounded."""
+        parameter = self.parameters.get(name)
+        return sharding.full_tensor(parameter.detach()) if parameter is not None and parameter.requires_grad else None

@@ -209,6 +209,15 @@ def test_repeated_calls_and_two_models_in_one_process(tiny_llama):
     assert all(torch.equal(weight, pruned_models[1][1][name]) for name, weight in pruned_models[0][1].items())
 
 
+def test_weights_that_do_not_train_keep_their_precision():
+    model, ids = families.tiny("llama"), families.text(6, 16)
+    masks = espalier.prune(model, calibration=ids)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    espalier.finetune(model, masks, ids, method="full", max_steps=2, lr=1e-2, targets=["q_proj"], precision="bf16-true")
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if name.endswith("q_proj.weight")}
+
+
 def test_a_model_can_be_pruned_further(tiny_llama):
     model, tokenizer = loaded(tiny_llama)
     first = espalier.prune(model, tokenizer, sparsity=0.5, **CALIBRATION)
