@@ -132,6 +132,8 @@ def reconstruct(
     inputs.check_model(dense, "dense")
     if dense is model or any(p is q for p, q in zip(model.parameters(), dense.parameters())):
         raise UserError("dense is the pruned model itself, or shares its weights: load the dense model again")
+    if "dataset" in settings:
+        raise UserError("dataset is not an argument of reconstruct: set calibration=...")
     inputs.check_masks(masks, model)
     refuse_violations(model, masks)
     _check_dense(model, dense)

@@ -299,7 +299,7 @@ class Recipe:
     attn_implementation: str | None = setting(None, "as transformers names it: eager, sdpa, ...")
     trust_remote_code: bool = setting(False, "run the model's own code")
     run_dir: str | None = setting(None, "run folder; null: runs/<recipe>")
-    seed: int = setting(0, "random seed", low=0)
+    seed: int = setting(0, "random seed", low=0, high=2**32 - 1)
     stages: list[str] = setting(
         ["prune", "finetune", "evaluate", "report"], "the stages of the run", choices=tuple(STAGES)
     )
