@@ -31,9 +31,10 @@ class Validation(Callback):
             trainer.should_stop = True
 
     def state_dict(self) -> dict:
-        return {"lowest": self.held_out.lowest, "since": self.held_out.since, "seen": self.held_out.step}
+        held_out = self.held_out
+        return {"lowest": held_out.lowest, "since": held_out.since, "seen": held_out.step, "best": held_out.best_step}
 
     def load_state_dict(self, state: dict) -> None:
-        self.held_out.lowest, self.held_out.since, self.held_out.step = (
-            state[key] for key in ("lowest", "since", "seen")
-        )
+        held_out = self.held_out
+        held_out.lowest, held_out.since, held_out.step = (state[key] for key in ("lowest", "since", "seen"))
+        held_out.best_step = state["best"]

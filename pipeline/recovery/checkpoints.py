@@ -32,7 +32,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
-    for path in sorted((folder / "checkpoints").glob("*.ckpt"), key=_step, reverse=True):
+    for path in sorted((folder / "checkpoints").glob("*.ckpt"), key=step_of, reverse=True):
         if checksums.is_whole(folder, path):
             return path
         processes.say(f"  {path.name} is damaged or incomplete: resuming from the one before it")
@@ -40,5 +40,5 @@ def _newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
     return int(path.stem.rpartition("=")[2])

@@ -12,6 +12,7 @@ from torch import nn
 
 from pipeline import tasks
 from pipeline.recovery import sharding
+from pipeline.recovery.checkpoints import step_of
 from pipeline.runtime import checksums, files, processes
 from pipeline.runtime.errors import UserError
 from pipeline.tasks.task import Samples
@@ -19,13 +20,19 @@ from pipeline.tasks.task import Samples
 
 class HeldOut:
     """`patience`: the number of measurements without improvement after which training stops; `restore` then loads the best
-    weights, which are kept in the stage's `folder`. 0: never."""
+    weights, which are kept in the stage's `folder`, in a file for their step: the last checkpoint needs those before it. 0:
+    never."""
 
     def __init__(self, samples: Samples, batch_size: int, patience: int, folder: Path) -> None:
         self.samples, self.batch_size, self.patience = samples, batch_size, patience
-        self.folder, self.best = folder, folder / "checkpoints/best.safetensors"
+        self.folder = folder
         self.step, self.perplexity = 0, math.nan  # the last measurement
         self.lowest, self.since = math.inf, 0  # the best measurement, and how many came after it
+        self.best_step = 0  # of the best measurement
+
+    @property
+    def best(self) -> Path:
+        return self.folder / f"checkpoints/best={self.best_step}.safetensors"
 
     def is_over(self) -> bool:
         return 0 < self.patience <= self.since
@@ -40,14 +47,24 @@ class HeldOut:
         if not perplexity < self.lowest:  # NaN is no progress
             self.since += 1
             return
-        self.lowest, self.since = perplexity, 0
+        self.lowest, self.since, self.best_step = perplexity, 0, step
         if self.patience:
             trained = sharding.gather_trained(model)
             if processes.is_main():
+                for path in self._unneeded():
+                    path.unlink()
                 with files.atomic_write(self.best) as tmp:
                     save_file(trained, tmp)
                 checksums.record(self.folder, self.best)
             processes.barrier()
+
+    def _unneeded(self) -> list[Path]:
+        """The files of best weights that the last checkpoint does not need."""
+        folder = self.best.parent
+        saved = max(map(step_of, folder.glob("*.ckpt")), default=0)
+        found = sorted(folder.glob("best=*.safetensors"), key=step_of)
+        needed = [path for path in found if step_of(path) <= saved][-1:]
+        return [path for path in found if path not in needed]
 
     @torch.no_grad()
     def measure(

@@ -190,6 +190,34 @@ def test_best_weights_are_restored_after_a_kill_at_the_last_step(tmp_path, patie
     assert all(torch.equal(best[name], best_again[name]) for name in best)
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_kill_at_the_best_weights_leaves_those_of_the_last_checkpoint(tmp_path, monkeypatch, recorded):
+    chosen = schedule(checkpoint_every=3, lr=3e-3)
+
+    def run(name: str) -> nn.Module:
+        model, held_out = small_model("llama"), HeldOut(WINDOWS[:4], 2, 30, tmp_path / name)
+        fit(model, WINDOWS, chosen, 0, tmp_path / name, validation=Validation(held_out, 1))
+        held_out.restore(model)
+        assert len(list((tmp_path / name / "checkpoints").glob("best=*"))) <= 2
+        return model
+
+    def record(folder, path, original=checksums.record):
+        if recorded:
+            original(folder, path)
+        if path.name == "best=5.safetensors":
+            raise Killed
+        if not recorded:
+            original(folder, path)
+
+    whole = run("whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(checksums, "record", record)
+        with pytest.raises(Killed):
+            run("broken")
+    resumed = run("broken")
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
 def test_an_incomplete_checkpoint_is_replaced(tmp_path):
     whole = with_dropout()
     fit(whole, WINDOWS, schedule(), 0, tmp_path / "whole")
