@@ -19,7 +19,16 @@ from pipeline.runtime.errors import UserError
 
 WEIGHTS = ("*.safetensors", "*.bin")
 # besides the weights
-IDENTITY = ("config.json", "*processor_config.json", "tokenizer*", "vocab*", "merges*", "*.model", "*.py")
+IDENTITY = (
+    "config.json",
+    "generation_config.json",
+    "*processor_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "*.model",
+)
+IDENTITY += ("special_tokens_map.json", "added_tokens.json", "*.jinja", "*.py")
 OTHER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "additional_chat_templates/*.jinja")
 # in transformers' order of preference; each may have an index instead
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -28,7 +37,7 @@ PEFT = ("base_model.model.", ".base_layer.")  # in a PeftModel's parameter names
 
 
 def identity(folder: Path) -> str:
-    """A fingerprint of a model folder's weights, config, tokenizer and code."""
+    """A fingerprint of a model folder's weights, configs, tokenizer, chat template and code."""
     return files.fingerprint({path for pattern in (*WEIGHTS, *IDENTITY) for path in folder.glob(pattern)})
 
 

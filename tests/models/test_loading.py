@@ -382,3 +382,13 @@ def test_the_gpus_of_a_node_are_divided_into_groups_that_hold_the_model(needed, 
     assert all(share.of == len(holders) for share in shares)
     own = [(None if share.number == placement.IDLE else share.number, share.gpus) for share in shares[:4]]
     assert own == expected and [share.gpus for share in shares[4:]] == [gpus for _, gpus in expected]
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json", "special_tokens_map.json"])
+def test_the_identity_of_a_model_changes_with_what_it_reads_and_writes(tiny_llama, tmp_path, name):
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    before = model_files.identity(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("another card")
+    assert model_files.identity(tmp_path / "model") == before
+    (tmp_path / "model" / name).write_text("{}")
+    assert model_files.identity(tmp_path / "model") != before
