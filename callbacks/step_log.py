@@ -44,13 +44,8 @@ class StepLog(Callback):
         # Lightning has divided each loss by the number of accumulated batches
         loss = processes.all_sum(torch.stack(self.losses).sum().double()).item() / trainer.world_size
         speed = self.tokens / (time.perf_counter() - self.started)
-        row = {
-            "step": self.step,
-            "loss": round(loss, 6),
-            "lr": self.lr,
-            "tokens_per_second": round(speed),
-            "memory_gib": round(memory.peak_gib(module.device), 3),
-        }
+        row = {"step": self.step, "loss": round(loss, 6), "lr": self.lr, "tokens_per_second": round(speed)}
+        row["memory_gib"] = round(memory.peak_gib(module.device), 3)
         if self.held_out and self.held_out.step == self.step:
             row["val_perplexity"] = round(self.held_out.perplexity, 4)
         if trainer.is_global_zero:
