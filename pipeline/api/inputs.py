@@ -159,6 +159,10 @@ def check_masks(masks: Any, model: nn.Module | None = None) -> None:
         masks.refuse_other_model(model)
 
 
+def has_convolutions(masks: Masks) -> bool:
+    return any(len(mask.shape) == 4 for mask in masks.packed.values())
+
+
 def source(data: Texts, section: str, name: str, column: str | None, mirror: str | None, split: str) -> Source:
     """A text, other than a tensor, as a `Source`. `name`: the argument's."""
     if isinstance(data, str | Path):

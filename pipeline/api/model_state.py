@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pipeline.models.copying import copy_of
+from pipeline.models.pointwise import mark_pointwise
 
 
 @contextmanager
@@ -46,6 +47,19 @@ def preserved(*models: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, requires_grad, gradient in gradients:
             parameter.requires_grad_(requires_grad).grad = gradient
+
+
+@contextmanager
+def pointwise(wanted: bool, *models: nn.Module) -> Iterator[None]:
+    """Inside, 1x1 convolutions of the models are matrices to prune, if `wanted`; afterwards they are as before."""
+    kinds = [(module, type(module)) for model in models for module in model.modules()]
+    try:
+        for model in models if wanted else ():
+            mark_pointwise(model)
+        yield
+    finally:
+        for module, kind in kinds:
+            module.__class__ = kind
 
 
 def copy_sharing_weights(model: nn.Module) -> nn.Module:

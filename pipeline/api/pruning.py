@@ -9,7 +9,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.data import images, token_windows
 from pipeline.engine.blocks import find_blocks
 from pipeline.models import loading
-from pipeline.models.pointwise import mark_pointwise
 from pipeline.pruning.allocation import allocate
 from pipeline.pruning.calibration import split
 from pipeline.runtime.errors import UserError
@@ -96,12 +95,11 @@ def prune(
     text = {"samples": samples, "seq_len": seq_len, "batch_size": batch_size, "column": column}
     text["activations"] = activations
     recipe = inputs.recipe(["prune"], seed, mirror, prune=chosen, calibration=text)
-    if recipe.prune.pointwise:
-        mark_pointwise(model)
-    prune_stage.method_of(find_blocks(model), recipe.prune)  # raises before any text is read
-    found = _samples(calibration, "calibration", recipe.calibration, "calibration", tokenizer, model, seed, mirror)
-    with model_state.preserved(model):
-        return prune_stage.in_memory(model, split(found, batch_size), recipe)
+    with model_state.pointwise(recipe.prune.pointwise, model):
+        prune_stage.method_of(find_blocks(model), recipe.prune)  # raises before any text is read
+        found = _samples(calibration, "calibration", recipe.calibration, "calibration", tokenizer, model, seed, mirror)
+        with model_state.preserved(model):
+            return prune_stage.in_memory(model, split(found, batch_size), recipe)
 
 
 @inputs.api_function
@@ -145,7 +143,7 @@ def reconstruct(
     recipe = inputs.recipe(["prune", "reconstruct"], seed, mirror, calibration=text, reconstruct=chosen)
     steps = reconstruct_stage.plan_steps(reconstruction_text(recipe), recipe.reconstruct.accumulate, 1)
     found = _samples(calibration, "reconstruct", recipe.calibration, "calibration", tokenizer, model, seed, mirror)
-    with model_state.preserved(model, dense):
+    with model_state.preserved(model, dense), model_state.pointwise(inputs.has_convolutions(masks), model, dense):
         return reconstruct_stage.in_memory(model, dense, masks, split(found, batch_size), recipe, steps)
 
 

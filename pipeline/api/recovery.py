@@ -91,7 +91,8 @@ def finetune(
         held_out = _samples(validation, "validation", count, plain, tokenizer, model, 0, mirror, "validation")
 
     models = [model] if teacher is None else [model, teacher]
-    with tempfile.TemporaryDirectory(prefix="espalier-") as folder, model_state.preserved(*models):
+    marked = model_state.pointwise(inputs.has_convolutions(masks), model)
+    with tempfile.TemporaryDirectory(prefix="espalier-") as folder, model_state.preserved(*models), marked:
         originals = {name: (p, p.data) for name, p in model.named_parameters(remove_duplicate=False)}
         trained = _training_copy(model, finetune)
         recovery = finetune_stage.train(

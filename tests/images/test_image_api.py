@@ -10,6 +10,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 import pipeline.api as espalier
 from pipeline.runtime.errors import UserError
 from tests.conftest import typing
+from tests.images import test_pointwise
 from tests.images.classifiers import picture, pixels, tiny
 from tests.images.test_image_runs import SHORT, models
 
@@ -53,6 +54,22 @@ def test_pixel_values_and_data_sets_in_memory():
     espalier.finetune(model, masks, rows, processor, max_steps=2, batch_size=3)
     assert "images" in espalier.evaluate(model, processor, accuracy=[rows])["accuracy"]
     espalier.verify(model, masks)
+
+
+def test_convolutions_are_recovered_in_a_model_that_was_loaded_again():
+    dense, pruned = test_pointwise.tiny("ResNet"), test_pointwise.tiny("ResNet")
+    chosen = {"calibration": pixels(8), "sparsity": 0.5}
+    masks = espalier.prune(pruned, pointwise=True, **chosen)
+    with pytest.raises(UserError, match="set pointwise=true"):
+        espalier.prune(pruned, **chosen)  # the first call left no marks
+    again = test_pointwise.tiny("ResNet")
+    again.load_state_dict(pruned.state_dict())
+    assert espalier.reconstruct(again, masks, dense, calibration=pixels(8), accumulate=2, epochs=1, lr=1e-4)
+    kinds = Features({"image": ImageFeature(), "label": Dataset.from_dict({"label": [0]}).features["label"]})
+    rows = Dataset.from_dict({"image": [picture(level) for level in (20, 90, 200)], "label": [0, 1, 2]}, kinds)
+    espalier.finetune(again, masks, rows, ViTImageProcessorPil(size={"height": 32, "width": 32}), max_steps=1, lr=1e-2)
+    assert not torch.equal(again.state_dict()[next(iter(masks))], pruned.state_dict()[next(iter(masks))])
+    espalier.verify(again, masks)
 
 
 def test_what_does_not_fit_is_refused():
