@@ -43,7 +43,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def refuse_existing(target: Path) -> None:
-    if target.exists():
+    if os.path.lexists(target):  # also a link to nothing
         raise UserError(f"{target} exists already: choose another target, or remove it")
 
 

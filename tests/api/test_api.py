@@ -306,8 +306,10 @@ def test_export_refuses_in_one_line_and_leaves_nothing(tmp_path):
     model, dense = families.tiny("llama"), families.tiny("llama")
     masks = espalier.prune(model, calibration=families.text(4, 16))
     (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
     for arguments, says in [
         ((model, masks, tmp_path / "there"), "exists already"),
+        ((model, masks, tmp_path / "link"), "exists already"),
         ((dense, masks, tmp_path / "new"), "holds pruned weights that are not \\+0.0"),
         ((model, {}, tmp_path / "new"), "masks is a dict: pass the result of prune or Masks.load"),
         ((tmp_path / "none", masks, tmp_path / "new"), "no such folder"),

@@ -58,6 +58,7 @@ BAD = [
     ("finetune", {"quantize": "nf4"}, "quantize is not an argument of finetune"),
     ("finetune", {"dataset": "c4"}, "set texts="),
     ("finetune", {"distill": 0.5}, "pass teacher="),
+    ("finetune", {"distill": 0.5, "teacher": "another"}, "teacher has vocab_size=512, and model"),
     ("finetune", {"patience": 2}, "patience counts validations"),
     ("reconstruct", {"dense": None}, "dense is a NoneType"),
     ("reconstruct", {"dense": "itself"}, "dense is the pruned model itself"),
@@ -105,7 +106,7 @@ def test_bad_input_is_one_clear_line_and_changes_nothing(tiny_llama, pruned, fun
     if function == "reconstruct" and "dense" not in wrong:
         usual["dense"] = loaded(tiny_llama)[0]
     wrong = dict(wrong)
-    for key, value in {"masks": other_masks, "dense": other}.items():
+    for key, value in {"masks": other_masks, "dense": other, "teacher": other}.items():
         if isinstance(wrong.get(key), str):
             wrong[key] = value if wrong[key] == "another" else model
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
