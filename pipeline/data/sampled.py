@@ -50,7 +50,8 @@ def samples(recipe: Recipe, dense: Path, count: int, seq_len: int) -> Tensor:
         "code": code.fingerprint(__name__),
         "at_once": BATCH,
     }
-    cache = Path(recipe.run_dir).parent / ".sampled" / files.digest(about)
+    shared = processes.from_main(files.cache(Path(recipe.run_dir), ".sampled") if processes.is_main() else None)
+    cache = shared / files.digest(about)
     batches = range(-(-count // BATCH))
     parts = [cache / f"{batch}.safetensors" for batch in batches]
     missing = processes.from_main([batch for batch in batches if _read(parts[batch], seq_len) is None])

@@ -133,7 +133,8 @@ class _Measurements:
         self.hash = processes.from_main(subject.identity() if processes.is_main() else None)
         self._key = {"model": self.hash, "dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation}
         self._key |= {"code": code.fingerprint(__name__)}
-        self._cache = Path(recipe.run_dir).parent / ".measured"
+        cache = files.cache(Path(recipe.run_dir), ".measured") if processes.is_main() else None
+        self._cache = processes.from_main(cache)
 
     def losses(self, spec: str, source: sources.Source) -> list[float]:
         """The loss of each window of a text."""

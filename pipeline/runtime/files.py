@@ -62,6 +62,17 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+def cache(run_dir: Path, name: str) -> Path:
+    """The folder next to a run folder in which all runs there share a cache; inside the run folder if that cannot be written,
+    as with run_dir=/out in a container."""
+    shared = run_dir.parent / name
+    try:
+        shared.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return run_dir / name
+    return shared if os.access(shared, os.W_OK | os.X_OK) else run_dir / name
+
+
 def apply_umask(folder: Path) -> None:
     """Sets the mode of every file in a folder by the user's umask: safetensors writes 0600.
 

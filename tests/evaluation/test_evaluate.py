@@ -60,6 +60,13 @@ def run_dir(finished, tmp_path) -> Path:
     return tmp_path / "runs/one"
 
 
+def test_where_no_cache_can_be_next_to_the_run_it_is_inside(tiny_llama, tmp_path, typed):
+    (tmp_path / ".measured").write_text("nothing can be written here")
+    code, _, lines = typed(f"model={tiny_llama}", f"run_dir={tmp_path}/run", "evaluate.windows=1", "evaluate.tasks=[]")
+    assert code == 0, lines
+    assert cached_measurements(tmp_path / "run")
+
+
 def test_errors_differences_continuations_and_hashes(finished, tiny_llama):
     written = results(finished)
     dense, pruned = written["models"]["dense"], written["models"]["pruned"]
