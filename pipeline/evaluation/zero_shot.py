@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from pipeline.data import special_tokens
 from pipeline.evaluation.tasks import load_tasks
+from pipeline.runtime.errors import UserError
 
 BOOTSTRAP = 1000  # draws for metrics without a closed-form standard error (F1, Matthews)
 SEED, OTHER_SEED = 0, 1234  # lm-eval's defaults: Python's random; numpy and torch
@@ -58,7 +59,12 @@ def zero_shot(
             torch.manual_seed(OTHER_SEED)
             tasks = load_tasks([name], mirror, fewshot)
             # not simple_evaluate: it answers only where LOCAL_RANK is 0, and asks git, pip and nvidia-smi for versions
-            found = evaluate(lm, tasks, limit=limit, bootstrap_iters=BOOTSTRAP)
+            try:
+                found = evaluate(lm, tasks, limit=limit, bootstrap_iters=BOOTSTRAP)
+            except ValueError as error:
+                if "larger than population" not in str(error):
+                    raise
+                raise UserError(f"evaluate.fewshot={fewshot} is more than the examples of {name}: set fewer") from error
             for entry in _entries(tasks):
                 scores[entry] = _numbers(found["results"][entry])
                 by_question = [

@@ -350,3 +350,8 @@ def test_a_task_file_is_found_in_a_folder_that_was_read_before(tmp_path):
     for name in ("one", "two"):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(base | {"task": name}))
         check_tasks([str(tmp_path / f"{name}.yaml")])
+
+
+def test_more_examples_than_there_are_is_a_one_line_error():
+    with pytest.raises(UserError, match="evaluate.fewshot=5000 is more than the examples of world_homes: set fewer"):
+        zero_shot(tiny_llama(len(world.tokenizer())), world.tokenizer(), ["world_homes"], limit=1, fewshot=5000)
