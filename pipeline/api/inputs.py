@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.compact.compact_model import CompactModule
 from pipeline.data import sources, special_tokens
@@ -142,7 +142,7 @@ def check_tokenizer(tokenizer: Any, model: PreTrainedModel) -> PreTrainedTokeniz
 def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """The tokenizer in the folder or hub repository that the model was loaded from."""
     try:
-        return AutoTokenizer.from_pretrained(model.name_or_path)
+        return loading.read_tokenizer(model.name_or_path)
     except Exception as error:  # depends on the files there
         raise UserError(
             f"there is no tokenizer where the model was loaded from ('{model.name_or_path}'): pass tokenizer=..."
