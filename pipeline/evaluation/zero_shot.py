@@ -116,7 +116,8 @@ def _language_model(
     from lm_eval.models.huggingface import HFLM
 
     fixed_tokenizer, _ = special_tokens.for_questions(tokenizer, model.config)
-    lm = HFLM(pretrained=model, tokenizer=fixed_tokenizer, batch_size=batch_size)
+    # by default lm-eval rounds log-likelihoods to the model's dtype: in bfloat16 to 0.5 at -100, so choices tie
+    lm = HFLM(pretrained=model, tokenizer=fixed_tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
     for method in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         setattr(lm, method, functools.partial(_shared, getattr(lm, method), rank, world_size, share, model, report))
     return lm

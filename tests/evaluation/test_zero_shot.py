@@ -12,12 +12,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
 from datasets import Dataset
+from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from pipeline.data import world
 from pipeline.evaluation import tasks
 from pipeline.evaluation.tasks import check_tasks, load_tasks
-from pipeline.evaluation.zero_shot import zero_shot
+from pipeline.evaluation.zero_shot import _language_model, zero_shot
 from pipeline.models import placement
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Evaluate
@@ -117,6 +118,18 @@ def test_equals_a_plain_loop(mirror):
     assert arc_easy["acc"] == pytest.approx(sum(correct) / 11)
     assert arc_easy["acc_norm"] == pytest.approx(sum(correct_by_length) / 11)
     assert arc_easy["acc_stderr"] == pytest.approx(torch.tensor(correct).std().item() / 11**0.5)
+
+
+def test_log_likelihoods_are_not_rounded_to_the_models_dtype():
+    """In bfloat16 the sum of a long answer would be a multiple of 1 or 2, and many answers would tie."""
+    model, tokenizer, answer = tiny_llama().bfloat16(), byte_tokenizer(), " is rounded" * 5
+    request = Instance("loglikelihood", {}, ("What", answer), 0, metadata=("task", 0, 1))
+    lm = _language_model(model, tokenizer, 1, 0, 1, lambda text: None, (0, 1))
+    ((found, _),) = lm.loglikelihood([request], disable_tqdm=True)
+    ids = torch.tensor([tokenizer("What" + answer).input_ids])
+    with torch.no_grad():
+        logits = model(ids[:, :-1]).logits[0, 3:].float()
+    assert found == pytest.approx(logits.log_softmax(-1)[range(len(answer)), ids[0, 4:]].sum().item(), abs=1e-3)
 
 
 def test_scores_do_not_depend_on_the_other_tasks(mirror):
