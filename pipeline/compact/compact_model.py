@@ -16,7 +16,7 @@ from pipeline.compact.file_format import Compact, CompactFolder
 from pipeline.compact.forms import AUTO, BITMASK, Forms
 from pipeline.compact.gpu_weight import HALVES
 from pipeline.compact.memory import HugePages
-from pipeline.models import file_names
+from pipeline.models import file_names, loading
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 
@@ -122,6 +122,7 @@ def _load(folder: str | Path, recipe: Recipe, device: torch.device, forms: Forms
         if other not in found.shapes:
             aliases[kept].append(other)
     empty_model.compute_buffers(model, set(found.shapes))
+    loading.set_own_buffers(model, found.folder, recipe)
     # on the CPU a copy of every tensor: one view of a file would keep all that was read of it in memory
     memory = HugePages().copy if forms is None else (lambda tensor: tensor)
     for shard in found.shards:

@@ -1,9 +1,11 @@
 """Locates models and loads them, with their tokenizer and configuration. The files themselves: models/model_files.py."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import cached_file
@@ -135,18 +137,33 @@ def config(folder: Path, recipe: Recipe) -> PreTrainedConfig:
 
 def skeleton(folder: Path, recipe: Recipe, dtype: torch.dtype | None = None) -> nn.Module:
     """The model on the meta device, without weights; in the dtype of its config.json if `dtype` is None."""
+    model = _built(folder, recipe, dtype, torch.device("meta"))
+    return mark_pointwise(model) if recipe.prune.pointwise else model
+
+
+def set_own_buffers(model: nn.Module, folder: Path, recipe: Recipe) -> None:
+    """Computes the buffers that no file holds of a model that brings its own code, such as rotary frequencies. transformers 5
+    leaves them uninitialised, unless the code also computes them in `_init_weights`, as its own models do."""
+    if type(model).__module__.startswith("transformers."):
+        return
+    built = _built(folder, recipe, model.dtype, init_empty_weights(include_buffers=False))
+    in_files = built.state_dict()
+    for name, buffer in built.named_buffers():
+        if name not in in_files:
+            model.get_buffer(name).copy_(buffer)
+
+
+def _built(folder: Path, recipe: Recipe, dtype: torch.dtype | None, where: AbstractContextManager) -> nn.Module:
     found = dequantize.drop_quantization(config(folder, recipe))
     dtype = dtype or found.dtype
     chosen = model_class(folder, found, recipe.trust_remote_code)
     try:
-        with torch.device("meta"):
+        with where:
             if hasattr(chosen, "from_config"):  # an Auto class
-                model = chosen.from_config(found, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
-            else:
-                model = chosen._from_config(found, dtype=dtype)
+                return chosen.from_config(found, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
+            return chosen._from_config(found, dtype=dtype)
     except Exception as error:
         raise UserError(model_files.cannot_load(folder, error, "config.json")) from error
-    return mark_pointwise(model) if recipe.prune.pointwise else model
 
 
 def quantization(folder: Path) -> str | None:
@@ -185,6 +202,7 @@ def load(folder: Path, recipe: Recipe, dtype: str | None = None, quantization=No
     except Exception as error:  # safetensors, pickle, json and transformers raise their own types
         raise UserError(model_files.cannot_load(folder, error)) from error
     refuse_differences(folder, in_files, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    set_own_buffers(model, folder, recipe)
     if quantized:
         model = dequantize.dequantized(model, quantized, skeleton(folder, recipe, model.config.dtype))
         file_names.set_file_names(model, in_files)

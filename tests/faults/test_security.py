@@ -11,18 +11,24 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.commands.main import main
+from pipeline.compact.compact_model import load_compact
 from pipeline.models import loading
 from pipeline.runtime.errors import UserError, one_line
 from pipeline.settings import reader
 from tests.conftest import QUICK
 
-OWN_CODE = """from transformers import LlamaConfig, LlamaForCausalLM
+OWN_CODE = """import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 class Own(LlamaConfig):
     model_type = "own"
 
 class OwnLM(LlamaForCausalLM):
     config_class = Own
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("steps", torch.arange(1.0, 9.0), persistent=False)
 """
 
 
@@ -92,6 +98,9 @@ def test_the_commands_take_models_with_code(tiny_llama, tmp_path, typed, capsys)
         asked = list(map(str, words))
         assert main(asked) == 2 and "trust_remote_code=true" in capsys.readouterr().err
         assert main([*asked, trust]) == 0
+    recipe = reader.load([f"model={model}", "stages=[prune]", trust])
+    for loaded in (loading.load(model, recipe), load_compact(tmp_path / "compact", recipe)):
+        assert loaded.steps.tolist() == list(range(1, 9))  # transformers leaves such buffers uninitialised
 
 
 @pytest.mark.parametrize("value", ["${oc.env:HF_TOKEN}", "${seed}", "${", "a${b"])
