@@ -5,7 +5,11 @@ A conversation is rendered by the chat template of the model's tokenizer only.
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, tzinfo
 from typing import Any
+
+from transformers.utils import chat_template_utils
 
 from pipeline.runtime.errors import UserError
 
@@ -96,14 +100,42 @@ def _turn(turn: dict) -> dict[str, Any]:
     return {"role": role, "content": content or "", **rest}
 
 
-def _render(tokenizer: Any, turns: list[dict], **more: Any) -> str:
+class _SameDay(datetime):
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> "_SameDay":
+        return cls(2024, 7, 26)  # the date in Llama 3's template for when it cannot ask
+
+
+@contextmanager
+def _rendering(turns: list[dict]) -> Iterator[None]:
+    """Gives templates that write today's date (Llama 3, Mistral, gpt-oss) always the same one: else a repeated or resumed run
+    would read another text. A template's errors become `UserError`."""
+    original = chat_template_utils.datetime
+    chat_template_utils.datetime = _SameDay
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, **more)
+        yield
     except Exception as error:  # jinja's errors, and whatever a template raises
         roles = ", ".join(turn["role"] for turn in turns) or "nobody"
         raise UserError(
             f"the chat template refuses a conversation of {roles}: {error or type(error).__name__}"
         ) from error
+    finally:
+        chat_template_utils.datetime = original
+
+
+def _render(tokenizer: Any, turns: list[dict], **more: Any) -> str:
+    with _rendering(turns):
+        return tokenizer.apply_chat_template(turns, tokenize=False, **more)
+
+
+def _render_marked(tokenizer: Any, turns: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and the (start, end) of the template's {% generation %} blocks in it."""
+    names = {"chat_template": tokenizer.get_chat_template(), **tokenizer.special_tokens_map}
+    with _rendering(turns):
+        (text,), (spans,) = chat_template_utils.render_jinja_template(
+            [turns], return_assistant_tokens_mask=True, **names
+        )
+    return text, spans
 
 
 def _assistant_tokens(tokenizer: Any, turns: list[dict]) -> list[int]:
@@ -112,17 +144,19 @@ def _assistant_tokens(tokenizer: Any, turns: list[dict]) -> list[int]:
         raise UserError(
             "finetune.loss=assistant needs a tokenizer.json, which maps tokens to text positions: set finetune.loss=all"
         )
-    if GENERATION_MARK.search(tokenizer.get_chat_template()):
-        found = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return [
-            id_ if by_assistant else ~id_
-            for id_, by_assistant in zip(found["input_ids"], found["assistant_masks"], strict=True)
-        ]
-    text = _render(tokenizer, turns)
-    spans = list(_spans(tokenizer, turns, text))
+    if marked := bool(GENERATION_MARK.search(tokenizer.get_chat_template())):
+        text, spans = _render_marked(tokenizer, turns)
+    else:
+        text = _render(tokenizer, turns)
+        spans = list(_spans(tokenizer, turns, text))
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    inside = [any(a <= start < end <= b for a, b in spans) for start, end in found.offset_mapping]
-    return [id_ if by_assistant else ~id_ for id_, by_assistant in zip(found.input_ids, inside, strict=True)]
+    ids, before = [], 0
+    for id_, (start, end) in zip(found.input_ids, found.offset_mapping, strict=True):
+        # tokenizers that trim offsets (GPT-NeoX) give a token of spaces none; transformers' own mask then ends or never does
+        start, before = before if start == end else start, end
+        inside = any(start < b and a < end if marked else a <= start < end <= b for a, b in spans)
+        ids.append(id_ if inside else ~id_)
+    return ids
 
 
 def _spans(tokenizer: Any, turns: list[dict], text: str) -> Iterator[tuple[int, int]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data import chat, sources, token_windows
@@ -100,6 +101,30 @@ def test_only_assistant_tokens_have_loss(template):
     assert tokenizer.decode(ids) == text(TURNS)
     assert tokenizer.decode(labels[labels != -100]) == "I.<|im_end|>\n\nSo.<|im_end|>\n"
     assert torch.equal(labels[labels != -100], ids[labels != -100])
+
+
+SPACED = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": " I and "}, *TURNS[3:]]
+BARE = MARKED.replace("<|im_end|>\n{% endgen", "{% endgen").replace(
+    "{% endgeneration %}", "{% endgeneration %}<|im_end|>\n"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, BARE], ids=["by prefixes", "by marks", "by marks without an end"])
+def test_spaces_have_loss_in_tokenizers_that_trim_offsets(template):
+    """Offsets of GPT-NeoX's tokens leave spaces out: transformers' own mask then stops, or never ends."""
+    tokenizer = chat_tokenizer(template)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    _, labels = token_windows.ids_and_labels(torch.tensor(chat.tokens({"messages": SPACED}, tokenizer, "assistant")))
+    end = "" if template == BARE else "<|im_end|>\n"
+    assert tokenizer.decode(labels[labels != -100]) == f" I and {end}\nSo.{end}"
+
+
+@pytest.mark.parametrize("loss", ["all", "assistant"])
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["by prefixes", "by marks"])
+def test_a_template_with_a_date_gives_the_same_text_every_day(template, loss):
+    tokenizer = chat_tokenizer("{{ strftime_now('%d %b %Y') }}" + template)
+    ids, _ = token_windows.ids_and_labels(torch.tensor(chat.tokens({"messages": TURNS}, tokenizer, loss)))
+    assert tokenizer.decode(ids) == "26 Jul 2024" + text(TURNS)
 
 
 def test_a_conversation_that_starts_with_the_assistant():
