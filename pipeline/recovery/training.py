@@ -83,10 +83,11 @@ def fit(
         precision=precision(settings.precision),
         callbacks=list(callbacks),
         enable_checkpointing=False,  # ours replaces Lightning's callback
-        plugins=[AtomicCheckpoints(folder)],
         logger=_loggers(settings.loggers, folder),
         enable_progress_bar=processes.on_terminal(),
-        **processes.trainer_arguments(sharding.ShardedStrategy if settings.strategy == "fsdp" else None),
+        **processes.trainer_arguments(
+            sharding.ShardedStrategy if settings.strategy == "fsdp" else None, [AtomicCheckpoints(folder)]
+        ),
     )
     assert trainer.world_size == world_size
     if settings.checkpoint_activations:

@@ -4,13 +4,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
@@ -206,11 +207,14 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
-def trainer_arguments(sharded: Callable[[int, timedelta], Strategy] | None = None) -> dict[str, Any]:
+def trainer_arguments(
+    sharded: Callable[[int, timedelta], Strategy] | None = None, plugins: Sequence[Any] = ()
+) -> dict[str, Any]:
     """The arguments with which a Lightning Trainer uses exactly the launched processes: with DDP, or with the strategy that
     `sharded(processes, timeout)` returns.
 
-    With devices="auto" each rank of a CPU launch would train alone; on GPUs the strategy names this process's.
+    With devices="auto" each rank of a CPU launch would train alone; on GPUs the strategy names this process's. In a SLURM job
+    Lightning would load any hpc_ckpt_*.ckpt in the working folder, such as another run's, and write one at SIGUSR1.
     """
     from pipeline.runtime import strategies  # which builds on this module
 
@@ -221,7 +225,10 @@ def trainer_arguments(sharded: Callable[[int, timedelta], Strategy] | None = Non
         strategy = sharded(world_size(), _timeout)
     else:
         strategy = strategies.DataParallel(_timeout)
+    in_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
     return {
+        "plugins": [*plugins, *([SLURMEnvironment(auto_requeue=False)] if in_slurm else [])],
+        "default_root_dir": os.devnull,
         "accelerator": "gpu" if gpu else "cpu",
         "devices": "auto" if gpu else local_world_size(),
         "num_nodes": nodes(),

@@ -1,4 +1,4 @@
-"""The GPU of a process."""
+"""The GPU of a process, and a SLURM job around it."""
 
 import re
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from pipeline.runtime import launcher
 from pipeline.runtime.errors import UserError
+from tests.conftest import QUICK
 
 
 @pytest.fixture
@@ -41,3 +42,13 @@ def test_a_process_uses_its_only_visible_gpu_and_two_cannot_share_one(node):
     node(0, 4, 2)
     with pytest.raises(UserError, match=re.escape("has 2 GPUs: launch with --num_processes 2")):
         launcher.set_device(store)
+
+
+def test_a_slurm_job_loads_no_checkpoint_of_another_run(tiny_llama, tmp_path, monkeypatch, typed):
+    """Lightning writes such a file to the working folder, and loads it into whatever runs there next."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}}, "hpc_ckpt_1.ckpt")
+    job = {"JOB_ID": "7", "JOB_NAME": "x", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "NODELIST": "a"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert typed(*QUICK, f"model={tiny_llama}", "run_dir=run", "stages=[prune,finetune]")[0] == 0
