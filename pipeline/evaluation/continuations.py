@@ -47,11 +47,13 @@ def continuations(model: nn.Module, tokenizer: Any, prompts: list[str], tokens: 
     """Generates greedily after each prompt, up to `tokens` tokens or the end of text.
 
     One prompt at a time, since padding would change the numbers. Raises `UserError` if a prompt fills all positions, and
-    `CannotGenerate` if the model's `generate` fails.
+    `CannotGenerate` if the model's `generate` fails. Replaces the model's `generation_config`.
     """
     positions = loading.positions(model.config)
-    generation = model.generation_config
     tokenizer, _ = special_tokens.for_questions(tokenizer, model.config)
+    end = model.generation_config.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
+    model.generation_config = GenerationConfig()  # else the model's penalties, beams and the like would fill our gaps
     found = []
     for prompt in prompts:
         ids_1T = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
@@ -61,7 +63,7 @@ def continuations(model: nn.Module, tokenizer: Any, prompts: list[str], tokens: 
         settings = GenerationConfig(
             do_sample=False,
             max_new_tokens=min(tokens, positions - length) if positions else tokens,
-            eos_token_id=generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id,
+            eos_token_id=end,
             pad_token_id=0,  # unused for a single prompt, but generate warns without it
         )
         try:

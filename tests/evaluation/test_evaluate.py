@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import launch
 from pipeline.data import world
@@ -193,6 +193,7 @@ def test_prompts_are_beginnings_of_long_texts_that_fit():
 def test_continuations_are_greedy():
     tokenizer = world.tokenizer()
     model = random_llama(len(tokenizer)).eval()
+    model.generation_config = GenerationConfig(repetition_penalty=9.0, num_beams=3, stop_strings=["."], do_sample=True)
     prompts = [text[:40] for text in world.documents("test")[:2]]
     generated = continuations.continuations(model, tokenizer, prompts, 5)
     for prompt, continuation in zip(prompts, generated, strict=True):
