@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from pipeline.data import special_tokens
 from pipeline.evaluation.tasks import load_tasks
+from pipeline.models import loading
 from pipeline.runtime.errors import UserError
 
 BOOTSTRAP = 1000  # draws for metrics without a closed-form standard error (F1, Matthews)
@@ -117,7 +118,8 @@ def _language_model(
 
     fixed_tokenizer, _ = special_tokens.for_questions(tokenizer, model.config)
     # by default lm-eval rounds log-likelihoods to the model's dtype: in bfloat16 to 0.5 at -100, so choices tie
-    lm = HFLM(pretrained=model, tokenizer=fixed_tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
+    options = {"softmax_dtype": torch.float32, "max_length": loading.positions(model.config)}
+    lm = HFLM(pretrained=model, tokenizer=fixed_tokenizer, batch_size=batch_size, **options)
     for method in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         setattr(lm, method, functools.partial(_shared, getattr(lm, method), rank, world_size, share, model, report))
     return lm

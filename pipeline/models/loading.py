@@ -19,6 +19,16 @@ from pipeline.settings.schema import Recipe
 
 # shows a tokenizer's rules: spaces, line breaks, digits, case, accents, contractions, symbols and other scripts
 RULES = "It's  2,048 Cafés\u0301\n\n\tx_1 = 'ﬁ' + \"ÅÉ\";\r\n    if a<=10.5: return 漢字 привет 😀 don't I'LL 12345678 "
+# families whose first position is the one after that of the padding token: RoBERTa's 514 take 512 tokens
+AFTER_PADDING = (
+    "camembert",
+    "data2vec-text",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
 
 
 def dense_folder(recipe: Recipe, inputs: dict[str, Path]) -> Path:
@@ -237,7 +247,10 @@ def refuse_differences(
 
 def positions(config: PreTrainedConfig) -> int | None:
     """The longest text that the model takes, in tokens; None if its configuration sets no limit, as XLNet's -1."""
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    found = getattr(text, "max_position_embeddings", None)
+    if found and text.model_type in AFTER_PADDING:
+        found -= text.pad_token_id + 1
     return found if found and found > 0 else None
 
 

@@ -399,6 +399,16 @@ def test_texts_are_cut_as_tokenizer_json_says(tmp_path, capsys, name, kind, part
     assert "cuts texts differently from tokenizer.json" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["opt", "gpt2", *loading.AFTER_PADDING])
+@torch.no_grad()
+def test_a_text_may_fill_all_positions(name):
+    model = tiny(name)
+    longest = loading.positions(model.config)
+    model(input_ids=IDS[:, :1].expand(1, longest))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=IDS[:, :1].expand(1, longest + 1))
+
+
 @pytest.mark.parametrize(
     "needed, visible, expected",
     [
