@@ -19,17 +19,17 @@ from pipeline.runtime.errors import UserError
 
 WEIGHTS = ("*.safetensors", "*.bin")
 # besides the weights
-IDENTITY = (
-    "config.json",
-    "generation_config.json",
-    "*processor_config.json",
+CONFIGURATION = ("config.json", "generation_config.json", "*processor_config.json", "*.jinja", "*.py")
+VOCABULARY = (
     "tokenizer*",
     "vocab*",
     "merges*",
     "*.model",
+    "*.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
 )
-IDENTITY += ("special_tokens_map.json", "added_tokens.json", "*.jinja", "*.py")
-OTHER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "additional_chat_templates/*.jinja")
+OTHER_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "additional_chat_templates/*.jinja")
 # in transformers' order of preference; each may have an index instead
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 LOADED = ("config.json", "*.index.json", "*.safetensors", "pytorch_model*.bin")
@@ -38,7 +38,9 @@ PEFT = ("base_model.model.", ".base_layer.")  # in a PeftModel's parameter names
 
 def identity(folder: Path) -> str:
     """A fingerprint of a model folder's weights, configs, tokenizer, chat template and code."""
-    return files.fingerprint({path for pattern in (*WEIGHTS, *IDENTITY) for path in folder.glob(pattern)})
+    return files.fingerprint(
+        {path for pattern in (*WEIGHTS, *CONFIGURATION, *VOCABULARY) for path in folder.glob(pattern)}
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -334,6 +334,7 @@ def test_download_patterns_of_hub_models():
         "config.json",
         "tokenizer.json",
         "chat_template.jinja",
+        "qwen.tiktoken",
         "additional_chat_templates/tools.jinja",
         "modeling_x.py",
     ]
@@ -361,6 +362,7 @@ def test_all_other_files_are_copied(tiny_llama, tmp_path):
     (origin / "additional_chat_templates").mkdir()
     (origin / "additional_chat_templates/tools.jinja").write_text("{{ messages }}")
     (origin / "chat_template.jinja").write_text("{{ messages[0] }}")
+    (origin / "cl100k_base.tiktoken").write_text("IQ== 0")  # the vocabulary of Phi-3-small and Qwen-7B
     rewrite(origin, tmp_path / "target", Recipe(), lambda name, weight: None)
     for path in origin.rglob("*"):
         if path.is_file() and path.suffix != ".safetensors":
