@@ -71,7 +71,10 @@ def packed(
             raise UserError(
                 f"{source} has {len(tokens)} tokens, but {samples} samples of {seq_len} are needed: {fewer}"
             )
-    return torch.frombuffer(tokens, dtype=torch.int32)[:enough].view(samples, seq_len)
+    found = torch.frombuffer(tokens, dtype=torch.int32)[:enough].view(samples, seq_len)
+    if loss != "all" and (found < 0).all():
+        raise UserError(f"{source} holds no answers of an assistant to learn from: set finetune.loss=all")
+    return found
 
 
 def calibration(

@@ -155,6 +155,11 @@ REFUSED = {
     "no speaker": (CHATML, {"messages": [{"speaker": "user", "content": "x"}]}, "has a turn by 'None'"),
     "pictures": (CHATML, {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "holds pictures"),
     "turn without text": (CHATML, {"messages": [{"role": "user", "text": "x"}]}, "a turn by 'user' without text"),
+    "no answers": (
+        CHATML,
+        {"messages": TURNS[:2]},
+        "holds no answers of an assistant to learn from: set finetune.loss=all",
+    ),
     "plain text": (CHATML, {"text": "x"}, "holds no conversations, which finetune.loss=assistant needs"),
 }
 
