@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.compact.compact_model import CompactModule
 from pipeline.data import sources, special_tokens
 from pipeline.data.sources import Source
-from pipeline.models import loading
+from pipeline.models import loading, processors
 from pipeline.recovery.masked_parameter import MaskedParameter
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError
@@ -142,7 +142,7 @@ def check_tokenizer(tokenizer: Any, model: PreTrainedModel) -> PreTrainedTokeniz
 def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """The tokenizer in the folder or hub repository that the model was loaded from."""
     try:
-        return loading.read_tokenizer(model.name_or_path)
+        return processors.read_tokenizer(model.name_or_path)
     except Exception as error:  # depends on the files there
         raise UserError(
             f"there is no tokenizer where the model was loaded from ('{model.name_or_path}'): pass tokenizer=..."

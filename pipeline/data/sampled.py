@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from pipeline.data import special_tokens
-from pipeline.models import loading, model_files, placement
+from pipeline.models import loading, model_files, placement, processors
 from pipeline.runtime import code, files, memory, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
@@ -39,7 +39,7 @@ def samples(recipe: Recipe, dense: Path, count: int, seq_len: int) -> Tensor:
     Batches are cached in `<runs>/.sampled/` by model, settings and code: an interrupted run continues, other runs reuse them,
     and fewer samples are a prefix of more.
     """
-    tokenizer = loading.tokenizer(dense, recipe)
+    tokenizer = processors.tokenizer(dense, recipe)
     identity = processes.from_main(model_files.identity(dense) if processes.is_main() else None)
     about = {
         "model": identity,

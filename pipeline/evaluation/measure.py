@@ -28,7 +28,7 @@ from pipeline.evaluation.perplexity import (
 )
 from pipeline.evaluation.tasks import identity
 from pipeline.evaluation.zero_shot import mean_accuracy, zero_shot
-from pipeline.models import loading, model_files, placement
+from pipeline.models import loading, model_files, placement, processors
 from pipeline.runtime import code, files, processes
 from pipeline.settings.schema import Recipe
 
@@ -165,7 +165,7 @@ class _Measurements:
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
-        return loading.tokenizer(self.subject.folder, self.recipe)
+        return processors.tokenizer(self.subject.folder, self.recipe)
 
     @functools.cached_property
     def _placement(self) -> str:

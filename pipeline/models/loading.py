@@ -1,4 +1,5 @@
-"""Locates models and loads them, with their tokenizer and configuration. The files themselves: models/model_files.py."""
+"""Locates models and loads them, with their configuration. The files themselves: models/model_files.py; tokenizers:
+models/processors.py."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -7,8 +8,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
-from transformers.utils import cached_file
+from transformers import AutoConfig, PreTrainedConfig
 
 from pipeline.models import dequantize, file_names, model_files
 from pipeline.models.architecture import model_class
@@ -17,8 +17,6 @@ from pipeline.runtime import caches, processes
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Recipe
 
-# shows a tokenizer's rules: spaces, line breaks, digits, case, accents, contractions, symbols and other scripts
-RULES = "It's  2,048 Cafés\u0301\n\n\tx_1 = 'ﬁ' + \"ÅÉ\";\r\n    if a<=10.5: return 漢字 привет 😀 don't I'LL 12345678 "
 # families whose first position is the one after that of the padding token: RoBERTa's 514 take 512 tokens
 AFTER_PADDING = (
     "camembert",
@@ -81,60 +79,6 @@ def is_here(model: str, revision: str | None) -> bool:
     except (LocalEntryNotFoundError, OSError, ValueError):
         return False
     return any(file for pattern in model_files.WEIGHTS for file in found.glob(pattern))
-
-
-def tokenizer(folder: Path, recipe: Recipe):
-    """The tokenizer in a model folder. Raises `UserError` if it is unusable."""
-    try:
-        return read_tokenizer(folder, recipe.trust_remote_code)
-    except Exception as error:  # damaged files raise KeyError, AttributeError and more
-        config(folder, recipe)  # the tokenizer's class depends on it: report an unreadable config as such
-        raise UserError(
-            f"{folder} has no usable tokenizer: {model_files.problem(folder, error, '*token*.json')}: copy tokenizer.json and "
-            "tokenizer_config.json there from the original model"
-        ) from error
-
-
-def read_tokenizer(where: str | Path, own_code: bool = False):
-    """The tokenizer in a folder or hub repository, which cuts texts as its tokenizer.json says. Raises transformers' errors.
-
-    A few classes of transformers 5 (LlamaTokenizer, GPT2Tokenizer, Qwen2Tokenizer and others) take only the vocabulary from
-    tokenizer.json, and replace its normalizer and pre-tokenizer by their own: texts lose spaces or accents, or are cut
-    elsewhere. Many models name such a class but have other rules; AutoTokenizer knows some of them, by their hub ids."""
-    found = AutoTokenizer.from_pretrained(where, trust_remote_code=own_code)
-    is_own = not type(found).__module__.startswith("transformers.")
-    if is_own or not isinstance(found, PreTrainedTokenizerFast) or type(found) is PreTrainedTokenizerFast:
-        return found
-    if cached_file(where, "tokenizer.json", _raise_exceptions_for_missing_entries=False) is None:
-        return found
-    exact = PreTrainedTokenizerFast.from_pretrained(where)
-    ours, theirs = (t([RULES, f"  {RULES}"], add_special_tokens=False).input_ids for t in (exact, found))
-    if ours == theirs:
-        return found
-    known = exact.get_vocab()
-    for name, token in found.special_tokens_map.items():  # the class may have defaults
-        if name in exact.SPECIAL_TOKENS_ATTRIBUTES and getattr(exact, name, None) is None and token in known:
-            setattr(exact, name, token)
-    processes.say(
-        f"  {where}: {type(found).__name__} of transformers cuts texts differently from tokenizer.json, which is used"
-    )
-    return exact
-
-
-def image_processor(folder: Path, recipe: Recipe):
-    """The image processor in a model folder, which scales and normalises images. Raises `UserError` if it is unusable."""
-    from transformers import AutoImageProcessor
-
-    try:
-        # with Pillow, whether or not torchvision is installed: the two differ in the last bits
-        return AutoImageProcessor.from_pretrained(
-            folder, backend="pil", trust_remote_code=recipe.trust_remote_code, local_files_only=True
-        )
-    except Exception as error:  # a missing or damaged file, or a package that is not installed
-        raise UserError(
-            f"{folder} has no usable image processor: {model_files.problem(folder, error, 'preprocessor_config.json')}: copy "
-            "preprocessor_config.json there from the original model"
-        ) from error
 
 
 def config(folder: Path, recipe: Recipe) -> PreTrainedConfig:

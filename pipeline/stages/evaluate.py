@@ -13,7 +13,7 @@ from pipeline.data import images, sources, special_tokens
 from pipeline.evaluation import accuracy, continuations, paired
 from pipeline.evaluation.measure import Subject, measure
 from pipeline.evaluation.tasks import check_tasks
-from pipeline.models import loading, verification
+from pipeline.models import loading, processors, verification
 from pipeline.reporting import series
 from pipeline.runtime import files, memory, processes
 from pipeline.runtime.errors import UserError
@@ -51,7 +51,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
         protocol["notes"].append("trust_remote_code=true: the model's own code was run")
     if quantized := loading.quantization(dense):
         protocol["notes"].append(f"the dense model's files are quantised ({quantized}): its weights were dequantised")
-    tokenizer = loading.tokenizer(dense, recipe) if settings.perplexity else None
+    tokenizer = processors.tokenizer(dense, recipe) if settings.perplexity else None
     if tokenizer and not settings.bos and special_tokens.adds_bos(tokenizer):
         protocol["notes"].append(
             f"the tokenizer begins each text with {tokenizer.bos_token}, so only a text's first window has it, as in the "
@@ -126,7 +126,7 @@ def _prompts(recipe: Recipe, dense: Path) -> list[str]:
     rows = sources.documents(sources.of_stage(recipe, "evaluate")[0])
     positions = loading.positions(loading.config(dense, recipe))
     longest = min(MAX_PROMPT, positions // 2) if positions else MAX_PROMPT
-    return continuations.prompts(rows, loading.tokenizer(dense, recipe), settings.continuations, longest)
+    return continuations.prompts(rows, processors.tokenizer(dense, recipe), settings.continuations, longest)
 
 
 def _weights(name: str, folder: Path, masks: Masks, recipe: Recipe) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from pipeline.data import images, sources
-from pipeline.models import loading
+from pipeline.models import processors
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Calibration, Finetune, Recipe
 from pipeline.tasks.task import Task
@@ -38,7 +38,7 @@ class ImageClassification(Task):
             )
 
     def processor(self, folder: Path, recipe: Recipe) -> Any:
-        return loading.image_processor(folder, recipe)
+        return processors.image_processor(folder, recipe)
 
     def calibration(
         self, recipe: Recipe, text: Calibration, section: str, folder: Path, config: PreTrainedConfig

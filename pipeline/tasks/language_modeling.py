@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from pipeline.data import sampled, sources, token_windows
-from pipeline.models import loading
+from pipeline.models import loading, processors
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Calibration, Finetune, Recipe
 from pipeline.tasks.task import Task
@@ -33,7 +33,7 @@ class LanguageModeling(Task):
             )
 
     def processor(self, folder: Path, recipe: Recipe) -> Any:
-        return loading.tokenizer(folder, recipe)
+        return processors.tokenizer(folder, recipe)
 
     def calibration(
         self, recipe: Recipe, text: Calibration, section: str, folder: Path, config: PreTrainedConfig

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pipeline.data import sampled
-from pipeline.models import loading
+from pipeline.models import loading, processors
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
 from pipeline.sparsity.masks import Masks
@@ -119,7 +119,7 @@ def test_samples_are_for_calibration_only(key):
 
 
 def test_a_tokenizer_without_a_first_token_is_refused(tiny_llama):
-    tokenizer = loading.tokenizer(tiny_llama, self_text_recipe(tiny_llama, "x"))
+    tokenizer = processors.tokenizer(tiny_llama, self_text_recipe(tiny_llama, "x"))
     config = loading.config(tiny_llama, self_text_recipe(tiny_llama, "x"))
     assert sampled.first_token(tokenizer, config) == 0
     tokenizer.bos_token = None

@@ -14,7 +14,7 @@ from pipeline.engine.layerwise import hidden_states
 from pipeline.engine.matrices import coverage_entries, matrices, matrices_of
 from pipeline.engine.observe import InputObserver
 from pipeline.engine.walk import LayerWalk
-from pipeline.models import loading, model_files
+from pipeline.models import loading, model_files, processors
 from pipeline.pruning import calibration, scores
 from pipeline.pruning.score_methods import Wanda
 from pipeline.reporting import series
@@ -112,7 +112,7 @@ def test_a_repeated_block_is_pruned_once_with_the_inputs_of_its_first_call(origi
     masks, _ = pruned(folder, tmp_path / "p", tokens)
     model = AutoModelForCausalLM.from_pretrained(folder)
     source = sources.source(tokens.partition("=")[2])
-    windows = token_windows.calibration(source, loading.tokenizer(folder, settings(folder)), 8, 32, seed=0)
+    windows = token_windows.calibration(source, processors.tokenizer(folder, settings(folder)), 8, 32, seed=0)
     seen = []  # (matrix, its input); gate and up are still dense when it is scored
     for name in (name for name in masks if name.endswith("down_proj.weight")):
         module = model.get_submodule(name.removesuffix(".weight"))

@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from pipeline.commands.verify import check_matrices
-from pipeline.models import file_names, loading, model_files, placement
+from pipeline.models import file_names, loading, model_files, placement, processors
 from pipeline.models.model_files import Tensors
 from pipeline.models.rewrite import layers, parameters, rewrite
 from pipeline.runtime.errors import UserError
@@ -394,7 +394,7 @@ def test_texts_are_cut_as_tokenizer_json_says(tmp_path, capsys, name, kind, part
     about = {"tokenizer_class": name, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
 
-    loaded = loading.tokenizer(tmp_path, Recipe())
+    loaded = processors.tokenizer(tmp_path, Recipe())
     text = "The cat has 12345678 hairs"
     assert loaded(text, add_special_tokens=False).input_ids == rules.encode(text).ids
     assert (loaded.bos_token, loaded.eos_token, loaded.unk_token) == ("<s>", "</s>", "<unk>")

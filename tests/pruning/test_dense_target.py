@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from pipeline import api as espalier
 from pipeline import registry
 from pipeline.data import sources, token_windows
-from pipeline.models import loading
+from pipeline.models import processors
 from pipeline.pruning.combination import prune_method
 from pipeline.pruning.dense_target import packed, solve
 from pipeline.runtime.errors import UserError
@@ -47,7 +47,7 @@ def seen(model: nn.Module, windows: Tensor, outputs: bool = False) -> dict[str, 
 def calibration_windows(origin, *more) -> Tensor:
     chosen = settings(origin, *more)
     source = sources.source(chosen.calibration.dataset, chosen.mirror, chosen.calibration.split)
-    tokenizer = loading.tokenizer(origin, chosen)
+    tokenizer = processors.tokenizer(origin, chosen)
     return token_windows.calibration(source, tokenizer, 8, chosen.calibration.seq_len, seed=0)
 
 
@@ -238,6 +238,6 @@ def test_damaged_weights_are_named(tiny_llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     model.save_pretrained(folder)
-    loading.tokenizer(tiny_llama, settings(tiny_llama)).save_pretrained(folder)
+    processors.tokenizer(tiny_llama, settings(tiny_llama)).save_pretrained(folder)
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds weights that are not finite"):
         pruned(folder, tmp_path / "p", *LEAST_SQUARES, DENSE)

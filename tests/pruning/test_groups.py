@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline import api as espalier
 from pipeline.data import sources, token_windows
-from pipeline.models import loading
+from pipeline.models import processors
 from pipeline.pruning.block_pruner import BlockPruner
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
@@ -26,7 +26,7 @@ def plain(origin, chosen, group: str, activations: str, ratio: float) -> dict[st
     model = AutoModelForCausalLM.from_pretrained(origin)
     source = sources.source(chosen.calibration.dataset, chosen.mirror, "train")
     windows = token_windows.calibration(
-        source, loading.tokenizer(origin, chosen), 8, chosen.calibration.seq_len, seed=0
+        source, processors.tokenizer(origin, chosen), 8, chosen.calibration.seq_len, seed=0
     )
     hidden, arguments, masks = [], {}, {}
 
@@ -82,7 +82,7 @@ def test_the_api_gives_the_same_masks_and_weights_as_the_command(tiny_llama, tmp
     masks, weights = pruned(tiny_llama, tmp_path / "p", *more)
     chosen = settings(tiny_llama, *more)
     source = sources.source(chosen.calibration.dataset, chosen.mirror, "train")
-    tokenizer = loading.tokenizer(tiny_llama, chosen)
+    tokenizer = processors.tokenizer(tiny_llama, chosen)
     windows = token_windows.calibration(source, tokenizer, 8, chosen.calibration.seq_len, seed=0)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     api_masks = espalier.prune(model, sparsity=0.6, group="layer", activations="dense", calibration=windows)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline import api as espalier
 from pipeline.data import sources, token_windows
-from pipeline.models import loading, model_files
+from pipeline.models import model_files, processors
 from pipeline.pruning.score_methods import Wanda
 from pipeline.registry import PRUNE_METHODS
 from pipeline.reporting import series
@@ -77,7 +77,7 @@ def test_equals_the_textbook_on_a_trained_model(stories, hub, tmp_path, method, 
 def check_against_textbook(origin, chosen, masks, weights):
     source = sources.source(chosen.calibration.dataset, chosen.mirror, "train")
     windows = token_windows.calibration(
-        source, loading.tokenizer(origin, chosen), 8, chosen.calibration.seq_len, seed=0
+        source, processors.tokenizer(origin, chosen), 8, chosen.calibration.seq_len, seed=0
     )
     model = AutoModelForCausalLM.from_pretrained(origin)
     textbook.prune(model, windows, chosen.prune.method, patterns.parse(chosen.prune.sparsity))
@@ -180,7 +180,7 @@ def test_experts_are_scored_with_their_own_tokens_and_undersampled_ones_by_weigh
     experts = model.model.layers[0].mlp.experts
     hook = experts.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
     windows = token_windows.calibration(
-        sources.source("world"), loading.tokenizer(origin, settings(origin)), 8, 32, seed=0
+        sources.source("world"), processors.tokenizer(origin, settings(origin)), 8, 32, seed=0
     )
     model(input_ids=windows)
     hook.remove()

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.data import sources, token_windows
 from pipeline.engine.blocks import find_blocks
 from pipeline.evaluation.perplexity import full_logits, window_losses, windows
-from pipeline.models import loading, model_files
+from pipeline.models import loading, model_files, processors
 from pipeline.models.rewrite import parameters
 from pipeline.recovery import layer_fit
 from pipeline.runtime.errors import UserError
@@ -71,7 +71,7 @@ def test_the_errors_in_the_table_equal_those_of_the_whole_model(tiny_llama, tmp_
     _, rows = reconstructed(tiny_llama, tmp_path)
     chosen = settings(tiny_llama)
     held_out = token_windows.calibration(
-        sources.source("world"), loading.tokenizer(tiny_llama, chosen), 32, 32, seed=0
+        sources.source("world"), processors.tokenizer(tiny_llama, chosen), 32, 32, seed=0
     )[28:]
     states = []
     for folder in (tiny_llama, tmp_path / "reconstruct/model"):
@@ -92,7 +92,9 @@ def test_a_trained_model_recovers_most_of_its_perplexity(stories, hub, tmp_path)
     pruned(stories, tmp_path / "prune", *more)
     reconstructed(stories, tmp_path, *more)
     chosen = settings(stories)
-    text = token_windows.joined(sources.source("local/stories", str(hub), "test"), loading.tokenizer(stories, chosen))
+    text = token_windows.joined(
+        sources.source("local/stories", str(hub), "test"), processors.tokenizer(stories, chosen)
+    )
     dense, before, after = (
         window_losses(full_logits(loading.load(folder, chosen)), windows(text, 128)[:24], 8).mean()
         for folder in (stories, tmp_path / "prune/model", tmp_path / "reconstruct/model")
