@@ -1,5 +1,6 @@
 """The pattern of each matrix: `prune.sparsity`, modified per layer by an allocation and per name by `prune.overrides`."""
 
+import re
 from collections.abc import Callable
 from fnmatch import fnmatch
 
@@ -15,6 +16,7 @@ from pipeline.sparsity import patterns
 from pipeline.sparsity.patterns import Pattern, Unstructured
 
 LARGEST = 0.99  # ratio of a layer
+EXPERT = re.compile(r"\[([\d*?]+)\]$")
 
 
 class Allocation:
@@ -109,7 +111,7 @@ def patterns_by_layer(
         block.index: sum(
             matrix.weight_OI.numel()
             for name, matrix in matrices(block, blocks).items()
-            if not any(fnmatch(name, glob) for glob in overrides)
+            if not any(matches(name, glob) for glob in overrides)
         )
         for block in blocks
     }
@@ -125,6 +127,12 @@ def patterns_by_layer(
             f"{type(allocation).__name__}.ratios returned {ratios}: return {len(indices)} numbers from 0 to {LARGEST}"
         )
     return {index: Unstructured(float(value)) for index, value in zip(indices, ratios)}
+
+
+def matches(name: str, glob: str) -> bool:
+    """Whether a glob of `prune.overrides` matches a matrix's name. At the end, `[3]` and `[*]` are an expert's number, as in
+    the name, and no set of characters."""
+    return fnmatch(name, EXPERT.sub(r"[[]\1]", glob))
 
 
 def allocate(blocks: list[Block], settings: Prune, by_block: dict[int, Pattern] | None = None) -> dict[str, Pattern]:
@@ -149,7 +157,7 @@ def allocate(blocks: list[Block], settings: Prune, by_block: dict[int, Pattern] 
     allocated = {}
     for name, (pattern, matrix) in candidates.items():
         for glob in overrides:
-            if fnmatch(name, glob):
+            if matches(name, glob):
                 pattern = overrides[glob]
         if pattern is None:
             continue
@@ -162,7 +170,7 @@ def allocate(blocks: list[Block], settings: Prune, by_block: dict[int, Pattern] 
             raise UserError(f"prune.sparsity={pattern}: {name}: {problem}; set a ratio such as 0.5, which always fits")
         allocated[name] = pattern
     for glob in overrides:
-        if not any(fnmatch(name, glob) for name in candidates):
+        if not any(matches(name, glob) for name in candidates):
             raise UserError(f"prune.overrides: no matrix matches '{glob}': use names such as {next(iter(candidates))}")
     if not allocated:
         raise UserError("prune.overrides leaves every matrix dense: there is nothing to prune")

@@ -235,6 +235,16 @@ def test_overrides_by_name(tiny_llama, tmp_path):
         pruned(tiny_llama, tmp_path / "q", 'prune.overrides={"*query*": dense}')
 
 
+def test_overrides_name_single_experts():
+    first = "model.layers.0.mlp.experts.gate_up_proj"
+    overrides = {f"{first}[1]": "dense", "*.layers.[01].*.down_proj[2]": 0.25, "*.layers.2.*.down_proj[*]": 0.75}
+    chosen = {"sparsity": 0.5, "allocation": "owl", "overrides": overrides}
+    masks = espalier.prune(tiny("mixtral"), calibration=text(4, 32), **chosen)
+    assert f"{first}[0]" in masks and f"{first}[1]" not in masks
+    layers = [{name.split(".")[2] for name, found in masks.patterns.items() if found == it} for it in ("0.25", "0.75")]
+    assert layers == [{"0", "1"}, {"2"}]
+
+
 def test_a_killed_run_resumes_at_its_layer(tiny_llama, tmp_path, monkeypatch):
     whole_masks, whole = pruned(tiny_llama, tmp_path / "whole")
     begun = []
