@@ -55,7 +55,7 @@ class Patterns(Registry):
             raise UserError(
                 f"{key}={value} is not a sparsity: set a ratio such as 0.5, N of M such as 2of4, or {AS_IS}"
             ) from None
-        if ratio >= 60 and ratio == int(ratio):
+        if ratio >= 60 and ratio.is_integer():
             n, m = divmod(int(ratio), 60)  # YAML 1.1 reads 2:4 in base 60
             raise UserError(f"{key}={value} is not a ratio. YAML reads {n}:{m} as {value}: set {key}={n}of{m}")
         if not 0 < ratio < 1:

@@ -35,6 +35,7 @@ def test_every_recipe_loads_and_is_short(path):
         ("prune.sparsity=4of2", "0 < N < M"),
         ("prune.sparsity=half", "is not a sparsity"),
         ("prune.sparsity=nan", "between 0 and 1"),
+        ("prune.sparsity=inf", "between 0 and 1"),
         ("prune.method=wandda", "did you mean 'wanda'?"),
         ("prune=wanda", "this is a section"),
         ("stages={}", "stages is a list: set 'stages=["),
