@@ -306,7 +306,7 @@ class Recipe:
     rerun: list[str] = setting([], "finished stages to run again", choices=tuple(STAGES))
     mirror: str | None = setting(None, "a folder with the layout of the hub, from which data sets are read instead")
     debug: bool = setting(False, "show tracebacks")
-    timeout_minutes: float = setting(30.0, "how long processes wait for the slowest one", low=0.05)
+    timeout_minutes: float = setting(30.0, "how long processes wait for the slowest one", low=0.05, high=1e6)
     deterministic: bool = setting(
         False, "training repeats and resumes bit for bit on GPUs too, somewhat slower; changing it re-runs no stage"
     )

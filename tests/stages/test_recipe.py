@@ -46,6 +46,8 @@ def test_every_recipe_loads_and_is_short(path):
         ("finetune.rank=-3", "finetune.rank=-3 is out of range"),
         ("finetune.rank=many", "finetune.rank"),
         ("finetune.lr=nan", "not a finite number"),
+        ("seed=99999999999999", "set a value from 0 to 4294967295"),
+        ("timeout_minutes=1e300", "is out of range"),
         ("calibration.samples=1.5", "calibration.samples"),
         ("stages=[prun]", "did you mean 'prune'?"),
         ("stages=[finetune]", "finetune needs prune"),
