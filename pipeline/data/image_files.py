@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.data.text_files import SPLITS, NoSplit, is_data
+from pipeline.data.text_files import SPLITS, NoSplit, below, is_data
 from pipeline.runtime import files
 from pipeline.runtime.errors import UserError
 
@@ -62,9 +62,4 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def _images(folder: Path) -> Iterator[Path]:
-    """In a fixed order, at any depth."""
-    for where, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield Path(where, name)
+    return (path for path in below(folder) if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))

@@ -5,7 +5,9 @@ ambiguous is refused: a missing split, several configurations, files of several 
 """
 
 import json
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +85,7 @@ def find(path: Path, split: str, config: str | None = None, named: bool = False)
         raise UserError(f"no dataset at {path}: set a .parquet, .json(l)(.gz), .csv or .txt file, or a folder of them")
     if saved_dataset := _saved_dataset(path, split, named):
         return _check_readable(path, saved_dataset)
-    files = {p: p.relative_to(path) for p in sorted(path.glob("**/*")) if is_data(p, path)}
+    files = {p: p.relative_to(path) for p in sorted(below(path)) if is_data(p, path)}
     if not files:
         raise UserError(
             f"no dataset at {path}: it holds no file of text, the formats are {', '.join(FORMATS)} (metadata such as "
@@ -145,6 +147,16 @@ def _split_of_saved(folder: Path) -> str | None:
         return json.loads((folder / "state.json").read_text()).get("_split")
     except (ValueError, AttributeError):
         return None
+
+
+def below(folder: Path) -> Iterator[Path]:
+    """The files in a folder, at any depth, in a fixed order; also those in folders that are symbolic links."""
+    seen = set()  # a link may lead back up
+    for where, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(where)
+        folders[:] = [] if place in seen else sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(where, name) for name in sorted(names) if place not in seen)
+        seen.add(place)
 
 
 def is_data(path: Path, root: Path) -> bool:

@@ -54,6 +54,9 @@ def first_rows(source: "Source") -> Iterator[dict[str, Any]]:
     """Yields non-empty rows of a local source in the form of `documents`, without reading ahead."""
     rows = iter(loaded(source, streaming=source.form != text_files.SAVED))
     columns: list[str] = []
+    wanted = set(source.columns[0]) if len(source.columns) == 1 else set()
+    # the structs that hold the column
+    above = {name[:end] for name in wanted for end, letter in enumerate(name) if letter == "."}
     while True:
         try:
             row = next(rows, None)
@@ -62,6 +65,8 @@ def first_rows(source: "Source") -> Iterator[dict[str, Any]]:
         if row is None:
             return
         row = _flat(row) | row
+        if not wanted <= row.keys() and any(row.get(place, "") is None for place in above):
+            continue
         columns = columns or _columns(source, row)
         if any(row.get(column) in (None, []) for column in columns):
             continue

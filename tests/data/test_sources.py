@@ -240,6 +240,21 @@ def test_rows_without_text_are_skipped(tmp_path):
     assert list(sources.first_rows(sources.source(str(tmp_path / "a.jsonl")))) == [{"text": "a"}]
 
 
+@pytest.mark.parametrize("first", ['{"data": null}', '{"data": {"body": null, "n": 1}}'])
+def test_rows_without_the_struct_of_a_nested_column_are_skipped(tmp_path, first):
+    write_layout(tmp_path, {"a.jsonl": f"{first}\n{NESTED}"})
+    source = sources.source(str(tmp_path / "a.jsonl"), column="data.body.text")
+    assert list(sources.first_rows(source)) == sources.documents(source).to_list() == [{"text": "one"}]
+
+
+def test_folders_may_be_symbolic_links(tmp_path):
+    write_layout(tmp_path, {"a/train.jsonl": '{"text": "a"}\n', "elsewhere/test.jsonl": '{"text": "b"}\n'})
+    (tmp_path / "a/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/up").symlink_to(tmp_path / "a")
+    for split, text in (("train", "a"), ("test", "b")):
+        assert sources.documents(sources.source(f"{tmp_path}/a@{split}"))["text"] == [text]
+
+
 def test_files_are_read_in_the_order_of_their_names(tmp_path):
     names = [f"{i}.txt" for i in range(12)]
     write_layout(tmp_path, {name: name for name in names})
