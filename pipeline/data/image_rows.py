@@ -101,7 +101,7 @@ class ImageRows:
             )
         if values and isinstance(values[0], str):
             return self._set(values)
-        self.labels = values
+        self.labels = list(map(int, values))  # a bool is no class for torch
         self.classes = list(kind.names) if isinstance(kind, ClassLabel) else None
         if self.classes and (strange := [value for value in values if not 0 <= value < len(self.classes)]):
             raise UserError(f"{self.source} has images of no class (label {strange[0]}): set another split")

@@ -109,6 +109,13 @@ def test_classes_without_names_are_numbers(tmp_path):
         read(tmp_path / "data.parquet", config=ViTConfig(num_labels=2))
 
 
+def test_classes_may_be_true_and_false(tmp_path):
+    rows = {"image": [{"bytes": png(level), "path": None} for level in (0, 255)], "label": [False, True]}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "data.parquet")
+    labels_B = read(tmp_path / "data.parquet", config=ViTConfig(num_labels=2))[:][1]
+    assert labels_B.dtype == torch.int64 and labels_B.tolist() == [0, 1]
+
+
 def test_imagenet_folders_are_in_the_order_of_the_model(tmp_path):
     """Names of 1,000 synsets are sorted as the classes of ImageNet are."""
     for place in range(1000):
