@@ -80,6 +80,8 @@ def _refuse_unknown(layer: dict, schema: type, prefix: str) -> None:
             raise UserError(f"{prefix}{key} has the key {not_text[0]}: put it in quotes")
         elif "${" in str(value):  # OmegaConf would insert ${oc.env:HF_TOKEN}, and the report would show it
             raise UserError(f"{prefix}{key}={value}: ${{...}} is not allowed, a recipe holds plain values")
+        elif "???" in (value if isinstance(value, list) else [value]):  # OmegaConf would leave the default
+            raise UserError(f"{prefix}{key}={value}: ??? is no value, set one")
 
 
 def _mismatch(layer: dict, key: str) -> str:

@@ -12,6 +12,7 @@ CASES: dict[str, list[Case]] = {
         Case("prune=wanda", "prune=wanda: this is a section; set one of its keys"),
         Case("'prune.overrides={'", "cannot read prune.overrides={: is a bracket or a quote left open"),
         Case("'model=${oc.env:HF_TOKEN}'", "${...} is not allowed"),
+        Case("prune.sparsity='???'", "??? is no value, set one"),
         Case("model=null", "no model: set model=<hub id or folder>"),
         Case("stages=[pretrain,prune]", "exclude each other"),
         Case("stages=[prun]", "did you mean 'prune'?"),
