@@ -65,7 +65,8 @@ class Combination(PruneMethod):
 
     def prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
         statistics, method_total = self._read(weights, total)
-        dense = {name: weight_OI.to(torch.float32, copy=True) for name, weight_OI in weights.items()}
+        dense_RI, lengths = _stacked(weights), [len(weight_OI) for weight_OI in weights.values()]
+        dense = dict(zip(weights, dense_RI.split(lengths)))
         chosen = self.method.prune(weights, method_total)
         if self.refinement:
             for name, weight_OI in weights.items():
@@ -83,7 +84,7 @@ class Combination(PruneMethod):
                 masks.apply_(weight_OI, mask_OI)
                 chosen[name] = mask_OI
         if self.weight_update:
-            self._update(weights, dense, chosen, statistics.gram_II)
+            self._update(weights, dense_RI, chosen, statistics.gram_II)
         return chosen
 
     def compare_layer(self, inputs: list[tuple[dict[str, Tensor], Tensor]]) -> None:
@@ -103,12 +104,9 @@ class Combination(PruneMethod):
         statistics = self.sums.read(total, inputs)
         return statistics, statistics.raw.get(self.method.statistic, statistics.square_sum_I)
 
-    def _update(
-        self, weights: dict[str, Tensor], dense: dict[str, Tensor], chosen: dict[str, Tensor], gram_II: Tensor
-    ) -> None:
+    def _update(self, weights: dict[str, Tensor], dense_RI: Tensor, chosen: dict[str, Tensor], gram_II: Tensor) -> None:
         """Updates all matrices with the same inputs together, so that the update factorises their Gram matrix once."""
-        dense_RI, mask_RI = torch.cat([dense[name] for name in weights]), torch.cat([chosen[name] for name in weights])
-        weight_RI = torch.cat([weight_OI.float() for weight_OI in weights.values()])
+        weight_RI, mask_RI = _stacked(weights), torch.cat([chosen[name] for name in weights])
         rows = processes.share_of(len(dense_RI), _tile(dense_RI))
         local = (dense_RI[rows], weight_RI[rows], mask_RI[rows])
         updated = self.weight_update.update(*local, gram_II, next(iter(weights)))
@@ -117,6 +115,11 @@ class Combination(PruneMethod):
         for name, part_OI in zip(weights, updated_RI.split([len(weight_OI) for weight_OI in weights.values()])):
             store_(weights[name], part_OI, name, self.settings.damp, self.readings)
             masks.apply_(weights[name], chosen[name])
+
+
+def _stacked(weights: dict[str, Tensor]) -> Tensor:
+    """A copy of the weights (O, I), (R, I) in fp32."""
+    return torch.cat(list(weights.values())).float()
 
 
 def _check_returned(step: Refinement | WeightUpdate, name: str, got: Any, like: Tensor) -> None:

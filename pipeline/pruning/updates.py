@@ -5,6 +5,8 @@ times its mean diagonal; ADMM, which scales the inputs to norm 1 as in its paper
 R = rows (output features), I = in_features.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -50,17 +52,22 @@ class Admm(WeightUpdate):
     def update(self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, name: str) -> Tensor:
         norm_I = gram_II.diagonal().sqrt()
         norm_I = norm_I.masked_fill(norm_I == 0, 1)  # dead inputs, whose weights do not change
-        gram_II = gram_II / norm_I / norm_I[:, None]
+        gram_II.div_(norm_I).div_(norm_I[:, None])
         gram_II.diagonal().add_(self.settings.damp * gram_II.diagonal().mean())
-        target_RI = obs.product(dense_RI * norm_I, gram_II)
-        gram_II.diagonal().add_(1)
-        inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(gram_II))  # all eigenvalues are at least 1
-        free_RI, dual_RI = weight_RI * norm_I, torch.zeros_like(weight_RI)
-        for _ in range(self.settings.update_steps):
-            masked_RI = (free_RI + dual_RI) * mask_RI
-            dual_RI += free_RI - masked_RI
-            free_RI = obs.product(target_RI + masked_RI - dual_RI, inverse_II)
-        return (free_RI + dual_RI) / norm_I
+        inverse_II = gram_II.clone()
+        inverse_II.diagonal().add_(1)
+        inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(inverse_II))  # all eigenvalues are at least 1
+
+        def update_rows(dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor) -> Tensor:
+            target_RI = (dense_RI * norm_I) @ gram_II
+            free_RI, dual_RI = weight_RI * norm_I, torch.zeros_like(weight_RI)
+            for _ in range(self.settings.update_steps):
+                masked_RI = (free_RI + dual_RI) * mask_RI
+                dual_RI += free_RI - masked_RI
+                free_RI = (target_RI + masked_RI - dual_RI) @ inverse_II
+            return (free_RI + dual_RI) / norm_I
+
+        return _in_tiles(update_rows, dense_RI, weight_RI, mask_RI)
 
 
 class LeastSquares(WeightUpdate):
@@ -74,24 +81,35 @@ class LeastSquares(WeightUpdate):
         gram_II.diagonal().add_(self.settings.damp * gram_II.diagonal().mean())
         gram_II.diagonal()[dead_I] = 1  # the rest of the row and column is zero, so the solution is the dense weight
         inverse_I = gram_II.diagonal().reciprocal()
-        weight_RI = weight_RI * mask_RI
-        residual_RI = obs.product(dense_RI - weight_RI, gram_II).mul_(mask_RI)
-        scaled_RI = residual_RI * inverse_I
-        direction_RI = scaled_RI.clone()
-        size_R1 = first_R1 = (residual_RI * scaled_RI).sum(1, keepdim=True)
-        for _ in range(self.settings.update_steps):
-            product_RI = obs.product(direction_RI, gram_II).mul_(mask_RI)
-            curvature_R1 = (direction_RI * product_RI).sum(1, keepdim=True)
-            moves_R1 = (size_R1 > CONVERGED**2 * first_R1) & (curvature_R1 > 0)
-            if not moves_R1.any():
-                break
-            step_R1 = torch.where(moves_R1, size_R1 / curvature_R1, 0)
-            weight_RI.addcmul_(step_R1, direction_RI)
-            residual_RI.addcmul_(step_R1, product_RI, value=-1)
+
+        def update_rows(dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor) -> Tensor:
+            weight_RI = weight_RI * mask_RI
+            residual_RI = ((dense_RI - weight_RI) @ gram_II).mul_(mask_RI)
             scaled_RI = residual_RI * inverse_I
-            before_R1, size_R1 = size_R1, (residual_RI * scaled_RI).sum(1, keepdim=True)
-            direction_RI = torch.addcmul(scaled_RI, torch.where(moves_R1, size_R1 / before_R1, 0), direction_RI)
-        return weight_RI
+            direction_RI = scaled_RI.clone()
+            size_R1 = first_R1 = (residual_RI * scaled_RI).sum(1, keepdim=True)
+            for _ in range(self.settings.update_steps):
+                product_RI = (direction_RI @ gram_II).mul_(mask_RI)
+                curvature_R1 = (direction_RI * product_RI).sum(1, keepdim=True)
+                moves_R1 = (size_R1 > CONVERGED**2 * first_R1) & (curvature_R1 > 0)
+                if not moves_R1.any():
+                    break
+                step_R1 = torch.where(moves_R1, size_R1 / curvature_R1, 0)
+                weight_RI.addcmul_(step_R1, direction_RI)
+                residual_RI.addcmul_(step_R1, product_RI, value=-1)
+                scaled_RI = residual_RI * inverse_I
+                before_R1, size_R1 = size_R1, (residual_RI * scaled_RI).sum(1, keepdim=True)
+                direction_RI = torch.addcmul(scaled_RI, torch.where(moves_R1, size_R1 / before_R1, 0), direction_RI)
+            return weight_RI
+
+        return _in_tiles(update_rows, dense_RI, weight_RI, mask_RI)
+
+
+def _in_tiles(update_rows: Callable[..., Tensor], *rows_RI: Tensor) -> Tensor:
+    """`update_rows` of each few rows of the tensors: what it computes with stays small, and in a CPU's cache; on a GPU a row's
+    result does not depend on the rows of other ranks."""
+    tiles = zip(*(part.split(obs.ROW_TILE) for part in rows_RI))
+    return torch.cat([update_rows(*tile) for tile in tiles])
 
 
 def store_(weight_OI: Tensor, updated_OI: Tensor, name: str, damp: float, readings: Readings) -> None:
