@@ -9,9 +9,10 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import read_json
 
 FORMATS = {
     ".parquet": "parquet",
@@ -134,19 +135,18 @@ def _saved_dataset(folder: Path, split: str, named: bool) -> SplitFiles | None:
         folder = folder / split
     elif not (folder / "state.json").is_file() or not any(folder.glob("*.arrow")):
         return None
-    elif named and _split_of_saved(folder) != split:
-        raise _missing_split(folder, split, [name] if (name := _split_of_saved(folder)) else [])
+    elif named and _state(folder).get("_split") != split:
+        raise _missing_split(folder, split, [name] if (name := _state(folder).get("_split")) else [])
     paths = tuple(sorted(folder.glob("*.arrow")))
     if not paths:
         raise UserError(f"{folder} holds no .arrow file: save_to_disk did not finish, so save it again")
-    return SplitFiles(SAVED, paths)
+    # `datasets` also writes its caches there, cache-*.arrow, when someone maps or filters the rows
+    rows = [file["filename"] for file in _state(folder).get("_data_files", ()) if "filename" in file]
+    return SplitFiles(SAVED, tuple(path for path in paths if path.name in rows) or paths)
 
 
-def _split_of_saved(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / "state.json").read_text()).get("_split")
-    except (ValueError, AttributeError):
-        return None
+def _state(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "state.json") or {}
 
 
 def below(folder: Path) -> Iterator[Path]:

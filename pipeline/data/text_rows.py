@@ -41,7 +41,8 @@ def documents(source: "Source") -> Dataset:
         rows = rows.flatten()
     rows = rows.select_columns(columns)
     if any(rows.data.column(column).null_count for column in columns):
-        rows = rows.filter(lambda *values: None not in values, input_columns=columns)
+        # in memory: `datasets` would write to the user's folder, if it is one of save_to_disk
+        rows = rows.filter(lambda *values: None not in values, input_columns=columns, keep_in_memory=True)
     if len(rows) == 0:
         raise UserError(f"{source} holds no text")
     beginning = rows.select(range(min(100, len(rows))))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from pipeline.data import sources
 from pipeline.runtime.errors import UserError
@@ -253,6 +253,17 @@ def test_folders_may_be_symbolic_links(tmp_path):
     (tmp_path / "elsewhere/up").symlink_to(tmp_path / "a")
     for split, text in (("train", "a"), ("test", "b")):
         assert sources.documents(sources.source(f"{tmp_path}/a@{split}"))["text"] == [text]
+
+
+def test_a_saved_data_set_is_neither_changed_nor_mistaken_for_its_caches(tmp_path):
+    """`map` and `filter` of `datasets` write cache-*.arrow next to the rows: new ones would run the stages again."""
+    Dataset.from_dict({"text": ["a", None, "b"]}).save_to_disk(tmp_path / "saved")
+    before, source = sorted(os.listdir(tmp_path / "saved")), sources.source(str(tmp_path / "saved"))
+    assert sources.documents(source)["text"] == ["a", "b"]
+    assert sorted(os.listdir(tmp_path / "saved")) == before
+    load_from_disk(tmp_path / "saved").map(lambda row: {"text": "c"})
+    assert sorted(os.listdir(tmp_path / "saved")) != before
+    assert sources.identity(sources.source(str(tmp_path / "saved"))) == sources.identity(source)
 
 
 def test_files_are_read_in_the_order_of_their_names(tmp_path):
