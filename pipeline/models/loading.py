@@ -49,13 +49,10 @@ def locate(model: str, revision: str | None) -> Path:
         return folder
     if model.startswith((".", "/", "~")):
         raise UserError(f"model={model}: no such folder")
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        found = Path(snapshot_download(model, revision=revision, **model_files.download("*.safetensors")))
-        if not any(found.glob("*.safetensors")):
-            found = Path(snapshot_download(model, revision=revision, **model_files.download("*.bin")))
+        found = _snapshot(model, revision)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         if unusable := caches.problem(error):
             raise UserError(unusable) from error
@@ -69,16 +66,27 @@ def locate(model: str, revision: str | None) -> Path:
 
 def is_here(model: str, revision: str | None) -> bool:
     """Whether `locate` downloads nothing: the model is on this machine, or HF_HUB_OFFLINE is set."""
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     if Path(model).expanduser().is_dir() or model.startswith((".", "/", "~")) or constants.HF_HUB_OFFLINE:
         return True
     try:
-        found = Path(snapshot_download(model, revision=revision, local_files_only=True))
+        found = _snapshot(model, revision, local_files_only=True)
     except (LocalEntryNotFoundError, OSError, ValueError):
         return False
-    return any(file for pattern in model_files.WEIGHTS for file in found.glob(pattern))
+    return bool(model_files.weight_files(found))
+
+
+def _snapshot(model: str, revision: str | None, **where: bool) -> Path:
+    """The folder in the hub's cache with all that a model needs; *.bin only where transformers finds no *.safetensors."""
+    from huggingface_hub import snapshot_download
+
+    for weights in model_files.WEIGHTS:
+        found = Path(snapshot_download(model, revision=revision, **where, **model_files.download(weights)))
+        if model_files.weight_files(found):
+            break
+    return found
 
 
 def config(folder: Path, recipe: Recipe) -> PreTrainedConfig:

@@ -7,6 +7,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from huggingface_hub import constants
+from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, pre_tokenizers
@@ -354,6 +356,29 @@ def test_download_patterns_of_hub_models():
     ]
     downloaded = filter_repo_objects([*there, *elsewhere], **model_files.download("*.safetensors"))
     assert list(downloaded) == there
+
+
+@pytest.mark.parametrize("more", ["README.md", "model.fp16.safetensors", "tf_model.h5"])
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_a_downloaded_model_is_here_and_found_offline(tmp_path, monkeypatch, more, weights):
+    """Its repository also holds files that `locate` does not download."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    repository, commit = tmp_path / "models--a--b", "0" * 40
+    snapshot = repository / "snapshots" / commit
+    for path, text in ((repository / "refs/main", commit), (snapshot / "config.json", "{}"), (snapshot / weights, "")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    if more.endswith(".safetensors"):
+        (snapshot / more).write_text("")
+    listing = {name: TreeCacheEntry(0, commit) for name in ("config.json", weights, more)}
+    write_tree_cache(str(repository), commit, listing)
+    assert loading.is_here("a/b", None)
+    (snapshot / weights).rename(tmp_path / weights)
+    assert not loading.is_here("a/b", None)
+    (tmp_path / weights).rename(snapshot / weights)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert loading.locate("a/b", None) == snapshot
 
 
 def test_all_other_files_are_copied(tiny_llama, tmp_path):
