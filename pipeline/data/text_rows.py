@@ -4,14 +4,15 @@ A row has `text`, `input_ids`, or a conversation: `messages`, or `prompt` and `r
 """
 
 import glob
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, load_dataset, load_from_disk
 
 from pipeline.data import chat, digits, image_files, text_files
-from pipeline.runtime import caches
+from pipeline.runtime import caches, files
 from pipeline.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,10 +89,19 @@ def loaded(source: "Source", streaming: bool = False):
         if source.files:
             local = source.is_local  # local names may contain * and the like
             paths = [glob.escape(path) if local else path for path in source.files]
-            return load_dataset(source.form, data_files={source.split: paths}, split=source.split, streaming=streaming)
+            state = {"description": _state(source.files)} if local else {}
+            return load_dataset(
+                source.form, data_files={source.split: paths}, split=source.split, streaming=streaming, **state
+            )
         return load_dataset(source.path, source.config, split=source.split, revision=source.revision)
     except Exception as error:  # datasets, pyarrow, gzip and the hub raise their own types
         raise _unreadable(source, error) from error
+
+
+def _state(paths: Iterable[str]) -> str:
+    """Becomes a part of the name of the cache of `datasets`, which by itself tells contents of a path apart only by their time
+    of modification: copies, archives and container images may keep it."""
+    return files.digest([[stat.st_size, stat.st_ctime_ns] for stat in map(os.stat, paths)])
 
 
 def _unreadable(source: "Source", error: Exception) -> UserError:

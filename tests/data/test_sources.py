@@ -255,6 +255,14 @@ def test_folders_may_be_symbolic_links(tmp_path):
         assert sources.documents(sources.source(f"{tmp_path}/a@{split}"))["text"] == [text]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_new_contents_are_read_whatever_their_time_of_modification(tmp_path, name):
+    for text in ("one", "two"):
+        write_layout(tmp_path, {name: parquet(text) if name.endswith(".parquet") else jsonl(text)})
+        os.utime(tmp_path / name, (1, 1))  # as in reproducible container images
+        assert sources.documents(sources.source(str(tmp_path / name)))["text"] == [text]
+
+
 def test_a_saved_data_set_is_neither_changed_nor_mistaken_for_its_caches(tmp_path):
     """`map` and `filter` of `datasets` write cache-*.arrow next to the rows: new ones would run the stages again."""
     Dataset.from_dict({"text": ["a", None, "b"]}).save_to_disk(tmp_path / "saved")
