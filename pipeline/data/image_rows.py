@@ -25,7 +25,8 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target")
 
 
 class ImageRows:
-    """The images of a source. `labels` are numbers of classes; `classes` are their names, None where a source has none.
+    """The images of a source. `labels` are numbers of classes; `classes` are their names, None where a source has none, in the
+    order of the names (`by_name`) where a source gives no numbers.
 
     Raises `UserError` if a source holds no images, or no labels where they are `labelled`.
     """
@@ -34,6 +35,7 @@ class ImageRows:
         self.source = source
         self.labels: Sequence[int] = ()
         self.classes: list[str] | None = None
+        self.by_name = False
         if source.form == image_files.IMAGES:
             names = image_files.classes(source.files)
             self._set(names)
@@ -79,7 +81,7 @@ class ImageRows:
             raise UserError(f"{self.name(place)} is damaged or no image: {reason}") from error
 
     def _set(self, names: Sequence[str]) -> None:
-        self.classes = sorted(set(names))
+        self.classes, self.by_name = sorted(set(names)), True
         numbers = {name: number for number, name in enumerate(self.classes)}
         self.labels = [numbers[name] for name in names]
 

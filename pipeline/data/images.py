@@ -6,6 +6,7 @@ Shapes: B = images of a batch, C = channels, H, W = pixels.
 import functools
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -158,10 +159,16 @@ def _of_classes(rows: ImageRows, config: PreTrainedConfig) -> list[int] | None:
             raise UserError(
                 f"{rows.source} has {len(classes)} classes, but the model has {count}: they must be the same"
             )
+        if rows.by_name and (other := [one for one, two in zip(classes, sorted(classes, key=_natural)) if one != two]):
+            raise UserError(
+                f"the order of the classes of {rows.source} is not certain: torchvision and timm sort '{other[0]}' "
+                "differently, and the model's classes have no names: set id2label in its config.json"
+            )
         return same_order
-    # ImageNet has two classes called crane, so that names alone would not do
-    agree = sum(name == own.get(number) for number, name in enumerate(classes))
-    if len(classes) == count and (agree >= 0.9 * count or (count == 1000 and all(map(WORDNET.fullmatch, classes)))):
+    # ImageNet has two classes called crane, so that names alone would not do. A name in another place shows another order
+    differ, times = [name for number, name in enumerate(classes) if name != own.get(number)], Counter(own.values())
+    agree = len(differ) <= 0.1 * count and not any(times[name] == 1 for name in differ)
+    if len(classes) == count and (agree or (count == 1000 and all(map(WORDNET.fullmatch, classes)))):
         return same_order
     by_name = {str(name): number for number, name in own.items()}
     if unknown := [name for name in classes if name not in by_name]:
@@ -170,3 +177,8 @@ def _of_classes(rows: ImageRows, config: PreTrainedConfig) -> list[int] | None:
             f"such): its classes are {', '.join(list(by_name)[:3])}, ... (id2label in config.json)"
         )
     return [by_name[name] for name in classes]
+
+
+def _natural(name: str) -> list[str | int]:
+    """timm's order: numbers by their value, and without regard to case."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]

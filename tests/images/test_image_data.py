@@ -125,6 +125,30 @@ def test_imagenet_folders_are_in_the_order_of_the_model(tmp_path):
     assert read(tmp_path, config=config).labels == list(range(1000))
 
 
+def test_two_classes_in_another_order_are_matched_by_name(tmp_path):
+    """Also where all others agree. Names that are not the model's may differ, as some of ImageNet do."""
+    names = [f"thing {i:02d}" for i in range(20)]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(png(1))
+    swapped = [*names[:3], names[4], names[3], *names[5:]]
+    assert read(tmp_path, config=ViTConfig(id2label=dict(enumerate(swapped)))).labels == [0, 1, 2, 4, 3, *range(5, 20)]
+    others = ["fish", "fish", *names[2:]]
+    assert read(tmp_path, config=ViTConfig(id2label=dict(enumerate(others)))).labels == list(range(20))
+
+
+@pytest.mark.parametrize("names", [list(map(str, range(12))), ["apple", "Zebra"]])
+def test_folders_without_a_certain_order_need_the_names_of_the_model(tmp_path, names):
+    """torchvision sorts 0, 1, 10, 11, 2, ... and Zebra before apple; timm does not."""
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(png(1))
+    with pytest.raises(UserError, match="the order of the classes .* is not certain: torchvision and timm sort '"):
+        read(tmp_path, config=ViTConfig(num_labels=len(names)))
+    found = read(tmp_path, config=ViTConfig(id2label=dict(enumerate(names))))
+    assert [names[label] for label in found.labels] == sorted(names)
+
+
 def png(level: int) -> bytes:
     file = io.BytesIO()
     picture(level).save(file, "PNG")
