@@ -47,6 +47,7 @@ Options: --help, --version; debug=true shows tracebacks; trust_remote_code=true 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 an error, reported in one line, 75 stopped by a signal."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which ends the import of matplotlib where its package is missing
     debug = "debug=true" in arguments
     quiet = os.environ.get("LOCAL_RANK", "0") != "0"  # until the processes are joined, one per machine prints
     try:

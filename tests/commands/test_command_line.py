@@ -136,6 +136,13 @@ def test_lists_do_not_import_torch():
     assert done.stdout.splitlines()[-1] == "False"
 
 
+def test_a_notebooks_backend_of_matplotlib_is_ignored():
+    """Programs started from a notebook inherit it, but perhaps not its package."""
+    code = "from pipeline.commands.main import main; main(['--help']); import matplotlib"
+    environment = os.environ | {"MPLBACKEND": "module://package_of_a_notebook.backend_inline"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
+
+
 def test_the_reader_of_the_output_may_end_early():
     code = "from pipeline.commands.main import main; raise SystemExit(main(['keys']))"
     done = subprocess.run(
