@@ -88,7 +88,7 @@ def loaded(source: "Source", streaming: bool = False):
             return load_from_disk(str(Path(source.files[0]).parent))
         if source.files:
             local = source.is_local  # local names may contain * and the like
-            paths = [glob.escape(path) if local else path for path in source.files]
+            paths = [glob.escape(path if local else _downloaded(path)) for path in source.files]
             state = {"description": _state(source.files)} if local else {}
             return load_dataset(
                 source.form, data_files={source.split: paths}, split=source.split, streaming=streaming, **state
@@ -96,6 +96,15 @@ def loaded(source: "Source", streaming: bool = False):
         return load_dataset(source.path, source.config, split=source.split, revision=source.revision)
     except Exception as error:  # datasets, pyarrow, gzip and the hub raise their own types
         raise _unreadable(source, error) from error
+
+
+def _downloaded(path: str) -> str:
+    """The path in the hub's cache of hf://datasets/OWNER/NAME/FILE. `datasets` would ask the hub in every run, and fail without
+    a network."""
+    from huggingface_hub import hf_hub_download
+
+    owner, name, file = path.removeprefix("hf://datasets/").split("/", 2)
+    return hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")
 
 
 def _state(paths: Iterable[str]) -> str:

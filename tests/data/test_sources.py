@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
+from huggingface_hub import constants
 
 from pipeline.data import sources
 from pipeline.runtime.errors import UserError
@@ -261,6 +262,17 @@ def test_new_contents_are_read_whatever_their_time_of_modification(tmp_path, nam
         write_layout(tmp_path, {name: parquet(text) if name.endswith(".parquet") else jsonl(text)})
         os.utime(tmp_path / name, (1, 1))  # as in reproducible container images
         assert sources.documents(sources.source(str(tmp_path / name)))["text"] == [text]
+
+
+def test_c4_is_found_offline_once_it_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="cannot load allenai/c4:en@train: "):
+        sources.documents(sources.source("c4"))
+    repository, commit = "datasets--allenai--c4", "0" * 40
+    shards = {f"snapshots/{commit}/{name}": text for name, text in C4.items()}
+    write_layout(tmp_path / repository, {"refs/main": commit, **shards})
+    assert sources.documents(sources.source("c4"))["text"] == ["en 0"]
 
 
 def test_a_saved_data_set_is_neither_changed_nor_mistaken_for_its_caches(tmp_path):
