@@ -43,6 +43,11 @@ def check_launch() -> None:
             "--nnodes=$SLURM_NNODES --nproc_per_node=GPUS ... launch.py ...`"
         )
     size = int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1 and "LOCAL_WORLD_SIZE" not in os.environ:  # as by deepspeed, or srun with RANK set by hand
+        raise UserError(
+            f"{size} processes were started by a launcher that does not set LOCAL_WORLD_SIZE: launch with torchrun or "
+            "accelerate launch, or set it to the number of processes on each machine"
+        )
     if nodes() > 1 and size != nodes() * local_world_size():
         raise UserError(
             f"{nodes()} machines and {size} processes were requested, {local_world_size()} of them here: launch the same "

@@ -190,6 +190,7 @@ def test_machines_with_a_shared_run_folder_run(tmp_path):
     [
         ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks that are not connected: run `srun"),
         ({"MASTER_ADDR": "a", "ACCELERATE_MIXED_PRECISION": "no"}, "the launcher started one"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "2 processes were started by a launcher that does not set LOCAL_WORLD_SIZE"),
         (
             {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"},
             "2 machines and 3 processes were requested, 2 of them here",
