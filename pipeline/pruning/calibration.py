@@ -47,6 +47,7 @@ def plan_memory(
     streams: int = 1,
     per_weight: int = 0,
     observe: Callable[[Tensor], Tensor] | None = None,
+    copies: int = 0,
     work: str = "train",
 ) -> torch.device:
     """Prints the memory that a walk needs and what is free. Returns the device that holds the hidden states between layers.
@@ -54,7 +55,7 @@ def plan_memory(
     Each of `streams` (models walked at once) has paused forwards and one loaded layer; on a GPU also the next layer, which is
     read ahead. On a CPU, one more layer is being written.
     Training a layer, or other `work` on it, takes `per_weight` bytes per weight; pruning one needs the sums of `observe` over
-    its inputs.
+    its inputs, and `copies` in float32 of matrices with the same inputs.
     """
     device = processes.device()
     found = find_blocks(model)
@@ -72,7 +73,7 @@ def plan_memory(
     free, tokens = memory.free_gib(device), max((count for count, _ in sizes), default=0)
     working = _activations(largest, tokens, model.dtype.itemsize, bool(per_weight) and work == "train")
     working *= streams if observe else 1  # the inputs of a second stream's matrices are kept for the first's
-    working += _statistics(matrices(found[blocks.index(largest)], found), observe) if observe else 0.0
+    working += _pruning(matrices(found[blocks.index(largest)], found), observe, copies) if observe else 0.0
     needed = layers + training + outside + working
     fits = needed + 1.5 * hidden < 0.8 * free
     hidden_device = (
@@ -98,19 +99,21 @@ def _activations(block: nn.Module, tokens: int, itemsize: int, trains: bool) -> 
     return tokens * ((4 * widest + kept) * itemsize + 4 * widest) / memory.GIB
 
 
-def _statistics(found: dict[str, Matrix], observe: Callable[[Tensor], Tensor]) -> float:
-    """The float64 sums over the inputs of a block's matrices; for Gram matrices also the six float32 matrices that a factor is
-    made with. Matrices of one width in one module are taken to share their inputs."""
-    widths: dict[tuple, int] = defaultdict(int)
+def _pruning(found: dict[str, Matrix], observe: Callable[[Tensor], Tensor], copies: int) -> float:
+    """The float64 sums over the inputs of a block's matrices. For matrices with the same inputs also `copies` in float32, and
+    for a Gram matrix the six matrices that a factor is made with. Those of one width in one module are taken to share their
+    inputs."""
+    rows: dict[tuple, int] = defaultdict(int)
     for name, matrix in found.items():
-        inputs = matrix.weight_OI.shape[1]
-        widths[name.partition("[")[0].removesuffix(".weight").rpartition(".")[0], matrix.expert, inputs] = inputs
+        outputs, inputs = matrix.weight_OI.shape
+        rows[name.partition("[")[0].removesuffix(".weight").rpartition(".")[0], matrix.expert, inputs] += outputs
     total = largest = 0
-    for inputs in widths.values():
+    for (*_, inputs), outputs in rows.items():
         try:
             size = observe(torch.empty(1, inputs, device="meta")).numel()
         except Exception:  # a method of the user's may need real numbers: it is not counted
             return 0.0
         total += 8 * size
-        largest = max(largest, 6 * 4 * inputs**2 if size > 2 * inputs else 0)
+        factor = 6 * inputs**2 if size > 3 * inputs else 0
+        largest = max(largest, 4 * (factor + copies * outputs * inputs))
     return (total + largest) / memory.GIB

@@ -45,6 +45,7 @@ class Combination(PruneMethod):
             for pattern in method.patterns.values():
                 refinement.check(pattern)
         self.readings = method.readings
+        self.copies = 1 + max(method.copies, 3)  # the dense rows, then the pruned, the updated and the gathered ones
         # a method with a custom `observe`: its sum is put in front of the others
         self.is_custom = type(method).observe is not PruneMethod.observe
         self.custom_shapes: dict[int, torch.Size] = {}  # by the number of inputs

@@ -23,6 +23,7 @@ class PruneMethod:
     """
 
     statistic = statistics.SQUARE_SUM  # a name in statistics.py; not used if a subclass overrides `observe`
+    copies = 2  # the float32 copies of matrices with the same inputs that `prune` holds, to predict its memory
     whole_matrix = False  # unstructured patterns: compare scores over the matrix instead of within each output row
 
     def __init__(self, settings: Prune, patterns: dict[str, Pattern]) -> None:

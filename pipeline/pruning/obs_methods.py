@@ -19,6 +19,7 @@ class Obs(PruneMethod):
     """
 
     statistic = GRAM
+    copies = 3
     whole_matrix = True
 
     def obs_score(self, diagonal_I: Tensor, square_sum_I: Tensor) -> obs.Score:

@@ -92,14 +92,14 @@ def tell_coverage(model: nn.Module, blocks: list[Block], patterns: dict[str, Pat
 
 def plan_memory(model: nn.Module, batches: list[Tensor], method: PruneMethod) -> torch.device:
     """See `calibration.plan_memory`."""
-    where = method.settings.hidden_states
+    where, copies = method.settings.hidden_states, method.copies
     if method.settings.target == "pruned":
-        return calibration.plan_memory(model, batches, where, observe=method.observe)
+        return calibration.plan_memory(model, batches, where, observe=method.observe, copies=copies)
 
     def pair(input_NI: Tensor) -> Tensor:
         return packed(method.observe(input_NI), input_NI, input_NI)
 
-    return calibration.plan_memory(model, batches, where, 2, observe=pair)
+    return calibration.plan_memory(model, batches, where, 2, observe=pair, copies=copies)
 
 
 def prune_layers(walk: LayerWalk, pruner: BlockPruner, dense: nn.Module | None, callbacks: list[Callback]) -> None:

@@ -6,6 +6,7 @@ import torch
 from callbacks.checkpointer import Checkpointer
 from pipeline.engine.blocks import find_blocks
 from pipeline.pruning import calibration
+from pipeline.pruning.combination import prune_method
 from pipeline.pruning.obs_methods import SparseGpt
 from pipeline.pruning.score_methods import Wanda
 from pipeline.runtime import memory
@@ -50,17 +51,20 @@ def test_the_command_ends_in_that_line(tiny_llama, tmp_path, refused, monkeypatc
 
 
 def test_gram_matrices_are_counted(capsys):
-    """Gram matrices in float64 in bands, and six float32 matrices to factor the largest: attention, gate and up, down."""
+    """Gram matrices in float64 in bands (attention, gate and up, down), six float32 matrices for a factor, copies of rows."""
     model = small_model("llama")
     blocks = find_blocks(model)
     inner, hidden = blocks[0].module.mlp.up_proj.weight.shape
     batches, planned = [torch.zeros(1, 8, dtype=torch.int32)], []
-    for method in (Wanda, SparseGpt):
-        observe = method(Prune(), {}).observe
-        calibration.plan_memory(model, batches, "auto", observe=observe)
-        planned.append(calibration._statistics(calibration.matrices(blocks[0], blocks), observe) * memory.GIB)
-    assert planned[0] == 8 * (2 * hidden + inner)
-    assert planned[1] == 8 * (2 * hidden**2 + inner**2) + 24 * max(hidden, inner) ** 2  # one band at this size
+    for method in (Wanda(Prune(), {}), SparseGpt(Prune(), {}), prune_method(Prune(update="admm"), {})):
+        prune.plan_memory(model, batches, method)
+        found = calibration.matrices(blocks[0], blocks)
+        planned.append(calibration._pruning(found, method.observe, method.copies) * memory.GIB)
+    sums, both = 8 * (2 * hidden**2 + inner**2), 4 * 2 * inner * hidden  # one band at this size; gate and up in float32
+    factors = [24 * hidden**2, 24 * inner**2]
+    assert planned[0] == 8 * (2 * hidden + inner) + 2 * both
+    assert planned[1] == sums + max(factors[0] + 3 * both, factors[1] + 3 * both / 2)
+    assert planned[2] == sums + max(factors[0] + 4 * both, factors[1] + 4 * both / 2)
     assert "to compute with" in capsys.readouterr().out
 
 
