@@ -150,7 +150,7 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None, sett
     if teacher is model:
         raise UserError("teacher is the pruned model itself: load the dense model again")
     kind = "num_labels" if image_inputs.are_read_by(model) else "vocab_size"
-    sizes = [getattr(it.config.get_text_config(), kind) for it in (model, teacher)]
+    sizes = [getattr(one.config.get_text_config(), kind, None) for one in (model, teacher)]
     if sizes[0] != sizes[1]:
         raise UserError(f"teacher has {kind}={sizes[1]}, and model {sizes[0]}: pass the dense model that was pruned")
 
