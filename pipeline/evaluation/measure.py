@@ -26,7 +26,7 @@ from pipeline.evaluation.perplexity import (
     window_losses,
     windows,
 )
-from pipeline.evaluation.tasks import identity
+from pipeline.evaluation.task_identity import identity
 from pipeline.evaluation.zero_shot import mean_accuracy, zero_shot
 from pipeline.models import loading, model_files, placement, processors
 from pipeline.runtime import code, files, processes

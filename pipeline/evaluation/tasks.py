@@ -6,16 +6,14 @@ import glob
 import os
 import re
 import tempfile
-from collections.abc import Iterator
 from difflib import get_close_matches
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pipeline.runtime import caches, files
+from pipeline.runtime import caches
 from pipeline.runtime.errors import UserError
 
 # these dataset_paths read files that the task names; any other is a hub repository
@@ -26,27 +24,13 @@ FEWSHOT_SEED = 1234  # lm-eval's default
 
 def check_tasks(names: list[str], mirror: str | None = None, fewshot: int = 0) -> None:
     """Raises `UserError` if a task is unknown or its data is missing in the mirror. Reads no data; takes a second or two."""
-    _plan(names, mirror, fewshot)
-
-
-def identity(name: str, mirror: str | None = None, fewshot: int = 0) -> str:
-    """Changes with what a task asks: lm-eval's version, the task's definition with what it includes, its Python files, and its
-    data if that is local."""
-    from pipeline.data import world
-
-    entries: dict[str, Any] = {}
-    _, definitions = _plan([name], mirror, fewshot, entries)
-    read: set[Path] = {Path(world.__file__)} if name in world.TASKS else set()
-    settings = [_named_by_file(entries[key].cfg, read) for key in sorted(entries)]  # with what the files include
-    for config in [*definitions, *(entry.cfg or {} for entry in entries.values())]:
-        read |= set(_local_data(config))
-    return f"lm-eval {version('lm_eval')}, {files.digest([settings, files.fingerprint(read)])}"
+    plan(names, mirror, fewshot)
 
 
 def hub_data(names: list[str]) -> dict[str, str]:
     """{task: hub data set} for the tasks that read one."""
     entries: dict[str, Any] = {}
-    _plan(names, None, 0, entries)
+    plan(names, None, 0, entries)
     read = {name: (entry.cfg or {}).get("dataset_path") for name, entry in entries.items()}
     return {name: str(path) for name, path in read.items() if path and path not in LOCAL_FORMATS}
 
@@ -60,7 +44,7 @@ def load_tasks(names: list[str], mirror: str | None = None, fewshot: int = 0) ->
     """
     from lm_eval.tasks import TaskManager
 
-    wanted, definitions = _plan(names, mirror, fewshot)
+    wanted, definitions = plan(names, mirror, fewshot)
     with tempfile.TemporaryDirectory() as folder:
         for number, definition in enumerate(copy.deepcopy(definitions)):
             data_files = definition.get("dataset_kwargs", {}).get("data_files", {})
@@ -81,7 +65,7 @@ def load_tasks(names: list[str], mirror: str | None = None, fewshot: int = 0) ->
     return loaded
 
 
-def _plan(
+def plan(
     names: list[str], mirror: str | None, fewshot: int, entries: dict[str, Any] | None = None
 ) -> tuple[list[str | dict], list[dict]]:
     """What lm-eval should load, and the definitions (YAML as dicts) of all tasks and groups behind it.
@@ -207,33 +191,6 @@ def _data(entry: Any, entries: dict[str, Any], mirror: str | None, fewshot: int)
     folder = _folder(Path(mirror, dataset), config.get("dataset_name"))
     data_files = {split: _files(name, folder, split) for split in dict.fromkeys(splits) if split}
     return changes | {"dataset_kwargs": {"data_files": data_files}}
-
-
-def _named_by_file(value: Any, python: set[Path]) -> Any:
-    """A definition as plain data. lm-eval gives each of its functions as /folder/file.function: the folder is left out, and the
-    file is added to `python`."""
-    if isinstance(value, dict):
-        return {str(key): _named_by_file(item, python) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_named_by_file(item, python) for item in value]
-    if isinstance(value, str) and value.startswith("/") and os.path.isfile(file := value.rpartition(".")[0] + ".py"):
-        python.add(Path(file))
-        return Path(value).name
-    return value if isinstance(value, str | int | float | None) else str(value)
-
-
-def _local_data(config: dict) -> Iterator[Path]:
-    """The files of this machine that a task reads."""
-    settings = config.get("dataset_kwargs") or {}
-    folder, found = settings.get("data_dir"), settings.get("data_files") or []
-    parts = found.values() if isinstance(found, dict) else [found]
-    paths = [path for part in parts for path in (part if isinstance(part, list) else [part])]
-    for path in (os.path.join(folder or "", str(path)) for path in paths):
-        matches = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
-        yield from filter(Path.is_file, map(Path, matches))
-    for place in (config.get("dataset_path"), None if paths else folder):
-        if place and os.path.isdir(place):
-            yield from filter(Path.is_file, Path(place).rglob("*"))
 
 
 def _fewshot_split(config: dict) -> list[str | None]:

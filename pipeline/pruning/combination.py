@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.pruning import obs
-from pipeline.pruning.method import PruneMethod
+from pipeline.pruning.method import PruneMethod, stacked
 from pipeline.pruning.refinements import Refinement
 from pipeline.pruning.statistics import GRAM, OBSERVE, Statistics, Sums
 from pipeline.pruning.updates import WeightUpdate, store_
@@ -66,7 +66,7 @@ class Combination(PruneMethod):
 
     def prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
         statistics, method_total = self._read(weights, total)
-        dense_RI, lengths = _stacked(weights), [len(weight_OI) for weight_OI in weights.values()]
+        dense_RI, lengths = stacked(weights), [len(weight_OI) for weight_OI in weights.values()]
         dense = dict(zip(weights, dense_RI.split(lengths)))
         chosen = self.method.prune(weights, method_total)
         if self.refinement:
@@ -107,7 +107,7 @@ class Combination(PruneMethod):
 
     def _update(self, weights: dict[str, Tensor], dense_RI: Tensor, chosen: dict[str, Tensor], gram_II: Tensor) -> None:
         """Updates all matrices with the same inputs together, so that the update factorises their Gram matrix once."""
-        weight_RI, mask_RI = _stacked(weights), torch.cat([chosen[name] for name in weights])
+        weight_RI, mask_RI = stacked(weights), torch.cat([chosen[name] for name in weights])
         rows = processes.share_of(len(dense_RI), _tile(dense_RI))
         local = (dense_RI[rows], weight_RI[rows], mask_RI[rows])
         updated = self.weight_update.update(*local, gram_II, next(iter(weights)))
@@ -116,11 +116,6 @@ class Combination(PruneMethod):
         for name, part_OI in zip(weights, updated_RI.split([len(weight_OI) for weight_OI in weights.values()])):
             store_(weights[name], part_OI, name, self.settings.damp, self.readings)
             masks.apply_(weights[name], chosen[name])
-
-
-def _stacked(weights: dict[str, Tensor]) -> Tensor:
-    """A copy of the weights (O, I), (R, I) in fp32."""
-    return torch.cat(list(weights.values())).float()
 
 
 def _check_returned(step: Refinement | WeightUpdate, name: str, got: Any, like: Tensor) -> None:

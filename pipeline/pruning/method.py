@@ -108,6 +108,11 @@ def _refuse_ratio(pattern: Pattern, names: list[str], broken: float) -> None:
         )
 
 
+def stacked(weights: dict[str, Tensor]) -> Tensor:
+    """A copy in fp32 of the weights (O, I) of matrices with the same inputs, (R, I)."""
+    return torch.cat(list(weights.values())).float()
+
+
 def check_finite(readings: Readings, tensor: Tensor, problem: str) -> None:
     """Makes `readings` raise `UserError(problem)` unless all values are finite. Reads only the extremes, which are NaN or
     infinite if any value is: `isfinite().all()` would allocate a mask."""

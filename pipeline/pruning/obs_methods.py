@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pipeline.pruning import gram, obs, obs_kernel
-from pipeline.pruning.method import PruneMethod
+from pipeline.pruning.method import PruneMethod, stacked
 from pipeline.pruning.statistics import GRAM
 from pipeline.pruning.updates import store_
 from pipeline.runtime import processes
@@ -34,7 +34,7 @@ class Obs(PruneMethod):
         gram_II = gram.unpacked(total, weights[names[0]].shape[1])
         square_sum_I = gram_II.diagonal().clone()
         factor_II, dead_I = obs.factor(gram_II, self.settings.damp, names[0], processes.say)
-        stacked_RI = torch.cat([weights[name].float() for name in names])
+        stacked_RI = stacked(weights)
         stacked_RI.masked_fill_(dead_I, 0)
         lengths = [len(weights[name]) for name in names]
         # on a GPU the rounding of a product depends on its shape: fixed tiles give the same shapes on any number of ranks

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline import registry
 from pipeline.data import sources
-from pipeline.evaluation import tasks
+from pipeline.evaluation import task_identity
 from pipeline.models import loading, model_files
 from pipeline.runtime import checksums, code, files
 from pipeline.settings.schema import READERS, STAGES, Recipe, Stage, own_code, section
@@ -107,7 +107,7 @@ def external_inputs(recipe: Recipe) -> dict[str, dict[str, Any]]:
     if "evaluate" in recipe.stages:
         settings = recipe.evaluate
         external["evaluate"]["tasks"] = {
-            name: tasks.identity(name, recipe.mirror, settings.fewshot) for name in settings.tasks
+            name: task_identity.identity(name, recipe.mirror, settings.fewshot) for name in settings.tasks
         }
     if recipe.model is not None:
         identity = model_files.identity(loading.locate(recipe.model, recipe.revision))

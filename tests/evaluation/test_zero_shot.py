@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from pipeline.data import world
-from pipeline.evaluation import tasks
+from pipeline.evaluation import task_identity, tasks
 from pipeline.evaluation.tasks import check_tasks, load_tasks
 from pipeline.evaluation.zero_shot import _language_model, zero_shot
 from pipeline.models import placement
@@ -144,7 +144,7 @@ def test_a_mirror_may_have_any_name(tmp_path):
     folder = tmp_path / "a [0-9], *@ü"
     write(folder, "allenai/ai2_arc", "ARC-Easy", "test", arc_rows(3, "all"))
     assert len(load_tasks(["arc_easy"], str(folder))["tasks"]["arc_easy"].eval_docs) == 3
-    tasks.identity("arc_easy", str(folder))
+    task_identity.identity("arc_easy", str(folder))
 
 
 def test_examples_come_from_the_training_split(mirror):
@@ -326,9 +326,9 @@ def test_a_task_without_a_configuration_uses_the_default_or_only_one(tmp_path, c
     pair, correct = zero_shot(model, tokenizer, [str(folder / "pair.yaml")], str(tmp_path))
     assert not correct  # groups have no single answers
     assert pair.keys() == {"pair"} and pair["pair"]["acc"] == pytest.approx(scores["one"]["acc"])
-    asked = tasks.identity(str(folder / "one.yaml"), str(tmp_path))
+    asked = task_identity.identity(str(folder / "one.yaml"), str(tmp_path))
     write(tmp_path, "us/quiz", config, "test", arc_rows(6, "all"))
-    assert tasks.identity(str(folder / "one.yaml"), str(tmp_path)) != asked
+    assert task_identity.identity(str(folder / "one.yaml"), str(tmp_path)) != asked
 
 
 def test_the_identity_of_an_own_task_changes_with_all_that_it_reads(tmp_path):
@@ -346,16 +346,16 @@ def test_the_identity_of_an_own_task_changes_with_all_that_it_reads(tmp_path):
         (folder / "mine.yaml").write_text(yaml.safe_dump(task | data))
         for name, text in files.items():
             (folder / name).write_text(text)
-    asked = tasks.identity(str(folders[0] / "mine.yaml"))
-    assert tasks.identity(str(folders[1] / "mine.yaml")) == asked
+    asked = task_identity.identity(str(folders[0] / "mine.yaml"))
+    assert task_identity.identity(str(folders[1] / "mine.yaml")) == asked
     for name, text in files.items():
         with pytest.MonkeyPatch.context() as patched:
             patched.chdir(folders[0])  # where the data are looked for
-            before = tasks.identity("./mine.yaml")
+            before = task_identity.identity("./mine.yaml")
             Path(name).write_text(
                 text + {"base.txt": "target_delimiter: ''\n", "prompts.py": "x = 1\n"}.get(name, text)
             )
-            assert tasks.identity("./mine.yaml") != before, name
+            assert task_identity.identity("./mine.yaml") != before, name
 
 
 def test_a_task_file_is_found_in_a_folder_that_was_read_before(tmp_path):

@@ -7,13 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from huggingface_hub import constants
-from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
-from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,7 +23,6 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
     LlamaModel,
-    Qwen2Config,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     T5Config,
@@ -41,7 +34,7 @@ from transformers import (
 )
 
 from pipeline.commands.verify import check_matrices
-from pipeline.models import file_names, loading, model_files, placement, processors
+from pipeline.models import file_names, loading, model_files, placement
 from pipeline.models.model_files import Tensors
 from pipeline.models.rewrite import layers, parameters, rewrite
 from pipeline.runtime.errors import UserError
@@ -331,101 +324,6 @@ def test_other_names_of_a_causal_language_model_are_loaded(tiny_llama, tmp_path,
     assert type(loading.load(tmp_path, Recipe())).__name__ == "LlamaForCausalLM"
 
 
-def test_download_patterns_of_hub_models():
-    there = [
-        "config.json",
-        "tokenizer.json",
-        "chat_template.jinja",
-        "qwen.tiktoken",
-        "additional_chat_templates/tools.jinja",
-        "modeling_x.py",
-    ]
-    there += ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
-    elsewhere = [
-        "consolidated.safetensors",
-        "consolidated.00.safetensors",
-        "original/model.safetensors",
-        "onnx/config.json",
-    ]
-    elsewhere += [
-        "original/params.json",
-        "metal/model.bin",
-        "README.md",
-        "adapters/a/model.safetensors",
-        "pytorch_model.bin",
-    ]
-    downloaded = filter_repo_objects([*there, *elsewhere], **model_files.download("*.safetensors"))
-    assert list(downloaded) == there
-
-
-@pytest.mark.parametrize("more", ["README.md", "model.fp16.safetensors", "tf_model.h5"])
-@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
-def test_a_downloaded_model_is_here_and_found_offline(tmp_path, monkeypatch, more, weights):
-    """Its repository also holds files that `locate` does not download."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    repository, commit = tmp_path / "models--a--b", "0" * 40
-    snapshot = repository / "snapshots" / commit
-    for path, text in ((repository / "refs/main", commit), (snapshot / "config.json", "{}"), (snapshot / weights, "")):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    if more.endswith(".safetensors"):
-        (snapshot / more).write_text("")
-    listing = {name: TreeCacheEntry(0, commit) for name in ("config.json", weights, more)}
-    write_tree_cache(str(repository), commit, listing)
-    assert loading.is_here("a/b", None)
-    (snapshot / weights).rename(tmp_path / weights)
-    assert not loading.is_here("a/b", None)
-    (tmp_path / weights).rename(snapshot / weights)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert loading.locate("a/b", None) == snapshot
-
-
-def test_all_other_files_are_copied(tiny_llama, tmp_path):
-    origin = tmp_path / "origin"
-    shutil.copytree(tiny_llama, origin)
-    (origin / "additional_chat_templates").mkdir()
-    (origin / "additional_chat_templates/tools.jinja").write_text("{{ messages }}")
-    (origin / "chat_template.jinja").write_text("{{ messages[0] }}")
-    (origin / "cl100k_base.tiktoken").write_text("IQ== 0")  # the vocabulary of Phi-3-small and Qwen-7B
-    rewrite(origin, tmp_path / "target", Recipe(), lambda name, weight: None)
-    for path in origin.rglob("*"):
-        if path.is_file() and path.suffix != ".safetensors":
-            assert (tmp_path / "target" / path.relative_to(origin)).read_bytes() == path.read_bytes(), path
-
-
-PARTS = pre_tokenizers.Sequence(
-    [
-        pre_tokenizers.Split(Regex(r"\p{N}{1,3}| ?\p{L}+"), "isolated"),  # Llama 3 also cuts digits by three
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-)
-RULES = {  # tokenizer_class, configuration, pre-tokenizer
-    "GPT-2's class with other parts": ("GPT2Tokenizer", LlamaConfig, PARTS),
-    "any tokenizer of a Qwen2": ("PreTrainedTokenizerFast", Qwen2Config, PARTS),
-    "Llama's class without a first space": ("LlamaTokenizer", LlamaConfig, pre_tokenizers.Metaspace("▁", "never")),
-}
-
-
-@pytest.mark.parametrize(("name", "kind", "parts"), RULES.values(), ids=RULES)
-def test_texts_are_cut_as_tokenizer_json_says(tmp_path, capsys, name, kind, parts):
-    """Classes of transformers replace the rules in the file by their own."""
-    rules = Tokenizer(BPE(unk_token="<unk>"))
-    rules.pre_tokenizer = parts
-    trainer = BpeTrainer(vocab_size=200, special_tokens=["<s>", "</s>", "<unk>"])
-    rules.train_from_iterator(["The cat has 2023 or 12345678 hairs, hasn't it?"] * 9, trainer)
-    rules.save(str(tmp_path / "tokenizer.json"))
-    kind().save_pretrained(tmp_path)
-    about = {"tokenizer_class": name, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
-
-    loaded = processors.tokenizer(tmp_path, Recipe())
-    text = "The cat has 12345678 hairs"
-    assert loaded(text, add_special_tokens=False).input_ids == rules.encode(text).ids
-    assert (loaded.bos_token, loaded.eos_token, loaded.unk_token) == ("<s>", "</s>", "<unk>")
-    assert "cuts texts differently from tokenizer.json" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("name", ["opt", "gpt2", *loading.AFTER_PADDING])
 @torch.no_grad()
 def test_a_text_may_fill_all_positions(name):
@@ -455,13 +353,3 @@ def test_the_gpus_of_a_node_are_divided_into_groups_that_hold_the_model(needed, 
     assert all(share.of == len(holders) for share in shares)
     own = [(None if share.number == placement.IDLE else share.number, share.gpus) for share in shares[:4]]
     assert own == expected and [share.gpus for share in shares[4:]] == [gpus for _, gpus in expected]
-
-
-@pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json", "special_tokens_map.json"])
-def test_the_identity_of_a_model_changes_with_what_it_reads_and_writes(tiny_llama, tmp_path, name):
-    shutil.copytree(tiny_llama, tmp_path / "model")
-    before = model_files.identity(tmp_path / "model")
-    (tmp_path / "model" / "README.md").write_text("another card")
-    assert model_files.identity(tmp_path / "model") == before
-    (tmp_path / "model" / name).write_text("{}")
-    assert model_files.identity(tmp_path / "model") != before
