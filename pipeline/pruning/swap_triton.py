@@ -16,6 +16,12 @@ WIDEST = 8  # M; a group of 16 has 256 pairs
 
 
 @triton.jit
+def _lower(change, pair, other_change, other_pair):
+    is_first = (change < other_change) | ((change == other_change) & (pair < other_pair))
+    return tl.where(is_first, change, other_change), tl.where(is_first, pair, other_pair)
+
+
+@triton.jit
 def _best(
     dense, weight, kept, product, diagonal, blocks, inputs, smallest,
     M: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr,
@@ -43,10 +49,12 @@ def _best(
         both_GMM = tl.load(blocks + pair_GMM, mask=pair_GMM < inputs * M, other=0.0)
         change_GMM = 2 * step_GM[:, :, None] * step_GM[:, None, :] * both_GMM
         change_GMM += pruned_GM[:, :, None] + removed_GM[:, None, :]
-        change_P = tl.reshape(change_GMM, (C * M,))
-        lowest = tl.min(change_P, 0)
+        # not tl.argmin of one dimension: Triton reorders what is reshaped for reductions only, and not argmin's indices
+        change_GM, pair_GM = tl.reduce((change_GMM, pair_GMM), 2, _lower)
+        change_G, pair_G = tl.reduce((change_GM, pair_GM), 1, _lower)
+        lowest, lowest_pair = tl.reduce((change_G, pair_G), 0, _lower)
         if lowest < best:
-            best, place = lowest, first * M + tl.argmin(change_P, 0)
+            best, place = lowest, lowest_pair
     if best >= -smallest * error:
         place = -1
     return place

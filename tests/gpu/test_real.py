@@ -51,6 +51,7 @@ def test_square_sums(inputs):
 
 
 def test_square_sums_need_no_copy_of_the_inputs(inputs):
+    inputs = inputs.repeat(64, 4)  # large beside the memory in which the blocks of a sum meet: 133 MiB on an H200
     scores.square_sum(inputs)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

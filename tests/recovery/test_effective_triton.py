@@ -81,12 +81,12 @@ def test_the_adapters_train_with_the_kernels_as_with_torch(monkeypatch, family, 
         monkeypatch.setattr(effective.KERNELS, "on_gpu", lambda device, kernels=kernels: kernels)
         torch.manual_seed(0)
         model, masks = with_masks(small_model(family))
-        adapted = lora.attach(model, masks, Finetune(rank=4), cached).train()
+        adapted = lora.attach(model.to(DEVICE), masks, Finetune(rank=4), cached).train()
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
         lora.refresh_all(adapted)
-        ids = torch.arange(3, 21).view(2, 9)
+        ids = torch.arange(3, 21, device=DEVICE).view(2, 9)
         adapted(input_ids=ids, labels=ids).loss.backward()
         gradients = {name: it.grad for name, it in adapted.named_parameters() if it.grad is not None}
         found.append((gradients, {name: it.merged_weight() for name, it in lora.masked_layers(adapted).items()}))
@@ -102,8 +102,9 @@ def test_full_fine_tuning_masks_with_the_kernels_as_with_torch(monkeypatch):
         monkeypatch.setattr(effective.KERNELS, "on_gpu", lambda device, kernels=kernels: kernels)
         torch.manual_seed(0)
         model, masks = with_masks(small_model("llama"))
+        model.to(DEVICE)
         recovery = SparseFull(model, masks, Finetune(method="full"))
-        recovery.parts = {name: pack(mask) for name, mask in masks.items()}
+        recovery.parts = {name: pack(mask).to(DEVICE) for name, mask in masks.items()}
         recovery.parts |= {name: None for name, _ in model.named_parameters() if name not in masks}
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
