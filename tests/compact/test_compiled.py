@@ -135,6 +135,7 @@ def test_the_attention_computes_the_same(family):
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_copy_decodes_with_its_own_weights():
     model, ids = compiled.compile_decoding(tiny("llama")), text(1, 5)

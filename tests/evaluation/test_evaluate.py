@@ -29,6 +29,8 @@ from tests.evaluation.test_perplexity import tiny_llama as random_llama
 
 SETTINGS = (*QUICK, "stages=[prune,evaluate]", "evaluate.tasks=[world_tools]", "evaluate.continuation_tokens=6")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def typed(monkeypatch, capsys):
@@ -91,7 +93,6 @@ def test_errors_differences_continuations_and_hashes(finished, tiny_llama):
 
 
 @pytest.mark.parametrize("elsewhere", ["placement=stream", "placement=device_map", "batch_size=auto"])
-@pytest.mark.slow
 def test_placement_does_not_change_results(finished, tiny_llama, tmp_path, typed, elsewhere):
     for stage in ("prune", "evaluate"):
         shutil.copytree(finished / stage, tmp_path / "run" / stage)
@@ -110,7 +111,6 @@ def test_disk_offload_does_not_change_results(tiny_llama):
     assert torch.equal(spilled(ids).logits, loading.load(tiny_llama, recipe)(ids).logits)
 
 
-@pytest.mark.slow
 def test_a_new_task_and_a_new_run_reuse_the_cache(run_dir, tiny_llama, typed):
     before = cached_measurements(run_dir.parent)
     assert len(before) == 2 * 3  # a text, a task and the continuations, of two models
@@ -129,7 +129,6 @@ def test_a_new_task_and_a_new_run_reuse_the_cache(run_dir, tiny_llama, typed):
     }
 
 
-@pytest.mark.slow
 def test_measurements_before_an_error_are_kept(tiny_llama, tmp_path, typed):
     """The text's first rows are valid, so the checks before the run pass, and later ones are not."""
     text = tmp_path / "ids.jsonl"
@@ -163,7 +162,6 @@ def test_bad_settings_are_refused_before_any_work(tiny_llama, tmp_path, typed):
         assert not run_dir.exists() or not any(run_dir.glob("[!.]*"))
 
 
-@pytest.mark.slow
 def test_a_violation_fails_the_run(run_dir, tiny_llama, typed):
     path = run_dir / "prune/masks.safetensors"
     masks, name = Masks(), "model.layers.0.mlp.up_proj.weight"
@@ -207,7 +205,6 @@ def test_continuations_are_greedy():
         continuations.continuations(model, tokenizer, prompts, 5)
 
 
-@pytest.mark.slow
 def test_a_model_that_cannot_generate_is_measured(tmp_path, typed):
     """The caches of transformers fail on some families; the stage ended there as if by a bug, after an hour of measuring."""
     families.save("blt", tmp_path / "model")
@@ -224,7 +221,6 @@ def test_a_model_that_cannot_generate_is_measured(tmp_path, typed):
     assert not any("prompts" in about for about in cached)  # it is tried again, perhaps with another transformers
 
 
-@pytest.mark.slow
 def test_own_prompts_and_no_prompts(tiny_llama, tmp_path, typed):
     settings = ("stages=[evaluate]", f"model={tiny_llama}", "evaluate.tasks=[]", f"run_dir={tmp_path}/runs/one")
     settings += ("evaluate.perplexity=[]", "evaluate.prompts=['Where does Ivy live?']")
@@ -244,7 +240,6 @@ def test_the_batch_size_is_a_number_or_auto():
     assert load(["evaluate.batch_size=auto"]).evaluate.batch_size == "auto"
 
 
-@pytest.mark.slow
 def test_an_adapter_kept_apart_is_evaluated_on_the_pruned_model(run_dir, tiny_llama, typed):
     settings = (f"model={tiny_llama}", f"run_dir={run_dir}", "stages=[prune,finetune,evaluate]")
     before, by_placement = cached_measurements(run_dir.parent), {}
@@ -263,7 +258,6 @@ def test_an_adapter_kept_apart_is_evaluated_on_the_pruned_model(run_dir, tiny_ll
     assert any("finetuned: a dense LoRA" in note for note in by_placement["whole"]["protocol"]["notes"])
 
 
-@pytest.mark.slow
 def test_limited_windows_are_marked_and_are_the_first(finished, tiny_llama, run_dir, typed):
     whole = results(finished)
     (text,) = whole["protocol"]["datasets"].values()
@@ -282,7 +276,6 @@ def test_limited_windows_are_marked_and_are_the_first(finished, tiny_llama, run_
     assert "first" not in text and whole["protocol"]["windows"] is None
 
 
-@pytest.mark.slow
 def test_windows_begin_with_bos_if_set_and_a_note_says_if_not(finished, tiny_llama, run_dir, typed):
     assert any("evaluate.bos=true" in note for note in results(finished)["protocol"]["notes"])
     before = len(cached_measurements(run_dir.parent))
@@ -296,7 +289,6 @@ def test_windows_begin_with_bos_if_set_and_a_note_says_if_not(finished, tiny_lla
     )  # only the perplexity of both models was measured again
 
 
-@pytest.mark.slow
 def test_the_column_chooses_the_text(tiny_llama, tmp_path, typed):
     rows = {"text": ["the cat sat on the mat ."] * 40, "other": ["the dove sings to the mason ."] * 40}
     Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")

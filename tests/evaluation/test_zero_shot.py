@@ -29,6 +29,8 @@ HUB, STORIES = SHARED / "data" / "hub", SHARED / "models" / "stories260k"
 with_shared = pytest.mark.skipif(not (HUB.is_dir() and STORIES.is_dir()), reason="needs ../shared")
 METRICS = {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
 
+pytestmark = pytest.mark.slow  # lm-eval reads the files of its tasks in four seconds
+
 
 def tiny_llama(vocabulary: int = 257) -> LlamaForCausalLM:
     return test_perplexity.tiny_llama(vocabulary).eval()
@@ -155,7 +157,6 @@ def test_examples_come_from_the_training_split(mirror):
         assert (prompt.count("the training?"), prompt.count("the row?")) == (fewshot, 1)
 
 
-@pytest.mark.slow
 def test_the_default_tasks_run_from_a_mirror(mirror, tmp_path):
     for place, row in OTHER_ROWS.items():
         write(tmp_path, *place.split(), [row] * 3)
@@ -191,7 +192,6 @@ def _loaded(case: tuple) -> tuple:
     return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path), *rest
 
 
-@pytest.mark.slow
 def test_two_processes_compute_the_same(mirror, tmp_path):
     """Also with few-shot examples, and with fewer questions than processes."""
     cases = [(None, ["arc_easy"], mirror, 3, None, 2), (None, ["arc_challenge"], mirror, 3, 1, 0)]
@@ -215,7 +215,6 @@ def _run_with_an_idle_rank(rank: int, folder: str, case: tuple) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_a_process_without_a_model_returns_the_same(mirror, tmp_path):
     case = (None, ["arc_easy"], mirror, 3, None, 2)
     mp.spawn(_run_with_an_idle_rank, (str(tmp_path), case), nprocs=2)
@@ -224,7 +223,6 @@ def test_a_process_without_a_model_returns_the_same(mirror, tmp_path):
 
 
 @with_shared
-@pytest.mark.slow
 def test_equals_lm_evals_command_line(tmp_path):
     names, limit = ["arc_easy", "arc_challenge", "openbookqa"], 30
     for name in names:
@@ -254,7 +252,6 @@ def test_the_fast_task_search_equals_lm_evals_index():
     assert {name: definitions.get(name) for name in index} == index
 
 
-@pytest.mark.slow
 def test_an_unknown_task_is_refused_with_the_nearest():
     with pytest.raises(UserError, match="unknown task 'arc_esy': did you mean arc_easy"):
         check_tasks(["openbookqa", "arc_esy"])

@@ -44,6 +44,7 @@ def test_a_process_uses_its_only_visible_gpu_and_two_cannot_share_one(node):
         launcher.set_device(store)
 
 
+@pytest.mark.slow
 def test_a_slurm_job_loads_no_checkpoint_of_another_run(tiny_llama, tmp_path, monkeypatch, typed):
     """Lightning writes such a file to the working folder, and loads it into whatever runs there next."""
     monkeypatch.chdir(tmp_path)

@@ -43,7 +43,6 @@ LATE = {
     "reconstruct.seq_len=4096": "set reconstruct.seq_len=128",
     "evaluate.seq_len=129": "set evaluate.seq_len=128",
     "reconstruct.dataset={here}/t.txt": "8 samples of 32 are needed: set a longer text or a shorter reconstruct.seq_len",
-    "finetune.batch_size=3 finetune.accumulate=1 evaluate.tasks=[nothing]": "unknown task 'nothing'",
     "finetune.validation=world": "the generated world has no split 'validation': use world@train or world@test",
     "evaluate.prompts=['']": "'' has no token to continue from",
     "finetune.loggers=[wandb]": "run `pip install wandb`, or set finetune.loggers=[]",
@@ -67,6 +66,12 @@ def test_late_errors_are_reported_before_the_first_stage(tiny_llama, tmp_path, r
         settings = ["evaluate.prompts=['']", f"model={no_bos(tiny_llama, tmp_path)}"]
     line = refused(tmp_path / "run", *QUICK, *WHOLE, f"model={tiny_llama}", *settings)
     assert LATE[asked] in line
+
+
+@pytest.mark.slow  # lm-eval reads the files of its tasks in four seconds
+def test_an_unknown_task_is_reported_before_the_first_stage(tiny_llama, tmp_path, refused):
+    asked = ("finetune.batch_size=3", "finetune.accumulate=1", "evaluate.tasks=[nothing]")
+    assert "unknown task 'nothing'" in refused(tmp_path / "run", *QUICK, *WHOLE, f"model={tiny_llama}", *asked)
 
 
 def test_without_perplexity_the_length_of_its_windows_does_not_count(tiny_llama):
