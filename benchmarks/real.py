@@ -19,14 +19,14 @@ import argparse
 import csv
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -39,6 +39,9 @@ from benchmarks.real_rows import PARTS, Row, rows
 
 VALIDATION = "wikitext2:wikitext-2-v1@validation"
 TASKS = ("arc_easy", "arc_challenge", "openbookqa")
+# each row is forked from a process that has imported everything, which takes as long as some rows take on a GPU
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["pipeline.stages.runner"])
 
 
 def command(row: Row, args: argparse.Namespace) -> list[str]:
@@ -116,11 +119,26 @@ def run(row: Row, args: argparse.Namespace) -> bool:
     if record.exists() and json.loads(record.read_text()) == arguments:
         return True
     folder.mkdir(exist_ok=True)
-    with open(folder / "output.txt", "a") if args.jobs > 1 else nullcontext() as output:
-        if subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=output, stderr=output).returncode:
-            return False
+    process = SERVER.Process(target=launch, args=(arguments, folder / "output.txt" if args.jobs > 1 else None))
+    process.start()
+    process.join()
+    if process.exitcode:
+        return False
     record.write_text(json.dumps(arguments))
     return True
+
+
+def launch(arguments: list[str], output: Path | None) -> None:
+    """Makes this process the command. `output`: the file that its output is added to, instead of the terminal."""
+    from pipeline.commands.main import leave, main
+
+    os.chdir(ROOT)
+    if output is not None:
+        with open(output, "ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    sys.argv = arguments
+    leave(main())
 
 
 def print_seconds(chosen: list[Row], args: argparse.Namespace) -> None:
