@@ -3,6 +3,7 @@
 Shapes: R = rows (output features), I = in_features, G = groups of M consecutive inputs, C = candidates.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from types import ModuleType
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pipeline.pruning import obs
 from pipeline.runtime.triton_kernels import TritonKernels
-from pipeline.sparsity.patterns import NofM
+from pipeline.sparsity.patterns import NofM, Unstructured
 
 CANDIDATES = 16  # pruned and kept weights each whose pairs are compared in a row without groups; 64 gave the same error
 REFRESH = 32  # exchanges after which the products with the Gram matrix are recomputed, to limit rounding errors
@@ -44,8 +45,9 @@ def swap(
     weights with the smallest s (2 g + s G).
     """
     if exchange is None:
-        kernels = KERNELS.on_gpu(dense_RI.device)
-        exchange = kernels.swap_in_groups if kernels and kernels.supports(group) else exchange_by_torch
+        kernels = (IN_ROWS if group is None else IN_GROUPS).on_gpu(dense_RI.device)
+        is_supported = kernels and kernels.supports(dense_RI.shape[1], group)
+        exchange = kernels.exchange if is_supported else exchange_by_torch
     weight_RI, mask_RI = weight_RI * mask_RI, mask_RI.clone()
     done_R = torch.zeros(len(mask_RI), dtype=torch.bool, device=mask_RI.device)
     for made in range(0, budget, REFRESH):
@@ -118,19 +120,21 @@ def _imported() -> ModuleType:
     return swap_triton
 
 
-def check_kernels(kernels: ModuleType, device: torch.device) -> None:
-    """Compares the kernels with torch on a small matrix. Raises `RuntimeError` if they give no 2:4 mask, or another output
-    error. The masks may differ where rounding decides between exchanges."""
+def check_kernels(kernels: ModuleType, device: torch.device, group: int | None) -> None:
+    """Compares the kernels with torch on a small matrix. Raises `RuntimeError` if they give no mask of the pattern, or another
+    output error. The masks may differ where rounding decides between exchanges."""
     generator = torch.Generator().manual_seed(0)
-    input_NI, dense_RI = torch.randn(96, 64, generator=generator), torch.randn(32, 64, generator=generator)
+    input_NI, dense_RI = torch.randn(96, 64, generator=generator), torch.randn(16, 64, generator=generator)
     input_NI += input_NI.roll(1, 1)
-    gram_II, mask_RI = input_NI.T @ input_NI, NofM(2, 4).select(dense_RI.abs())
+    pattern = Unstructured(0.5) if group is None else NofM(group // 2, group)
+    gram_II, mask_RI = input_NI.T @ input_NI, pattern.select(dense_RI.abs())
     given = (dense_RI, dense_RI, mask_RI, gram_II)
-    expected = swap(*given, 4, REFRESH + 2, exchange_by_torch)
-    found = swap(*(tensor.to(device) for tensor in given), 4, REFRESH + 2, kernels.swap_in_groups).cpu()
+    expected = swap(*given, group, REFRESH + 2, exchange_by_torch)
+    found = swap(*(tensor.to(device) for tensor in given), group, REFRESH + 2, kernels.exchange).cpu()
     before_R, expected_R, found_R = (_error(dense_RI, mask, gram_II) for mask in (mask_RI, expected, found))
-    is_2of4 = bool((found.unflatten(1, (-1, 4)).sum(2) == 2).all())
-    if not is_2of4 or (found_R > before_R).any() or abs(found_R.sum() / expected_R.sum() - 1) > 0.01:
+    kept, kept_before = (mask.unflatten(1, (-1, group or 64)).sum(2) for mask in (found, mask_RI))
+    is_same = torch.equal(kept, kept_before) and abs(found_R.sum() / expected_R.sum() - 1) < 0.01
+    if not is_same or (found_R > before_R).any():
         raise RuntimeError("a mask that they refined is wrong")
 
 
@@ -194,4 +198,6 @@ class _BestPairInGroups:
         return change_R, torch.where(is_kept_R, second_R, first_R), torch.where(is_kept_R, first_R, second_R)
 
 
-KERNELS = TritonKernels(_imported, check_kernels, "exchanges", "each takes many launches, which is slow")
+INSTEAD = "each takes many launches, which is slow"
+IN_GROUPS = TritonKernels(_imported, functools.partial(check_kernels, group=4), "exchanges in groups", INSTEAD)
+IN_ROWS = TritonKernels(_imported, functools.partial(check_kernels, group=None), "exchanges in rows", INSTEAD)

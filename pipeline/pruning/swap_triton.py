@@ -1,8 +1,8 @@
-"""The exchanges of `swap.swap` within groups: one Triton kernel makes several. In torch each takes 40 launches, and
-temporaries of several times the matrix.
+"""The exchanges of `swap.swap`: one Triton kernel makes several. In torch each takes 40 launches, and temporaries of several
+times the matrix.
 
-Shapes: R = rows, I = inputs, G = groups of M consecutive inputs, C = inputs read at a time. A program is one row; the row's
-state stays in the GPU's memory.
+Shapes: R = rows, I = inputs, G = groups of M consecutive inputs, C = inputs read at a time, K = candidates. A program is one
+row; the row's state stays in the GPU's memory.
 """
 
 import torch
@@ -10,9 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pipeline.pruning.swap import CANDIDATES
+
 CHUNK = 1024  # inputs read at a time: M times as many pairs, in registers
 WARPS = 4
 WIDEST = 8  # M; a group of 16 has 256 pairs
+LONGEST = 16384  # inputs of a row without groups, which is read at once: 32 inputs for each thread of 16 warps
 
 
 @triton.jit
@@ -23,12 +26,11 @@ def _lower(change, pair, other_change, other_pair):
 
 @triton.jit
 def _best(
-    dense, weight, kept, product, diagonal, blocks, inputs, smallest,
+    dense, weight, kept, product, diagonal, blocks, inputs,
     M: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """The pair whose exchange reduces the row's error most, as a place in (G, M, M); -1 if none removes more than the share
-    `smallest` of the error."""
-    best, place, error = float("inf"), -1, 0.0
+    """The best pair within groups: the pruned and the kept input, and how the exchange changes the row's error; that error."""
+    best, place, error = float("inf"), 0, 0.0
     for chunk in range(CHUNKS):
         first = chunk * C
         column_C = first + tl.arange(0, C)
@@ -55,17 +57,56 @@ def _best(
         lowest, lowest_pair = tl.reduce((change_G, pair_G), 0, _lower)
         if lowest < best:
             best, place = lowest, lowest_pair
-    if best >= -smallest * error:
-        place = -1
-    return place
+    group = (place // (M * M)) * M
+    return group + place % (M * M) // M, group + place % M, best, error
+
+
+@triton.jit
+def _lowest(change_C, column_C, K: tl.constexpr):
+    """The inputs with the K lowest changes, and these."""
+    place_K = tl.arange(0, K)
+    lowest_K, column_K = tl.full((K,), float("inf"), tl.float32), tl.zeros((K,), tl.int32)
+    for place in range(K):
+        lowest, column = tl.reduce((change_C, column_C), 0, _lower)
+        lowest_K = tl.where(place_K == place, lowest, lowest_K)
+        column_K = tl.where(place_K == place, column, column_K)
+        change_C = tl.where(column_C == column, float("inf"), change_C)
+    return lowest_K, column_K
+
+
+@triton.jit
+def _best_of_candidates(
+    dense, weight, kept, product, gram, diagonal, inputs, K: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The same, of the pairs of the K best pruned and the K best kept weights of the row."""
+    column_C = tl.arange(0, C)
+    inside_C = column_C < inputs
+    weight_C = tl.load(weight + column_C, mask=inside_C, other=0.0)
+    product_C = tl.load(product + column_C, mask=inside_C, other=0.0)
+    kept_C = tl.load(kept + column_C, mask=inside_C, other=0) != 0
+    error_C = tl.load(dense + column_C, mask=inside_C, other=0.0) - weight_C
+    error = tl.sum(error_C * product_C, 0)
+    step_C = tl.where(kept_C, weight_C, -error_C)
+    alone_C = step_C * (2 * product_C + step_C * tl.load(diagonal + column_C, mask=inside_C, other=0.0))
+    pruned_K, p_K = _lowest(tl.where(kept_C | ~inside_C, float("inf"), alone_C), column_C, K)
+    removed_K, k_K = _lowest(tl.where(kept_C & inside_C, alone_C, float("inf")), column_C, K)
+    p_step_K = tl.load(weight + p_K) - tl.load(dense + p_K)
+    both_KK = tl.load(gram + p_K.to(tl.int64)[:, None] * inputs + k_K[None, :])
+    change_KK = 2 * p_step_K[:, None] * tl.load(weight + k_K)[None, :] * both_KK
+    change_KK += pruned_K[:, None] + removed_K[None, :]
+    pair_KK = p_K[:, None] * inputs + k_K[None, :]
+    change_K, pair_K = tl.reduce((change_KK, pair_KK), 1, _lower)
+    best, pair = tl.reduce((change_K, pair_K), 0, _lower)
+    return pair // inputs, pair % inputs, best, error
 
 
 @triton.jit
 def _swap_kernel(
     dense, weight, kept, product, gram, diagonal, blocks, done, inputs, exchanges, smallest,
-    M: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr,
+    M: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """At most `exchanges` of the best exchanges in this row; `done` is set when there is none left."""
+    """At most `exchanges` of the best exchanges in this row; `done` is set when none removes more than the share `smallest` of
+    the row's error. M = 0: without groups."""
     row = tl.program_id(0).to(tl.int64)
     dense, weight, kept, product = (
         dense + row * inputs,
@@ -73,16 +114,21 @@ def _swap_kernel(
         kept + row * inputs,
         product + row * inputs,
     )
-    number, place = 0, 0
-    if tl.load(done + row) != 0:
-        place = -1
-    while (number < exchanges) & (place >= 0):
-        place = _best(dense, weight, kept, product, diagonal, blocks, inputs, smallest, M, C, CHUNKS)
-        if place >= 0:
-            restored = (place // (M * M)) * M + place % (M * M) // M
-            removed = (place // (M * M)) * M + place % M
+    number, better = 0, tl.load(done + row) == 0
+    while (number < exchanges) & better:
+        if M:
+            restored, removed, change, error = _best(
+                dense, weight, kept, product, diagonal, blocks, inputs, M, C, CHUNKS
+            )
+        else:
+            restored, removed, change, error = _best_of_candidates(
+                dense, weight, kept, product, gram, diagonal, inputs, K, C
+            )
+        better = change < -smallest * error
+        if better:
             restored_to, removed_from = tl.load(dense + restored), tl.load(weight + removed)
             step = tl.load(weight + restored) - restored_to
+            tl.debug_barrier()  # all threads have read the products and weights that change now
             for chunk in range(CHUNKS):
                 column_C = chunk * C + tl.arange(0, C)
                 inside_C = column_C < inputs
@@ -92,53 +138,60 @@ def _swap_kernel(
                 )
                 before_C = tl.load(product + column_C, mask=inside_C, other=0.0)
                 tl.store(product + column_C, before_C + change_C, mask=inside_C)
-            tl.debug_barrier()  # all threads have read the weights that change now
             tl.store(weight + restored, restored_to)
             tl.store(weight + removed, 0.0)
             tl.store(kept + restored, 1)
             tl.store(kept + removed, 0)
             tl.debug_barrier()  # other threads read them next
         number += 1
-    if place < 0:
+    if not better:
         tl.store(done + row, 1)
 
 
-def supports(group: int | None) -> bool:
-    return group is not None and group <= WIDEST and group & (group - 1) == 0
+def supports(inputs: int, group: int | None) -> bool:
+    return inputs <= LONGEST if group is None else group <= WIDEST and group & (group - 1) == 0
 
 
-def chunks(inputs: int) -> tuple[int, int]:
-    """How many inputs are read at a time, a power of two, and how often."""
-    columns = min(CHUNK, triton.next_power_of_2(inputs))
-    return columns, triton.cdiv(inputs, columns)
+def sizes(inputs: int, group: int | None) -> dict[str, int]:
+    """The constants of the kernel for rows of so many inputs."""
+    columns = triton.next_power_of_2(inputs)
+    if group is None:
+        warps = min(16, max(WARPS, columns // CHUNK))
+        return {
+            "M": 0,
+            "C": columns,
+            "CHUNKS": 1,
+            "K": triton.next_power_of_2(min(CANDIDATES, inputs)),
+            "num_warps": warps,
+        }
+    columns = min(CHUNK, columns)
+    return {"M": group, "C": columns, "CHUNKS": triton.cdiv(inputs, columns), "K": 0, "num_warps": WARPS}
 
 
-def swap_in_groups(
+def exchange(
     dense_RI: Tensor,
     weight_RI: Tensor,
     mask_RI: Tensor,
     product_RI: Tensor,
     gram_II: Tensor,
     done_R: Tensor,
-    group: int,
+    group: int | None,
     exchanges: int,
     smallest: float,
 ) -> None:
     """Makes at most `exchanges` exchanges in each row that is not done, in `weight_RI`, `mask_RI`, `product_RI` and `done_R`
     (bool), which are contiguous. All other tensors are fp32."""
     rows, inputs = dense_RI.shape
-    assert supports(group) and inputs % group == 0
+    assert supports(inputs, group) and inputs % (group or 1) == 0
     assert all(tensor.is_contiguous() for tensor in (weight_RI, mask_RI, product_RI, done_R))
-    start_G1 = torch.arange(0, inputs, group, device=gram_II.device)[:, None]
-    inside_GM = start_G1 + torch.arange(group, device=gram_II.device)
-    blocks_GMM = gram_II[inside_GM[:, :, None], inside_GM[:, None, :]].contiguous()
-    columns, count = chunks(inputs)
+    gram_II = gram_II.contiguous()
+    blocks_GMM = gram_II  # not read without groups
+    if group is not None:
+        inside_GM = torch.arange(inputs, device=gram_II.device).view(-1, group)
+        blocks_GMM = gram_II[inside_GM[:, :, None], inside_GM[:, None, :]].contiguous()
     with torch.cuda.device_of(dense_RI):
         _swap_kernel[(rows,)](
-            *(dense_RI.contiguous(), weight_RI, mask_RI.view(torch.uint8), product_RI, gram_II.contiguous()),
+            *(dense_RI.contiguous(), weight_RI, mask_RI.view(torch.uint8), product_RI, gram_II),
             *(gram_II.diagonal().contiguous(), blocks_GMM, done_R.view(torch.uint8), inputs, exchanges, smallest),
-            M=group,
-            C=columns,
-            CHUNKS=count,
-            num_warps=WARPS,
+            **sizes(inputs, group),
         )

@@ -14,11 +14,11 @@ KINDS = POINTERS | dict.fromkeys(("kept", "done"), "*u8") | {"smallest": "fp32"}
 
 def main(capabilities: list[str]) -> None:
     for capability in map(int, capabilities):
-        for group, inputs in ((4, 4096), (8, 11008), (2, 576)):
-            columns, chunks = swap_triton.chunks(inputs)
-            constants = {"M": group, "C": columns, "CHUNKS": chunks, "warps": swap_triton.WARPS}
+        for group, inputs in ((4, 4096), (8, 11008), (2, 576), (None, 576), (None, 4096), (None, 11008)):
+            constants = swap_triton.sizes(inputs, group)
+            constants["warps"] = constants.pop("num_warps")
             made = compiled(swap_triton._swap_kernel, KINDS, capability, constants)
-            print(capability, group, columns, stack(made.asm["cubin"]))
+            print(capability, group, constants["C"], stack(made.asm["cubin"]))
 
 
 if __name__ == "__main__":
