@@ -10,6 +10,8 @@ from pipeline.registry.entry import is_file
 from pipeline.runtime.errors import UserError
 from pipeline.settings.schema import Finetune, Recipe
 
+LARGEST = 2**31 - 1  # of integers; libraries fail late, or read beyond it
+
 
 def check(recipe: Recipe) -> None:
     """Raises `UserError` for the first value that is wrong."""
@@ -56,6 +58,8 @@ def _check_value(
         raise UserError(f"{key}={value} is not one of {', '.join(choices)}{hint}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key}={value} is not a finite number")
+    if high is None and isinstance(value, int) and value > LARGEST:
+        high = LARGEST
     if low is not None and not low <= value <= (math.inf if high is None else high):
         allowed = f"{low} or more" if high is None else f"a value from {low} to {high}"
         raise UserError(f"{key}={value} is out of range: set {allowed}")

@@ -285,7 +285,7 @@ class Speed:
     prompt_lengths: list[int] = setting([128, 512], "prompt lengths of the prefill, in tokens; []: not measured", low=1)
     new_tokens: int = setting(64, "tokens generated after a prompt of 16 tokens", low=1)
     batches: list[int] = setting([1, 4, 16], "batch sizes of decoding; []: not measured", low=1)
-    threads: int | None = setting(None, "CPU threads; null: as many as the command uses", low=1)
+    threads: int | None = setting(None, "CPU threads; null: as many as the command uses", low=1, high=1024)
     compiled: bool = setting(False, "compile the decoding steps of all models with torch.compile (on the CPU)")
 
 
@@ -310,7 +310,9 @@ class Recipe:
     deterministic: bool = setting(
         False, "training repeats and resumes bit for bit on GPUs too, somewhat slower; changing it re-runs no stage"
     )
-    threads: int | None = setting(None, "CPU threads of each process; null: its share of the available cores", low=1)
+    threads: int | None = setting(
+        None, "CPU threads of each process; null: its share of the available cores", low=1, high=1024
+    )
 
     pretrain: Pretrain = field(default_factory=Pretrain)
     calibration: Calibration = field(default_factory=Calibration)

@@ -25,13 +25,17 @@ def as_user_error(stage: str, recipe: Recipe) -> Iterator[None]:
             raise
         machine = "the GPU" if processes.device().type == "cuda" else "this machine"
         reason = one_line(str(error).partition(". ")[0])[:120]
-        raise UserError(
-            f"the {stage} stage: {machine} has too little memory: set {advice(stage, recipe)} ({reason})"
-        ) from error
+        settings = advice(stage, recipe)
+        what_to_do = f"set {settings}" if settings else "repeat the command where there is more"
+        raise UserError(f"the {stage} stage: {machine} has too little memory: {what_to_do} ({reason})") from error
 
 
-def advice(stage: str, recipe: Recipe) -> str:
-    """The settings to change next: the cheapest that saves much memory and is not set yet."""
+def advice(stage: str, recipe: Recipe) -> str | None:
+    """The settings to change next: the cheapest that saves much memory and is not set yet. None if there is none."""
+    if stage in ("export", "report"):
+        return None
+    if stage == "speed":
+        return "speed.batches=[1] speed.prompt_lengths=[]" if recipe.speed.batches != [1] else None
     if stage == "finetune":
         return _finetune(recipe)
     if stage == "pretrain":

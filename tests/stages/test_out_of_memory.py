@@ -30,6 +30,7 @@ LOW_MEMORY = ["finetune.batch_size=1", "finetune.checkpoint_activations=true"]
         ("finetune", LOW_MEMORY, "finetune.quantize=nf4"),
         ("finetune", [*LOW_MEMORY, "finetune.method=full"], "finetune.seq_len=16"),
         ("evaluate", [], "evaluate.batch_size=1"),
+        ("speed", [], r"speed.batches=\[1\] speed.prompt_lengths=\[\]"),
     ],
 )
 def test_one_line_says_which_key_to_change(tiny_llama, stage, more, key):
@@ -40,6 +41,16 @@ def test_one_line_says_which_key_to_change(tiny_llama, stage, more, key):
             raise error
     with pytest.raises(RuntimeError, match="another"), out_of_memory.as_user_error(stage, recipe):
         raise RuntimeError("another")
+
+
+@pytest.mark.parametrize("stage", ["export", "report", "speed"])
+def test_a_line_names_no_key_that_would_not_help(tiny_llama, stage):
+    recipe = reader.load([*QUICK, f"model={tiny_llama}", "speed.batches=[1]"])
+    with (
+        pytest.raises(UserError, match="repeat the command where there is more"),
+        out_of_memory.as_user_error(stage, recipe),
+    ):
+        raise MemoryError
 
 
 def test_the_command_ends_in_that_line(tiny_llama, tmp_path, refused, monkeypatch):

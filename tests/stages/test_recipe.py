@@ -48,6 +48,8 @@ def test_every_recipe_loads_and_is_short(path):
         ("finetune.lr=nan", "not a finite number"),
         ("seed=99999999999999", "set a value from 0 to 4294967295"),
         ("timeout_minutes=1e300", "is out of range"),
+        ("evaluate.limit=1" + 30 * "0", "is out of range: set a value from 1 to 2147483647"),
+        ("threads=100000", "threads=100000 is out of range: set a value from 1 to 1024"),
         ("calibration.samples=1.5", "calibration.samples"),
         ("stages=[prun]", "did you mean 'prune'?"),
         ("stages=[finetune]", "finetune needs prune"),
