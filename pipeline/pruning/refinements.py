@@ -29,8 +29,8 @@ class Refinement:
     def refine(
         self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, statistics: Statistics, pattern: Pattern
     ) -> Tensor:
-        """The new mask, (R, I), True = kept. `weight_RI`: the current pruned weights, fp32. A restored weight gets its
-        value in `dense_RI`."""
+        """The new mask, (R, I), True = kept. `weight_RI`: the current pruned weights, fp32. Kept weights that `mask_RI` prunes
+        get their values in `dense_RI`; the others keep theirs."""
         raise NotImplementedError
 
 

@@ -20,9 +20,10 @@ REFRESH = 32  # exchanges after which the products with the Gram matrix are reco
 SMALLEST = 1e-6  # share of a row's error that an exchange must remove; smaller gains are below fp32 accuracy
 TILE = 1 << 17  # weights that each core works on at a time, so that the state of their rows stays in its cache
 
-# exchange(dense_RI, weight_RI, mask_RI, product_RI, gram_II, done_R, group, exchanges, smallest): makes at most `exchanges`
-# exchanges in each row that is not done, in the weights and the mask; sets `done_R` where none is left
-Exchange = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int | None, int, float], None]
+# exchange(value_RI, weight_RI, mask_RI, product_RI, error_R, gram_II, done_R, group, exchanges, smallest): makes at most
+# `exchanges` exchanges in each row that is not done, in the weights and the mask; sets `done_R` where none is left. `value_RI`:
+# what a weight is when it is kept; `product_RI`, `error_R`: g = e G and e G e^T before these exchanges
+Exchange = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int | None, int, float], None]
 
 
 def swap(
@@ -35,24 +36,28 @@ def swap(
     exchange: Exchange | None = None,
 ) -> Tensor:
     """The mask after at most `budget` exchanges in each row. Each exchange reduces the output error of the row, e G e^T with
-    e = dense - weight. If `group` is set, the exchanges stay within groups of `group` consecutive inputs. `exchange`: by
-    default the kernel for `group` on a GPU that can run it, else torch; where changes of the error are equal, the two may
-    choose differently.
+    e = dense - weight. A restored weight gets its dense value, or the one in `weight_RI` if it was kept there. If `group` is
+    set, the exchanges stay within groups of `group` consecutive inputs. `exchange`: by default the kernel for `group` on a GPU
+    that can run it, else torch; where changes of the error are equal, the two may choose differently.
 
-    An exchange changes e by s_p at the pruned weight p (to zero) and by s_k at the kept weight k (to the dense weight). This
-    changes the error by s_p (2 g_p + s_p G_pp) + s_k (2 g_k + s_k G_kk) + 2 s_p s_k G_pk, with g = e G. The best of all pairs
-    within groups is chosen. In a row without groups, the pairs are those of the `CANDIDATES` pruned and the `CANDIDATES` kept
-    weights with the smallest s (2 g + s G).
+    An exchange changes e by s_p at the pruned weight p, where -s_p is its value when kept, and by s_k at the kept weight k (to
+    the dense weight). This changes the error by s_p (2 g_p + s_p G_pp) + s_k (2 g_k + s_k G_kk) + 2 s_p s_k G_pk, with g = e G.
+    The best of all pairs within groups is chosen. In a row without groups, the pairs are those of the `CANDIDATES` pruned and
+    the `CANDIDATES` kept weights with the smallest s (2 g + s G).
     """
     if exchange is None:
         kernels = (IN_ROWS if group is None else IN_GROUPS).on_gpu(dense_RI.device)
         is_supported = kernels and kernels.supports(dense_RI.shape[1], group)
         exchange = kernels.exchange if is_supported else exchange_by_torch
+    value_RI = torch.where(mask_RI, weight_RI, dense_RI)
     weight_RI, mask_RI = weight_RI * mask_RI, mask_RI.clone()
     done_R = torch.zeros(len(mask_RI), dtype=torch.bool, device=mask_RI.device)
     for made in range(0, budget, REFRESH):
-        product_RI = obs.product(dense_RI - weight_RI, gram_II)
-        state = (dense_RI, weight_RI, mask_RI, product_RI, gram_II, done_R)
+        error_RI = dense_RI - weight_RI
+        product_RI = obs.product(error_RI, gram_II)
+        # in tiles, for the reason in `obs.product`; not below zero by rounding, where an exchange that adds error would do
+        error_R = torch.cat([tile.sum(1) for tile in (error_RI * product_RI).split(obs.ROW_TILE)]).clamp_min(0)
+        state = (value_RI, weight_RI, mask_RI, product_RI, error_R, gram_II, done_R)
         exchange(*state, group, min(REFRESH, budget - made), SMALLEST)
         if done_R.all():
             break
@@ -60,10 +65,11 @@ def swap(
 
 
 def exchange_by_torch(
-    dense_RI: Tensor,
+    value_RI: Tensor,
     weight_RI: Tensor,
     mask_RI: Tensor,
     product_RI: Tensor,
+    error_R: Tensor,
     gram_II: Tensor,
     done_R: Tensor,
     group: int | None,
@@ -71,17 +77,18 @@ def exchange_by_torch(
     smallest: float,
 ) -> None:
     find = _BestPair(gram_II) if group is None else _BestPairInGroups(gram_II, group)
-    rows = len(dense_RI) if dense_RI.is_cuda else max(1, TILE * torch.get_num_threads() // dense_RI.shape[1])
-    tensors = (dense_RI, weight_RI, mask_RI, product_RI, done_R)
+    rows = len(value_RI) if value_RI.is_cuda else max(1, TILE * torch.get_num_threads() // value_RI.shape[1])
+    tensors = (value_RI, weight_RI, mask_RI, product_RI, error_R, done_R)
     for tile in zip(*(tensor.split(rows) for tensor in tensors)):
         _exchange(*tile, gram_II, find, exchanges, smallest)
 
 
 def _exchange(
-    dense_RI: Tensor,
+    value_RI: Tensor,
     weight_RI: Tensor,
     mask_RI: Tensor,
     product_RI: Tensor,
+    error_R: Tensor,
     done_R: Tensor,
     gram_II: Tensor,
     find: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
@@ -90,27 +97,30 @@ def _exchange(
 ) -> None:
     diagonal_I = gram_II.diagonal()
     rows_R = torch.where(~done_R)[0]  # the rows that may still improve; what follows are copies of these
-    dense, weight, mask, product = (tensor[rows_R] for tensor in (dense_RI, weight_RI, mask_RI, product_RI))
+    value, weight, mask, product, error = (
+        tensor[rows_R] for tensor in (value_RI, weight_RI, mask_RI, product_RI, error_R)
+    )
     for _ in range(exchanges):
         if not len(rows_R):
             return
-        error, kept = dense - weight, mask.float()
-        step = torch.addcmul(weight, dense, kept - 1)  # `where` takes five times longer on a CPU
+        kept = mask.float()
+        step = torch.addcmul(weight, value, kept - 1)  # `where` takes five times longer on a CPU
         alone = step * (2 * product + step * diagonal_I)
         change_R, restored_R, removed_R = find(step, alone + _infinite_where(kept), alone + _infinite_where(1 - kept))
-        better_R = change_R < -smallest * (error * product).sum(1)
+        better_R = change_R < -smallest * error
+        error = (error + change_R).clamp_min(0)
         pair_R2 = torch.stack([restored_R, removed_R], 1)
         if not better_R.all():
             weight_RI[rows_R], mask_RI[rows_R] = weight, mask
             done_R[rows_R[~better_R]] = True
-            rows_R, dense, weight, mask, product, step, pair_R2 = (
-                tensor[better_R] for tensor in (rows_R, dense, weight, mask, product, step, pair_R2)
+            rows_R, value, weight, mask, product, error, step, pair_R2 = (
+                tensor[better_R] for tensor in (rows_R, value, weight, mask, product, error, step, pair_R2)
             )
         steps_R2, (restored_R, removed_R) = step.gather(1, pair_R2), pair_R2.T
         product += steps_R2[:, :1] * gram_II[restored_R] + steps_R2[:, 1:] * gram_II[removed_R]
         every_R = torch.arange(len(rows_R), device=rows_R.device)
         mask[every_R, restored_R], mask[every_R, removed_R] = True, False
-        weight[every_R, restored_R], weight[every_R, removed_R] = dense[every_R, restored_R], 0.0
+        weight[every_R, restored_R], weight[every_R, removed_R] = value[every_R, restored_R], 0.0
     weight_RI[rows_R], mask_RI[rows_R] = weight, mask
 
 

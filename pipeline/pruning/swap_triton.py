@@ -26,22 +26,20 @@ def _lower(change, pair, other_change, other_pair):
 
 @triton.jit
 def _best(
-    dense, weight, kept, product, diagonal, blocks, inputs,
+    value, weight, kept, product, diagonal, blocks, inputs,
     M: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """The best pair within groups: the pruned and the kept input, and how the exchange changes the row's error; that error."""
-    best, place, error = float("inf"), 0, 0.0
+    """The best pair within groups: the pruned and the kept input, and how the exchange changes the row's error."""
+    best, place = float("inf"), 0
     for chunk in range(CHUNKS):
         first = chunk * C
         column_C = first + tl.arange(0, C)
         inside_C = column_C < inputs
-        dense_C = tl.load(dense + column_C, mask=inside_C, other=0.0)
+        value_C = tl.load(value + column_C, mask=inside_C, other=0.0)
         weight_C = tl.load(weight + column_C, mask=inside_C, other=0.0)
         product_C = tl.load(product + column_C, mask=inside_C, other=0.0)
         kept_C = tl.load(kept + column_C, mask=inside_C, other=0) != 0
-        error_C = dense_C - weight_C
-        error += tl.sum(error_C * product_C, 0)
-        step_C = tl.where(kept_C, weight_C, -error_C)
+        step_C = tl.where(kept_C, weight_C, -value_C)
         alone_C = step_C * (2 * product_C + step_C * tl.load(diagonal + column_C, mask=inside_C, other=0.0))
         pruned_GM = tl.reshape(tl.where(kept_C | ~inside_C, float("inf"), alone_C), (C // M, M))
         removed_GM = tl.reshape(tl.where(kept_C & inside_C, alone_C, float("inf")), (C // M, M))
@@ -58,7 +56,7 @@ def _best(
         if lowest < best:
             best, place = lowest, lowest_pair
     group = (place // (M * M)) * M
-    return group + place % (M * M) // M, group + place % M, best, error
+    return group + place % (M * M) // M, group + place % M, best
 
 
 @triton.jit
@@ -76,7 +74,7 @@ def _lowest(change_C, column_C, K: tl.constexpr):
 
 @triton.jit
 def _best_of_candidates(
-    dense, weight, kept, product, gram, diagonal, inputs, K: tl.constexpr, C: tl.constexpr,
+    value, weight, kept, product, gram, diagonal, inputs, K: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The same, of the pairs of the K best pruned and the K best kept weights of the row."""
     column_C = tl.arange(0, C)
@@ -84,55 +82,50 @@ def _best_of_candidates(
     weight_C = tl.load(weight + column_C, mask=inside_C, other=0.0)
     product_C = tl.load(product + column_C, mask=inside_C, other=0.0)
     kept_C = tl.load(kept + column_C, mask=inside_C, other=0) != 0
-    error_C = tl.load(dense + column_C, mask=inside_C, other=0.0) - weight_C
-    error = tl.sum(error_C * product_C, 0)
-    step_C = tl.where(kept_C, weight_C, -error_C)
+    step_C = tl.where(kept_C, weight_C, -tl.load(value + column_C, mask=inside_C, other=0.0))
     alone_C = step_C * (2 * product_C + step_C * tl.load(diagonal + column_C, mask=inside_C, other=0.0))
     pruned_K, p_K = _lowest(tl.where(kept_C | ~inside_C, float("inf"), alone_C), column_C, K)
     removed_K, k_K = _lowest(tl.where(kept_C & inside_C, alone_C, float("inf")), column_C, K)
-    p_step_K = tl.load(weight + p_K) - tl.load(dense + p_K)
     both_KK = tl.load(gram + p_K.to(tl.int64)[:, None] * inputs + k_K[None, :])
-    change_KK = 2 * p_step_K[:, None] * tl.load(weight + k_K)[None, :] * both_KK
+    change_KK = -2 * tl.load(value + p_K)[:, None] * tl.load(weight + k_K)[None, :] * both_KK
     change_KK += pruned_K[:, None] + removed_K[None, :]
     pair_KK = p_K[:, None] * inputs + k_K[None, :]
     change_K, pair_K = tl.reduce((change_KK, pair_KK), 1, _lower)
     best, pair = tl.reduce((change_K, pair_K), 0, _lower)
-    return pair // inputs, pair % inputs, best, error
+    return pair // inputs, pair % inputs, best
 
 
 @triton.jit
 def _swap_kernel(
-    dense, weight, kept, product, gram, diagonal, blocks, done, inputs, exchanges, smallest,
+    value, weight, kept, product, error, gram, diagonal, blocks, done, inputs, exchanges, smallest,
     M: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """At most `exchanges` of the best exchanges in this row; `done` is set when none removes more than the share `smallest` of
     the row's error. M = 0: without groups."""
     row = tl.program_id(0).to(tl.int64)
-    dense, weight, kept, product = (
-        dense + row * inputs,
+    value, weight, kept, product = (
+        value + row * inputs,
         weight + row * inputs,
         kept + row * inputs,
         product + row * inputs,
     )
-    number, better = 0, tl.load(done + row) == 0
+    number, better, left = 0, tl.load(done + row) == 0, tl.load(error + row)
     while (number < exchanges) & better:
         if M:
-            restored, removed, change, error = _best(
-                dense, weight, kept, product, diagonal, blocks, inputs, M, C, CHUNKS
-            )
+            restored, removed, change = _best(value, weight, kept, product, diagonal, blocks, inputs, M, C, CHUNKS)
         else:
-            restored, removed, change, error = _best_of_candidates(
-                dense, weight, kept, product, gram, diagonal, inputs, K, C
-            )
-        better = change < -smallest * error
+            restored, removed, change = _best_of_candidates(value, weight, kept, product, gram, diagonal, inputs, K, C)
+        better = change < -smallest * left
         if better:
-            restored_to, removed_from = tl.load(dense + restored), tl.load(weight + removed)
-            step = tl.load(weight + restored) - restored_to
+            left = tl.maximum(left + change, 0.0)
+            restored_to, removed_from = tl.load(value + restored), tl.load(weight + removed)
             tl.debug_barrier()  # all threads have read the products and weights that change now
             for chunk in range(CHUNKS):
                 column_C = chunk * C + tl.arange(0, C)
                 inside_C = column_C < inputs
-                change_C = step * tl.load(gram + restored.to(tl.int64) * inputs + column_C, mask=inside_C, other=0.0)
+                change_C = -restored_to * tl.load(
+                    gram + restored.to(tl.int64) * inputs + column_C, mask=inside_C, other=0.0
+                )
                 change_C += removed_from * tl.load(
                     gram + removed.to(tl.int64) * inputs + column_C, mask=inside_C, other=0.0
                 )
@@ -169,10 +162,11 @@ def sizes(inputs: int, group: int | None) -> dict[str, int]:
 
 
 def exchange(
-    dense_RI: Tensor,
+    value_RI: Tensor,
     weight_RI: Tensor,
     mask_RI: Tensor,
     product_RI: Tensor,
+    error_R: Tensor,
     gram_II: Tensor,
     done_R: Tensor,
     group: int | None,
@@ -181,17 +175,17 @@ def exchange(
 ) -> None:
     """Makes at most `exchanges` exchanges in each row that is not done, in `weight_RI`, `mask_RI`, `product_RI` and `done_R`
     (bool), which are contiguous. All other tensors are fp32."""
-    rows, inputs = dense_RI.shape
+    rows, inputs = value_RI.shape
     assert supports(inputs, group) and inputs % (group or 1) == 0
-    assert all(tensor.is_contiguous() for tensor in (weight_RI, mask_RI, product_RI, done_R))
+    assert all(tensor.is_contiguous() for tensor in (weight_RI, mask_RI, product_RI, error_R, done_R))
     gram_II = gram_II.contiguous()
     blocks_GMM = gram_II  # not read without groups
     if group is not None:
         inside_GM = torch.arange(inputs, device=gram_II.device).view(-1, group)
         blocks_GMM = gram_II[inside_GM[:, :, None], inside_GM[:, None, :]].contiguous()
-    with torch.cuda.device_of(dense_RI):
+    with torch.cuda.device_of(value_RI):
         _swap_kernel[(rows,)](
-            *(dense_RI.contiguous(), weight_RI, mask_RI.view(torch.uint8), product_RI, gram_II),
+            *(value_RI.contiguous(), weight_RI, mask_RI.view(torch.uint8), product_RI, error_R, gram_II),
             *(gram_II.diagonal().contiguous(), blocks_GMM, done_R.view(torch.uint8), inputs, exchanges, smallest),
             **sizes(inputs, group),
         )

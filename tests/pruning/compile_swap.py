@@ -8,7 +8,7 @@ import sys
 from pipeline.pruning import swap_triton
 from tests.compact.compile_kernels import compiled, stack
 
-POINTERS = dict.fromkeys(("dense", "weight", "product", "gram", "diagonal", "blocks"), "*fp32")
+POINTERS = dict.fromkeys(("value", "weight", "product", "error", "gram", "diagonal", "blocks"), "*fp32")
 KINDS = POINTERS | dict.fromkeys(("kept", "done"), "*u8") | {"smallest": "fp32"}
 
 

@@ -86,6 +86,18 @@ def test_rows_are_exchanged_in_tiles(sparsity, monkeypatch):
     assert swap(*(tensor[:0] for tensor in given[:3]), *given[3:]).shape == (0, dense_RI.shape[1])
 
 
+@pytest.mark.parametrize("sparsity", ["2of4", "0.5"])
+def test_a_weight_that_is_removed_and_restored_has_the_value_that_its_exchange_was_chosen_for(sparsity):
+    """Far from its dense value: the exchange restored the dense one, and the error of such rows grew."""
+    dense_RI, x_NI = problem(rows=64, inputs=64)
+    gram_II, pattern = x_NI.T @ x_NI, parse(sparsity)
+    mask_RI = pattern.select(dense_RI.abs())
+    weight_RI = (dense_RI + torch.randn(64, 64)) * mask_RI
+    new_RI = swap(dense_RI, weight_RI, mask_RI, gram_II, getattr(pattern, "m", None), 100)
+    kept_RI = torch.where(mask_RI, weight_RI, dense_RI) * new_RI
+    assert (errors(dense_RI, kept_RI, gram_II) <= errors(dense_RI, weight_RI, gram_II) * (1 + 1e-6)).all()
+
+
 @pytest.mark.parametrize("pattern", [NofM(2, 4), Unstructured(0.5)])
 def test_one_swap_is_the_best_of_all(pattern):
     """Compared with every exchange that keeps the pattern."""
