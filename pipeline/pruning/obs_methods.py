@@ -11,8 +11,9 @@ from pipeline.runtime import processes
 from pipeline.sparsity.patterns import NofM
 
 
-class Obs(PruneMethod):
-    """Prunes column by column and compensates each error in the later columns (Frantar & Alistarh 2023, algorithm 1).
+class SparseGpt(PruneMethod):
+    """Prunes column by column and compensates each error in the later columns (Frantar & Alistarh 2023, "SparseGPT: Massive
+    Language Models Can Be Accurately Pruned in One-Shot", algorithm 1).
 
     The mask of a block of columns is chosen from its updated weights, by `obs_score`. Matrices with the same inputs share the
     Gram matrix, its factor and one column loop, whose rows are split over the ranks.
@@ -30,7 +31,7 @@ class Obs(PruneMethod):
         names = list(weights)
         pattern = self.patterns[names[0]]
         if any(self.patterns[name] != pattern for name in names):  # one column loop needs one pattern
-            return {k: v for name in names for k, v in self.prune({name: weights[name]}, total).items()}
+            return {name: self.prune({name: weights[name]}, total)[name] for name in names}
         gram_II = gram.unpacked(total, weights[names[0]].shape[1])
         square_sum_I = gram_II.diagonal().clone()
         factor_II, dead_I = obs.factor(gram_II, self.settings.damp, names[0], processes.say)
@@ -58,23 +59,15 @@ class Obs(PruneMethod):
         return dict(zip(names, kept_RI.split(lengths)))
 
 
-class SparseGpt(Obs):
-    """Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot"."""
+class MagnitudeIter(SparseGpt):
+    """Ablation of the Wanda paper (section 5): magnitude's score in SparseGPT's blocks of columns, from updated weights."""
 
-
-class _ByMagnitude:
     def obs_score(self, diagonal_I: Tensor, square_sum_I: Tensor) -> obs.Score:
         return obs.Score(torch.ones_like(square_sum_I))
 
 
-class _ByWanda:
+class WandaIter(SparseGpt):
+    """Ablation of the Wanda paper (section 5): Wanda's score in SparseGPT's blocks of columns, from updated weights."""
+
     def obs_score(self, diagonal_I: Tensor, square_sum_I: Tensor) -> obs.Score:
         return obs.Score(square_sum_I.sqrt())
-
-
-class MagnitudeIter(_ByMagnitude, Obs):
-    """Ablation of the Wanda paper (section 5): magnitude's score in SparseGPT's blocks of columns, from updated weights."""
-
-
-class WandaIter(_ByWanda, Obs):
-    """See `MagnitudeIter`."""
