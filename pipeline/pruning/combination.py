@@ -71,7 +71,7 @@ class Combination(PruneMethod):
         chosen = self.method.prune(weights, method_total)
         if self.refinement:
             for name, weight_OI in weights.items():
-                rows = processes.share_of(len(weight_OI), _tile(weight_OI))
+                rows = processes.share_of(len(weight_OI), obs.row_tile(weight_OI) or 1)
                 local = (dense[name][rows], weight_OI[rows].float(), chosen[name][rows])
                 refined = self.refinement.refine(*local, statistics, self.patterns[name])
                 _check_returned(self.refinement, "refine", refined, local[2])
@@ -108,7 +108,7 @@ class Combination(PruneMethod):
     def _update(self, weights: dict[str, Tensor], dense_RI: Tensor, chosen: dict[str, Tensor], gram_II: Tensor) -> None:
         """Updates all matrices with the same inputs together, so that the update factorises their Gram matrix once."""
         weight_RI, mask_RI = stacked(weights), torch.cat([chosen[name] for name in weights])
-        rows = processes.share_of(len(dense_RI), _tile(dense_RI))
+        rows = processes.share_of(len(dense_RI), obs.row_tile(dense_RI) or 1)
         local = (dense_RI[rows], weight_RI[rows], mask_RI[rows])
         updated = self.weight_update.update(*local, gram_II, next(iter(weights)))
         _check_returned(self.weight_update, "update", updated, local[1])
@@ -123,8 +123,3 @@ def _check_returned(step: Refinement | WeightUpdate, name: str, got: Any, like: 
     if not isinstance(got, Tensor) or (got.dtype, got.shape) != (like.dtype, like.shape):
         found = f"{got.dtype} of {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
         raise UserError(f"{type(step).__name__}.{name} returned {found}: return {like.dtype} of {tuple(like.shape)}")
-
-
-def _tile(weight: Tensor) -> int:
-    """The rows per tile for `share_of`. On a GPU the rounding of a product depends on its shape, so tiles have a fixed size."""
-    return obs.ROW_TILE if weight.is_cuda else 1

@@ -15,7 +15,7 @@ from pipeline.sparsity.masks import apply_
 from pipeline.sparsity.patterns import NofM
 
 BLOCK = 128  # columns between updates of all later columns (SparseGPT, section 3.3)
-ROW_TILE = 512  # rows of a product on a GPU, where rounding depends on the shape
+ROW_TILE = 512  # rows of a product, see `row_tile`
 WIDTH = 32  # columns within a block that are updated one by one, before one product updates the rest of the block
 
 
@@ -57,11 +57,18 @@ def _inverse(upper_II: Tensor) -> Tensor:
     return inverse_II
 
 
+def row_tile(rows_RI: Tensor) -> int | None:
+    """The number of rows to multiply at a time; None: all. On a GPU the rounding of a product depends on its shape, and tiles
+    give the same shapes on any number of ranks."""
+    return ROW_TILE if rows_RI.is_cuda else None
+
+
 def product(rows_RI: Tensor, matrix_II: Tensor) -> Tensor:
-    """rows @ matrix, (R, I); on a GPU in tiles of rows, so that a row's result does not depend on the rows of other ranks."""
-    if not rows_RI.is_cuda:
+    """rows @ matrix, (R, I), in tiles of rows (see `row_tile`)."""
+    tile = row_tile(rows_RI)
+    if tile is None:
         return rows_RI @ matrix_II
-    return torch.cat([tile_RI @ matrix_II for tile_RI in rows_RI.split(ROW_TILE)])
+    return torch.cat([tile_RI @ matrix_II for tile_RI in rows_RI.split(tile)])
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,8 @@ class SparseGpt(PruneMethod):
         stacked_RI = stacked(weights)
         stacked_RI.masked_fill_(dead_I, 0)
         lengths = [len(weights[name]) for name in names]
-        # on a GPU the rounding of a product depends on its shape: fixed tiles give the same shapes on any number of ranks
-        tile = obs.ROW_TILE if stacked_RI.is_cuda else None
+        tile = obs.row_tile(stacked_RI)
         rows = processes.share_of(len(stacked_RI), tile or 1)
-
         score = self.obs_score(factor_II.diagonal(), square_sum_I)
 
         def choose(weight_RB: Tensor, columns: slice) -> Tensor:

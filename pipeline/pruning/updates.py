@@ -38,8 +38,7 @@ class ObsUpdate(WeightUpdate):
     def update(self, dense_RI: Tensor, weight_RI: Tensor, mask_RI: Tensor, gram_II: Tensor, name: str) -> Tensor:
         factor_II, dead_I = obs.factor(gram_II, self.settings.damp, name, processes.say)
         rows_RI = dense_RI.masked_fill(dead_I, 0)
-        tile = obs.ROW_TILE if rows_RI.is_cuda else None
-        kernel = obs_kernel.load(rows_RI.device)
+        kernel, tile = obs_kernel.load(rows_RI.device), obs.row_tile(rows_RI)
         obs.prune_rows(
             rows_RI, factor_II, lambda weight_RB, columns: mask_RI[:, columns], tile=tile, prune_block=kernel
         )
