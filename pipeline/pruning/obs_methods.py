@@ -45,7 +45,7 @@ class SparseGpt(PruneMethod):
         def choose(weight_RB: Tensor, columns: slice) -> Tensor:
             """The threshold is over all rows of a matrix, so the ranks gather their rows' scores."""
             score_RB = processes.gather_rows(score[columns].of(weight_RB))
-            return torch.cat([pattern.select(part, self.whole_matrix) for part in score_RB.split(lengths)])[rows]
+            return torch.cat([self.select(name, part) for name, part in zip(names, score_RB.split(lengths))])[rows]
 
         n_of_m = pattern if isinstance(pattern, NofM) else None
         rows_RI = stacked_RI[rows].clone()

@@ -30,7 +30,7 @@ class WandaVariant(Wanda):
         pattern = self.patterns[name]
         if isinstance(pattern, Unstructured):
             return scores.select_variant(score_OI, pattern.ratio)
-        return pattern.select(score_OI)
+        return super().select(name, score_OI)
 
 
 class Ria(PruneMethod):

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from pipeline.pruning.combination import prune_method
 from pipeline.runtime.errors import UserError
+from pipeline.settings.schema import Prune
 from pipeline.sparsity import patterns
 
 
@@ -101,3 +103,17 @@ def test_is_broken_says_whether_there_is_a_violation(pattern):
     for mask in (good, ~good, torch.ones_like(good), torch.zeros_like(good)):
         assert bool(pattern.is_broken(mask)) == (pattern.violation(mask) is not None)
     assert not pattern.is_broken(good) and pattern.is_broken(torch.ones_like(good))
+
+
+@pytest.mark.parametrize("method", ["wanda", "wanda_variant", "sparsegpt", "magnitude_iter"])
+def test_every_method_refuses_a_pattern_that_returns_no_bool_mask(method):
+    class Floats(patterns.Pattern):
+        ratio = 0.5
+
+        def select(self, score_OI, whole_matrix=False):
+            return torch.ones_like(score_OI)
+
+    chosen = prune_method(Prune(method=method), {"w": Floats()})
+    total = chosen.observe(torch.randn(40, 16)).double()
+    with pytest.raises(UserError, match=r"Floats.select returned torch.float32 of \(8, 16\) for w: return torch.bool"):
+        chosen.prune({"w": torch.randn(8, 16)}, total)
