@@ -37,6 +37,8 @@ def prune_method(settings: Prune, patterns: dict[str, Pattern]) -> PruneMethod:
 
 
 class Combination(PruneMethod):
+    """Prunes with `method`, then refines the masks, then updates the kept weights; one of the last two may be left out."""
+
     def __init__(self, method: PruneMethod, refinement: Refinement | None, update: WeightUpdate | None) -> None:
         super().__init__(method.settings, method.patterns)
         self.group = method.group
@@ -71,19 +73,7 @@ class Combination(PruneMethod):
         chosen = self.method.prune(weights, method_total)
         if self.refinement:
             for name, weight_OI in weights.items():
-                rows = processes.share_of(len(weight_OI), obs.row_tile(weight_OI) or 1)
-                local = (dense[name][rows], weight_OI[rows].float(), chosen[name][rows])
-                refined = self.refinement.refine(*local, statistics, self.patterns[name])
-                _check_returned(self.refinement, "refine", refined, local[2])
-                mask_OI = processes.gather_rows(refined)
-                if not torch.equal(mask_OI.sum(1), chosen[name].sum(1)):
-                    raise UserError(
-                        f"{type(self.refinement).__name__}.refine returned another number of kept weights in a row of {name}: "
-                        "return as many as in the mask that it got"
-                    )
-                weight_OI.copy_(torch.where(mask_OI & ~chosen[name], dense[name].to(weight_OI.dtype), weight_OI))
-                masks.apply_(weight_OI, mask_OI)
-                chosen[name] = mask_OI
+                chosen[name] = self._refine(name, dense[name], weight_OI, chosen[name], statistics)
         if self.weight_update:
             self._update(weights, dense_RI, chosen, statistics.gram_II)
         return chosen
@@ -104,6 +94,24 @@ class Combination(PruneMethod):
             return self.sums.read(sums, inputs), custom.view(shape)
         statistics = self.sums.read(total, inputs)
         return statistics, statistics.raw.get(self.method.statistic, statistics.square_sum_I)
+
+    def _refine(
+        self, name: str, dense_OI: Tensor, weight_OI: Tensor, mask_OI: Tensor, statistics: Statistics
+    ) -> Tensor:
+        """The refined mask, (O, I). Changes `weight_OI` accordingly, in place."""
+        rows = processes.share_of(len(weight_OI), obs.row_tile(weight_OI) or 1)
+        local = (dense_OI[rows], weight_OI[rows].float(), mask_OI[rows])
+        refined_RI = self.refinement.refine(*local, statistics, self.patterns[name])
+        _check_returned(self.refinement, "refine", refined_RI, local[2])
+        refined_OI = processes.gather_rows(refined_RI)
+        if not torch.equal(refined_OI.sum(1), mask_OI.sum(1)):
+            raise UserError(
+                f"{type(self.refinement).__name__}.refine returned another number of kept weights in a row of {name}: "
+                "return as many as in the mask that it got"
+            )
+        weight_OI.copy_(torch.where(refined_OI & ~mask_OI, dense_OI.to(weight_OI.dtype), weight_OI))
+        masks.apply_(weight_OI, refined_OI)
+        return refined_OI
 
     def _update(self, weights: dict[str, Tensor], dense_RI: Tensor, chosen: dict[str, Tensor], gram_II: Tensor) -> None:
         """Updates all matrices with the same inputs together, so that the update factorises their Gram matrix once."""
