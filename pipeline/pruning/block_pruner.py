@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +26,16 @@ from pipeline.sparsity.packed import Packed, pack
 FEW_TOKENS = 32  # an expert with fewer is pruned by its weights alone: its statistics would be noise
 
 
+@dataclass
+class _Pruned:
+    """The results of pruning a block."""
+
+    packed: dict[str, Packed] = field(default_factory=dict)  # masks by name, on the device
+    kept: dict[str, int] = field(default_factory=dict)  # number of kept weights by name
+    rows: list[dict] = field(default_factory=list)  # of `matrices.csv`
+    undersampled: list[str] = field(default_factory=list)  # experts whose statistics were not used, with their tokens
+
+
 class BlockPruner:
     """Prunes a block at each call."""
 
@@ -37,90 +48,86 @@ class BlockPruner:
         """Prunes the block's weights in place, unless an earlier run did. Returns its masks and log entry."""
         result = None
         if not walk.is_finished(block):
-            masks, kept, rows = self._prune(walk, block)
-            result = BlockResult(masks, self._log(walk, block, masks, kept, rows))
+            pruned, masks = self._prune(walk, block), Masks()
+            masks.add_packed(pruned.packed)
+            result = BlockResult(masks, self._log(walk, block, pruned))
         self.started = time.perf_counter()
         return result
 
-    def _prune(self, walk: LayerWalk, block: Block) -> tuple[Masks, dict[str, int], list[dict]]:
-        """The masks, their numbers of kept weights, and the rows of `matrices.csv`.
-
-        All that is read of the GPU's results is read at the end, at once."""
-        block_matrices, patterns = matrices(block, walk.blocks), self.method.patterns
-        rows: dict[str, dict] = {}
-        undersampled: list[str] = []
-        packed: dict[str, Packed] = {}
-        kept: dict[str, int] = {}
+    def _prune(self, walk: LayerWalk, block: Block) -> _Pruned:
+        """All numbers that are computed on a GPU are read together, at the end."""
+        block_matrices = matrices(block, walk.blocks)
+        pruned = _Pruned()
         with self.method.readings:
             if self.target:
                 parts = self.target.observe_in_turn(walk, block, block_matrices, self.method)
             else:
                 parts = [(block_matrices, walk.observe(block_matrices, self.method.observe))]
             for part, observed in parts:
-                undersampled += self._prune_observed(block, part, observed, rows, packed, kept)
-        masks = Masks()
-        masks.add_packed(packed)
-        if undersampled:
-            processes.say(f"  fewer than {FEW_TOKENS} tokens, so pruned by weight alone: {', '.join(undersampled)}")
-        if empty := [name for name in masks if not kept[name]]:
+                self._prune_observed(block, part, observed, pruned)
+        if pruned.undersampled:
+            names = ", ".join(pruned.undersampled)
+            processes.say(f"  fewer than {FEW_TOKENS} tokens, so pruned by weight alone: {names}")
+        if empty := [name for name in sorted(pruned.kept) if not pruned.kept[name]]:
             processes.say(f"  no weight is left in {len(empty)} matrices of this layer, such as {empty[0]}")
-        for name in patterns.keys() & (block_matrices.keys() - packed.keys()):
+        for name in sorted(self.method.patterns.keys() & (block_matrices.keys() - pruned.packed.keys())):
             processes.say(f"  stays dense, the calibration text never reaches it: {name}")
-        return masks, kept, list(rows.values())
+        return pruned
 
     def _prune_observed(
-        self,
-        block: Block,
-        block_matrices: dict[str, Matrix],
-        observed: Observed,
-        rows: dict[str, dict],
-        packed: dict[str, Packed],
-        kept: dict[str, int],
-    ) -> list[str]:
-        """Prunes the matrices and adds to `rows`, `packed` and `kept`. Returns those whose statistics were not used."""
-        undersampled, inputs, readings = [], [], self.method.readings
+        self, block: Block, block_matrices: dict[str, Matrix], observed: Observed, pruned: _Pruned
+    ) -> None:
+        """Prunes the matrices and adds them to `pruned`."""
+        inputs = []
         for key, members in _by_input(block_matrices, observed, self.method.patterns).items():
             weights = {name: matrix.weight_OI for name, matrix in members.items()}
             total, first = observed.totals.pop(key), next(iter(members.values()))
             if few := first.routed and observed.tokens[key] < FEW_TOKENS:
-                undersampled += [f"{name} ({observed.tokens[key]})" for name in members]
+                pruned.undersampled += [f"{name} ({observed.tokens[key]})" for name in members]
                 # as if all input features had the same norm
                 total = self.method.observe(torch.eye(first.weight_OI.shape[1], device=total.device)).double()
             if self.method.group == "layer" or self.target:
-                check_inputs(readings, weights, total)
+                check_inputs(self.method.readings, weights, total)
             if self.target:
                 self.target.replace(key, weights, total, self.method)
             inputs.append((weights, total, key, few))
-        # such experts have scores on a scale of their own
+        # experts with few tokens have scores on a scale of their own
         self.method.compare_layer([(weights, total) for weights, total, _, few in inputs if not few])
         while inputs:  # a sum is dropped as soon as its matrices are pruned
             weights, total, key, _ = inputs.pop(0)
-            sample_NI, dense_NI = observed.samples[key], self.target.samples[key] if self.target else None
             # only now: a weight whose update overflows makes the inputs of later matrices overflow, and is the one to name
-            check_inputs(readings, weights, total)
+            check_inputs(self.method.readings, weights, total)
             if self.target:
                 dense_OI = {name: self.target.matrices[name].weight_OI for name in weights}
             else:
                 dense_OI = {name: weight.clone() for name, weight in weights.items()}
             masks_OI = self.method.prune(weights, total)
+            sample_NI, dense_NI = observed.samples[key], self.target.samples[key] if self.target else None
             for name, weight_OI in weights.items():
-                mask_OI, matrix = masks_OI[name], block_matrices[name]
-                pattern = self.method.pattern(name, mask_OI)
-                stored = matrix.stored(mask_OI)
-                packed[name] = Packed(pack(stored), tuple(stored.shape), str(pattern), matrix.transposed)
-                rows[name] = {"layer": block.index, "matrix": name, "sparsity": None, "relative_output_error": None}
-
-                def use(broken: float, left: float, error: float | None = None, name: str = name) -> None:
-                    if broken:
-                        self._refuse(name, packed[name])
-                    kept[name] = int(left)
-                    rows[name] |= {"sparsity": 1 - left / packed[name].weights, "relative_output_error": error}
-
-                numbers = [pattern.is_broken(mask_OI), mask_OI.count_nonzero()]
+                error = None
                 if len(sample_NI):  # empty for an expert that no token of this rank reached
-                    numbers.append(scores.relative_error(sample_NI, dense_OI[name], weight_OI, dense_NI))
-                readings.add(numbers, use)
-        return undersampled
+                    error = scores.relative_error(sample_NI, dense_OI[name], weight_OI, dense_NI)
+                self._record(block, name, block_matrices[name], masks_OI[name], error, pruned)
+
+    def _record(
+        self, block: Block, name: str, matrix: Matrix, mask_OI: Tensor, error: Tensor | None, pruned: _Pruned
+    ) -> None:
+        """Adds a matrix to `pruned`. Its numbers are filled in when they are read, which raises `UserError` if the mask breaks
+        its pattern. `error`: the relative output error, ()."""
+        pattern, stored = self.method.pattern(name, mask_OI), matrix.stored(mask_OI)
+        packed = Packed(pack(stored), tuple(stored.shape), str(pattern), matrix.transposed)
+        row = {"layer": block.index, "matrix": name, "sparsity": None, "relative_output_error": None}
+        pruned.packed[name] = packed
+        pruned.rows.append(row)
+
+        def use(broken: float, kept: float, relative_error: float | None = None) -> None:
+            if broken:
+                self._refuse(name, packed)
+            pruned.kept[name] = int(kept)
+            row.update(sparsity=1 - kept / packed.weights, relative_output_error=relative_error)
+
+        numbers = [pattern.is_broken(mask_OI), mask_OI.count_nonzero()]
+        self.method.readings.add(numbers if error is None else [*numbers, error], use)
 
     def _refuse(self, name: str, packed: Packed) -> None:
         mask = packed.unpack()
@@ -132,11 +139,11 @@ class BlockPruner:
         settings = self.method.settings
         return registry.pruned_with({key: getattr(settings, key.partition(".")[2]) for key in registry.PRUNING})
 
-    def _log(self, walk: LayerWalk, block: Block, masks: Masks, kept: dict[str, int], rows: list[dict]) -> dict:
+    def _log(self, walk: LayerWalk, block: Block, pruned: _Pruned) -> dict:
         seconds = time.perf_counter() - self.started
-        weights = sum(entry.weights for entry in masks.packed.values())
-        sparsity = (weights - sum(kept.values())) / max(1, weights)
-        errors = [row["relative_output_error"] for row in rows if row["relative_output_error"] is not None]
+        weights = sum(packed.weights for packed in pruned.packed.values())
+        sparsity = (weights - sum(pruned.kept.values())) / max(1, weights)
+        errors = [row["relative_output_error"] for row in pruned.rows if row["relative_output_error"] is not None]
         error = sum(errors) / max(1, len(errors))
         processes.say(
             f"  layer {block.index + 1}/{len(walk.blocks)}: sparsity {sparsity:.4f}, output error {error:.3f}, {seconds:.1f} s"
@@ -150,7 +157,7 @@ class BlockPruner:
                 "sparsity": sparsity,
                 "relative_output_error": error,
                 "memory_gib": round(peak_gib(walk.device), 3),
-                "matrices": rows,
+                "matrices": pruned.rows,
             }
         )
 
