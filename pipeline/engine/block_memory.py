@@ -8,7 +8,7 @@ from pipeline.sparsity.masks import Masks
 
 
 class BlocksInMemory(BlockStore):
-    """Keeps masks and log rows. Changed weights are copied back into the model by the forwards (`LayerwiseForwards.keeps`)."""
+    """Keeps masks and log rows. `LayerwiseForwards`, with `write_back`, copies changed weights back into the model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)

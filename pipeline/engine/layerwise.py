@@ -30,7 +30,7 @@ class LayerwiseForwards:
     What happens to weights that the caller changes:
     - with `restore`, every block's weights are dropped once it is passed, and `restore(block)` loads them again if it is
       reached again. The blocks in `dropped` start with dropped weights.
-    - with `keeps`, changed weights are copied back to where the block came from.
+    - with `write_back`, changed weights are copied back to where the block came from.
     - with neither, the caller must not change weights.
 
     `dense_outputs`: the next block gets the output that a block has with its original weights, not with changed ones; then no
@@ -49,11 +49,11 @@ class LayerwiseForwards:
         hidden_device: torch.device | None = None,
         restore: Callable[[Block], None] | None = None,
         dropped: Iterable[int] = (),
-        keeps: bool = False,
+        write_back: bool = False,
         dense_outputs: bool = False,
     ) -> None:
         self.model, self.blocks, self.call, self.batches = model, blocks, call, list(batches)
-        self.device, self.restore, self.keeps, self.dense_outputs = device, restore, keeps, dense_outputs
+        self.device, self.restore, self.write_back, self.dense_outputs = device, restore, write_back, dense_outputs
         self.hidden_device = None if hidden_device == device else hidden_device
         self.current: Block | None = None
         self.forwards: list[PausedForward] = []
@@ -183,8 +183,8 @@ class LayerwiseForwards:
         for tensor in self.current.tensors():
             if tensor.device != self.device:
                 self._home_data.append((tensor, tensor.data))
-                copy = copies.get(id(tensor))
-                tensor.data = tensor.data.to(self.device, non_blocking=True) if copy is None else copy
+                ahead = copies.get(id(tensor))
+                tensor.data = tensor.data.to(self.device, non_blocking=True) if ahead is None else ahead
         if index + 1 < len(self.blocks) and index + 1 not in self._dropped:
             self._ahead.start(self.blocks[index + 1])
 
@@ -209,7 +209,9 @@ class LayerwiseForwards:
 
     def _move_home(self) -> None:
         for tensor, home in self._home_data:
-            if self.keeps or id(tensor) in self._shared:  # another block that shares it is reached with these weights
+            if (
+                self.write_back or id(tensor) in self._shared
+            ):  # another block that shares it is reached with these weights
                 home.copy_(tensor.data)
             tensor.data = home
         self._home_data = []

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -66,13 +65,17 @@ class LayerWalk(LightningModule):
         def call(batch: Tensor) -> None:
             self.task.forward(model, batch)
 
-        known: dict[str, Any] = {"dense_outputs": dense_outputs}
-        if isinstance(results, BlockFiles):
-            known |= {"restore": results.restore, "dropped": results.finished_before}
-        elif results:
-            known |= {"keeps": True}
         return LayerwiseForwards(
-            model, find_blocks(model), call, self.batches, processes.device(), self.hidden_device, **known
+            model,
+            find_blocks(model),
+            call,
+            self.batches,
+            processes.device(),
+            self.hidden_device,
+            restore=results.restore if isinstance(results, BlockFiles) else None,
+            dropped=results.finished_before if results else (),
+            write_back=isinstance(results, BlocksInMemory),
+            dense_outputs=dense_outputs,
         )
 
     def blocks_in_order(self) -> Iterator[Block]:
