@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from callbacks.layer_writer import LayerWriter
 from callbacks.stop_at_signal import StopAtSignal
+from pipeline.engine import walk_memory
 from pipeline.engine.blocks import find_blocks
 from pipeline.engine.walk import LayerWalk, run_layerwise
 from pipeline.models import loading
@@ -57,9 +58,9 @@ def in_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> list[d
 
 
 def plan_memory(model: nn.Module, batches: list[Tensor], recipe: Recipe) -> torch.device:
-    """See `calibration.plan_memory`."""
+    """See `walk_memory.plan_memory`."""
     where = recipe.prune.hidden_states
-    return calibration.plan_memory(model, batches, where, per_weight=BYTES_PER_WEIGHT, observe=square_sum, work="test")
+    return walk_memory.plan_memory(model, batches, where, per_weight=BYTES_PER_WEIGHT, observe=square_sum, work="test")
 
 
 def permute_layers(walk: LayerWalk, recipe: Recipe, callbacks: list[Callback]) -> None:

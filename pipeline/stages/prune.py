@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from callbacks.layer_writer import LayerWriter
 from callbacks.stop_at_signal import StopAtSignal
+from pipeline.engine import walk_memory
 from pipeline.engine.blocks import Block, find_blocks
 from pipeline.engine.coverage import Coverage
 from pipeline.engine.matrices import coverage_entries
@@ -91,15 +92,15 @@ def tell_coverage(model: nn.Module, blocks: list[Block], patterns: dict[str, Pat
 
 
 def plan_memory(model: nn.Module, batches: list[Tensor], method: PruneMethod) -> torch.device:
-    """See `calibration.plan_memory`."""
+    """See `walk_memory.plan_memory`."""
     where, copies = method.settings.hidden_states, method.copies
     if method.settings.target == "pruned":
-        return calibration.plan_memory(model, batches, where, observe=method.observe, copies=copies)
+        return walk_memory.plan_memory(model, batches, where, observe=method.observe, copies=copies)
 
     def pair(input_NI: Tensor) -> Tensor:
         return packed(method.observe(input_NI), input_NI, input_NI)
 
-    return calibration.plan_memory(model, batches, where, 2, observe=pair, copies=copies)
+    return walk_memory.plan_memory(model, batches, where, 2, observe=pair, copies=copies)
 
 
 def prune_layers(walk: LayerWalk, pruner: BlockPruner, dense: nn.Module | None, callbacks: list[Callback]) -> None:

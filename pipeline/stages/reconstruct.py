@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from callbacks.layer_writer import LayerWriter
 from callbacks.stop_at_signal import StopAtSignal
+from pipeline.engine import walk_memory
 from pipeline.engine.walk import LayerWalk, run_layerwise
 from pipeline.models import loading
 from pipeline.models.architecture import classifies_images
@@ -39,7 +40,7 @@ def run(recipe: Recipe, folder: Path, inputs: dict[str, Path]) -> None:
     model = loading.load(origin, recipe)
     dense = loading.load(loading.dense_folder(recipe, inputs), recipe)
     batches = calibration.batches(recipe, text, "reconstruct", origin, model)
-    hidden_device = calibration.plan_memory(model, batches, recipe.prune.hidden_states, 2, BYTES_PER_WEIGHT)
+    hidden_device = walk_memory.plan_memory(model, batches, recipe.prune.hidden_states, 2, BYTES_PER_WEIGHT)
     walk = LayerWalk(model, batches, hidden_device, folder)
     if done := walk.results.finished_before:
         processes.say(f"  {len(done)} of {len(walk.blocks)} layers are already reconstructed")
@@ -57,7 +58,7 @@ def in_memory(
     model: nn.Module, dense: nn.Module, masks: Masks, batches: list[Tensor], recipe: Recipe, steps: list[range]
 ) -> list[dict]:
     """Reconstructs the model's layers in place; returns the rows of `layers.csv`. `batches`: tokens, (batch_size, seq_len)."""
-    hidden_device = calibration.plan_memory(model, batches, recipe.prune.hidden_states, 2, BYTES_PER_WEIGHT)
+    hidden_device = walk_memory.plan_memory(model, batches, recipe.prune.hidden_states, 2, BYTES_PER_WEIGHT)
     walk = LayerWalk(model, batches, hidden_device, in_memory=True)
     with walk.paused_forwards(dense) as forwards:
         reconstructor = LayerReconstructor(forwards, masks, recipe.reconstruct, recipe.seed, steps)

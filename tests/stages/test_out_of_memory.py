@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from callbacks.checkpointer import Checkpointer
+from pipeline.engine import walk_memory
 from pipeline.engine.blocks import find_blocks
-from pipeline.pruning import calibration
+from pipeline.engine.matrices import matrices
 from pipeline.pruning.combination import prune_method
 from pipeline.pruning.obs_methods import SparseGpt
 from pipeline.pruning.score_methods import Wanda
@@ -69,8 +70,8 @@ def test_gram_matrices_are_counted(capsys):
     batches, planned = [torch.zeros(1, 8, dtype=torch.int32)], []
     for method in (Wanda(Prune(), {}), SparseGpt(Prune(), {}), prune_method(Prune(update="admm"), {})):
         prune.plan_memory(model, batches, method)
-        found = calibration.matrices(blocks[0], blocks)
-        planned.append(calibration._pruning(found, method.observe, method.copies) * memory.GIB)
+        found = matrices(blocks[0], blocks)
+        planned.append(walk_memory._pruning_gib(found, method.observe, method.copies) * memory.GIB)
     sums, both = 8 * (2 * hidden**2 + inner**2), 4 * 2 * inner * hidden  # one band at this size; gate and up in float32
     factors = [24 * hidden**2, 24 * inner**2]
     assert planned[0] == 8 * (2 * hidden + inner) + 2 * both
