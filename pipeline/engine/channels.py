@@ -57,13 +57,13 @@ class Channels:
         self.reorder_producers(order_V)
 
     def reorder_fan_in(self, order_V: Tensor) -> None:
-        _move(self.fan_in.weight_OI.T, self.columns, order_V)
+        _move_(self.fan_in.weight_OI.T, self.columns, order_V)
 
     def reorder_producers(self, order_V: Tensor) -> None:
         for matrix, rows in self.producers:
-            _move(matrix.weight_OI, rows, order_V)
+            _move_(matrix.weight_OI, rows, order_V)
             if (bias_O := _bias(matrix)) is not None:
-                _move(bias_O, rows, order_V)
+                _move_(bias_O, rows, order_V)
 
 
 def kind(name: str, block: Block) -> str:
@@ -162,7 +162,7 @@ def in_float64(block: Block) -> Iterator[None]:
             tensor.data = data
 
 
-def _move(tensor: Tensor, places: Tensor, order_V: Tensor) -> None:
+def _move_(tensor: Tensor, places: Tensor, order_V: Tensor) -> None:
     """Moves slices of the first dimension, each row of `places` (rows, V) alike."""
     places, order_V = places.to(tensor.device), order_V.to(tensor.device)
     tensor[places.flatten()] = tensor[places[:, order_V].flatten()]

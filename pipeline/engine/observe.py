@@ -100,7 +100,7 @@ class InputObserver:
         values, found = self.observe(input_NI), self.observed
         found.tokens[key] += len(input_NI)
         if key in found.totals:
-            _accumulate(found.totals[key], values)
+            _accumulate_(found.totals[key], values)
         else:
             found.totals[key] = values.double().contiguous()
         if not len(found.samples.get(key, ())):
@@ -171,8 +171,8 @@ def _check_product(module: nn.Linear, args: tuple, kwargs: dict[str, Any], out: 
         raise UserError(f"{type(module).__name__} is not supported: it does not compute what a Linear does")
 
 
-def _accumulate(total: Tensor, values: Tensor) -> None:
-    """Without all of `values` in float64. Chunked on a CPU, where allocating it takes five times as long as the sum."""
+def _accumulate_(total: Tensor, values: Tensor) -> None:
+    """Adds `values` to the float64 `total`; on a CPU in chunks, since a copy in float64 takes five times as long as the sum."""
     if total.is_cuda:
         total += values  # converted within the kernel
         return

@@ -21,16 +21,16 @@ class ReadAhead:
     """
 
     def __init__(self, device: torch.device, shared: Collection[int]) -> None:
-        self.device, self.shared, self.works = device, shared, device.type == "cuda"
+        self.device, self.shared, self.enabled = device, shared, device.type == "cuda"
         self._block: Block | None = None
         self._copies: list[tuple[Tensor, Tensor, Tensor]] = []  # a tensor, its data on the host, and the copy
-        if self.works:
+        if self.enabled:
             self._stream = torch.cuda.Stream(device)
             self._background = Background()
 
     def start(self, block: Block) -> None:
         """Starts to copy the tensors of a block that are on the host. Their data must not change until `take`."""
-        if not self.works:
+        if not self.enabled:
             return
         for tensor in block.tensors():
             on_host = tensor.device.type == "cpu" and tensor.numel() and tensor.is_contiguous()
@@ -47,12 +47,12 @@ class ReadAhead:
         for them."""
         if self._block is None:
             return {}
-        self.works = self._block is block
+        self.enabled = self._block is block
         self._block = None
         copies, self._copies = self._copies, []
         self._background.wait()
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
-        if not self.works:
+        if not self.enabled:
             return {}
         return {id(tensor): copy for tensor, data, copy in copies if tensor.data_ptr() == data.data_ptr()}
 

@@ -37,7 +37,7 @@ def _ordered(score_RV: Tensor, pattern: NofM, head: int, rounds: int) -> list[Te
             elif done > 1:  # the first orders may be worse than the given one
                 break
             if done < rounds:
-                _exchange(score, order_GM, pattern)
+                _exchange_(score, order_GM, pattern)
         orders.append(best)
     return orders
 
@@ -49,7 +49,7 @@ def _initial_groups(score_RV: Tensor, m: int) -> Tensor:
     return ranked.T.contiguous()
 
 
-def _exchange(score_RV: Tensor, order_GM: Tensor, pattern: NofM) -> None:
+def _exchange_(score_RV: Tensor, order_GM: Tensor, pattern: NofM) -> None:
     """For each place in the groups, assigns the channels at that place to the groups such that most importance is kept.
 
     Of a group's other channels, a row keeps the N - 1 best, and the N-th best t or the new channel's x, whichever is higher:

@@ -21,7 +21,7 @@ from pipeline.pruning.updates import store_
 from pipeline.runtime.errors import UserError
 
 
-def packed(observed: Tensor, dense_NI: Tensor, input_NI: Tensor) -> Tensor:
+def packed_with_difference(observed: Tensor, dense_NI: Tensor, input_NI: Tensor) -> Tensor:
     """(D - X)^T X in fp32, then `observed`, flat, because `LayerWalk.observe` sums one tensor per matrix. The sum is not of
     D^T X: so it is exactly zero where the inputs are equal, and precise where they nearly are."""
     fp32_NI = input_NI.float()
@@ -93,7 +93,7 @@ class DenseTarget:
                 refuse()
             observed = observe(input_NI)
             shapes[input_NI.shape[1]] = observed.shape
-            return packed(observed, kept.popleft(), input_NI)
+            return packed_with_difference(observed, kept.popleft(), input_NI)
 
         def refuse() -> None:
             raise UserError(

@@ -22,7 +22,8 @@ WIDTH = 32  # columns within a block that are updated one by one, before one pro
 def factor(gram_II: Tensor, damp: float, name: str, say: Callable[[str], None]) -> tuple[Tensor, Tensor]:
     """The upper Cholesky factor of the inverse of a damped fp32 Gram matrix, (I, I), and which inputs are dead, (I,).
 
-    Adds `damp` times the mean of the diagonal, and ten times more for as long as the factorisation fails.
+    Adds `damp` times the mean of the diagonal, and ten times more for as long as the factorisation fails. Sets the diagonal of
+    `gram_II` to 1 where it is 0. Raises `UserError` if all attempts fail.
     """
     dead_I = gram_II.diagonal() == 0
     gram_II.diagonal().masked_fill_(dead_I, 1)  # an index by bools would wait for the GPU
@@ -106,7 +107,7 @@ def prune_rows(
     columns; None is the loop in torch.
     """
     if choose:
-        score = pattern = None
+        score = pattern = None  # the mask of a block is given to `prune_block`
     inputs = weight_RI.shape[1]
     block = BLOCK if pattern is None else max(1, BLOCK // pattern.m) * pattern.m
     if prune_block is None or block > BLOCK:
@@ -120,7 +121,7 @@ def prune_rows(
         if choose:
             kept_BR[:] = choose(weight_BR.T, columns).T
         error_BR = prune_block(weight_BR, kept_BR, factor_II[columns, columns], score and score[columns], pattern)
-        _push_on(weight_IR[stop:], factor_II[columns, stop:], error_BR, tile)
+        _update_later_(weight_IR[stop:], factor_II[columns, stop:], error_BR, tile)
     weight_RI.copy_(weight_IR.T)
     mask_RI = kept_IR.T.contiguous()
     apply_(weight_RI, mask_RI)
@@ -153,12 +154,12 @@ def prune_block_by_torch(
             torch.mul(weight_BR[i], scale_BR[i], out=error_BR[i])
             if i + 1 < last:
                 weight_BR[i + 1 : last].addr_(factor_BB[i, i + 1 : last], error_BR[i], alpha=-1)
-        _push_on(weight_BR[last:], factor_BB[first:last, last:], error_BR[first:last], tile)
+        _update_later_(weight_BR[last:], factor_BB[first:last, last:], error_BR[first:last], tile)
     return error_BR
 
 
-def _push_on(weight_CR: Tensor, factor_BC: Tensor, error_BR: Tensor, tile: int | None) -> None:
-    """Subtracts from later columns, C, what the errors of a block leave to them."""
+def _update_later_(weight_CR: Tensor, factor_BC: Tensor, error_BR: Tensor, tile: int | None) -> None:
+    """Compensates the errors of a block in the later columns, C."""
     size = tile or max(1, error_BR.shape[1])
     for part_CR, part_BR in zip(weight_CR.split(size, 1), error_BR.split(size, 1)):
         part_CR.addmm_(factor_BC.T, part_BR, alpha=-1)

@@ -24,7 +24,7 @@ from pipeline.pruning.allocation import allocate, patterns_by_layer
 from pipeline.pruning.block_measure import BlockMeasure
 from pipeline.pruning.block_pruner import BlockPruner
 from pipeline.pruning.combination import prune_method
-from pipeline.pruning.dense_target import DenseTarget, packed
+from pipeline.pruning.dense_target import DenseTarget, packed_with_difference
 from pipeline.pruning.method import PruneMethod
 from pipeline.registry import ALLOCATIONS
 from pipeline.reporting import card
@@ -98,7 +98,7 @@ def plan_memory(model: nn.Module, batches: list[Tensor], method: PruneMethod) ->
         return walk_memory.plan_memory(model, batches, where, observe=method.observe, copies=copies)
 
     def pair(input_NI: Tensor) -> Tensor:
-        return packed(method.observe(input_NI), input_NI, input_NI)
+        return packed_with_difference(method.observe(input_NI), input_NI, input_NI)
 
     return walk_memory.plan_memory(model, batches, where, 2, observe=pair, copies=copies)
 

@@ -89,4 +89,4 @@ def test_copies_arrive_whole_though_their_originals_are_dropped(device):
         arrived()
         assert torch.equal(on_host["weight"], values + 1) and torch.equal(on_host["scale"], module.scale)
     ahead.start(block)
-    assert ahead.take(Block(1, "other", module)) == {} and not ahead.works  # a wrong guess
+    assert ahead.take(Block(1, "other", module)) == {} and not ahead.enabled  # a wrong guess

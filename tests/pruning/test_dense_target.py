@@ -12,7 +12,7 @@ from pipeline import registry
 from pipeline.data import sources, token_windows
 from pipeline.models import processors
 from pipeline.pruning.combination import prune_method
-from pipeline.pruning.dense_target import packed, solve
+from pipeline.pruning.dense_target import packed_with_difference, solve
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader
 from pipeline.settings.schema import Prune
@@ -63,7 +63,8 @@ def test_the_solution_minimises_the_damped_error_and_leaves_dead_inputs():
     dense_NI, weight_OI = torch.randn(60, 12), torch.randn(5, 12)
     input_NI = dense_NI + 0.3 * torch.randn(60, 12)
     input_NI[:, 3] = 0
-    gram_II, difference_II = input_NI.T @ input_NI, packed(torch.empty(0), dense_NI, input_NI).view(12, 12)
+    gram_II = input_NI.T @ input_NI
+    difference_II = packed_with_difference(torch.empty(0), dense_NI, input_NI).view(12, 12)
     solved_OI = solve(weight_OI, difference_II, gram_II, 0.01, "w")
     damping = 0.01 * gram_II.diagonal().mean()
 

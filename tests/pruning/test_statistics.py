@@ -44,5 +44,5 @@ def test_a_total_is_unpacked_in_float32_and_symmetric():
 
 def test_totals_are_summed_in_float64():
     total, part = torch.full((3, 5), 2.0**30, dtype=torch.float64), torch.full((3, 5), 0.25)
-    observe._accumulate(total, part)
+    observe._accumulate_(total, part)
     assert (total == 2.0**30 + 0.25).all()
