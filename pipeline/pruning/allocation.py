@@ -16,7 +16,7 @@ from pipeline.sparsity import patterns
 from pipeline.sparsity.patterns import Pattern, Unstructured
 
 LARGEST = 0.99  # ratio of a layer
-EXPERT = re.compile(r"\[([\d*?]+)\]$")
+EXPERT = re.compile(r"\[([\d*?]+)\]$")  # the number of an expert, or its wildcard, at the end of a glob
 
 
 class Allocation:
@@ -28,7 +28,7 @@ class Allocation:
 
     def __init__(self, settings: Prune) -> None:
         self.settings = settings
-        self.sizes: list[int] | None = None  # weights of each layer that `ratios` is asked for; set before
+        self.sizes: list[int] | None = None  # number of weights of each layer; set before `ratios` is called
 
     def observe(self, input_NI: Tensor) -> Tensor:
         """The statistic to sum over a matrix's inputs, for `measure`. Default: the square sum of each feature, (I,)."""
@@ -44,7 +44,7 @@ class Uniform(Allocation):
 
 
 class Spread(Allocation):
-    """Ratios within twice the setting named `spread` of each other: the larger the measured value, the less is pruned."""
+    """The larger the measured value, the less is pruned. Ratios differ by at most twice the setting that `spread` names."""
 
     spread = "allocation_spread"
 

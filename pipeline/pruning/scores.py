@@ -1,10 +1,13 @@
-"""The formulas of the score methods. Pure math: no lightning, no accelerate, no torch.distributed.
+"""The formulas of pruning: statistics of inputs, scores, DSnoT's mask, the ratios of allocations, and the output error. Pure
+math: no lightning, no accelerate, no torch.distributed.
 
-Shapes: O = out_features, I = in_features, N = tokens. A statistic is a sum over tokens, so ranks can add theirs up.
+Shapes: O = out_features, I = in_features, N = tokens, L = layers. A statistic is a sum over tokens, so ranks can add theirs up.
 """
 
 import torch
 from torch import Tensor
+
+CYCLES = 50  # exchanges in each row by DSnoT, at most
 
 
 def square_sum(input_NI: Tensor) -> Tensor:
@@ -38,13 +41,13 @@ def magnitude(weight_OI: Tensor) -> Tensor:
     return weight_OI.float().abs()
 
 
-def ria(weight_OI: Tensor, square_sum_I: Tensor, power: float = 0.5) -> Tensor:
+def ria(weight_OI: Tensor, square_sum_I: Tensor) -> Tensor:
     """(|W_ij| / sum of column j + |W_ij| / sum of row i) * ||x_j||_2^a: relative importance and activations (Zhang et
     al. 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for LLMs", eq. 4 and 5; a = 0.5)."""
     weight_OI = weight_OI.float().abs()
     tiny = torch.finfo(torch.float32).tiny  # rows and columns of zeros score 0
     column_I, row_O1 = weight_OI.sum(0).clamp_min(tiny), weight_OI.sum(1, keepdim=True).clamp_min(tiny)
-    return (weight_OI / column_I + weight_OI / row_O1) * square_sum_I.sqrt().float() ** power
+    return (weight_OI / column_I + weight_OI / row_O1) * square_sum_I.sqrt().float() ** 0.5
 
 
 def select_variant(score_OI: Tensor, ratio: float) -> Tensor:
@@ -67,9 +70,7 @@ def select_variant(score_OI: Tensor, ratio: float) -> Tensor:
             low, alpha = alpha, (alpha + high) / 2
 
 
-def regrow(
-    weight_OI: Tensor, mask_OI: Tensor, moments_3I: Tensor, group: int | None = None, cycles: int = 50
-) -> Tensor:
+def regrow(weight_OI: Tensor, mask_OI: Tensor, moments_3I: Tensor, group: int | None = None) -> Tensor:
     """Swaps pruned and kept weights while that reduces a row's expected output error; the number of kept weights is unchanged.
 
     After DSnoT (Zhang et al. 2024, "Dynamic Sparse No Training", section 3): the error of row i is the sum of
@@ -88,7 +89,7 @@ def regrow(
     start_O = torch.zeros_like(rows)
     error_O = change_OI.masked_fill(mask_OI, 0).sum(1)
     active_O = torch.ones_like(error_O, dtype=torch.bool)
-    for _ in range(cycles):
+    for _ in range(CYCLES):
         gain_OI = (change_OI * error_O.sign()[:, None] / spread_I).masked_fill(mask_OI, -torch.inf)
         grown_O = gain_OI.argmax(1)
         start_O = grown_O // group * group
@@ -115,8 +116,8 @@ def outlier_share(scores: list[Tensor], times: float) -> float:
 
 
 def tail_exponent(weight_OI: Tensor) -> float:
-    """Hill's estimate of the power law in the upper half of the eigenvalues of W^T W, from 1 (heavy tail) up (Lu et al.
-    2024, "AlphaPruning", section 3.1)."""
+    """The Hill estimator of the power-law exponent of the upper half of the eigenvalues of W^T W, 1 or more; lower means a
+    heavier tail (Lu et al. 2024, "AlphaPruning", section 3.1)."""
     eigenvalues = torch.linalg.svdvals(weight_OI.float()).square().sort().values
     half = len(eigenvalues) // 2
     upper, threshold = eigenvalues[-half:], eigenvalues[-half - 1]
@@ -126,12 +127,15 @@ def tail_exponent(weight_OI: Tensor) -> float:
 
 def spread_ratios(values: list[float], ratio: float, spread: float, sizes: list[int] | None = None) -> list[float]:
     """Ratios by layer with the mean `ratio`, within 2 * `spread` of each other: the larger the value, the less is pruned
-    (Yin et al. 2024, OWL, section 3.3). `sizes`: weights by layer, if they differ; then the mean is over weights."""
+    (Yin et al. 2024, OWL, section 3.3). `sizes`: weights by layer, over which the mean is taken; None: they are equal."""
     values_L = torch.tensor(values, dtype=torch.float64)
     width = (values_L.max() - values_L.min()).clamp_min(torch.finfo(torch.float64).tiny)
     kept_L = (values_L - values_L.min()) / width * 2 * spread
-    size_L = torch.tensor(sizes or [1], dtype=torch.float64)
-    mean = kept_L.mean() if len(set(sizes or [1])) == 1 else (kept_L * size_L).sum() / size_L.sum()
+    if sizes is None or len(set(sizes)) == 1:
+        mean = kept_L.mean()  # as in the published code; a weighted mean differs in the last bits
+    else:
+        size_L = torch.tensor(sizes, dtype=torch.float64)
+        mean = (kept_L * size_L).sum() / size_L.sum()
     return (ratio - (kept_L - mean)).tolist()
 
 
