@@ -131,7 +131,7 @@ def test_a_subclass_inherits_its_base_classs_entry(tmp_path):
     path = setting.partition("=")[2]
     entry, base = FINETUNE_METHODS.entry(path), FINETUNE_METHODS.entry("full")
     assert (entry.label, entry.trains_weights, entry.leaves_model) == ("norm tuning", True, True)
-    assert entry.trained(schema.Finetune(), 99, 9) == base.trained(schema.Finetune(), 99, 9) == 99
+    assert entry.trained_parameters(schema.Finetune(), 99, 9) == base.trained_parameters(schema.Finetune(), 99, 9) == 99
     with pytest.raises(UserError, match="finetune.quantize freezes the weights, .*: set finetune.method=lora"):
         reader.load(["model=m", "stages=[prune,finetune]", setting, "finetune.quantize=nf4"])
     Path(path).write_text(Path(path).read_text().replace('label = "norm tuning"', "trains_weights = False"))

@@ -81,19 +81,19 @@ class Registry:
         stat = path.stat()
         cls = _subclass_in(path, (stat.st_mtime_ns, stat.st_size), self.base, key)
         bases = [f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__]
-        nearest = min(
-            self.entries.values(), key=lambda entry: (*bases, entry.implementation).index(entry.implementation)
-        )
-        fields = dataclasses.asdict(nearest) if nearest.implementation in bases else {}
+        registered = [entry for entry in self.entries.values() if entry.implementation in bases]
+        nearest = min(registered, key=lambda entry: bases.index(entry.implementation), default=None)
+        fields = dataclasses.asdict(nearest) if nearest else {}
+        entry_type = type(next(iter(self.entries.values())))  # the same for all of a registry
         fields |= {"name": str(path), "label": path.stem, "implementation": cls, "citation": None}
         fields["description"] = (cls.__dict__.get("__doc__") or "").strip().partition("\n")[0]
-        overrides = {f.name: getattr(cls, f.name, None) for f in dataclasses.fields(nearest)}
+        overrides = {f.name: getattr(cls, f.name, None) for f in dataclasses.fields(entry_type)}
         # a method of the class may have a field's name, such as `update`
         overrides = {name: value for name, value in overrides.items() if value is not None and not callable(value)}
         for name in ("label", "description"):
             if name in overrides:
                 overrides[name] = " ".join(str(overrides[name]).split())
-        return type(nearest)(**fields | overrides)
+        return entry_type(**fields | overrides)
 
 
 def is_file(value: Any) -> bool:

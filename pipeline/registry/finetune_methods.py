@@ -15,7 +15,7 @@ class FinetuneEntry(Entry):
     leaves_model: bool = True  # writes an equally sparse model; False: only an adapter for the pruned model
     published_as: str = ""  # its name in reporting/published.yaml
 
-    def trained(self, settings: Any, count: int, width: int) -> int:
+    def trained_parameters(self, settings: Any, count: int, width: int) -> int:
         """The number of trained parameters for a tensor of `count` weights. `width`: rows + columns, 0 if not a matrix."""
         return count if self.trains_weights else settings.rank * width
 

@@ -8,6 +8,7 @@ from pipeline.registry.entry import NONE, Entry, Registry, is_file
 from pipeline.runtime.errors import UserError
 
 AS_IS = "as_is"
+N_OF_M = re.compile(r"\s*(\d+)\s*(?:of|:)\s*(\d+)\s*")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Patterns(Registry):
         text = str(value)
         if is_file(text) or text in self.entries:
             return super().label(text)
-        return re.sub(r"(\.\d*?)0+$", r"\1", re.sub(r"^\s*(\d+)\s*(?:of|:)\s*(\d+)\s*$", r"\1:\2", text))
+        if match := N_OF_M.fullmatch(text):
+            return f"{match[1]}:{match[2]}"
+        return re.sub(r"(\.\d*?)0+$", r"\1", text)
 
     def entry(self, value: Any, key: str | None = None) -> Entry:
         return self.parse(value, key)[0]
@@ -40,7 +43,7 @@ class Patterns(Registry):
         """The entry and the arguments of its pattern: `0.5` -> unstructured, `2of4` or `"2:4"` -> N:M, `as_is`,
         `./my_pattern.py` -> the class in the file. Raises `UserError`, which names `key`."""
         text, key = str(value), key or self.key
-        if match := re.fullmatch(r"\s*(\d+)\s*(?:of|:)\s*(\d+)\s*", text):
+        if match := N_OF_M.fullmatch(text):
             n, m = map(int, match.groups())
             if not 0 < n < m:
                 raise UserError(f"{key}={value} is impossible: N of M needs 0 < N < M, set for example {key}=2of4")

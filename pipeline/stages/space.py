@@ -63,7 +63,7 @@ def _finetune(recipe: Recipe, inputs: dict[str, Path]) -> int:
     origin = inputs["prune"] / "model" if "prune" in inputs else loading.dense_folder(recipe, inputs)
     shapes, settings = _shapes(origin), recipe.finetune
     method = FINETUNE_METHODS.entry(settings.method)
-    trained = sum(method.trained(settings, count, width) for count, _, width in shapes)
+    trained = sum(method.trained_parameters(settings, count, width) for count, _, width in shapes)
     return sum(count * itemsize for count, itemsize, _ in shapes) + 4 * trained * (2 + 2 * 3) + SMALL
 
 
