@@ -38,7 +38,7 @@ class Layout:
     producers: dict[str, int]  # kind: number of rows
     channels: int  # V
     head: int  # channels are permuted within runs of this length (a head, or all channels)
-    rows: str  # see `_rows`
+    rows: str  # which rows of a producer belong to a channel: "chunks", "interleaved", "last" or "each", see `_rows`
 
 
 @dataclass(frozen=True)
@@ -99,19 +99,19 @@ def layouts(name: str, block: Block, found: dict[str, Matrix], observed: Observe
             continue
         before = members
         rows = {kind(name, block): len(found[name].weight_OI) for name in members}
-        equal = [it for it, count in rows.items() if count == inputs]
+        equal = [producer for producer, count in rows.items() if count == inputs]
         for count in range(1, len(equal) + 1):
             for chosen in itertools.combinations(equal, count):
                 yield Layout(dict.fromkeys(chosen, inputs), inputs, inputs, "chunks")
-        for it, count in rows.items():
+        for producer, count in rows.items():
             if count > inputs and count % inputs == 0:
-                yield from (Layout({it: count}, inputs, inputs, way) for way in ("chunks", "interleaved"))
-        for size, (it, count) in itertools.product(heads, rows.items()):
+                yield from (Layout({producer: count}, inputs, inputs, way) for way in ("chunks", "interleaved"))
+        for size, (producer, count) in itertools.product(heads, rows.items()):
             # all rows, or the last of queries, keys and values in one matrix
             values = count if count <= inputs else (count - inputs) // 2
             if values and inputs % values == 0 and values % size == 0:
                 ways = ("last",) if values in (count, size) else ("last", "each")
-                yield from (Layout({it: count}, values, size, way) for way in ways)
+                yield from (Layout({producer: count}, values, size, way) for way in ways)
 
 
 class Trials:
@@ -177,7 +177,11 @@ def _bias(matrix: Matrix) -> Tensor | None:
 
 
 def _rows(count: int, layout: Layout) -> Tensor:
-    """The rows of a producer with `count` rows that belong to each channel, (rows, V)."""
+    """The rows of a producer with `count` rows that belong to each channel, (rows of a channel, V).
+
+    chunks: row v of each run of V rows. interleaved: consecutive rows. last: the last V rows, such as the values after queries
+    and keys. each: the same within each head, where a head's queries, keys and values are next to each other.
+    """
     rows = torch.arange(count)
     if layout.rows == "chunks":
         return rows.view(-1, layout.channels)
@@ -185,7 +189,7 @@ def _rows(count: int, layout: Layout) -> Tensor:
         return rows.view(layout.channels, -1).T
     if layout.rows == "last":
         return rows[-layout.channels :].view(1, -1)
-    return rows.view(layout.channels // layout.head, -1)[:, -layout.head :].reshape(1, -1)  # the last of each head
+    return rows.view(layout.channels // layout.head, -1)[:, -layout.head :].reshape(1, -1)
 
 
 def _surroundings(name: str, block: Block, found: dict[str, Matrix]) -> Iterator[list[str]]:
@@ -203,16 +207,19 @@ def _surroundings(name: str, block: Block, found: dict[str, Matrix]) -> Iterator
 
 
 def _head_sizes(block: Block, inputs: int) -> list[int]:
-    """Possible head sizes, from the configuration of the block's modules: divisors of `inputs`, largest first."""
+    """Possible head sizes, from the attributes and configurations of the block's modules: divisors of `inputs`, largest
+    first."""
     modules = list(block.module.modules())
-    said = [vars(holder) for holder in [*modules, *(module.config for module in modules if hasattr(module, "config"))]]
-    values = {v for one in said for key, v in one.items() if "head" in key and type(v) is int and v > 0}
+    holders = [*modules, *(module.config for module in modules if hasattr(module, "config"))]
+    attributes = [item for holder in holders for item in vars(holder).items()]
+    values = {value for key, value in attributes if "head" in key and type(value) is int and value > 0}
     sizes = values | {inputs // value for value in values}
     return sorted((size for size in sizes if 1 < size < inputs and inputs % size == 0), reverse=True)
 
 
 @contextmanager
 def _reordered(channels: list[Channels], fan_ins_alone: bool = False) -> Iterator[None]:
+    """Inside, the channels are in a random order, which is the same at each call."""
     generator = torch.Generator().manual_seed(0)
     orders = [_random_order(group, generator) for group in channels]
     moves = [group.reorder_fan_in if fan_ins_alone else group.reorder for group in channels]

@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -27,20 +28,20 @@ class BlockPermuter:
 
     def __init__(self, model: nn.Module, blocks: list[Block], pattern: NofM, rounds: int) -> None:
         self.pattern, self.rounds = pattern, rounds
-        # where the channels lie, by kind and shape of matrix, found in the first block with it; a resumed run finds the same
+        # by kind and shape of matrix, found in the first block with it; None if none is exact. A resumed run finds the same
         self.layouts: dict[tuple, Layout | None] = {}
         # weights that are used elsewhere too
         self.shared = shared_parameters(blocks) | {id(tensor) for tensor in tensors_outside(model, blocks)}
 
     def __call__(self, walk: LayerWalk, block: Block) -> BlockResult | None:
         started, found = time.perf_counter(), matrices(block, walk.blocks)
-        if walk.is_finished(block) and all(_place(name, block, found) in self.layouts for name in found):
+        if walk.is_finished(block) and all(_kind_and_shape(name, block, found) in self.layouts for name in found):
             return None
         observed = walk.observe(found, scores.square_sum)
         with Readings() as readings:
             for name, key in observed.shared_input_key.items():
                 check_inputs(readings, {name: found[name].weight_OI}, observed.totals[key])
-        channels = self._exact(walk, block, found, observed)
+        channels = self._exact_channels(walk, block, found, observed)
         if walk.is_finished(block):
             return None
         ordered = self._orders(channels, observed)
@@ -58,18 +59,24 @@ class BlockPermuter:
         processes.say(f"  layer {block.index + 1}/{len(walk.blocks)}: {gains}, {seconds:.1f} s")
         return BlockResult(Masks(), processes.from_main({"layer": block.index, "matrices": rows}))
 
-    def _exact(self, walk: LayerWalk, block: Block, found: dict[str, Matrix], observed: Observed) -> list[Channels]:
+    def _exact_channels(
+        self, walk: LayerWalk, block: Block, found: dict[str, Matrix], observed: Observed
+    ) -> list[Channels]:
         """The channels of the block that may be reordered. Decided on rank 0, whose first batch is that of any number of
         processes."""
         chosen: dict[str, Layout] = {}
         if processes.is_main():
             fused = {matrix.module for matrix in found.values() if matrix.expert is not None}
             with in_float64(block), eager_experts(fused):  # grouped products have no float64
-                chosen = self._chosen(walk, block, found, observed)
+                chosen = self._exact_layouts(walk, block, found, observed)
         chosen, self.layouts = processes.from_main((chosen, self.layouts))
         return [channels_of(name, block, found, layout) for name, layout in chosen.items()]
 
-    def _chosen(self, walk: LayerWalk, block: Block, found: dict[str, Matrix], observed: Observed) -> dict[str, Layout]:
+    def _exact_layouts(
+        self, walk: LayerWalk, block: Block, found: dict[str, Matrix], observed: Observed
+    ) -> dict[str, Layout]:
+        """The layout of each matrix whose inputs may be reordered, by name. Tests layouts that are not known yet, and whether
+        the known ones are exact here too."""
         try:
             trials = Trials(lambda: walk.forwards.call_block(0, torch.float64))
         except torch.OutOfMemoryError:
@@ -79,50 +86,46 @@ class BlockPermuter:
                 f"  {block.name}: the order of channels stays, as the layer does not run in float64: {one_line(str(error))}"
             )
             return {}
-        alike: dict[tuple, list[str]] = defaultdict(list)  # matrices of one kind, such as all experts
+        alike: dict[tuple, list[str]] = defaultdict(list)  # matrices of one kind and shape, such as all experts
         for name in found:
-            alike[_place(name, block, found)].append(name)
-        chosen = {
-            name: layout for place, names in alike.items() for name in names if (layout := self.layouts.get(place))
-        }
-        if all(place in self.layouts for place in alike):
+            alike[_kind_and_shape(name, block, found)].append(name)
+
+        def passes(test: Callable[[list[Channels]], bool], chosen: dict[str, Layout]) -> bool:
             channels = [channels_of(name, block, found, layout) for name, layout in chosen.items()]
-            if None not in channels and not self._are_shared(channels) and trials.keep_output(channels):
+            return None not in channels and not self._are_shared(channels) and test(channels)
+
+        if alike.keys() <= self.layouts.keys():  # one test of all known layouts together
+            chosen = {name: layout for key, names in alike.items() for name in names if (layout := self.layouts[key])}
+            if passes(trials.keep_output, chosen):
                 return chosen
         chosen = {}
-        for place, names in alike.items():
-
-            def is_exact(layout: Layout, names: list[str] = names) -> bool:
-                channels = [channels_of(name, block, found, layout) for name in names]
-                return None not in channels and not self._are_shared(channels) and trials.are_exact(channels)
-
-            known = place in self.layouts
-            if not known:
-                suggested = layouts(names[0], block, found, observed, self.pattern.m)
-                first = next(suggested, None)
-                tried = () if first is None else (first, *suggested)
-                self.layouts[place] = next(filter(is_exact, tried), None)
-                if first and not self.layouts[place]:
+        for key, names in alike.items():
+            if key in self.layouts:
+                layout = self.layouts[key]
+                if layout and not passes(trials.are_exact, dict.fromkeys(names, layout)):
+                    layout = None
                     processes.say(
-                        f"  {place[0]}: the order of inputs stays, as no permutation is known to compute the same"
+                        f"  {block.name}.{key[0]}: the order of inputs stays, as here a permutation changes the output"
                     )
-            layout = self.layouts[place]
-            if layout and known and not is_exact(layout):
-                processes.say(
-                    f"  {block.name}.{place[0]}: the order of inputs stays, as here a permutation changes the output"
-                )
-            elif layout:
+            else:
+                candidates = list(layouts(names[0], block, found, observed, self.pattern.m))
+                exact = (tried for tried in candidates if passes(trials.are_exact, dict.fromkeys(names, tried)))
+                layout = self.layouts[key] = next(exact, None)
+                if candidates and not layout:
+                    processes.say(
+                        f"  {key[0]}: the order of inputs stays, as no permutation is known to compute the same"
+                    )
+            if layout:
                 chosen |= dict.fromkeys(names, layout)
         return chosen
 
     def _are_shared(self, channels: list[Channels]) -> bool:
-        moved = [
-            matrix for group in channels for matrix in (group.fan_in, *(producer for producer, _ in group.producers))
-        ]
+        """Whether a weight that would be reordered is used elsewhere too."""
+        moved = [matrix for group in channels for matrix in (group.fan_in, *(part for part, _ in group.producers))]
         return any(id(matrix.parameter) in self.shared for matrix in moved)
 
     def _orders(self, channels: list[Channels], observed: Observed) -> list[tuple[Tensor, float, float]]:
-        """The order of each, and the shares of the importance kept before and after; computed by the ranks in turn."""
+        """For each, the order and the shares of the importance kept before and after. The ranks compute them in turn."""
         mine = {}
         for i in range(processes.rank(), len(channels), processes.world_size()):
             group = channels[i]
@@ -135,7 +138,7 @@ class BlockPermuter:
         return [everyone[i] for i in range(len(channels))]
 
 
-def _place(name: str, block: Block, found: dict[str, Matrix]) -> tuple:
+def _kind_and_shape(name: str, block: Block, found: dict[str, Matrix]) -> tuple:
     return kind(name, block), tuple(found[name].weight_OI.shape)
 
 
