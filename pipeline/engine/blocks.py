@@ -33,8 +33,11 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
     They are the items of the outermost module lists that hold matrices. Vision towers and other non-text submodels are
     skipped. A list of plain matrices, such as Gemma 3n's projections next to its layers, does not count.
-    Raises `UserError` if there are none, or if lists of layers are nested. Of an image model they are the items of the
-    innermost lists, since its stages hold the lists of its layers; timm's lists are nn.Sequential.
+
+    In an image model they are the items of the innermost lists, since its stages hold the lists of its layers. Its lists may be
+    nn.Sequential, as in timm.
+
+    Raises `UserError` if there are no blocks, or if layers of a language model hold lists of layers.
     """
     lists: dict[str, nn.ModuleList | nn.Sequential] = {}
     staged = _classifies_images(model)
@@ -45,6 +48,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
             for stage in outer:
                 del lists[stage]
             lists[name] = module
+    # the lists by path without numbers: several of one kind are inside of layers
     kinds = Counter(re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name) for name in lists)
     found: dict[nn.Module, str] = {}
     for outer, modules in lists.items():
@@ -76,7 +80,7 @@ def _classifies_images(model: nn.Module) -> bool:
 
 
 def language_model(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a model by name, without those of submodels that do not read text; of an image model all."""
+    """The modules of a model by name, without those of submodels that do not read text. All modules of an image model."""
     if _classifies_images(model):
         yield from model.named_modules()
         return

@@ -79,16 +79,16 @@ def matrices_of(model: nn.Module) -> dict[str, Matrix]:
 def classify(block: Block, blocks: list[Block]) -> dict[str, Matrix | Dense]:
     """All parameters of a block with two or more dimensions by name: a `Matrix` (one per expert) or `Dense`. Raises
     `UserError` if one 2-D parameter holds the matrices of several experts."""
-    earlier = {id(p) for other in blocks[: block.index] for p in other.module.parameters()}
+    seen = {id(p) for other in blocks[: block.index] for p in other.module.parameters()}
     found: dict[str, Matrix | Dense] = {}
     experts = _experts(block.module)
     for path, module in block.module.named_modules():
         in_experts = dict(fused_parameters(module))
         for attribute, parameter in module.named_parameters(recurse=False):
             is_vector = parameter.dim() < 2 or (parameter.squeeze().dim() < 2 and not is_matrix(module))
-            if id(parameter) in earlier or is_vector or attribute.endswith("bias"):
+            if id(parameter) in seen or is_vector or attribute.endswith("bias"):
                 continue
-            earlier.add(id(parameter))  # two modules of a block may share it
+            seen.add(id(parameter))  # two modules of a block may share it
             name = ".".join(part for part in (block.name, path, attribute) if part)
             if attribute in in_experts:
                 transposed = _is_transposed(module, attribute, parameter)
@@ -174,8 +174,8 @@ def _experts(block: nn.Module) -> dict[str, int]:
 
 
 def _is_router(path: str, module: nn.Module, experts: dict[str, int]) -> bool:
-    """Whether a module is named a router; or, next to experts, is named a gate, or has one output per expert, or a single
-    one, like the gate of a shared expert."""
+    """Whether a module has "router" in its name. Next to experts also: whether it has the name of a gate, one output per
+    expert, or a single output, like the gate of a shared expert."""
     if "router" in path.rpartition(".")[2]:  # Gemma 3n has one without experts
         return True
     for place, count in experts.items():

@@ -26,7 +26,7 @@ MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, t
 PRODUCT_ARGUMENTS = ("input", "weight", "other", "mat2")
 
 
-class AllInputsSeen(Exception):
+class _AllInputsSeen(Exception):
     """Raised inside a block once each matrix has seen all its inputs, so that the rest of the block is not computed."""
 
 
@@ -42,8 +42,8 @@ class Observed:
 
 
 class InputObserver:
-    """Sums `observe(input_NI)` over all inputs of each matrix. Call the block as usual inside `batch()`; it may end early
-    by `AllInputsSeen`, which `batch` catches."""
+    """Sums `observe(input_NI)` over all inputs of each matrix. Call the block as usual inside `batch()`. The call may end early
+    by an exception, which `batch` catches."""
 
     def __init__(self, matrices: dict[str, Matrix], observe: Callable[[Tensor], Tensor]) -> None:
         self.matrices, self.observe = matrices, observe
@@ -67,7 +67,7 @@ class InputObserver:
                 stack.enter_context(self._fused)
             try:
                 yield
-            except AllInputsSeen:
+            except _AllInputsSeen:
                 pass
             finally:
                 self._last = None
@@ -94,7 +94,7 @@ class InputObserver:
             found.shared_input_key.setdefault(name, self._last[2])
         self._calls[name] += 1
         if self._calls == self._calls_per_batch:
-            raise AllInputsSeen
+            raise _AllInputsSeen
 
     def _add(self, key: str, input_NI: Tensor) -> None:
         values, found = self.observe(input_NI), self.observed

@@ -1,4 +1,4 @@
-"""A model's own forward, paused whenever it reaches a block. Pure torch.
+"""A model's own forward, paused whenever it reaches a block.
 
 It assumes nothing about how a model calls its blocks: per-token arguments, shared state, repeated blocks and any form of
 output all work. Greenlets stay in one thread, so device, stream and autocast are unaffected.
@@ -25,7 +25,7 @@ class PausedForward(greenlet):
         self.result: Any = None
         self._grad = False
 
-    def run(self, *_: Any) -> None:
+    def run(self, *_: Any) -> None:  # called by the first switch
         self.result = self.call()
 
     def resume(self, output: Any = None) -> None:

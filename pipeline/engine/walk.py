@@ -127,16 +127,17 @@ class LayerWalk(LightningModule):
             before_batch(i)
             with observer.batch():
                 self.forwards.run_block(i)
-        observed, known = observer.observed, {}
+        observed = observer.observed
+        key_of: dict[str, str] = {}
         tokens: Counter[str] = Counter()
         # some ranks may have no token for an expert
         for keys_of_rank, tokens_of_rank in processes.all_ranks((observed.shared_input_key, observed.tokens)):
-            known = keys_of_rank | known
+            key_of = keys_of_rank | key_of
             tokens += tokens_of_rank
         routed = {name for name, matrix in matrices.items() if matrix.routed}
-        if routed & known.keys():
-            known |= {name: name for name in routed - known.keys()}
-        observed.shared_input_key = {name: known[name] for name in matrices if name in known}
+        if routed & key_of.keys():  # else a fused kernel reads all experts
+            key_of |= {name: name for name in routed - key_of.keys()}
+        observed.shared_input_key = {name: key_of[name] for name in matrices if name in key_of}
         for key in dict.fromkeys(observed.shared_input_key.values()):
             weight_OI = matrices[key].weight_OI
             if key not in observed.totals:
