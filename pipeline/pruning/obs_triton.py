@@ -39,30 +39,32 @@ def _block_kernel(
     """`inverse` (columns,): of the diagonal of `factor` (columns, columns). `kept` (uint8) is written if SELECTS, else read."""
     row_R, column_B = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, B)
     column_B1, inside_B, inside_R = column_B[:, None], column_B < columns, row_R < rows
-    here, at = inside_B[:, None] & inside_R[None, :], column_B1 * rows + row_R[None, :]
-    weight_BR = tl.load(weight + at, mask=here, other=0.0)
+    inside_BR, offset_BR = inside_B[:, None] & inside_R[None, :], column_B1 * rows + row_R[None, :]
+    weight_BR = tl.load(weight + offset_BR, mask=inside_BR, other=0.0)
     kept_BR = tl.zeros((B, R), tl.int32)
     scale_B1 = tl.full((B, 1), 1.0, tl.float32)
     if SELECTS:
         scale_B1 = tl.load(scale + column_B, mask=inside_B, other=1.0)[:, None]
     else:
-        kept_BR = tl.load(kept + at, mask=here, other=1).to(tl.int32)
+        kept_BR = tl.load(kept + offset_BR, mask=inside_BR, other=1).to(tl.int32)
     for i in range(B):  # past `columns` weights and errors are 0; the interpreter needs a constant
         if SELECTS:  # noqa: SIM102 decided by the compiler
             if i % M == 0:
                 kept_BR = _select(weight_BR, kept_BR, scale_B1, column_B1, i, N, M, SQUARED)
         pruned_R = tl.sum(tl.where((column_B1 == i) & (kept_BR == 0), weight_BR, 0.0), 0)
-        here_R = inside_R & (row_R * 0 + i < columns)  # no scalar: the interpreter of Triton 3.9 refuses that as a mask
-        error_R = pruned_R * tl.load(inverse + i + row_R * 0, mask=here_R, other=0.0)
-        tl.store(error + i * rows + row_R, error_R, mask=here_R)
+        stored_R = inside_R & (
+            row_R * 0 + i < columns
+        )  # no scalar: the interpreter of Triton 3.9 refuses that as a mask
+        error_R = pruned_R * tl.load(inverse + i + row_R * 0, mask=stored_R, other=0.0)
+        tl.store(error + i * rows + row_R, error_R, mask=stored_R)
         # later columns only; a product with 0 leaves the others as they are
         factor_B = tl.load(factor + i * columns + column_B, mask=inside_B & (i < column_B), other=0.0)
         weight_BR = tl.fma(
             tl.broadcast_to(-factor_B[:, None], (B, R)), tl.broadcast_to(error_R[None, :], (B, R)), weight_BR
         )
-    tl.store(weight + at, weight_BR, mask=here)
+    tl.store(weight + offset_BR, weight_BR, mask=inside_BR)
     if SELECTS:
-        tl.store(kept + at, kept_BR.to(tl.uint8), mask=here)
+        tl.store(kept + offset_BR, kept_BR.to(tl.uint8), mask=inside_BR)
 
 
 def prune_block(
@@ -74,7 +76,7 @@ def prune_block(
     assert weight_BR.is_contiguous() and kept_BR.is_contiguous()
     error_BR = torch.empty_like(weight_BR)
     inverse_B = factor_BB.diagonal().reciprocal()
-    # a pointer that is not used must be one all the same
+    # without a score the kernel does not read the scale, but it needs a pointer
     scale_B = inverse_B if score is None else score.scale_I.contiguous()
     with torch.cuda.device_of(weight_BR):
         _block_kernel[(triton.cdiv(rows, ROWS),)](
