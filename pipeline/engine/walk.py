@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline import tasks
-from pipeline.engine.block_files import BlockFiles, BlockResult, BlockStore
-from pipeline.engine.block_memory import BlocksInMemory
+from pipeline.engine.block_store import BlockFiles, BlockResult, BlocksInMemory, BlockStore
 from pipeline.engine.blocks import Block, find_blocks
 from pipeline.engine.layerwise import LayerwiseForwards
 from pipeline.engine.matrices import Matrix

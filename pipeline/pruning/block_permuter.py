@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pipeline.engine.block_files import BlockResult
+from pipeline.engine.block_store import BlockResult
 from pipeline.engine.blocks import Block, shared_parameters, tensors_outside
 from pipeline.engine.channels import Channels, Layout, Trials, channels_of, in_float64, kind, layouts
 from pipeline.engine.matrices import Matrix, matrices

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline import registry
-from pipeline.engine.block_files import BlockResult
+from pipeline.engine.block_store import BlockResult
 from pipeline.engine.blocks import Block
 from pipeline.engine.matrices import Matrix, matrices
 from pipeline.engine.observe import Observed

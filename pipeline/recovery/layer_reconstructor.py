@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pipeline.engine.block_files import BlockResult
+from pipeline.engine.block_store import BlockResult
 from pipeline.engine.blocks import Block
 from pipeline.engine.layerwise import LayerwiseForwards
 from pipeline.engine.walk import LayerWalk

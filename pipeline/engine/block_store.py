@@ -1,4 +1,4 @@
-"""Writes the weights and masks of each block that a walk has finished, and builds the new model folder from them."""
+"""Stores the weights, masks and log rows of each block that a walk has finished: in files, or in memory."""
 
 import functools
 from collections.abc import Callable
@@ -52,8 +52,8 @@ class BlockStore:
 
 
 class BlockFiles(BlockStore):
-    """The files of a walk in `folder`: per block a weight shard and a mask file. A block counts as finished when both match
-    their recorded checksums; `restore` loads it back.
+    """The files of a walk in `folder`: per block a weight shard and a mask file, from which the new model folder is built. A
+    block counts as finished when both match their recorded checksums; `restore` loads it back.
 
     Written in the background while the next blocks are computed: rank `i % world_size` writes block i, one at a time, so that
     its host holds one block more. The caller must not change a block's weights after `write`."""
@@ -168,6 +168,20 @@ class BlockFiles(BlockStore):
 
     def _save(self, index: int, state: dict[str, Tensor]) -> None:
         _save(state, self.shard(index))
+
+
+class BlocksInMemory(BlockStore):
+    """Keeps masks and log rows. `LayerwiseForwards`, with `write_back`, copies changed weights back into the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.masks, self.rows = Masks(), []
+
+    def write(self, block: Block, result: BlockResult) -> None:
+        self.masks.packed |= result.masks.packed
+        self.rows.append(result.log)
+        # as in the tables of a run, whatever order the model runs its layers in
+        self.rows.sort(key=lambda row: row["layer"])
 
 
 def _save(state: dict[str, Tensor], path: Path) -> None:
