@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import registry
 from pipeline.commands import compare
-from pipeline.registry import FINETUNE_METHODS, REGISTRIES
+from pipeline.registry import FINETUNE_METHODS, PATTERNS, REGISTRIES
 from pipeline.runtime.errors import UserError
 from pipeline.settings import reader, schema
 from pipeline.sparsity.masks import Masks
@@ -124,6 +124,17 @@ def test_a_bad_file_is_one_line_before_any_work(tmp_path, key, text, says):
             ]
         )
     assert "\n" not in str(raised.value) and str(raised.value).startswith(f"{key}={path}")
+
+
+def test_a_file_may_define_a_dataclass_and_give_it_a_second_name(tmp_path):
+    """With annotations that are not evaluated, dataclasses look for the file's module."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from pipeline.sparsity.patterns import Pattern\n\n"
+        "@dataclass(frozen=True)\nclass Mine(Pattern):\n    ratio: float = 0.5\n\nSame = Mine\n"
+    )
+    assert PATTERNS.entry(path).load()().ratio == 0.5
 
 
 def test_a_subclass_inherits_its_base_classs_entry(tmp_path):

@@ -5,6 +5,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,19 +112,17 @@ def _subclass_in(path: Path, stamp: tuple[int, int], base_path: str, key: str) -
     """The one subclass of the base that a Python file defines. The file runs again only if `stamp`, its time and size,
     changes."""
     base = _resolve(base_path)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    name = path.name  # with .py, so that it hides no module that can be imported
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where dataclasses look up annotations
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(
             f"{key}={path} does not load: {type(error).__name__}: {error} (debug=true shows the traceback)"
         ) from error
-    found = [
-        member
-        for _, member in inspect.getmembers(module, inspect.isclass)
-        if issubclass(member, base) and member.__module__ == path.stem
-    ]
+    classes = {member for _, member in inspect.getmembers(module, inspect.isclass)}
+    found = [member for member in classes if issubclass(member, base) and member.__module__ == name]
     if len(found) != 1:
         raise UserError(f"{key}={path} defines {len(found)} subclasses of {base.__name__}: define exactly one")
     return found[0]
