@@ -51,6 +51,7 @@ class LayerWalk(LightningModule):
             self.results = BlockFiles(folder, model, self.blocks) if folder else BlocksInMemory(model)
         self.forwards = self.paused_forwards(model, self.results, dense_outputs)
         self.visit: Visit = lambda walk, block: None
+        self.started = self.finished = 0  # blocks
 
     def is_finished(self, block: Block) -> bool:
         """Whether an earlier run finished the block."""
@@ -81,7 +82,6 @@ class LayerWalk(LightningModule):
         """Yields each block once, in the order in which the model reaches them. Between two of them, all batches run through
         the current block as it then is, and through blocks that repeat. Nothing runs after the last one."""
         remaining = {block.index for block in self.blocks}
-        self.started = self.finished = 0
         self.forwards.start()
         while remaining and (block := self.forwards.current) is not None:
             if block.index in remaining:

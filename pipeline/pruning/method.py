@@ -30,7 +30,7 @@ class PruneMethod:
         self.settings, self.patterns = settings, patterns
         default = "matrix" if self.whole_matrix else "row"
         self.group = default if settings.group == "auto" else settings.group
-        self._layer_masks: dict[str, Tensor] = {}
+        self._layer_masks: dict[str, Tensor] = {}  # from `compare_layer` until `select` returns them
         self.readings = Readings()  # numbers that the pruner reads from the GPU at the end of a layer
 
     def observe(self, input_NI: Tensor) -> Tensor:

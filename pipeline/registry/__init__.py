@@ -23,6 +23,7 @@ TARGET = "prune.target"  # also named, if it is not the default
 
 
 def value_of(recipe: Any, key: str) -> Any:
+    """The recipe's value of a key such as `prune.method`."""
     section, _, name = key.partition(".")
     return getattr(getattr(recipe, section), name)
 
