@@ -209,9 +209,8 @@ class LayerwiseForwards:
 
     def _move_home(self) -> None:
         for tensor, home in self._home_data:
-            if (
-                self.write_back or id(tensor) in self._shared
-            ):  # another block that shares it is reached with these weights
+            # another block that shares a tensor is reached with these weights
+            if self.write_back or id(tensor) in self._shared:
                 home.copy_(tensor.data)
             tensor.data = home
         self._home_data = []

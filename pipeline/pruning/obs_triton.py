@@ -52,9 +52,8 @@ def _block_kernel(
             if i % M == 0:
                 kept_BR = _select(weight_BR, kept_BR, scale_B1, column_B1, i, N, M, SQUARED)
         pruned_R = tl.sum(tl.where((column_B1 == i) & (kept_BR == 0), weight_BR, 0.0), 0)
-        stored_R = inside_R & (
-            row_R * 0 + i < columns
-        )  # no scalar: the interpreter of Triton 3.9 refuses that as a mask
+        # no scalar: the interpreter of Triton 3.9 refuses one as a mask
+        stored_R = inside_R & (row_R * 0 + i < columns)
         error_R = pruned_R * tl.load(inverse + i + row_R * 0, mask=stored_R, other=0.0)
         tl.store(error + i * rows + row_R, error_R, mask=stored_R)
         # later columns only; a product with 0 leaves the others as they are
