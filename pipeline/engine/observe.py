@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from pipeline.engine.matrices import PRODUCTS, Matrix
 from pipeline.models.pointwise import PointwiseConv
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.user_code import check_returned, unchanged
 
 SAMPLE = 64  # tokens of the first batch kept to measure the output error; more would cost seconds
 PART = 1 << 18  # elements summed at once on a CPU
@@ -97,7 +98,11 @@ class InputObserver:
             raise _AllInputsSeen
 
     def _add(self, key: str, input_NI: Tensor) -> None:
-        values, found = self.observe(input_NI), self.observed
+        found = self.observed
+        with unchanged("observe", input_NI=input_NI):
+            values = self.observe(input_NI)
+        # a sum has the same shape for any number of tokens
+        check_returned("observe", values, found.totals[key].shape if key in found.totals else None)
         found.tokens[key] += len(input_NI)
         if key in found.totals:
             _accumulate_(found.totals[key], values)

@@ -49,6 +49,11 @@ class Spread(Allocation):
     spread = "allocation_spread"
 
     def ratios(self, measured: list[float], ratio: float) -> list[float]:
+        if ratio > LARGEST:
+            raise UserError(
+                f"prune.allocation={self.settings.allocation} gives no layer a ratio above {LARGEST}, and prune.sparsity="
+                f"{ratio:g} is the mean: set prune.sparsity={LARGEST} or less, or prune.allocation=uniform"
+            )
         spread = getattr(self.settings, self.spread)
         found = scores.spread_ratios(measured, ratio, spread, self.sizes)
         low, high = min(found), max(found)
@@ -119,14 +124,16 @@ def patterns_by_layer(
     if not indices:  # the walk reports a model that calls none of its layers
         return {}
     allocation.sizes = [sizes[index] for index in indices]
-    ratios = list(allocation.ratios([measured.get(index) for index in indices], ratio))
-    if len(ratios) != len(indices) or not all(
-        isinstance(value, int | float) and 0 <= value <= LARGEST for value in ratios
-    ):
+    returned = allocation.ratios([measured.get(index) for index in indices], ratio)
+    try:
+        ratios = [float(value) for value in returned]
+    except (TypeError, ValueError):
+        ratios = []
+    if len(ratios) != len(indices) or not all(0 <= value <= LARGEST for value in ratios):
         raise UserError(
-            f"{type(allocation).__name__}.ratios returned {ratios}: return {len(indices)} numbers from 0 to {LARGEST}"
+            f"{type(allocation).__name__}.ratios returned {returned}: return {len(indices)} numbers from 0 to {LARGEST}"
         )
-    return {index: Unstructured(float(value)) for index, value in zip(indices, ratios)}
+    return {index: Unstructured(value) for index, value in zip(indices, ratios)}
 
 
 def matches(name: str, glob: str) -> bool:

@@ -6,7 +6,9 @@ from pipeline.engine.walk import LayerWalk
 from pipeline.pruning.allocation import Allocation
 from pipeline.pruning.block_pruner import check_inputs
 from pipeline.runtime import processes
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.readings import Readings
+from pipeline.runtime.user_code import unchanged
 
 
 class BlockMeasure:
@@ -25,6 +27,11 @@ class BlockMeasure:
             for name, weight_OI in weights.items():
                 check_inputs(readings, {name: weight_OI}, totals[name])
         if weights:
-            self.measured[block.index] = value = float(self.allocation.measure(weights, totals))
             label = type(self.allocation).__name__
+            with unchanged(f"{label}.measure", **weights):
+                found = self.allocation.measure(weights, totals)
+            try:
+                self.measured[block.index] = value = float(found)
+            except (TypeError, ValueError, RuntimeError):  # torch raises the last for more than one number
+                raise UserError(f"{label}.measure returned {found}: return a number") from None
             processes.say(f"  layer {block.index + 1}/{len(walk.blocks)}: {label} measured {value:.4g}")

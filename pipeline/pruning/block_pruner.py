@@ -101,7 +101,7 @@ class BlockPruner:
                 dense_OI = {name: self.target.matrices[name].weight_OI for name in weights}
             else:
                 dense_OI = {name: weight.clone() for name, weight in weights.items()}
-            masks_OI = self.method.prune(weights, total)
+            masks_OI = self.method.checked_prune(weights, total)
             sample_NI, dense_NI = observed.samples[key], self.target.samples[key] if self.target else None
             for name, weight_OI in weights.items():
                 error = None

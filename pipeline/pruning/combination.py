@@ -4,19 +4,19 @@
 matrices with the same inputs.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from pipeline.pruning import obs
-from pipeline.pruning.method import PruneMethod, stacked
+from pipeline.pruning.method import PruneMethod, check_finite, stacked
 from pipeline.pruning.refinements import Refinement
 from pipeline.pruning.statistics import GRAM, OBSERVE, Statistics, Sums
 from pipeline.pruning.updates import WeightUpdate, store_
 from pipeline.registry import NONE, PRUNE_METHODS, REFINEMENTS, UPDATES
+from pipeline.registry.entry import is_file
 from pipeline.runtime import processes
 from pipeline.runtime.errors import UserError, did_you_mean
+from pipeline.runtime.user_code import check_returned, unchanged
 from pipeline.settings.schema import Prune
 from pipeline.sparsity import masks
 from pipeline.sparsity.patterns import Pattern
@@ -68,14 +68,14 @@ class Combination(PruneMethod):
 
     def prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
         statistics, method_total = self._read(weights, total)
-        dense_RI, lengths = stacked(weights), [len(weight_OI) for weight_OI in weights.values()]
-        dense = dict(zip(weights, dense_RI.split(lengths)))
-        chosen = self.method.prune(weights, method_total)
+        all_dense_RI, lengths = stacked(weights), [len(weight_OI) for weight_OI in weights.values()]
+        dense = dict(zip(weights, all_dense_RI.split(lengths)))
+        chosen = self.method.checked_prune(weights, method_total)
         if self.refinement:
             for name, weight_OI in weights.items():
                 chosen[name] = self._refine(name, dense[name], weight_OI, chosen[name], statistics)
         if self.weight_update:
-            self._update(weights, dense_RI, chosen, statistics.gram_II)
+            self._update(weights, all_dense_RI, chosen, statistics.gram_II)
         return chosen
 
     def compare_layer(self, inputs: list[tuple[dict[str, Tensor], Tensor]]) -> None:
@@ -100,14 +100,16 @@ class Combination(PruneMethod):
     ) -> Tensor:
         """The refined mask, (O, I). Changes `weight_OI` accordingly, in place."""
         rows = processes.share_of(len(weight_OI), obs.row_tile(weight_OI) or 1)
-        local = (dense_OI[rows], weight_OI[rows].float(), mask_OI[rows])
-        refined_RI = self.refinement.refine(*local, statistics, self.patterns[name])
-        _check_returned(self.refinement, "refine", refined_RI, local[2])
+        dense_RI, weight_RI, mask_RI = dense_OI[rows], weight_OI[rows].float(), mask_OI[rows]
+        who = f"{type(self.refinement).__name__}.refine"
+        sums = {key: value for key, value in vars(statistics).items() if isinstance(value, Tensor)}
+        with unchanged(who, dense_RI=dense_RI, weight_RI=weight_RI, mask_RI=mask_RI, **sums):
+            refined_RI = self.refinement.refine(dense_RI, weight_RI, mask_RI, statistics, self.patterns[name])
+        check_returned(who, refined_RI, mask_RI.shape, torch.bool, name)
         refined_OI = processes.gather_rows(refined_RI)
         if not torch.equal(refined_OI.sum(1), mask_OI.sum(1)):
             raise UserError(
-                f"{type(self.refinement).__name__}.refine returned another number of kept weights in a row of {name}: "
-                "return as many as in the mask that it got"
+                f"{who} returned another number of kept weights in a row of {name}: return as many as in the mask that it got"
             )
         weight_OI.copy_(torch.where(refined_OI & ~mask_OI, dense_OI.to(weight_OI.dtype), weight_OI))
         masks.apply_(weight_OI, refined_OI)
@@ -119,15 +121,13 @@ class Combination(PruneMethod):
         rows = processes.share_of(len(dense_RI), obs.row_tile(dense_RI) or 1)
         local = (dense_RI[rows], weight_RI[rows], mask_RI[rows])
         updated = self.weight_update.update(*local, gram_II, next(iter(weights)))
-        _check_returned(self.weight_update, "update", updated, local[1])
-        updated_RI = processes.gather_rows(updated)
+        who = f"{type(self.weight_update).__name__}.update"
+        check_returned(who, updated, local[1].shape, torch.float32)
+        updated_RI = processes.gather_rows(updated).masked_fill(~mask_RI, 0)  # there it may be anything
+        if is_file(self.settings.update):
+            check_finite(
+                self.readings, updated_RI, f"{who} returned weights of {next(iter(weights))} that are not finite"
+            )
         for name, part_OI in zip(weights, updated_RI.split([len(weight_OI) for weight_OI in weights.values()])):
             store_(weights[name], part_OI, name, self.settings.damp, self.readings)
             masks.apply_(weights[name], chosen[name])
-
-
-def _check_returned(step: Refinement | WeightUpdate, name: str, got: Any, like: Tensor) -> None:
-    """Raises `UserError` unless a step, which may be a user's, returned a tensor of the type and shape of `like`."""
-    if not isinstance(got, Tensor) or (got.dtype, got.shape) != (like.dtype, like.shape):
-        found = f"{got.dtype} of {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
-        raise UserError(f"{type(step).__name__}.{name} returned {found}: return {like.dtype} of {tuple(like.shape)}")

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from pipeline.pruning import gram, statistics
+from pipeline.registry.entry import is_file
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.readings import Readings
+from pipeline.runtime.user_code import check_returned, unchanged
 from pipeline.settings.schema import Prune
 from pipeline.sparsity import masks
 from pipeline.sparsity.patterns import Pattern, Unstructured
@@ -42,25 +44,48 @@ class PruneMethod:
         raise NotImplementedError
 
     def select(self, name: str, score_OI: Tensor) -> Tensor:
-        """The mask, (O, I), True = kept. Raises `UserError` if a user's pattern returns something else."""
+        """The mask, (O, I), True = kept."""
         if name in self._layer_masks:
             return self._layer_masks.pop(name)
+        return self.select_among(name, score_OI)
+
+    def select_among(self, name: str, score_OI: Tensor) -> Tensor:
+        """The pattern's mask of some columns. Raises `UserError` if a user's pattern returns something else."""
         mask_OI = self.patterns[name].select(score_OI, self.group == "matrix")
-        if mask_OI.dtype != torch.bool or mask_OI.shape != score_OI.shape:
-            raise UserError(
-                f"{self.patterns[name]}.select returned {mask_OI.dtype} of {tuple(mask_OI.shape)} for {name}: "
-                f"return torch.bool of {tuple(score_OI.shape)}"
-            )
+        check_returned(f"{self.patterns[name]}.select", mask_OI, score_OI.shape, torch.bool, name)
         return mask_OI
+
+    def checked_score(self, name: str, weight_OI: Tensor, total: Tensor) -> Tensor:
+        """`score`, which may be a user's."""
+        who = f"{type(self).__name__}.score"
+        with unchanged(who, weight_OI=weight_OI, total=total):
+            score_OI = self.score(weight_OI, total)
+        check_returned(who, score_OI, weight_OI.shape, name=name)
+        return score_OI
 
     def prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
         """Prunes in place the weights (O, I) of matrices with the same inputs; returns their masks by name."""
         chosen = {}
         for name, weight_OI in weights.items():
-            score_OI = self.score(weight_OI, total)
+            score_OI = self.checked_score(name, weight_OI, total)
             check_finite(self.readings, score_OI, f"{type(self).__name__}'s scores of {name} are not finite")
             chosen[name] = self.select(name, score_OI)
             masks.apply_(weight_OI, chosen[name])
+        return chosen
+
+    def checked_prune(self, weights: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
+        """`prune`, which may be a user's."""
+        chosen = self.prune(weights, total)
+        if is_file(self.settings.method):
+            who = f"{type(self).__name__}.prune"
+            if not isinstance(chosen, dict) or weights.keys() - chosen.keys():
+                raise UserError(
+                    f"{who} did not return a mask for each of {', '.join(weights)}: return a dict of masks by name"
+                )
+            for name, weight_OI in weights.items():
+                check_returned(who, chosen[name], weight_OI.shape, torch.bool, name)
+                check_finite(self.readings, weight_OI, f"{who} made weights of {name} that are not finite")
+                masks.apply_(weight_OI, chosen[name])
         return chosen
 
     def compare_layer(self, inputs: list[tuple[dict[str, Tensor], Tensor]]) -> None:
@@ -74,7 +99,8 @@ class PruneMethod:
         for weights, total in inputs:
             for name, weight_OI in weights.items():
                 if isinstance(self.patterns[name], Unstructured):
-                    scores_by_ratio[self.patterns[name].ratio][name] = self.score(weight_OI, total)
+                    score_OI = self.checked_score(name, weight_OI, total)
+                    scores_by_ratio[self.patterns[name].ratio][name] = score_OI
         for ratio, scores in scores_by_ratio.items():
             all_scores = torch.cat([score_OI.flatten() for score_OI in scores.values()])[None]
             pattern = Unstructured(ratio)

@@ -45,7 +45,8 @@ class SparseGpt(PruneMethod):
         def choose(weight_RB: Tensor, columns: slice) -> Tensor:
             """The threshold is over all rows of a matrix, so the ranks gather their rows' scores."""
             score_RB = processes.gather_rows(score[columns].of(weight_RB))
-            return torch.cat([self.select(name, part) for name, part in zip(names, score_RB.split(lengths))])[rows]
+            parts = dict(zip(names, score_RB.split(lengths)))
+            return torch.cat([self.select_among(name, part) for name, part in parts.items()])[rows]
 
         n_of_m = pattern if isinstance(pattern, NofM) else None
         rows_RI = stacked_RI[rows].clone()
