@@ -157,10 +157,18 @@ def differing_protocol(runs: list[Run]) -> list[str]:
 
 def _differing(run: Run, runs: list[Run], sections: tuple[str, ...]) -> list[str]:
     names = set(sections) - (STAGES.keys() - set(run.settings["stages"]))  # without stages that did not run
-    keys = [key for key in run.settings if key.partition(".")[0] in names and key not in IN_NAMES]
+    alike = {key for key in registry.REGISTRIES if any(_has_label_of(run, other, key) for other in runs)}
+    keys = [key for key in run.settings if key.partition(".")[0] in names and (key not in IN_NAMES or key in alike)]
     keys = [key for key in keys if len({str(other.settings.get(key)) for other in runs}) > 1]
-    own = {key for key in registry.REGISTRIES if registry.is_file(run.settings.get(key))}
+    own = {key for key in registry.REGISTRIES if registry.is_file(run.settings.get(key))} - alike
     return [f"{key}={run.label(key) if key in own else run.settings[key]}" for key in keys]
+
+
+def _has_label_of(run: Run, other: Run, key: str) -> bool:
+    """Whether two files of the user, or one and a built-in entry, have the same label."""
+    values = [each.settings.get(key) for each in (run, other)]
+    differ = values[0] != values[1] and None not in values and any(map(registry.is_file, values))
+    return differ and run.label(key) == other.label(key)
 
 
 def _in_brackets(settings: list[str]) -> str:

@@ -83,6 +83,27 @@ def test_rows_show_the_settings_that_differ(tmp_path):
     assert "Wanda + LoRA (finetune.lr=0.001)" in labels and "Wanda + LoRA (finetune.lr=0.002)" in labels
 
 
+def test_files_with_the_same_label_have_rows_of_their_own(tmp_path):
+    """They were taken for runs of equal settings, of which only the first was shown."""
+    bases = {"prune.refine": "refinements import Refinement", "prune.allocation": "allocation import Allocation"}
+    for place in ("a", "b"):
+        settings = ["prune.sparsity=0.5"]
+        for key, base in bases.items():
+            path = tmp_path / place / f"{key}_{place}.py"
+            path.parent.mkdir(exist_ok=True)
+            name = base.split()[-1]
+            path.write_text(f"from pipeline.pruning.{base}\nclass Mine({name}):\n    label = 'swaps'\n")
+            settings.append(f"{key}={path}")
+        results = make_results(*PLAIN) | {"methods": {key: {"label": "swaps"} for key in bases}}
+        write_run(tmp_path / "runs" / place, *settings, results=results)
+    write_run(tmp_path / "runs/c", "prune.sparsity=0.5", "prune.refine=swaps")
+    labels = {row[0] for row in compared(*(tmp_path / "runs" / place for place in "abc"))}
+    for place in ("a", "b"):
+        files = (f"{key}={tmp_path / place / f'{key}_{place}.py'}" for key in bases)
+        assert f"Wanda + swaps ({', '.join(files)})" in labels
+    assert "Wanda + swaps (prune.refine=swaps, prune.allocation=uniform)" in labels
+
+
 def test_each_model_has_its_own_rows(tmp_path):
     write_run(tmp_path / "a", model="./models/small")
     write_run(tmp_path / "b", model="org/large")
