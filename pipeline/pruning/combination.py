@@ -123,11 +123,10 @@ class Combination(PruneMethod):
         updated = self.weight_update.update(*local, gram_II, next(iter(weights)))
         who = f"{type(self.weight_update).__name__}.update"
         check_returned(who, updated, local[1].shape, torch.float32)
-        updated_RI = processes.gather_rows(updated).masked_fill(~mask_RI, 0)  # there it may be anything
-        if is_file(self.settings.update):
-            check_finite(
-                self.readings, updated_RI, f"{who} returned weights of {next(iter(weights))} that are not finite"
-            )
-        for name, part_OI in zip(weights, updated_RI.split([len(weight_OI) for weight_OI in weights.values()])):
-            store_(weights[name], part_OI, name, self.settings.damp, self.readings)
-            masks.apply_(weights[name], chosen[name])
+        parts = processes.gather_rows(updated).split([len(weight_OI) for weight_OI in weights.values()])
+        for (name, weight_OI), part_OI in zip(weights.items(), parts):
+            updated_OI = part_OI.masked_fill(~chosen[name], 0)  # a pruned weight may have any value
+            if is_file(self.settings.update):
+                check_finite(self.readings, updated_OI, f"{who} returned weights of {name} that are not finite")
+            store_(weight_OI, updated_OI, name, self.settings.damp, self.readings)
+            masks.apply_(weight_OI, chosen[name])

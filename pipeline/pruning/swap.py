@@ -55,8 +55,8 @@ def swap(
     for made in range(0, budget, REFRESH):
         error_RI = dense_RI - weight_RI
         product_RI = obs.product(error_RI, gram_II)
-        # in tiles, for the reason in `obs.product`; not below zero by rounding, where an exchange that adds error would do
-        error_R = torch.cat([tile.sum(1) for tile in (error_RI * product_RI).split(obs.ROW_TILE)]).clamp_min(0)
+        # not below zero by rounding, where an exchange that adds error would do
+        error_R = _output_error(error_RI, product_RI).clamp_min(0)
         state = (value_RI, weight_RI, mask_RI, product_RI, error_R, gram_II, done_R)
         exchange(*state, group, min(REFRESH, budget - made), SMALLEST)
         if done_R.all():
@@ -141,16 +141,17 @@ def check_kernels(kernels: ModuleType, device: torch.device, group: int | None) 
     given = (dense_RI, dense_RI, mask_RI, gram_II)
     expected = swap(*given, group, REFRESH + 2, exchange_by_torch)
     found = swap(*(tensor.to(device) for tensor in given), group, REFRESH + 2, kernels.exchange).cpu()
-    before_R, expected_R, found_R = (_error(dense_RI, mask, gram_II) for mask in (mask_RI, expected, found))
+    errors = [dense_RI * ~mask for mask in (mask_RI, expected, found)]
+    before_R, expected_R, found_R = (_output_error(error, obs.product(error, gram_II)) for error in errors)
     kept, kept_before = (mask.unflatten(1, (-1, group or 64)).sum(2) for mask in (found, mask_RI))
     is_same = torch.equal(kept, kept_before) and abs(found_R.sum() / expected_R.sum() - 1) < 0.01
     if not is_same or (found_R > before_R).any():
         raise RuntimeError("a mask that they refined is wrong")
 
 
-def _error(dense_RI: Tensor, mask_RI: Tensor, gram_II: Tensor) -> Tensor:
-    error_RI = dense_RI * ~mask_RI
-    return (obs.product(error_RI, gram_II) * error_RI).sum(1)
+def _output_error(error_RI: Tensor, product_RI: Tensor) -> Tensor:
+    """e G e^T of each row, (R,), given e and e G; in tiles of rows (see `obs.row_tile`)."""
+    return torch.cat([tile.sum(1) for tile in (error_RI * product_RI).split(obs.ROW_TILE)])
 
 
 def _infinite_where(chosen: Tensor) -> Tensor:

@@ -25,6 +25,19 @@ def _lower(change, pair, other_change, other_pair):
 
 
 @triton.jit
+def _alone(value, weight, kept, product, diagonal, column_C, inside_C):
+    """The step of each weight, and how that step alone changes the row's error: for the pruned weights (infinite elsewhere)
+    and for the kept ones (infinite elsewhere)."""
+    weight_C = tl.load(weight + column_C, mask=inside_C, other=0.0)
+    product_C = tl.load(product + column_C, mask=inside_C, other=0.0)
+    kept_C = tl.load(kept + column_C, mask=inside_C, other=0) != 0
+    step_C = tl.where(kept_C, weight_C, -tl.load(value + column_C, mask=inside_C, other=0.0))
+    alone_C = step_C * (2 * product_C + step_C * tl.load(diagonal + column_C, mask=inside_C, other=0.0))
+    pruned_C = tl.where(kept_C | ~inside_C, float("inf"), alone_C)
+    return step_C, pruned_C, tl.where(kept_C & inside_C, alone_C, float("inf"))
+
+
+@triton.jit
 def _best(
     value, weight, kept, product, diagonal, blocks, inputs,
     M: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr,
@@ -34,15 +47,8 @@ def _best(
     for chunk in range(CHUNKS):
         first = chunk * C
         column_C = first + tl.arange(0, C)
-        inside_C = column_C < inputs
-        value_C = tl.load(value + column_C, mask=inside_C, other=0.0)
-        weight_C = tl.load(weight + column_C, mask=inside_C, other=0.0)
-        product_C = tl.load(product + column_C, mask=inside_C, other=0.0)
-        kept_C = tl.load(kept + column_C, mask=inside_C, other=0) != 0
-        step_C = tl.where(kept_C, weight_C, -value_C)
-        alone_C = step_C * (2 * product_C + step_C * tl.load(diagonal + column_C, mask=inside_C, other=0.0))
-        pruned_GM = tl.reshape(tl.where(kept_C | ~inside_C, float("inf"), alone_C), (C // M, M))
-        removed_GM = tl.reshape(tl.where(kept_C & inside_C, alone_C, float("inf")), (C // M, M))
+        step_C, pruned_C, removed_C = _alone(value, weight, kept, product, diagonal, column_C, column_C < inputs)
+        pruned_GM, removed_GM = tl.reshape(pruned_C, (C // M, M)), tl.reshape(removed_C, (C // M, M))
         step_GM = tl.reshape(step_C, (C // M, M))
         pair_GMM = first * M + tl.arange(0, C // M)[:, None, None] * M * M
         pair_GMM += tl.arange(0, M)[None, :, None] * M + tl.arange(0, M)[None, None, :]
@@ -78,14 +84,9 @@ def _best_of_candidates(
 ):  # fmt: skip
     """The same, of the pairs of the K best pruned and the K best kept weights of the row."""
     column_C = tl.arange(0, C)
-    inside_C = column_C < inputs
-    weight_C = tl.load(weight + column_C, mask=inside_C, other=0.0)
-    product_C = tl.load(product + column_C, mask=inside_C, other=0.0)
-    kept_C = tl.load(kept + column_C, mask=inside_C, other=0) != 0
-    step_C = tl.where(kept_C, weight_C, -tl.load(value + column_C, mask=inside_C, other=0.0))
-    alone_C = step_C * (2 * product_C + step_C * tl.load(diagonal + column_C, mask=inside_C, other=0.0))
-    pruned_K, p_K = _lowest(tl.where(kept_C | ~inside_C, float("inf"), alone_C), column_C, K)
-    removed_K, k_K = _lowest(tl.where(kept_C & inside_C, alone_C, float("inf")), column_C, K)
+    _, pruned_C, removed_C = _alone(value, weight, kept, product, diagonal, column_C, column_C < inputs)
+    pruned_K, p_K = _lowest(pruned_C, column_C, K)
+    removed_K, k_K = _lowest(removed_C, column_C, K)
     both_KK = tl.load(gram + p_K.to(tl.int64)[:, None] * inputs + k_K[None, :])
     change_KK = -2 * tl.load(value + p_K)[:, None] * tl.load(weight + k_K)[None, :] * both_KK
     change_KK += pruned_K[:, None] + removed_K[None, :]
