@@ -126,6 +126,23 @@ def table(part: str, args: argparse.Namespace) -> None:
         print("|", " | ".join([row.method, row.pattern, *quality, *ending]), "|")
 
 
+def grid(args: argparse.Namespace) -> None:
+    """The finished combinations side by side. In each cell: perplexity, accuracies, output error."""
+    cells_of: dict[str, dict[str, str]] = {}  # by combination and pattern
+    for row in rows():
+        if row.part == "combinations" and (content := results(row, args)):
+            pruned = content["models"]["pruned"]
+            accuracies = [f"{100 * score['acc']:.1f}" for score in pruned["zero_shot"].values()]
+            cell = (f"{pruned['perplexity']['wikitext2']:.1f}", *accuracies, layer_error(row, args))
+            cells_of.setdefault(row.method, {})[row.pattern] = " / ".join(cell)
+    patterns = list(dict.fromkeys(pattern for of_method in cells_of.values() for pattern in of_method))
+    if not patterns:
+        return
+    print(f"\n|  | {' | '.join(patterns)} |\n{'| --- ' * (1 + len(patterns))}|")
+    for method, of_method in cells_of.items():
+        print("|", " | ".join((method, *(of_method.get(pattern, "") for pattern in patterns))), "|")
+
+
 def plot_quality(args: argparse.Namespace) -> None:
     """WORK/quality.png, if there are finished rows: perplexity against the minutes of all stages before the evaluation."""
     points, dense = {}, None
@@ -168,6 +185,8 @@ def main() -> int:
     failed = run_all(chosen, args)
     for part in args.part:
         table(part, args)
+    if "combinations" in args.part:
+        grid(args)
     plot_quality(args)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
