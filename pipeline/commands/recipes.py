@@ -14,5 +14,6 @@ def main(arguments: list[str]) -> None:
     for name in recipe_files.available():
         recipe = reader.unchecked(name)
         sparsity = re.sub(r"^(\d+)of(\d+)$", r"\1:\2", str(recipe.prune.sparsity))
-        rows.append((name, recipe.model or "(trained here)", sparsity, ", ".join(recipe.stages)))
+        model = recipe.model or ("(trained here)" if "pretrain" in recipe.stages else "(set model=)")
+        rows.append((name, model, sparsity, ", ".join(recipe.stages)))
     print("\n".join(lines(rows)))

@@ -52,6 +52,8 @@ def test_recipes_lists_all_recipes(asked):
     assert lines[0].split() == ["recipe", "model", "sparsity", "stages"]
     assert [line.split()[0] for line in lines[1:]] == recipe_files.available()
     assert any(line.startswith("llama7b_2of4") and " 2:4 " in line for line in lines)
+    assert any(line.startswith("tiny ") and "(trained here)" in line for line in lines)
+    assert any(line.startswith("recommended_half") and "(set model=)" in line for line in lines)
 
 
 def test_debug_is_an_option_of_every_command(asked):

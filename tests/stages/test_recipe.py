@@ -12,11 +12,12 @@ from pipeline.stages import sweep
 from tests.conftest import ROOT
 
 FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
+WITHOUT_MODEL = ("paper", "images", "recommended")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_recipe_loads_and_is_short(path):
-    extra = [] if path.stem not in ("paper", "images") else ["model=somewhere"]
+    extra = ["model=somewhere"] if path.stem in WITHOUT_MODEL else []
     loaded = reader.load([f"recipe={path}", *extra])
     assert loaded.run_dir == f"runs/{path.stem}"
     assert len(path.read_text().splitlines()) <= 20
@@ -107,7 +108,7 @@ def test_every_available_recipe_loads():
     for model in ("llama7b", "llama2_70b", "llama3_2_1b", "opt_1_3b"):
         assert {model, f"{model}_2of4", f"{model}_4of8", f"{model}_half"} <= set(names)
     for name in names:
-        loaded = reader.load([f"recipe={name}", *(["model=m"] if name.startswith(("paper", "images")) else [])])
+        loaded = reader.load([f"recipe={name}", *(["model=m"] if name.startswith(WITHOUT_MODEL) else [])])
         assert loaded.run_dir == f"runs/{name}"
     assert str(reader.load(["recipe=opt_6_7b_half"]).prune.sparsity) == "0.5"
 
