@@ -1,8 +1,9 @@
 """The updates of `prune.update`: new values of the kept weights, for a fixed mask.
 
-All reduce the output error of each row, (w - w') G (w - w')^T. G is the Gram matrix of the inputs, damped by `prune.damp`
-times its mean diagonal; ADMM, which scales the inputs to norm 1 as in its paper, damps each element of the diagonal. Shapes:
-R = rows (output features), I = in_features.
+They reduce the output error of each row, (w - w') G (w - w')^T. G is the Gram matrix of the inputs, damped by `prune.damp`
+times its mean diagonal; ADMM, which scales the inputs to norm 1 as in its paper, damps each element of the diagonal. OBS alone
+can also raise the error: it compensates in columns that the mask prunes later. Shapes: R = rows (output features),
+I = in_features.
 """
 
 from collections.abc import Callable

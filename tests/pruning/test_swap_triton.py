@@ -23,7 +23,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 def matrix(rows: int, inputs: int, sparsity: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Dense weights, updated weights, a mask and the Gram matrix of correlated inputs, some of them dead."""
+    """Dense weights, updated weights, a mask and the Gram matrix of correlated inputs, some of them dead, on `DEVICE`."""
     generator = torch.Generator().manual_seed(0)
     input_NI = torch.randn(2 * inputs, inputs, generator=generator)
     input_NI += input_NI.roll(1, 1) + input_NI[:, :1]
@@ -31,7 +31,8 @@ def matrix(rows: int, inputs: int, sparsity: str) -> tuple[Tensor, Tensor, Tenso
     dense_RI = torch.randn(rows, inputs, generator=generator)
     mask_RI = parse(sparsity).select(dense_RI.abs())
     updated_RI = (dense_RI + torch.randn(rows, inputs, generator=generator) / 10) * mask_RI
-    return dense_RI, updated_RI, mask_RI, input_NI.T @ input_NI
+    input_NI = input_NI.to(DEVICE)  # on a CPU the product for 11,008 inputs takes a minute
+    return dense_RI.to(DEVICE), updated_RI.to(DEVICE), mask_RI.to(DEVICE), input_NI.T @ input_NI
 
 
 def error(dense_RI: Tensor, weight_RI: Tensor, gram_II: Tensor) -> Tensor:
@@ -47,15 +48,15 @@ def test_the_kernel_agrees_with_torch(monkeypatch, sparsity, rows, inputs):
     monkeypatch.setattr(swap_triton, "CHUNK", 32)
     monkeypatch.setattr(swap, "REFRESH", 3)
     given, group = matrix(rows, inputs, sparsity), group_of(parse(sparsity))
-    expected = swap.swap(*given, group, 8)
-    found = swap.swap(*(tensor.to(DEVICE) for tensor in given), group, 8, swap_triton.exchange).cpu()
-    assert torch.equal(found, expected) and not torch.equal(found, given[2])
+    expected = swap.swap(*(tensor.cpu() for tensor in given), group, 8)
+    found = swap.swap(*given, group, 8, swap_triton.exchange)
+    assert torch.equal(found.cpu(), expected) and not torch.equal(found, given[2])
 
 
 @pytest.mark.parametrize("sparsity", ["2of4", "0.5"])
 def test_exchanges_end_where_none_helps(monkeypatch, sparsity):
     monkeypatch.setattr(swap, "REFRESH", 4)
-    dense_RI, _, mask_RI, gram_II = (tensor.to(DEVICE) for tensor in matrix(2, 16, sparsity))
+    dense_RI, _, mask_RI, gram_II = matrix(2, 16, sparsity)
     found, expected = (
         swap.swap(dense_RI, dense_RI, mask_RI, gram_II, group_of(parse(sparsity)), 1000, exchange)
         for exchange in (swap_triton.exchange, swap.exchange_by_torch)
@@ -69,7 +70,7 @@ def test_exchanges_end_where_none_helps(monkeypatch, sparsity):
 @pytest.mark.parametrize("kernels, sparsity, inputs", [(swap.IN_GROUPS, "2of4", 5504), (swap.IN_ROWS, "0.5", 11008)])
 def test_the_kernel_is_used_on_a_gpu_and_agrees_on_large_matrices(kernels, sparsity, inputs):
     assert kernels.on_gpu(torch.device("cuda")) is swap_triton
-    dense_RI, weight_RI, mask_RI, gram_II = (tensor.cuda() for tensor in matrix(512, inputs, sparsity))
+    dense_RI, weight_RI, mask_RI, gram_II = matrix(512, inputs, sparsity)
     group = group_of(parse(sparsity))
     before = error(dense_RI, weight_RI * mask_RI, gram_II)
     errors = []
