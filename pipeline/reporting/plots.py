@@ -6,6 +6,7 @@ Pages show them as images, so each is a document of its own. Figures are made wi
 import functools
 import io
 import math
+import textwrap
 from collections.abc import Callable
 
 import matplotlib
@@ -21,6 +22,7 @@ INK, LINE, ACCENT, SECOND = "#1e2822", "#c9d3cb", "#2f7d4f", "#b3661a"
 SERIES = (ACCENT, SECOND, "#2b6ca8", "#93458a", "#857414", "#5c6b73")  # distinct for the colour-blind with MARKERS
 MARKERS = "os^Dv"
 SIZE = (4.4, 2.75)  # inches of 72 px; two fit side by side on a laptop
+LABEL = 44  # characters of a row's label on one line; a path of the user's can have more
 POINTS = 300  # a loss curve has no more points than pixels
 STYLE = {
     "svg.fonttype": "none",  # text stays text: a small file
@@ -158,7 +160,9 @@ def ratios(figure: Figure, rows: list[tuple[str, list[float], bool]]) -> None:
 @picture
 def comparison(figure: Figure, panels: list[tuple[str, pd.DataFrame]]) -> None:
     """A panel for each measure, a line for each row of its table; of a frame as `compare.tabulate` makes it."""
-    heights = [0.9 + 0.28 * part.label.nunique() for _, part in panels]
+    panels = [(title, part.assign(label=part.label.map(_wrapped))) for title, part in panels]
+    names = [part.label.unique() for _, part in panels]
+    heights = [0.9 + 0.12 * len(labels) + 0.16 * sum(label.count("\n") + 1 for label in labels) for labels in names]
     figure.set_size_inches(2 * SIZE[0], sum(heights) + 0.3)
     grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
     for axes, (title, part) in zip(grid.flat, panels):
@@ -193,7 +197,7 @@ def quality_and_speed(figure: Figure, panels: list[tuple[str, pd.DataFrame]]) ->
         for (label, pattern), points in part[part.is_sparse].groupby(["label", "pattern"], sort=False):
             colour = SERIES[patterns.index(pattern) % len(SERIES)]
             marker = MARKERS[labels.index(label) % len(MARKERS)]
-            axes.plot(points.speed, points.perplexity, marker, color=colour, label=f"{label}, {pattern}")
+            axes.plot(points.speed, points.perplexity, marker, color=colour, label=_wrapped(f"{label}, {pattern}"))
         if part.perplexity.max() > 8 * part.perplexity.min() > 0:
             axes.set_yscale("log")
             _logarithmic(axes.yaxis)
@@ -201,6 +205,10 @@ def quality_and_speed(figure: Figure, panels: list[tuple[str, pd.DataFrame]]) ->
         axes.set(title=title, xlabel="decode speed, × of the dense model", ylabel="perplexity")
     handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside right upper")
+
+
+def _wrapped(label: str) -> str:
+    return textwrap.fill(label, LABEL, break_on_hyphens=False)
 
 
 def _logarithmic(axis: Axis) -> None:
