@@ -18,6 +18,7 @@ from pipeline.runtime.readings import Readings
 from pipeline.settings.schema import Prune
 
 CONVERGED = 1e-7  # `LeastSquares` stops for a row at this share of the initial residual norm
+CHECK_EVERY = 4  # steps on a GPU between checks whether all rows have stopped: each check waits for the GPU
 
 
 class WeightUpdate:
@@ -88,11 +89,12 @@ class LeastSquares(WeightUpdate):
             scaled_RI = residual_RI * inverse_I
             direction_RI = scaled_RI.clone()
             size_R1 = first_R1 = (residual_RI * scaled_RI).sum(1, keepdim=True)
-            for _ in range(self.settings.update_steps):
+            every = CHECK_EVERY if weight_RI.is_cuda else 1
+            for number in range(1, self.settings.update_steps + 1):
                 product_RI = (direction_RI @ gram_II).mul_(mask_RI)
                 curvature_R1 = (direction_RI * product_RI).sum(1, keepdim=True)
                 moves_R1 = (size_R1 > CONVERGED**2 * first_R1) & (curvature_R1 > 0)
-                if not moves_R1.any():
+                if number % every == 0 and not moves_R1.any():
                     break
                 step_R1 = torch.where(moves_R1, size_R1 / curvature_R1, 0)
                 weight_RI.addcmul_(step_R1, direction_RI)
