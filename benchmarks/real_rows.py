@@ -19,14 +19,17 @@ GROUPS = {
     "layer": ("prune.group=layer",),
     "dense activations": ("calibration.activations=dense",),
 }
+SWAPS_ADMM = ("prune.refine=swaps", "prune.update=admm")
 PERMUTED = {  # with channels reordered for N of M
     "wanda": METHODS["wanda"],
     "ria": METHODS["ria"],
-    "sparsegpt + swaps + admm": (*METHODS["sparsegpt"], "prune.refine=swaps", "prune.update=admm"),
+    "sparsegpt + swaps + admm": (*METHODS["sparsegpt"], *SWAPS_ADMM),
 }
 DENSE_TARGET = {
     "sparsegpt, dense target": (*METHODS["sparsegpt"], "prune.target=dense"),
     "wanda + least_squares, dense target": ("prune.update=least_squares", "prune.target=dense"),
+    "sparsegpt + swaps + admm, dense target": (*METHODS["sparsegpt"], *SWAPS_ADMM, "prune.target=dense"),
+    "ria + swaps + admm, dense target": (*METHODS["ria"], *SWAPS_ADMM, "prune.target=dense"),
 }
 REFINEMENTS, UPDATES = ("none", "swaps"), ("none", "obs", "admm", "least_squares")
 # masked LoRA from better starts than Wanda's weights
@@ -97,7 +100,7 @@ def rows() -> list[Row]:
     for pattern, (method, settings) in product(("2of4", "4of8"), PERMUTED.items()):
         name, stages = f"{method.replace(' ', '')}_permuted_{pattern}", "permute,prune"
         every.append(Row("options", name, f"{method}, permuted", pattern, settings, stages))
-    for pattern, (method, settings) in product(PATTERNS[:2], DENSE_TARGET.items()):
+    for pattern, (method, settings) in product((*PATTERNS[:2], SPARSE), DENSE_TARGET.items()):
         every.append(
             Row("options", f"{method.replace(',', '').replace(' ', '_')}_{pattern}", method, pattern, settings)
         )

@@ -1,5 +1,6 @@
 """Starts the command in forked processes: as with a launcher, without the seconds of imports."""
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -68,6 +69,7 @@ def _rank(rank: int, of: int, nodes: int, port: int, settings: tuple, log: Path,
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    faulthandler.enable(sys.stderr)  # pytest's writes where nobody looks
     torch.set_num_threads(1)
     if work:
         runner.run = lambda recipe: _together(recipe, lambda: work(rank))
