@@ -59,6 +59,10 @@ def own_step(folder, base, body):
     return path
 
 
+def pruned(model, **settings):
+    return api.prune(model, calibration=families.text(2, 16), samples=2, seq_len=16, sparsity=0.5, **settings)
+
+
 @pytest.mark.parametrize(
     "body, says",
     [
@@ -82,8 +86,7 @@ def test_a_users_prune_that_only_returns_masks_is_applied(tmp_path):
         tmp_path, "method:PruneMethod", "def prune(self, *it): return {name: it > 0 for name, it in it[0].items()}"
     )
     model = families.tiny("llama")
-    masks = api.prune(model, calibration=families.text(2, 16), samples=2, seq_len=16, method=path, sparsity=0.5)
-    api.verify(model, masks)
+    api.verify(model, pruned(model, method=path))
 
 
 @pytest.mark.parametrize(
@@ -107,8 +110,7 @@ def test_a_users_step_must_not_change_what_others_read(tmp_path, key, base, body
     """Restored weights stayed zero, and other matrices were scored by wrong sums, without a word."""
     path = own_step(tmp_path, base, body)
     with pytest.raises(UserError, match=f"{says}.* in place.*clone"):
-        text = {"calibration": families.text(2, 16), "samples": 2, "seq_len": 16}
-        api.prune(families.tiny("llama"), **text, sparsity=0.5, **{key: path})
+        pruned(families.tiny("llama"), **{key: path})
 
 
 def test_what_an_update_gives_outside_the_mask_is_ignored(tmp_path):
@@ -131,16 +133,10 @@ def test_what_an_update_gives_outside_the_mask_is_ignored(tmp_path):
 def test_what_a_users_allocation_returns_is_checked(tmp_path, body, says):
     path = own_step(tmp_path, "allocation:Allocation", body)
     with pytest.raises(UserError, match=re.escape(says)):
-        text = {"calibration": families.text(2, 16), "samples": 2, "seq_len": 16}
-        api.prune(families.tiny("llama"), **text, sparsity=0.5, allocation=path)
+        pruned(families.tiny("llama"), allocation=path)
 
 
 def test_methods_of_a_users_class_are_not_taken_for_settings(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(
-        "from pipeline.pruning.method import PruneMethod\n"
-        "class Mine(PruneMethod):\n"
-        "    def update(self): pass\n"
-        "    def score(self, weight_OI, total): return weight_OI.abs()\n"
-    )
+    body = "def update(self): pass\n    def score(self, weight_OI, total): return weight_OI.abs()"
+    path = own_step(tmp_path, "method:PruneMethod", body)
     assert not isinstance(prune_method(Prune(method=str(path)), {}), Combination)
